@@ -1,0 +1,48 @@
+"""Settings every test runs under, and the shared models and corpora where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports torch, triton or huggingface_hub; child processes inherit them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(min(2, os.cpu_count() or 1))
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """At most 2 threads for torch, whatever the machine: timings and sums are then alike."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _shared(folder: str) -> Path:
+    path = SHARED_DATA / folder
+    if not path.is_dir():
+        pytest.skip(f"no shared data beside this repository ({folder})")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    """Folder of labelled corpora: `<domain>/train.txt` and `valid.txt`."""
+    return _shared("corpora")
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """Folder of small trained models, one transformers folder each."""
+    return _shared("models")
