@@ -22,7 +22,7 @@ LAYERS = (
     {"recipe", "families", "mlp", "console", "provenance", "tables"},
     {"checkpoint", "data", "partition", "routing", "structure"},
     {"locate", "artefact", "inputs"},
-    {"activations", "modeling"},
+    {"activations", "modeling", "plan", "reorder"},
     {"training", "evaluate", "interpret", "benchmark", "card"},
     {"convert", "export", "report"},
     {"quickstart"},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"moefy": ROOT / "moefy", "moefy_kernels": ROOT / "kernels" / "moefy_kernels"}
@@ -97,9 +98,8 @@ def test_metadata(metadata):
     assert metadata["Version"] == version
     assert metadata["License-Expression"] == "Apache-2.0"
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    assert {r.name for r in requirements if "extra" not in str(r.marker)} == {
-        Requirement(text).name for text in pyproject["dependencies"]
-    }
+    needed = {canonicalize_name(r.name) for r in requirements if "extra" not in str(r.marker)}
+    assert needed == {canonicalize_name(Requirement(t).name) for t in pyproject["dependencies"]}
 
 
 def test_the_version_in_the_changelog_is_the_one_of_the_package():
