@@ -1,0 +1,1 @@
+from moefy.partition.kmeans import kmeans as contribution

@@ -1,0 +1,68 @@
+"""What the methods read of a neuron: how much it contributes to each token, and a short form of it.
+
+The contribution of neuron j to a token is the vector `h_j d_j`; its size is `|h_j| ||d_j||`. Both
+are the same for every gauge of the MLP, and the sign of `h_j` against `d_j` never shows.
+
+Shapes: T tokens, D model width, N neurons, R features.
+"""
+
+import torch
+from torch import Tensor
+
+from moefy.mlp import DenseMlp
+
+MOST_TOKENS = 8192
+MOST_FEATURES = 256
+CHUNK = 1024
+OVERSAMPLE = 16
+POWER_STEPS = 2
+
+
+def sample(x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
+    """At most `most` of the rows of `x_TD`, evenly spaced, in fp32."""
+    if len(x_TD) > most:
+        x_TD = x_TD[torch.linspace(0, len(x_TD) - 1, most).long()]
+    return x_TD.to(torch.float32)
+
+
+def contributions(mlp: DenseMlp, x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
+    """Size of every neuron's contribution `|h_j| ||d_j||` to at most `most` tokens: `[T, N]`."""
+    x_TD = sample(x_TD, most)
+    size_N = mlp.down_ND.norm(dim=1)
+    found_TN = torch.empty(len(x_TD), mlp.neurons)
+    for first in range(0, len(x_TD), CHUNK):
+        hidden_TN = mlp.hidden(x_TD[first : first + CHUNK])
+        torch.mul(hidden_TN.abs_(), size_N, out=found_TN[first : first + CHUNK])
+    return found_TN
+
+
+def mean_contribution(mlp: DenseMlp, x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
+    """Mean over tokens of the size of each neuron's contribution: `[N]` in fp64."""
+    x_TD = sample(x_TD, most)
+    total_N = torch.zeros(mlp.neurons, dtype=torch.float64)
+    for x_CD in x_TD.split(CHUNK):
+        total_N += mlp.hidden(x_CD).abs_().sum(dim=0, dtype=torch.float64)
+    return total_N * mlp.down_ND.norm(dim=1).double() / len(x_TD)
+
+
+def principal(rows_NR: Tensor, features: int, seed: int) -> Tensor:
+    """Coordinates `[N, features]` of the rows along their leading right singular vectors.
+
+    Distances between rows are kept as well as that many numbers can. Truncated SVD by a randomised
+    range finder with power steps (Halko, Martinsson and Tropp 2011), exact where either side is
+    short. Fewer columns come back where the rows have fewer.
+    """
+    points, width = rows_NR.shape
+    rank = features + OVERSAMPLE
+    if width <= rank:
+        basis_RK = torch.eye(width)
+    elif points <= rank:
+        basis_RK = torch.linalg.qr(rows_NR.T).Q
+    else:
+        random = torch.Generator().manual_seed(seed)
+        basis_RK = torch.randn(width, rank, generator=random)
+        for _ in range(POWER_STEPS):
+            basis_RK = torch.linalg.qr(rows_NR.T @ (rows_NR @ basis_RK)).Q
+    short_NK = rows_NR @ basis_RK
+    vectors_KK = torch.linalg.eigh(short_NK.T @ short_NK).eigenvectors
+    return short_NK @ vectors_KK[:, -features:]
