@@ -3,7 +3,7 @@
 A row names modules, relative to a layer, and config keys. It knows nothing of tensors, files or
 heads; `moefy.locate` turns a row and a model into sites. A config rule is a key (`"ffn_dim"`), a key
 of a sub-config (`"text_config.hidden_size"`), a multiple (`"4*hidden_size"`), or alternatives tried
-from left to right until one is set (`"n_inner|4*n_embd"`).
+from left to right until one is set (`"n_inner|4*n_embd"`); `"=gelu"` and `"=64"` are constants.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ class Family:
     act: str | None = None
     """The activation module, for a splice."""
     activation: str
-    """Config rule that gives a key of transformers' `ACT2FN`, or `=name` for a constant one."""
+    """Config rule that gives a key of transformers' `ACT2FN`."""
     neurons: str
     """Config rule of N, the number of neurons."""
     width: str
@@ -57,8 +57,9 @@ class Family:
 
 
 def config_value(config: Any, rule: str) -> Any:
-    """What a config rule gives for `config` (any object with attributes); None where nothing is
-    set."""
+    """What a rule gives for `config`, any object with attributes; None where nothing is set."""
+    if rule.startswith("="):
+        return int(rule[1:]) if rule[1:].isdigit() else rule[1:]
     for alternative in rule.split("|"):
         factor, _, path = alternative.rpartition("*")
         value = config

@@ -109,31 +109,29 @@ def sites(model: PreTrainedModel) -> list[Site]:
     """
     config = model.config
     _refuse_experts(model)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        family = structure.search(model)
-    for key in family.refuse:
-        if config_value(config, key):
-            raise UnsupportedModel(
-                f"{config.model_type}: config.json has {key}=true, whose MLP sums in another way; "
-                f"set {key} to false"
-            )
+    known = FAMILIES.get(config.model_type)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
-    for pattern, depth in zip(family.layers, family.depth, strict=True):
-        layers = _layers(modules, pattern)
-        expected = config_value(config, depth)
-        if layers and expected is not None and len(layers) != expected:
-            raise UnsupportedModel(
-                f"{config.model_type}: {len(layers)} modules match '{pattern}' but config.json says "
-                f"{depth}={expected}; layers that share their weights cannot be split"
-            )
-        for layer in layers:
-            found.append(_site(len(found), layer, family, modules, config))
+    for family in [known] if known else structure.search(model):
+        for key in family.refuse:
+            if config_value(config, key):
+                raise UnsupportedModel(
+                    f"{config.model_type}: config.json has {key}=true, whose MLP sums in another "
+                    f"way; set {key} to false"
+                )
+        for pattern, depth in zip(family.layers, family.depth, strict=True):
+            layers = _layers(modules, pattern)
+            expected = config_value(config, depth)
+            if layers and len(layers) != expected:
+                raise UnsupportedModel(
+                    f"{config.model_type}: {len(layers)} modules match '{pattern}', config.json "
+                    f"says {depth}={expected}; layers that share their weights cannot be split"
+                )
+            for layer in layers:
+                found.append(_site(len(found), layer, family, modules, config))
     if not found:
-        patterns = " or ".join(f"'{pattern}'" for pattern in family.layers)
         raise UnsupportedModel(
-            f"{config.model_type}: no module of {type(model).__name__} matches {patterns}"
+            f"{config.model_type}: {type(model).__name__} has no layers of that type"
         )
     _refuse_shared(model, found, modules)
     return found
@@ -204,7 +202,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise UnsupportedModel(
             f"config.json: transformers {transformers.__version__} cannot build "
             f"{kind.__name__} for model_type '{config.model_type}': {error}".replace("\n", " ")
@@ -218,28 +216,40 @@ def disk_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
     `keys` are the names in the checkpoint. Tensors that the model does not have, and those that
     transformers computes rather than renames, are not in the result. Raises `UnsupportedModel`
-    where the installed transformers does not offer the functions that this needs.
+    where the installed transformers does not offer the functions that this needs, which it does
+    not promise to keep.
     """
+    state = model.state_dict()
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError as error:
+        renamed = _renamed(model, state, keys)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
-            f"transformers {transformers.__version__} names its checkpoint tensors in a way that "
-            f"is not known here ({error}); use transformers 5.17 to 5.23"
+            f"transformers {transformers.__version__} maps tensor names in a way that is not known "
+            f"here ({error}); use transformers 5.17 to 5.23"
         ) from error
+    return {key: name for key, name in renamed if name in state}
+
+
+def _renamed(
+    model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str]
+) -> list[tuple[str, str]]:
+    """Disk names and model names as `from_pretrained` pairs them, without those it computes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    names = {}
+    pairs = []
     for key in keys:
-        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        name, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
         if name not in state and key in state:
-            name, converter = rename_source_key(key, [], [], prefix, state)
-        if name in state and converter is None:
-            names[key] = name
-    return names
+            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if converter is None:
+            pairs.append((key, name))
+    return pairs
 
 
 def _layers(modules: dict[str, nn.Module], pattern: str) -> list[str]:
@@ -266,11 +276,7 @@ def _site(
                 f"{type(module).__name__}"
             )
         maps[role] = module
-    activation = (
-        family.activation[1:]
-        if family.activation.startswith("=")
-        else config_value(config, family.activation)
-    )
+    activation = config_value(config, family.activation)
     if activation not in ACT2FN or any(ACT2FN[activation].parameters()):
         raise UnsupportedModel(
             f"{config.model_type}: activation {activation!r} is not a function of one number "
@@ -303,10 +309,11 @@ def _down_shape(down: Any, family: Family) -> tuple[int, int]:
 
 def _refuse_experts(model: PreTrainedModel) -> None:
     config = model.config
-    for part in (config, config.get_text_config()):
+    settings = config.to_dict()
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for key in _EXPERT_COUNTS:
-            count = getattr(part, key, None)
-            if isinstance(count, int) and count > 1:
+            count = part.get(key)
+            if isinstance(count, int) and count > 0:
                 raise UnsupportedModel(
                     f"{config.model_type}: config.json has {key}={count}, so this is a mixture of "
                     "experts already; give its dense counterpart"

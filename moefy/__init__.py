@@ -1,0 +1,31 @@
+"""moefy turns the MLPs of a trained transformer into experts.
+
+    import moefy
+    moefy.convert("path/to/model", "out", recipe=moefy.Recipe(density=0.25))
+    model = moefy.load("out")
+
+Importing this package loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moefy.convert import convert as convert
+    from moefy.modeling import load as load
+    from moefy.recipe import Recipe as Recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "convert": "moefy.convert",
+    "load": "moefy.modeling",
+    "Recipe": "moefy.recipe",
+}
+__all__ = ["Recipe", "__version__", "convert", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'moefy' has no attribute '{name}'")

@@ -1,0 +1,150 @@
+"""One streaming pass over the dense model: the inputs of every MLP, on disk, for a token sample.
+
+Memory stays bounded by one batch: each layer's inputs go to a file of their own, and whoever fits a
+layer maps that file alone. Padding is never captured; first tokens are.
+
+Shapes: B documents, T tokens, D model width.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.console import Reporter
+from moefy.data import Batch
+from moefy.errors import MoefyError
+from moefy.locate import Site
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The sample of one shard: `[T, D]` per layer, in files `{name}-{layer}.bin` of a folder."""
+
+    folder: Path
+    name: str
+
+    @property
+    def _index(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the pass came to its end."""
+        return self._index.is_file()
+
+    def inputs(self, site: Site) -> Tensor:
+        """The MLP inputs `[T, D]` of one layer, mapped from disk, in the dtype of the model."""
+        index = json.loads(self._index.read_text())
+        tokens, dtype = index["tokens"][site.index], getattr(torch, index["dtype"])
+        size = tokens * site.width
+        file = str(self.folder / f"{self.name}-{site.index}.bin")
+        return torch.from_file(file, shared=False, size=size, dtype=dtype).view(tokens, site.width)
+
+
+def side_of(site: Site) -> str:
+    """Whether a layer reads the tokens of the `encoder` or the `decoder`."""
+    return "encoder" if site.layer.startswith("encoder.") else "decoder"
+
+
+def run(model: PreTrainedModel, batch: Batch) -> object:
+    """One forward pass without a cache, on the device of the model."""
+    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    elif model.config.is_encoder_decoder or model.can_generate():
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    return model(**inputs)
+
+
+def listen(
+    model: nn.Module, found: list[Site], heard: Callable[[Site, Tensor], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Call `heard` with the input `[T, D]` of every MLP in every forward pass; returns the hooks."""
+
+    def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def pre(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            heard(site, args[0].detach().reshape(-1, site.width))
+
+        return pre
+
+    return [model.get_submodule(s.module).register_forward_pre_hook(hook(s)) for s in found]
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel,
+    found: list[Site],
+    batches: list[Batch],
+    into: Captured,
+    *,
+    limit: int,
+    seed: int,
+    report: Reporter,
+) -> None:
+    """Run the model and keep the MLP inputs of at most `limit` tokens, drawn evenly.
+
+    Raises `MoefyError` where an activation is not finite.
+    """
+    keep = {
+        side: _drawn(_sizes(model, found, batches, side), limit, seed)
+        for side in sorted({side_of(site) for site in found})
+    }
+    current: list[tuple[Batch, dict[str, Tensor]]] = []
+    tokens = dict.fromkeys((site.index for site in found), 0)
+    files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("wb") for s in found}
+
+    def heard(site: Site, x_TD: Tensor) -> None:
+        batch, chosen = current[0]
+        mask = batch.mask(side_of(site))
+        if mask is not None:
+            x_TD = x_TD[mask.flatten().to(x_TD.device)]
+        kept_TD = x_TD[chosen[side_of(site)].to(x_TD.device)].cpu().contiguous()
+        if not kept_TD.isfinite().all():
+            raise MoefyError(
+                f"{site.layer}: the input of its MLP is not finite for document "
+                f"'{batch.samples[0].document.source_id}' or one batched with it; the weights hold "
+                f"NaN, or {kept_TD.dtype} overflows"
+            )
+        files[site.index].write(kept_TD.flatten().view(torch.uint8).numpy().tobytes())
+        tokens[site.index] += len(kept_TD)
+
+    handles = listen(model, found, heard)
+    try:
+        for number, batch in enumerate(report.track(batches, f"measure for {into.name}")):
+            current[:] = [(batch, {side: keep[side][number] for side in keep})]
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for file in files.values():
+            file.close()
+    index = {"tokens": list(tokens.values()), "dtype": str(model.dtype).removeprefix("torch.")}
+    into._index.write_text(json.dumps(index))
+
+
+def _drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:
+    """For each batch, which of its tokens are kept: an even draw without replacement."""
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    chosen[torch.randperm(sum(sizes), generator=generator)[:limit]] = True
+    return list(chosen.split(sizes))
+
+
+def _sizes(
+    model: PreTrainedModel, found: list[Site], batches: list[Batch], side: str
+) -> list[int]:
+    """Tokens that the MLPs of one side see in each batch, padding left out."""
+    masks = [batch.mask(side) for batch in batches]
+    if masks[0] is not None:
+        return [int(mask.sum()) for mask in masks if mask is not None]
+    # Images have no mask: one pass over the first batch tells how many patches an image has.
+    seen: list[int] = []
+    handles = listen(model, found[:1], lambda _, x_TD: seen.append(len(x_TD)))
+    run(model, batches[0])
+    handles[0].remove()
+    return [len(batch.samples) * seen[0] // len(batches[0].samples) for batch in batches]

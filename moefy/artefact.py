@@ -1,0 +1,164 @@
+"""The side files of a moefied checkpoint: `moefy.json` and `moefy.safetensors`, strictly read.
+
+`docs/format.md` describes every field. It knows nothing of models: only names, shapes and hashes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from moefy.checkpoint import Checkpoint, sha256
+from moefy.errors import CheckpointError
+
+FORMAT_VERSION = 1
+META, SIDE = "moefy.json", "moefy.safetensors"
+FULL, ADAPTER = "full", "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """One converted MLP, as `moefy.json` has it."""
+
+    layer: str
+    """Module path of the layer in the transformers model."""
+    neurons: int
+    width: int
+    experts: int
+    """All experts, the shared ones first."""
+    shared: int
+    router: dict[str, Any]
+    """`name` and `hidden`."""
+    selection: dict[str, Any]
+    """`name` and the settings of that selection."""
+    compensation: str
+
+    @property
+    def active(self) -> int | None:
+        """Experts that run for every token, shared ones included; None where it varies."""
+        k = self.selection.get("k")
+        return None if k is None else int(k) + self.shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """Everything the side files say."""
+
+    form: str
+    """`full`: the weights are here, in expert order. `adapter`: they are in `source`, as they were."""
+    source: dict[str, Any]
+    """`name` as the user gave it (path or Hub id) and `sha256` of its files."""
+    recipe: dict[str, Any]
+    corpus: dict[str, Any]
+    layers: list[LayerEntry]
+    tensors: dict[str, Tensor] = field(repr=False, compare=False)
+    """`layers.{i}.permutation` [N] int32, `layers.{i}.router.*`, `layers.{i}.compensation.*`."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Hashes of the weight files of the full form and of `moefy.safetensors`."""
+    weights_modified: bool = False
+    """True once training has changed weights: `revert` can then not give back the source."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+
+    def of_layer(self, index: int, part: str) -> dict[str, Tensor]:
+        """The tensors `layers.{index}.{part}.*`, by what follows."""
+        prefix = f"layers.{index}.{part}."
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def permutation(self, index: int) -> Tensor:
+        """Neurons of layer `index` in expert order `[N]`: slot `i` holds source neuron `p[i]`."""
+        return self.tensors[f"layers.{index}.permutation"].long()
+
+
+def write_side_files(folder: Path, artefact: Artefact) -> None:
+    """Write both files; equal artefacts give equal bytes."""
+    tensors = {name: artefact.tensors[name].contiguous() for name in sorted(artefact.tensors)}
+    (folder / SIDE).write_bytes(save(tensors))
+    meta = {key: value for key, value in asdict(artefact).items() if key != "tensors"}
+    meta["sha256"] = {**artefact.sha256, SIDE: sha256(folder / SIDE)}
+    text = json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False)
+    (folder / META).write_text(text + "\n", encoding="utf-8")
+
+
+def is_artefact(folder: str | Path) -> bool:
+    """Whether this is a folder that moefy wrote."""
+    return (Path(folder) / META).is_file()
+
+
+def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
+    """Read and check both files, and with `verify` the hashes of all weights.
+
+    Raises `CheckpointError` for a newer format, unknown or missing fields, missing or misshapen
+    tensors, and files whose hash is not the recorded one.
+    """
+    folder = Path(folder)
+    meta_file = folder / META
+    if not meta_file.is_file():
+        raise CheckpointError(f"{folder}: no {META}; not a moefied model, convert it first")
+    try:
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        version = meta["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{meta_file}: damaged ({error}); convert the source again") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{meta_file}: format {version}, this moefy reads {FORMAT_VERSION}; "
+            + ("upgrade moefy" if version > FORMAT_VERSION else "convert the source again")
+        )
+    _check_fields(meta_file, "", meta, {f.name for f in fields(Artefact)} - {"tensors"})
+    entries = []
+    for index, layer in enumerate(meta["layers"]):
+        _check_fields(meta_file, f"layers[{index}].", layer, {f.name for f in fields(LayerEntry)})
+        entries.append(LayerEntry(**layer))
+    hashes = {**meta["sha256"]}
+    names = hashes if verify else {SIDE: hashes.get(SIDE)}
+    for name, expected in names.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: {name} is missing; copy the folder again")
+        if sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name}: its SHA-256 is not the one in {META}; the file was changed or "
+                "damaged, copy or convert it again"
+            )
+    try:
+        tensors = load_file(folder / SIDE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / SIDE}: damaged ({error})") from None
+    values = {key: value for key, value in meta.items() if key not in ("layers", "format")}
+    artefact = Artefact(**values, layers=entries, tensors=tensors)
+    for index, entry in enumerate(entries):
+        _check_permutation(folder / SIDE, artefact, index, entry)
+    return artefact
+
+
+def verify_source(artefact: Artefact, base: Checkpoint) -> None:
+    """Raise `CheckpointError` where `base` does not hold the very files of the source."""
+    hashes = base.hashes()
+    for name, expected in artefact.source["sha256"].items():
+        if hashes.get(name) != expected:
+            raise CheckpointError(
+                f"{base.folder}: {name} is {'another' if name in hashes else 'missing'}, this "
+                f"artefact was made from '{artefact.source['name']}' with SHA-256 {expected[:12]}…; "
+                "give that checkpoint"
+            )
+
+
+def _check_fields(file: Path, where: str, got: Mapping[str, Any], expected: set[str]) -> None:
+    missing, unknown = sorted(expected - set(got)), sorted(set(got) - expected)
+    if missing or unknown:
+        what = f"'{where}{missing[0]}' is missing" if missing else f"'{where}{unknown[0]}' is unknown"
+        raise CheckpointError(f"{file}: field {what}; convert the source again")
+
+
+def _check_permutation(file: Path, artefact: Artefact, index: int, entry: LayerEntry) -> None:
+    name = f"layers.{index}.permutation"
+    got = artefact.tensors.get(name)
+    if got is None:
+        raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
+    if got.shape != (entry.neurons,) or got.sort().values.tolist() != list(range(entry.neurons)):
+        raise CheckpointError(f"{file}: {name} is not a permutation of {entry.neurons} neurons")

@@ -1,0 +1,61 @@
+"""The README.md of an artefact: what it is, how to load it, what it measured."""
+
+from typing import Any
+
+from moefy.artefact import Artefact
+from moefy.tables import domain_table
+
+_CARD = """---
+library_name: moefy
+tags: [moefy, mixture-of-experts, activation-sparsity]
+---
+# {name}, moefied
+
+Made from `{name}` by moefy {version}: {layers} MLPs in {experts} experts each, of which {active} run
+for a token (FFN density {density:.3f}). {form}
+
+```python
+import moefy
+model = moefy.load("path/to/this/folder")
+```
+
+## Measured
+
+On {documents} documents ({tokens} tokens) of the corpus `{corpus}` on which nothing was fitted,
+against {dense}. FFN density {measured:.3f}, active budget {budget:.3f} (MLP weights read per token,
+router and compensation included, over the dense MLPs'), active parameters {parameters:.3f}.
+
+{table}
+
+With every expert on, outputs equal the source up to a relative error of {error:.1e}.
+"""
+_FORM = {
+    "full": "The weights are the source's, their neurons in expert order: plain `transformers` "
+    "loads this folder as the dense model.",
+    "adapter": "This folder holds the side files only; the weights stay in the source.",
+}
+
+
+def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
+    """The text of the card."""
+    first, quality = artefact.layers[0], records["evaluation"]
+    active = first.active
+    share = artefact.recipe["density"] if active is None else active / first.experts
+    return _CARD.format(
+        name=artefact.source["name"],
+        version=artefact.versions["moefy"],
+        layers=len(artefact.layers),
+        experts=first.experts,
+        active="a varying number" if active is None else active,
+        density=share,
+        form=_FORM[artefact.form],
+        documents=quality["documents"],
+        tokens=quality["tokens"],
+        corpus=artefact.corpus["name"],
+        dense=quality["dense"],
+        measured=quality["ffn_density"],
+        budget=quality["active_budget"],
+        parameters=quality["active_parameters"],
+        table=domain_table(quality),
+        error=records["conversion"]["all_experts_relative_error"],
+    )

@@ -1,0 +1,310 @@
+"""Sharded safetensors on disk: opened, checked, read one tensor at a time, copied and permuted.
+
+A converted checkpoint is its source, copied file by file, with the bytes of some tensors put into
+another order *in place*. Headers, names, dtypes, shards and every file that holds no weights stay
+as they were, whatever the size of the model, and `revert` is the same with the inverse order.
+
+It knows nothing of layers, experts or recipes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from moefy.errors import CheckpointError, OutputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Little-endian storage of a tensor's elements, by safetensors dtype; only order matters here.
+_STORAGE = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: its file, dtype, shape, and first and last byte in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises `CheckpointError` where the file is cut short or its header is damaged.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+        }
+        end = max((tensor.end for tensor in found.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"its header speaks of {end} bytes, the file has {size}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(
+            f"{file}: truncated or corrupt safetensors file ({error}); copy or download it again"
+        ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open_config(cls, model: str | Path) -> "Checkpoint":
+        """Open a local folder, or download a Hub repository by its id, and read `config.json` only.
+
+        Raises `CheckpointError` for anything that is not a model folder.
+        """
+        folder = Path(model)
+        if not folder.exists():
+            folder = _download(str(model))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: not a model folder; give the folder that holds config.json"
+            )
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise CheckpointError(f"{folder}: no config.json; is this a transformers model folder?")
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{config_file}: not JSON ({error}); download it again"
+            ) from None
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, model: str | Path) -> "Checkpoint":
+        """Like `open_config`, and the weight files are found and checked too."""
+        checkpoint = cls.open_config(model)
+        _ = checkpoint.tensors  # a damaged file is found now, not halfway
+        return checkpoint
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index}: not a weight index ({error})") from None
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder}: {len(missing)} of {len(names)} shards missing, "
+                    f"first {missing[0]}; download the rest"
+                )
+            return [self.folder / name for name in names]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt*"))
+        if pickled:
+            raise CheckpointError(
+                f"{self.folder}: only pickled weights ({pickled[0].name}), which can run code when "
+                "opened; convert them once with transformers' save_pretrained, which writes safetensors"
+            )
+        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}")
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor by its name on disk."""
+        found: dict[str, StoredTensor] = {}
+        for file in self.files:
+            found |= read_header(file)
+        index = self.folder / INDEX
+        if index.is_file():
+            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            lost = [name for name in wanted if name not in found]
+            if lost:
+                raise CheckpointError(
+                    f"{self.folder}: the index names {lost[0]}, no shard holds it; download again"
+                )
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, alone in memory."""
+        with safe_open(str(self.tensors[name].file), "pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of `config.json` and of every weight file, by file name."""
+        return {file.name: sha256(file) for file in [self.folder / "config.json", *self.files]}
+
+
+def _download(model: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except HFValidationError:
+        raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{model}: no such folder, and the Hugging Face Hub does not give it ({reason})"
+        ) from None
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Copy a model folder file by file; a file already copied in full is left alone."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not file.is_file() or hidden or str(relative) in skip:
+            continue
+        copy = target / relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        part = copy.with_name(copy.name + ".part")
+        shutil.copyfile(file, part)
+        os.replace(part, copy)
+
+
+def permute_in_place(tensor: StoredTensor, order: NDArray[np.int64], axis: int, parts: int = 1) -> None:
+    """Reorder the neurons of a stored tensor: slot `i` along `axis` gets what was at `order[i]`.
+
+    `parts` neuron blocks lie side by side along the axis (2 for a fused gate and up projection) and
+    all get the same order.
+    """
+    shape = [*tensor.shape[:axis], parts, len(order), *tensor.shape[axis + 1 :]]
+    if tensor.dtype not in _STORAGE or parts * len(order) != tensor.shape[axis]:
+        raise CheckpointError(
+            f"{tensor.file}: cannot reorder a {tensor.dtype} tensor of shape {list(tensor.shape)} "
+            f"in {parts} x {len(order)} neurons; fp32, fp16 and bf16 are supported"
+        )
+    data = np.memmap(tensor.file, _STORAGE[tensor.dtype], "r+", tensor.begin, tuple(shape))
+    data[...] = np.take(np.asarray(data), order, axis + 1)
+    data.flush()
+
+
+def overwrite(tensor: StoredTensor, values: Tensor) -> None:
+    """Replace the bytes of a stored tensor; `values` has its shape and dtype."""
+    import torch
+
+    raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    if raw.nbytes != tensor.end - tensor.begin:
+        raise CheckpointError(
+            f"{tensor.file}: {raw.nbytes} bytes do not replace {tensor.end - tensor.begin}"
+        )
+    with tensor.file.open("r+b") as stream:
+        stream.seek(tensor.begin)
+        stream.write(raw.tobytes())
+
+
+class OutputFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Work goes on in a hidden folder beside it, which stays when a run is killed, so that the next
+    one may resume. `fingerprint` says which run it belongs to.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.work = out.parent / f".{out.name}.moefy-unfinished"
+
+    def begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
+        """Make the work folder; True where an unfinished run is taken up.
+
+        Raises `OutputError` where something is in the way that nobody said to overwrite.
+        """
+        if self.out.exists() and not overwrite:
+            raise OutputError(f"{self.out}: exists already; choose another name or pass --overwrite")
+        stamp = self.work / "fingerprint"
+        if self.work.exists():
+            if resume:
+                if not stamp.exists() or stamp.read_text() == fingerprint:
+                    stamp.write_text(fingerprint)
+                    return True
+                raise OutputError(
+                    f"{self.out}: the unfinished run was started with another model, recipe or "
+                    "corpus; repeat those, or pass --overwrite to start anew"
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{self.out}: an unfinished run lies in {self.work.name}; pass --resume to "
+                    "continue it or --overwrite to start anew"
+                )
+            shutil.rmtree(self.work)
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be written ({error.strerror})") from None
+        stamp.write_text(fingerprint)
+        return False
+
+    def need(self, size: int) -> None:
+        """Raise `OutputError` where the disk has less than `size` bytes free."""
+        free = shutil.disk_usage(self.work).free
+        if free < size:
+            raise OutputError(
+                f"{self.out}: needs {size / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+                "free some or choose another place"
+            )
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Turn a disk that fills up meanwhile into an `OutputError`; what is done stays."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+                raise
+            raise OutputError(
+                f"{self.out}: the disk is full; free some room and pass --resume, nothing is lost"
+            ) from None
+
+    def commit(self, finished: Path) -> None:
+        """Put the finished folder in its place by rename and drop the rest of the work."""
+        old = self.out.parent / f".{self.out.name}.moefy-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            os.replace(self.out, old)
+        os.replace(finished, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)

@@ -1,0 +1,323 @@
+"""The command line: each verb calls one function and shows what it returned.
+
+Results go to stdout, as tables or with `--json` as one document; progress and errors to stderr. An
+error of the user's is one line and exit code 1, a usage error exit code 2.
+"""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moefy.errors import MoefyError, RecipeError
+
+app = typer.Typer(
+    help="Turn the MLPs of a trained transformer into experts.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub id.")]
+Moefied = Annotated[Path, typer.Argument(help="Folder that moefy convert wrote.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Text: file, folder with a sub-folder per domain, .jsonl, or dataset name."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
+
+
+@dataclass
+class Shown:
+    """What a verb gives back: JSON values, and what a person sees instead."""
+
+    data: Any
+    view: list[Any] = field(default_factory=list)
+
+
+def verb(run: Callable[..., Shown]) -> None:
+    """Register a verb; adds `--json`, `--quiet`, `--verbose` and `--debug`, and reports errors."""
+    extra = {
+        "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
+        "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")],
+        "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Messages of libraries.")],
+        "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
+    }
+    signature = inspect.signature(run, eval_str=True)
+    takes_quiet = "quiet" in signature.parameters
+
+    @functools.wraps(run)
+    def command(as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
+        if takes_quiet:
+            arguments["quiet"] = quiet
+        _hush(verbose)
+        try:
+            shown = run(**arguments)
+        except MoefyError as error:
+            if debug:
+                raise
+            typer.echo(f"moefy: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("moefy: interrupted; nothing is lost, --resume continues", err=True)
+            raise typer.Exit(130) from None
+        if as_json:
+            typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
+            return
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+        for item in shown.view:
+            console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+
+    own = [p for p in signature.parameters.values() if p.name != "quiet"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in extra.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *added], return_annotation=None)  # type: ignore[attr-defined]
+    app.command(run.__name__.rstrip("_"))(command)
+
+
+def _hush(verbose: bool) -> None:
+    """Libraries say what they have to say only when asked."""
+    import logging
+    import os
+
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {pair}: expected key=value, such as router.name=linear")
+        found[key] = value
+    return found
+
+
+@verb
+def convert(
+    model: Model,
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "default",
+    density: Annotated[float | None, typer.Option(help="FFN density, 0 to 1.")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
+    corpus: Text = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe setting a.b=c; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    quiet: bool = False,
+) -> Shown:
+    """Convert a checkpoint: partition, router, verified output.
+
+    Example: moefy convert ./llama ./llama-moefied --density 0.25
+    """
+    from moefy import recipe as recipes
+
+    flags = {
+        "density": density,
+        "partition.expert_size": expert_size,
+        "partition.experts": experts,
+    }
+    chosen = recipes.override(
+        recipes.load(recipe),
+        {**{k: v for k, v in flags.items() if v is not None}, **_settings(set_ or [])},
+    )
+    if dry_run:
+        return _plan(model, chosen, corpus, adapter)
+    from moefy.convert import convert as run
+    from moefy.tables import domain_rows, terminal
+
+    records = run(
+        model, out, recipe=chosen, corpus=corpus, adapter=adapter, resume=resume,
+        overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    table = terminal(*domain_rows(records["evaluation"]))
+    return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
+
+
+def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool) -> Shown:
+    from dataclasses import asdict
+
+    from moefy.checkpoint import Checkpoint
+    from moefy.plan import describe, plan
+
+    found = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
+    data = {key: value for key, value in asdict(found).items() if key != "sites"}
+    return Shown(data, [describe(found, recipe)])
+
+
+@verb
+def eval_(
+    model: Moefied,
+    against: Annotated[
+        str | None, typer.Option(help="Dense checkpoint; left out, the same weights, all experts on.")
+    ] = None,
+    corpus: Text = None,
+    documents: Annotated[int, typer.Option(help="Most documents to read.")] = 1 << 30,
+    router: Annotated[
+        str | None, typer.Option(help="Replace the router, for example by 'oracle'.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
+    quiet: bool = False,
+) -> Shown:
+    """Measure quality against the dense model, per domain, with intervals."""
+    from moefy.measure import evaluate_folder
+    from moefy.tables import domain_rows, terminal
+
+    record = evaluate_folder(
+        model, against=against, corpus=corpus, documents=documents, router=router, quiet=quiet
+    )
+    _write(record, output)
+    summary = (
+        f"FFN density {record['ffn_density']:.3f}, active budget {record['active_budget']:.3f}, "
+        f"active parameters {record['active_parameters']:.3f}"
+    )
+    return Shown(record, [terminal(*domain_rows(record)), summary])
+
+
+@verb
+def bench(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder that moefy convert wrote; none: --layer.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Time one synthetic SwiGLU layer: D,N,E,k such as 4096,11008,64,16.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for --layer.")] = "float32",
+    tokens: Annotated[int, typer.Option(help="Tokens a pass, for --layer.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+    generated: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
+    samples: Annotated[int, typer.Option(help="Samples of each side.")] = 7,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also time the dense layer under torch.compile.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
+    quiet: bool = False,
+) -> Shown:
+    """Time the moefied model beside the dense one: prefill and cached decode, medians."""
+    from moefy.measure import bench_folder, bench_shape
+    from moefy.tables import speed_rows, terminal
+
+    if layer is not None:
+        record = bench_shape(layer, dtype, tokens, samples, compiled)
+    elif model is not None:
+        record = bench_folder(model, prompt, generated, samples, quiet=quiet)
+    else:
+        raise MoefyError("bench: got neither a model folder nor --layer; give one of them")
+    _write(record, output)
+    return Shown(record, [terminal(*speed_rows(record))])
+
+
+@verb
+def generate(
+    model: Moefied,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of the likeliest.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Run every expert.")] = False,
+) -> Shown:
+    """Continue a prompt with the moefied model."""
+    from moefy.measure import generate_text
+
+    text = generate_text(model, prompt, tokens=tokens, sample=sample, dense=dense)
+    return Shown({"prompt": prompt, "text": text}, [text])
+
+
+@verb
+def revert(model: Moefied, out: Out, overwrite: Overwrite = False) -> Shown:
+    """Give back the dense checkpoint, every tensor byte for byte."""
+    from moefy.reorder import revert as run
+
+    run(model, out, overwrite=overwrite)
+    return Shown({"out": str(out)}, [f"wrote {out}: the tensors of the source, byte for byte"])
+
+
+@verb
+def export(
+    model: Moefied,
+    out: Out,
+    to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or dense.")],
+    overwrite: Overwrite = False,
+) -> Shown:
+    """Write a stock mixture-of-experts checkpoint that needs no moefy."""
+    from moefy.export import export as run
+
+    record = run(model, out, to=to, overwrite=overwrite)
+    return Shown(record, [f"wrote {out}: {record['architecture']}", *record["warnings"]])
+
+
+@verb
+def ls(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="recipes, methods, routers, selections, compensations, families."),
+    ] = None,
+) -> Shown:
+    """List what there is to choose from."""
+    from moefy.listing import listing
+    from moefy.tables import terminal
+
+    tables = listing(what)
+    view = [
+        terminal([name, "what it is"], [[k, v] for k, v in rows.items()])
+        for name, rows in tables.items()
+    ]
+    return Shown(tables, view)
+
+
+@verb
+def env() -> Shown:
+    """Versions and machine, for a bug report."""
+    from moefy.provenance import machine
+    from moefy.tables import terminal
+
+    found = machine()
+    flat = {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}
+    return Shown(found, [terminal(["", "value"], [[k, str(v)] for k, v in flat.items()])])
+
+
+@verb
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("moefy-quickstart"),
+    quiet: bool = False,
+) -> Shown:
+    """Convert, evaluate and time the bundled demo models."""
+    from moefy.quickstart import quickstart as run
+    from moefy.tables import terminal
+
+    record = run(out, quiet=quiet)
+    return Shown(record["data"], [terminal(*table) for table in record["tables"]] + record["notes"])
+
+
+def _write(record: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of the `moefy` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The main flow: a dense checkpoint goes in, a moefied one comes out. Read it top to bottom.
+
+    plan     which MLPs there are and how they split, from config.json alone
+    measure  run the dense model once and keep a sample of every MLP's input
+    fit      for each layer: partition, router, selection, compensation
+    write    the weights in expert order (or the side files alone), and what was fitted
+    verify   with every expert on, the result is the dense model; then its quality is measured
+
+Every stage leaves its result in a hidden folder beside the output, so that a run that was killed
+goes on where it stopped; the output appears by rename when all is done.
+
+Shapes: T tokens, D width, N neurons, E experts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy import recipe as recipes
+from moefy.activations import Captured, capture, run
+from moefy.artefact import ADAPTER, FULL, Artefact, LayerEntry, write_side_files
+from moefy.card import model_card
+from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, sha256
+from moefy.console import Reporter
+from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.errors import CheckpointError, MoefyError
+from moefy.evaluate import evaluate, outputs
+from moefy.inputs import read_batches, read_config
+from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
+from moefy.mlp import DenseMlp
+from moefy.modeling import all_experts, build_routing, load, load_dense, placement
+from moefy.partition import partition
+from moefy.plan import Plan, describe, plan
+from moefy.provenance import machine, versions
+from moefy.recipe import Recipe
+from moefy.reorder import reorder
+from moefy.routing import ROUTERS, SELECTIONS, choose
+from moefy.training import fit_compensation, fit_router, fit_selection
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest relative error of the outputs with every expert on; the error itself is recorded."""
+
+EVALUATED_DOCUMENTS = 66
+HELD_OUT_SHARE = 0.15
+
+
+def convert(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    recipe: Recipe | str | Path = "default",
+    corpus: Any = None,
+    adapter: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
+
+    `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
+    With `adapter` only the side files are written and the source stays where it is. `resume` takes
+    up a run that was interrupted and ends with the same tensors; `overwrite` replaces `out`.
+
+    Returns the records that are also in `out/records.json`: `conversion` and `evaluation`. Raises
+    `MoefyError` for anything that is the user's to mend; `out` then is as it was.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    report = Reporter(quiet=quiet)
+    clock = _Clock()
+    with _on_disk(model, adapter) as folder, clock.stage("plan"):
+        checkpoint = Checkpoint.open(folder)
+        text = load_corpus(corpus)
+        shards = split_shards(text, recipe.seed)
+        todo = plan(checkpoint, recipe, text.name, adapter=adapter)
+        report.say(describe(todo, recipe))
+        source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
+        output = OutputFolder(Path(out))
+        output.begin(_fingerprint(recipe, source, text, adapter), resume=resume, overwrite=overwrite)
+        output.need(todo.disk)
+
+        with output.full_disk():
+            with clock.stage("measure"):
+                samples = _measure(checkpoint, todo, recipe, shards, output.work, report)
+
+            with clock.stage("fit"):
+                fitted = _fit(checkpoint, todo, recipe, samples, output.work, report)
+
+            with clock.stage("write"):
+                artefact, fits = _collect(fitted, todo, recipe, source, text, adapter)
+                finished = output.work / "model"
+                _write(checkpoint, finished, artefact, todo.sites, report)
+
+            with clock.stage("verify"):
+                held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+                batches = read_batches(checkpoint, todo.kind, held, recipe.context)
+                sparse = load(finished, verify=False, **placement())
+                error = _verify(checkpoint, sparse, batches)
+                report.say(f"with every expert on, equal to the dense model up to {error:.1e}")
+                quality = evaluate(sparse, batches, report=report)
+
+            conversion = {
+                "kind": "conversion",
+                "source": source["name"],
+                "model_class": todo.model_class,
+                "form": artefact.form,
+                "all_experts_relative_error": error,
+                "routers": fits,
+                "seconds": clock.seconds,
+                "machine": machine(),
+            }
+            records = {"conversion": conversion, "evaluation": quality}
+            _describe_output(finished, artefact, records)
+    output.commit(finished)
+    return records
+
+
+class _Clock:
+    """Wall-clock seconds of every stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+@contextmanager
+def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str | Path]:
+    """Where the source lies; a model in memory is saved for as long as the conversion lasts."""
+    if isinstance(model, str | Path):
+        yield model
+        return
+    if adapter:
+        raise MoefyError("an adapter names the folder of its source: save the model first")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield folder
+
+
+def _fingerprint(recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool) -> str:
+    """Digest of all that decides the result: an unfinished run is only resumed with the same."""
+    settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, versions()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _lasting_name(folder: str | Path, adapter: bool) -> str:
+    """A Hub id or, for an adapter, the full path; the folder's name is enough for the full form."""
+    path = Path(folder)
+    if not path.exists():
+        return str(folder)
+    return str(path.resolve()) if adapter else path.resolve().name
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    todo: Plan,
+    recipe: Recipe,
+    shards: dict[str, Corpus],
+    work: Path,
+    report: Reporter,
+) -> dict[str, Captured]:
+    """Capture what the partition, the router and the router's early stopping look at."""
+    train, held = hold_out(shards["router"], HELD_OUT_SHARE, recipe.seed)
+    wanted = {
+        "partition": (shards["partition"], recipe.partition.tokens),
+        "router": (train, recipe.router.tokens),
+        "held-out": (held, max(1, round(recipe.router.tokens * HELD_OUT_SHARE))),
+    }
+    folder = work / "activations"
+    folder.mkdir(exist_ok=True)
+    samples = {name: Captured(folder, name) for name in wanted}
+    missing = [name for name in wanted if not samples[name].complete]
+    model = load_dense(checkpoint, **placement()) if missing else None
+    for name in missing:
+        assert model is not None
+        corpus, limit = wanted[name]
+        batches = read_batches(checkpoint, todo.kind, corpus, recipe.context, limit)
+        capture(
+            model, sites(model), batches, samples[name], limit=limit, seed=recipe.seed, report=report
+        )
+    return samples
+
+
+def _fit(
+    checkpoint: Checkpoint,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    work: Path,
+    report: Reporter,
+) -> Path:
+    """Fit every layer that is not there yet, each from its own weights and sample alone."""
+    folder = work / "layers"
+    folder.mkdir(exist_ok=True)
+    stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
+    names = {name: disk for disk, name in stored.items()}
+    for site in report.track(todo.sites, "fit layers"):
+        if not (folder / f"{site.index}.json").exists():
+            _fit_layer(_read(checkpoint, site, names), site, todo, recipe, samples, folder)
+    return folder
+
+
+def _read(checkpoint: Checkpoint, site: Site, names: dict[str, str]) -> DenseMlp:
+    """One layer's weights in fp32, straight from disk."""
+
+    def get(name: str) -> Tensor:
+        if name not in names:
+            raise CheckpointError(f"{checkpoint.folder}: no tensor on disk is {name}")
+        tensor = checkpoint.read(names[name])
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{checkpoint.folder}: {names[name]} holds NaN or infinity; the checkpoint is damaged"
+            )
+        return tensor
+
+    return read_mlp(site, get).to(torch.float32)
+
+
+def _fit_layer(
+    mlp: DenseMlp,
+    site: Site,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    folder: Path,
+) -> None:
+    """Partition one layer and fit its routing; the same seed gives the same bytes."""
+    entry, k = todo.layers[site.index], todo.k[site.index]
+    routed_experts = entry.experts - entry.shared
+    torch.manual_seed(recipe.seed + site.index)
+    split = partition(
+        mlp,
+        samples["partition"].inputs(site).float(),
+        experts=entry.experts,
+        method=recipe.partition.method,
+        shared=entry.shared,
+        seed=recipe.seed,
+    )
+    routed = mlp.take(split.permutation[entry.shared * split.expert_size :])
+
+    x_TD, held_TD = samples["router"].inputs(site), samples["held-out"].inputs(site)
+    router = choose(ROUTERS, "router", recipe.router.name)(
+        site.width, routed_experts, recipe.router.hidden
+    )
+    router.initialise(routed)
+    fit = fit_router(
+        router, routed, x_TD, held_TD, experts=routed_experts, k=k, recipe=recipe.router,
+        seed=recipe.seed,
+    )  # fmt: skip
+    kind = choose(SELECTIONS, "selection", recipe.selection.name)
+    selection = fit_selection(kind, router, routed, held_TD, k)
+    entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
+    compensation = build_routing(entry)[2]
+    fit_compensation(compensation, router, selection, routed, x_TD)
+
+    tensors = {"permutation": split.permutation.to(torch.int32)}
+    for part, module in (("router", router), ("compensation", compensation)):
+        tensors |= {f"{part}.{n}": v.detach().contiguous() for n, v in module.state_dict().items()}
+    save_file(tensors, folder / f"{site.index}.safetensors")
+    # Written last and by rename: its presence says that the layer is finished.
+    unfinished = folder / f"{site.index}.part"
+    unfinished.write_text(json.dumps({"entry": asdict(entry), "fit": fit.record()}))
+    os.replace(unfinished, folder / f"{site.index}.json")
+
+
+def _collect(
+    fitted: Path, todo: Plan, recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool
+) -> tuple[Artefact, list[dict[str, Any]]]:
+    """All fitted layers as one artefact, and how well their routers came out."""
+    layers, fits, tensors = [], [], {}
+    for site in todo.sites:
+        kept = json.loads((fitted / f"{site.index}.json").read_text())
+        layers.append(LayerEntry(**kept["entry"]))
+        fits.append({"layer": site.layer, **kept["fit"]})
+        for name, value in load_file(fitted / f"{site.index}.safetensors").items():
+            tensors[f"layers.{site.index}.{name}"] = value
+    artefact = Artefact(
+        form=ADAPTER if adapter else FULL,
+        source=source,
+        recipe=recipes.to_dict(recipe),
+        corpus={"name": corpus.name, "sha256": corpus.sha256},
+        layers=layers,
+        tensors=tensors,
+        versions=versions(),
+    )
+    return artefact, fits
+
+
+def _write(
+    checkpoint: Checkpoint, finished: Path, artefact: Artefact, found: list[Site], report: Reporter
+) -> None:
+    """Write the result; a folder from a run that was killed here is made anew."""
+    shutil.rmtree(finished, ignore_errors=True)
+    finished.mkdir()
+    hashes = {}
+    if artefact.form == FULL:
+        copy_folder(checkpoint.folder, finished)
+        written = Checkpoint.open(finished)
+        reorder(written, found, artefact, report)
+        hashes = {file.name: sha256(file) for file in written.files}
+    write_side_files(finished, replace(artefact, sha256=hashes))
+
+
+@torch.no_grad()
+def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batches: list[Batch]) -> float:
+    """Relative error of the written model with every expert on, against the source itself."""
+    with all_experts(sparse):
+        got = outputs(run(sparse, batches[0]))
+    want = outputs(run(load_dense(checkpoint, **placement()), batches[0]))
+    mask = batches[0].mask()
+    keep = torch.ones(want.shape[:2], dtype=torch.bool) if mask is None else mask
+    got, want = got[keep].double(), want[keep].double()
+    error = ((got - want).norm() / want.norm()).item()
+    limit = TOLERANCE[sparse.dtype]
+    if not error <= limit:
+        raise MoefyError(
+            f"verification failed: with every expert on the outputs differ by {error:.1e} "
+            f"(relative; at most {limit:.0e} for {sparse.dtype}); nothing was written; please "
+            "report this with the model's config.json"
+        )
+    return error
+
+
+def _describe_output(finished: Path, artefact: Artefact, records: dict[str, Any]) -> None:
+    """Records and model card; a card that the source had is kept beside it."""
+    (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+    card = finished / "README.md"
+    if card.exists():
+        os.replace(card, finished / "README.source.md")
+    card.write_text(model_card(artefact, records), encoding="utf-8")

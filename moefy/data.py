@@ -1,0 +1,404 @@
+"""Corpora with domain and source labels, their disjoint shards, and batches a model can run.
+
+A *document* is one piece of text, its *domain* the label of its corpus, its *source* the work it was
+cut from. Shards never share a document, and never a source in domains with 20 sources or more.
+
+    corpus = load_corpus()                       # the bundled one; or a path, or a dataset's name
+    shards = split_shards(corpus, seed=0)
+    batches = make_batches(shards["evaluation"].samples(tokenizer, "decoder", context=512))
+
+It knows nothing of experts. Shapes: B documents of a batch, T tokens, D model width.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moefy.errors import CorpusError
+
+SHARDS = {"partition": 0.15, "router": 0.5, "examples": 0.1, "evaluation": 0.25}
+SEPARATOR = "<|endoftext|>"
+PIECE_BYTES = 2000
+MANY_SOURCES = 20
+IGNORED = -100
+"""Target of a position that predicts nothing, as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: text, or token ids, or an image `[C, H, W]`."""
+
+    domain: str
+    source_id: str
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads of one document and should predict: 1-D tensors, or one image."""
+
+    document: Document
+    inputs: dict[str, Tensor]
+    targets_T: Tensor | None
+    """Token to predict at each position, `IGNORED` where there is none."""
+    bytes: int
+    """UTF-8 bytes of the predicted tokens; 0 where the document has no text."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to one length."""
+
+    samples: list[Sample]
+    inputs: dict[str, Tensor]
+    targets_BT: Tensor | None
+
+    def mask(self, side: str = "decoder") -> Tensor | None:
+        """Positions that hold tokens `[B, T]` (bool); None where there is no padding at all."""
+        name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
+        mask = self.inputs.get(name, self.inputs.get("attention_mask"))
+        return None if mask is None else mask.bool()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with labels; `name` is what a record calls them."""
+
+    name: str
+    documents: list[Document] = field(repr=False)
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains, sorted."""
+        return sorted({doc.domain for doc in self.documents})
+
+    @property
+    def sha256(self) -> str:
+        """Digest of every document and label, in order."""
+        digest = hashlib.sha256()
+        for doc in self.documents:
+            digest.update(f"{doc.domain}\0{doc.source_id}\0{doc.text}\0{doc.ids}\0".encode())
+            if doc.image is not None:
+                digest.update(doc.image.numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, documents: int) -> "Corpus":
+        """At most this many documents, the same number of every domain as far as they reach."""
+        by_domain: dict[str, list[Document]] = defaultdict(list)
+        for doc in self.documents:
+            by_domain[doc.domain].append(doc)
+        rounds = range(max(map(len, by_domain.values()), default=0))
+        ordered = [docs[r] for r in rounds for docs in by_domain.values() if r < len(docs)]
+        return replace(self, documents=ordered[:documents])
+
+    def samples(self, tokenizer: Any, kind: str, context: int) -> list[Sample]:
+        """Tokenize every document for a model of this kind; those of under two tokens are left out.
+
+        `kind` is `decoder`, `encoder`, `encoder-decoder` or `image`. Raises `CorpusError` where the
+        documents are text and there is no tokenizer, or are not what the kind needs.
+        """
+        found = [_sample(doc, tokenizer, kind, context) for doc in self.documents]
+        return [sample for sample in found if sample is not None]
+
+
+def load_corpus(source: str | Path | Corpus | Sequence[Any] | None = None) -> Corpus:
+    """Read a corpus.
+
+    `None` is the bundled one. A `.jsonl` file has one document a line, `{"text"` or `"input_ids"`,
+    `"domain"`, `"source_id"}`; any other file is text, its documents separated by
+    `<|endoftext|>` lines or else cut at line ends; a folder has one sub-folder per domain with text
+    files in it, or text files, or image files; `.npy` or `.safetensors` is a stack of
+    `pixel_values`. A name that is no path is given to `datasets`. A list holds texts, lists of
+    token ids, or images `[C, H, W]`.
+
+    Raises `CorpusError` for anything empty or unreadable.
+    """
+    if isinstance(source, Corpus):
+        return source
+    if source is None:
+        text = (resources.files("moefy") / "demo" / "corpus.jsonl").read_text(encoding="utf-8")
+        return Corpus("bundled", _jsonl(text, "bundled corpus"))
+    if not isinstance(source, str | Path):
+        corpus = Corpus("in memory", [_in_memory(i, item) for i, item in enumerate(source)])
+    else:
+        corpus = Corpus(Path(source).name, _from_path(source))
+    if not corpus.documents:
+        raise CorpusError(f"corpus {source}: holds no text; give files with some")
+    return corpus
+
+
+def _from_path(source: str | Path) -> list[Document]:
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path, path.stem)
+    if path.suffix in (".txt", ".jsonl", ".npy", ".safetensors"):
+        raise CorpusError(f"corpus {path}: no such file")
+    return _dataset(str(source))
+
+
+def _folder(path: Path) -> list[Document]:
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    documents = []
+    for file in files:
+        parts = file.relative_to(path).parts
+        domain = parts[0] if len(parts) > 1 else path.name
+        documents += _file(file, domain)
+    return documents
+
+
+def _file(path: Path, domain: str) -> list[Document]:
+    if path.suffix in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        return [Document(domain, path.name, image=_image(path))]
+    if path.suffix == ".npy":
+        return _images(torch.from_numpy(np.load(path)), domain)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return [doc for tensor in load_file(path).values() for doc in _images(tensor, domain)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"corpus {path}: not UTF-8 (byte {error.start}); re-encode it, for example with iconv"
+        ) from None
+    if path.suffix == ".jsonl":
+        return _jsonl(text, str(path), domain)
+    pieces = [piece for part in text.split(SEPARATOR) for piece in _cut(part)]
+    return [Document(domain, path.name, piece) for piece in pieces]
+
+
+def _jsonl(text: str, where: str, domain: str = "text") -> list[Document]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            ids = tuple(int(i) for i in row.get("input_ids", ()))
+            if "text" not in row and not ids:
+                raise KeyError("neither text nor input_ids")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CorpusError(f"corpus {where}: line {number} is not a document ({error})") from None
+        documents.append(
+            Document(
+                str(row.get("domain", domain)),
+                str(row.get("source_id", f"{where}:{number}")),
+                str(row.get("text", "")),
+                ids,
+            )
+        )
+    return documents
+
+
+def _dataset(name: str) -> list[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(
+            f"corpus {name}: no such file or folder; if it is a dataset's name, pip install moefy[datasets]"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise CorpusError(f"corpus {name}: datasets cannot load it ({error})") from error
+    if "text" not in rows.column_names:
+        raise CorpusError(f"corpus {name}: no column 'text'; it has {', '.join(rows.column_names)}")
+    return [
+        Document(str(row.get("domain", name)), str(row.get("source_id", i)), piece)
+        for i, row in enumerate(rows)
+        for piece in _cut(row["text"])
+    ]
+
+
+def _in_memory(index: int, item: Any) -> Document:
+    if isinstance(item, str):
+        return Document("text", str(index), item)
+    if isinstance(item, Tensor) and item.is_floating_point():
+        return Document("images", str(index), image=item)
+    return Document("tokens", str(index), ids=tuple(int(i) for i in item))
+
+
+def _images(stack: Tensor, domain: str) -> list[Document]:
+    if stack.ndim != 4:
+        raise CorpusError(
+            f"corpus {domain}: pixel_values of shape {list(stack.shape)}; expected [images, C, H, W]"
+        )
+    return [Document(domain, str(i), image=image.float()) for i, image in enumerate(stack)]
+
+
+def _image(path: Path) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise CorpusError(f"corpus {path}: reading images needs pip install moefy[images]") from None
+    with Image.open(path) as picture:
+        rgb = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+
+
+def _cut(text: str) -> list[str]:
+    """Pieces of at most `PIECE_BYTES`, cut at line ends where there are any."""
+    pieces, piece = [], ""
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text.strip("\n")):
+        while len(line.encode()) > PIECE_BYTES:
+            head = line.encode()[:PIECE_BYTES].decode(errors="ignore")
+            pieces += [piece, head]
+            piece, line = "", line[len(head) :]
+        if len((piece + line).encode()) > PIECE_BYTES:
+            pieces.append(piece)
+            piece = ""
+        piece += line
+    return [p for p in [*pieces, piece] if p.strip()]
+
+
+def split_shards(corpus: Corpus, seed: int) -> dict[str, Corpus]:
+    """Four shards, `SHARDS`, that share no document, nor a source where a domain has 20 or more.
+
+    Raises `CorpusError` where a shard would be empty.
+    """
+    parts: dict[str, list[Document]] = {name: [] for name in SHARDS}
+    for domain in corpus.domains:
+        documents = [doc for doc in corpus.documents if doc.domain == domain]
+        sources = sorted({doc.source_id for doc in documents})
+        if len(sources) >= MANY_SOURCES:
+            units = [[doc for doc in documents if doc.source_id == s] for s in sources]
+        else:
+            units = [[doc] for doc in documents]
+        order = np.random.default_rng([seed, _number(domain)]).permutation(len(units))
+        total = sum(len(unit) for unit in units)
+        # Each unit goes where the most is still missing, so that every shard fills evenly.
+        have = dict.fromkeys(SHARDS, 0)
+        for index in order:
+            name = max(SHARDS, key=lambda n: SHARDS[n] * total - have[n])
+            have[name] += len(units[index])
+            parts[name] += units[index]
+    empty = [name for name, documents in parts.items() if not documents]
+    if empty:
+        raise CorpusError(
+            f"corpus {corpus.name}: {len(corpus.documents)} documents do not fill four disjoint "
+            f"shards ({', '.join(SHARDS)}); '{empty[0]}' stays empty; give at least 8 documents"
+        )
+    return {name: replace(corpus, documents=docs) for name, docs in parts.items()}
+
+
+def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
+    """Two corpora without a common document: the rest, and about this share of every domain."""
+    order = np.random.default_rng([seed, 1]).permutation(len(corpus.documents))
+    cut = max(1, round(share * len(order)))
+    rest = [corpus.documents[i] for i in sorted(order[cut:])]
+    out = [corpus.documents[i] for i in sorted(order[:cut])]
+    return replace(corpus, documents=rest or out), replace(corpus, documents=out)
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def _sample(doc: Document, tokenizer: Any, kind: str, context: int) -> Sample | None:
+    if kind == "image":
+        if doc.image is None:
+            raise CorpusError(
+                f"document {doc.source_id}: not an image; give pixel_values [C, H, W], a .npy of "
+                "them, or a folder of image files as the corpus"
+            )
+        return Sample(doc, {"pixel_values": doc.image}, None, 0)
+    ids, ends = _tokenize(doc, tokenizer, kind)
+    if kind == "encoder":
+        ids_T = torch.tensor(ids[:context])
+        return Sample(doc, {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}, None, 0)
+    if kind == "encoder-decoder":
+        ids, ends = ids[: 2 * context], ends[: 2 * context]
+        half = len(ids) // 2
+        if half < 1:
+            return None
+        start = getattr(tokenizer, "pad_token_id", None) or 0
+        read_T, target_T = torch.tensor(ids[:half]), torch.tensor(ids[half:])
+        decoder_T = torch.cat([torch.tensor([start]), target_T[:-1]])
+        inputs = {
+            "input_ids": read_T,
+            "attention_mask": torch.ones_like(read_T),
+            "decoder_input_ids": decoder_T,
+            "decoder_attention_mask": torch.ones_like(decoder_T),
+        }
+        return Sample(doc, inputs, target_T, _span(doc, ends, half))
+    ids, ends = ids[:context], ends[:context]
+    if len(ids) < 2:
+        return None
+    ids_T = torch.tensor(ids)
+    targets_T = torch.cat([ids_T[1:], torch.tensor([IGNORED])])
+    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
+    return Sample(doc, inputs, targets_T, _span(doc, ends, 1))
+
+
+def _tokenize(doc: Document, tokenizer: Any, kind: str) -> tuple[list[int], list[int]]:
+    """Token ids, and where in the text each token ends (empty for documents of ids)."""
+    if doc.ids:
+        return list(doc.ids), []
+    if tokenizer is None:
+        raise CorpusError(
+            "the model folder has no tokenizer; give the corpus as token ids: .jsonl lines with "
+            '"input_ids", or lists of ids from Python'
+        )
+    encoded = tokenizer(doc.text, return_offsets_mapping=tokenizer.is_fast, truncation=False, verbose=False)
+    ids = list(encoded["input_ids"])
+    ends = [int(end) for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else []
+    bos = tokenizer.bos_token_id
+    if kind == "decoder" and bos is not None and ids[:1] != [bos]:
+        # The first token of the text is predicted too, from the token the model saw at starts.
+        ids, ends = [bos, *ids], [0, *ends] if ends else []
+    return ids, ends
+
+
+def _span(doc: Document, ends: list[int], first: int) -> int:
+    """Bytes of text that the tokens from position `first` on cover."""
+    if not ends:
+        return 0
+    return len(doc.text[ends[first - 1] : max(ends)].encode())
+
+
+def make_batches(samples: Iterable[Sample], tokens: int = 4096) -> list[Batch]:
+    """Pad samples of like length together, about this many positions (or 8 images) a batch."""
+    ordered = sorted(samples, key=_length)
+    batches: list[Batch] = []
+    group: list[Sample] = []
+    for sample in ordered:
+        size = (len(group) + 1) * _length(sample)
+        if group and (size > tokens or len(group) >= 64):
+            batches.append(_pad(group))
+            group = []
+        group.append(sample)
+    return [*batches, _pad(group)] if group else batches
+
+
+def _length(sample: Sample) -> int:
+    image = sample.inputs.get("pixel_values")
+    return 512 if image is not None else max(len(v) for v in sample.inputs.values())
+
+
+def _pad(samples: list[Sample]) -> Batch:
+    inputs = {}
+    for name, first in samples[0].inputs.items():
+        rows = [sample.inputs[name] for sample in samples]
+        inputs[name] = torch.stack(rows) if first.ndim > 1 else _stack(rows, 0)
+    if samples[0].targets_T is None:
+        return Batch(samples, inputs, None)
+    targets = _stack([s.targets_T for s in samples if s.targets_T is not None], IGNORED)
+    return Batch(samples, inputs, targets)
+
+
+def _stack(rows: list[Tensor], fill: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)

@@ -1,0 +1,88 @@
+"""One dense MLP as numbers: its weights with one row per neuron, and its activation.
+
+This is the only form in which the rest of moefy sees an MLP: `y(x) = b + sum_j h_j(x) d_j` with
+`h_j = act(g_j.x + a_j)(u_j.x + c_j)` (gated) or `h_j = act(u_j.x + c_j)`. It knows nothing of
+families, files or experts.
+
+Shapes: T tokens, D model width, N neurons.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+
+
+@cache
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation transformers knows by this name."""
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMlp:
+    """Weights of one MLP, neuron-major: row `j` of every matrix belongs to neuron `j`."""
+
+    up_ND: Tensor
+    """Rows `u_j`, the up projection (the only input projection where there is no gate)."""
+    down_ND: Tensor
+    """Rows `d_j`: the down projection, transposed."""
+    activation: str
+    """A key of `transformers.activations.ACT2FN`."""
+    gate_ND: Tensor | None = None
+    up_bias_N: Tensor | None = None
+    gate_bias_N: Tensor | None = None
+    down_bias_D: Tensor | None = None
+
+    @property
+    def neurons(self) -> int:
+        """N, the number of neurons."""
+        return self.up_ND.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the width of the model."""
+        return self.up_ND.shape[1]
+
+    def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Activations `h` `[T, N]` of every neuron, or of a run of neurons (a view of the rows)."""
+        up_TN = linear(x_TD, self.up_ND[rows], _rows(self.up_bias_N, rows))
+        act = activation_function(self.activation)
+        if self.gate_ND is None:
+            return act(up_TN)
+        return act(linear(x_TD, self.gate_ND[rows], _rows(self.gate_bias_N, rows))) * up_TN
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """The dense output `[T, D]`."""
+        y_TD = self.hidden(x_TD).to(self.down_ND.dtype) @ self.down_ND
+        return y_TD if self.down_bias_D is None else y_TD + self.down_bias_D
+
+    def take(self, neurons: Tensor | slice) -> "DenseMlp":
+        """The MLP of these neurons, in this order (a slice gives views); the output bias stays."""
+        rows = {
+            name: value[neurons]
+            for name in ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **rows)
+
+    def contiguous(self) -> "DenseMlp":
+        """The same MLP with every matrix laid out row by row; what is so already is not copied."""
+        return replace(
+            self, **{k: v.contiguous() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        )
+
+    def to(self, dtype: torch.dtype) -> "DenseMlp":
+        """The same MLP in another dtype."""
+        return replace(
+            self, **{k: v.to(dtype) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        )
+
+
+def _rows(bias_N: Tensor | None, rows: slice) -> Tensor | None:
+    return None if bias_N is None else bias_N[rows]

@@ -1,0 +1,196 @@
+"""What to do with a model, as data: a `Recipe` of frozen parts, read from strict YAML.
+
+    recipe = load("default")                      # a shipped recipe, or a path to a YAML file
+    recipe = override(recipe, {"router.name": "linear", "density": "0.5"})
+
+It knows names and numbers only: whether a method exists is checked by the table that holds it, and
+nothing here imports torch.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moefy.errors import RecipeError, unknown_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionRecipe:
+    """How the neurons of a layer are grouped."""
+
+    method: str = "contribution"
+    """A name of `moefy ls methods`, or `package.module:function`."""
+    expert_size: int | None = None
+    """Neurons per expert; None takes 32 or the nearest divisor of the neuron count."""
+    experts: int | None = None
+    """Number of experts; excludes `expert_size`."""
+    shared: int = 0
+    """Experts that always run, made of the neurons that contribute most on average."""
+    tokens: int = 8192
+    """Tokens whose activations the method sees."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.expert_size is not None and self.experts is not None:
+            raise RecipeError("partition: expert_size and experts exclude each other; give one")
+        for name in ("expert_size", "experts", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"partition.{name}: got {value}, must be at least 1")
+        if self.shared < 0:
+            raise RecipeError(f"partition.shared: got {self.shared}, must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRecipe:
+    """Which router predicts the experts, and how it is fitted."""
+
+    name: str = "mlp"
+    """A name of `moefy ls routers`."""
+    hidden: int = 128
+    """Hidden width of the `mlp` router; other routers have none."""
+    tokens: int = 65536
+    """Most tokens to fit on; fewer are used where the corpus has fewer."""
+    epochs: int = 20
+    """Most passes over those tokens; fitting stops early on held-out documents."""
+    learning_rate: float = 3e-3
+    batch_size: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRecipe:
+    """How scores become the set of experts that run."""
+
+    name: str = "topk"
+    """A name of `moefy ls selections`."""
+    k: int | None = None
+    """Routed experts that run for a token; None takes the number from the density."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationRecipe:
+    """What stands in for the experts that did not run."""
+
+    name: str = "conditional_mean"
+    """A name of `moefy ls compensations`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a conversion does, apart from the model and the data."""
+
+    density: float = 0.25
+    """FFN density: the share of routed and shared MLP neurons that run for a token."""
+    partition: PartitionRecipe = field(default_factory=PartitionRecipe)
+    router: RouterRecipe = field(default_factory=RouterRecipe)
+    selection: SelectionRecipe = field(default_factory=SelectionRecipe)
+    compensation: CompensationRecipe = field(default_factory=CompensationRecipe)
+    seed: int = 0
+    context: int = 512
+    """Tokens a document is cut to when the model is run on it."""
+
+    def __post_init__(self) -> None:
+        """Refuse a density outside (0, 1]."""
+        if not 0 < self.density <= 1:
+            raise RecipeError(f"density: got {self.density}, must be above 0 and at most 1")
+
+
+def shipped() -> dict[str, str]:
+    """Names of the shipped recipes, each with the comment on its first line."""
+    found = {}
+    for file in sorted((resources.files("moefy") / "recipes").iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").splitlines()[0]
+            found[file.name.removesuffix(".yaml")] = first.lstrip("# ")
+    return found
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """Read a shipped recipe by name, or a YAML file.
+
+    Raises `RecipeError` for an unknown name, broken YAML, an unknown key or a wrong type.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"recipe {path}: no such file")
+        text = path.read_text(encoding="utf-8")
+    else:
+        names = shipped()
+        if str(name_or_path) not in names:
+            raise RecipeError(
+                unknown_choice("recipe", str(name_or_path), names) + ", or a .yaml file"
+            )
+        text = (resources.files("moefy") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name_or_path}: not YAML: {error}".replace("\n", " ")) from None
+    return from_dict(data, where=str(name_or_path))
+
+
+def from_dict(data: Any, where: str = "recipe") -> Recipe:
+    """Build a `Recipe` from nested dicts; unknown keys and wrong types are errors."""
+    recipe: Recipe = _build(Recipe, data, where)
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested dicts that `from_dict` reads back to an equal recipe."""
+    return dataclasses.asdict(recipe)
+
+
+def override(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """A copy with dotted keys replaced: `{"router.name": "linear", "density": "0.5"}`.
+
+    Values may be strings as they come from a command line; they are read as YAML.
+    """
+    data = to_dict(recipe)
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        node = data
+        for parent in parents:
+            child = node.get(parent)
+            if not isinstance(child, dict):
+                raise RecipeError(unknown_choice("recipe key", key, _keys(data)))
+            node = child
+        if last not in node or isinstance(node[last], dict):
+            raise RecipeError(unknown_choice("recipe key", key, _keys(data)))
+        node[last] = yaml.safe_load(value) if isinstance(value, str) else value
+    return from_dict(data, where="--set")
+
+
+def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in data.items():
+        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return keys
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: got {data!r}, expected keys and values")
+    types = typing.get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        if key not in types:
+            raise RecipeError(f"{where}: {unknown_choice('recipe key', str(key), types)}")
+        values[key] = _value(types[key], value, f"{where}: {key}")
+    return kind(**values)
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where)
+    allowed = typing.get_args(kind) or (kind,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise RecipeError(f"{where}: got {value!r}, expected {names}")
+    return value

@@ -1,0 +1,29 @@
+"""Linear router: one row per expert, no bias, so that a stock architecture can hold it.
+
+Shapes: T tokens, D width, E routed experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moefy.mlp import DenseMlp
+from moefy.routing.base import Router
+
+
+class LinearRouter(Router):
+    """Scores `W x`. It starts as the mean input row of each expert's neurons."""
+
+    def __init__(self, width: int, experts: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, width))
+
+    def initialise(self, mlp: DenseMlp) -> None:
+        """Mean gate (or up) row per expert, small, so that fitting decides."""
+        rows_ND = (mlp.up_ND if mlp.gate_ND is None else mlp.gate_ND).float()
+        rows_EFD = rows_ND.view(len(self.weight), -1, mlp.width)
+        mean_ED = nn.functional.normalize(rows_EFD.mean(1), dim=-1)
+        self.weight.data.copy_(mean_ED / mlp.width**0.5)
+
+    def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]`."""
+        return nn.functional.linear(x_TD, self.weight.to(x_TD.dtype))

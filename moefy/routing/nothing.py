@@ -1,0 +1,10 @@
+"""No compensation: what is off adds nothing (MoEfication)."""
+
+from moefy.routing.base import Compensation
+
+
+class NoCompensation(Compensation):
+    """Adds nothing."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
