@@ -135,9 +135,7 @@ def _drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:
     return list(chosen.split(sizes))
 
 
-def _sizes(
-    model: PreTrainedModel, found: list[Site], batches: list[Batch], side: str
-) -> list[int]:
+def _sizes(model: PreTrainedModel, found: list[Site], batches: list[Batch], side: str) -> list[int]:
     """Tokens that the MLPs of one side see in each batch, padding left out."""
     masks = [batch.mask(side) for batch in batches]
     if masks[0] is not None:

@@ -151,7 +151,9 @@ def verify_source(artefact: Artefact, base: Checkpoint) -> None:
 def _check_fields(file: Path, where: str, got: Mapping[str, Any], expected: set[str]) -> None:
     missing, unknown = sorted(expected - set(got)), sorted(set(got) - expected)
     if missing or unknown:
-        what = f"'{where}{missing[0]}' is missing" if missing else f"'{where}{unknown[0]}' is unknown"
+        what = (
+            f"'{where}{missing[0]}' is missing" if missing else f"'{where}{unknown[0]}' is unknown"
+        )
         raise CheckpointError(f"{file}: field {what}; convert the source again")
 
 

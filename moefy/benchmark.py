@@ -81,11 +81,14 @@ def bench_model(
         return call
 
     models = {"dense": dense, "moefied": sparse}
-    prefilled = {id(m): m(input_ids=ids_BT, use_cache=True).past_key_values for m in models.values()}
+    prefilled = {
+        id(m): m(input_ids=ids_BT, use_cache=True).past_key_values for m in models.values()
+    }
     if report is not None:
         report.say("time prefill and decode")
     prefill_runs = {
-        name: (lambda m=model: m(input_ids=ids_BT, use_cache=False)) for name, model in models.items()
+        name: (lambda m=model: m(input_ids=ids_BT, use_cache=False))
+        for name, model in models.items()
     }
     prefill = side_by_side(prefill_runs, samples)
     backends = {"prefill": _backends(sparse)}

@@ -9,7 +9,6 @@ It knows nothing of layers, experts or recipes.
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -103,9 +102,7 @@ class Checkpoint:
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CheckpointError(
-                f"{config_file}: not JSON ({error}); download it again"
-            ) from None
+            raise CheckpointError(f"{config_file}: not JSON ({error}); download it again") from None
         return cls(folder, config)
 
     @classmethod
@@ -121,7 +118,9 @@ class Checkpoint:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(
+                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                )
             except (ValueError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not a weight index ({error})") from None
             missing = [name for name in names if not (self.folder / name).is_file()]
@@ -175,7 +174,9 @@ class Checkpoint:
 def _download(model: str) -> Path:
     try:
         return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
         )
     except HFValidationError:
         raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id") from None
@@ -203,10 +204,12 @@ def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> 
         copy.parent.mkdir(parents=True, exist_ok=True)
         part = copy.with_name(copy.name + ".part")
         shutil.copyfile(file, part)
-        os.replace(part, copy)
+        part.replace(copy)
 
 
-def permute_in_place(tensor: StoredTensor, order: NDArray[np.int64], axis: int, parts: int = 1) -> None:
+def permute_in_place(
+    tensor: StoredTensor, order: NDArray[np.int64], axis: int, parts: int = 1
+) -> None:
     """Reorder the neurons of a stored tensor: slot `i` along `axis` gets what was at `order[i]`.
 
     `parts` neuron blocks lie side by side along the axis (2 for a fused gate and up projection) and
@@ -254,7 +257,9 @@ class OutputFolder:
         Raises `OutputError` where something is in the way that nobody said to overwrite.
         """
         if self.out.exists() and not overwrite:
-            raise OutputError(f"{self.out}: exists already; choose another name or pass --overwrite")
+            raise OutputError(
+                f"{self.out}: exists already; choose another name or pass --overwrite"
+            )
         stamp = self.work / "fingerprint"
         if self.work.exists():
             if resume:
@@ -304,7 +309,7 @@ class OutputFolder:
         old = self.out.parent / f".{self.out.name}.moefy-old"
         shutil.rmtree(old, ignore_errors=True)
         if self.out.exists():
-            os.replace(self.out, old)
-        os.replace(finished, self.out)
+            self.out.replace(old)
+        finished.replace(self.out)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)

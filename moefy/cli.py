@@ -73,7 +73,9 @@ def verb(run: Callable[..., Shown]) -> None:
         if as_json:
             typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
             return
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+        console = Console(
+            width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True
+        )
         for item in shown.view:
             console.print(item, markup=False) if isinstance(item, str) else console.print(item)
 
@@ -169,7 +171,8 @@ def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool) -> Shown:
 def eval_(
     model: Moefied,
     against: Annotated[
-        str | None, typer.Option(help="Dense checkpoint; left out, the same weights, all experts on.")
+        str | None,
+        typer.Option(help="Dense checkpoint; left out, the same weights, all experts on."),
     ] = None,
     corpus: Text = None,
     documents: Annotated[int, typer.Option(help="Most documents to read.")] = 1 << 30,
@@ -200,9 +203,12 @@ def bench(
         Path | None, typer.Argument(help="Folder that moefy convert wrote; none: --layer.")
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Time one synthetic SwiGLU layer: D,N,E,k such as 4096,11008,64,16.")
+        str | None,
+        typer.Option(help="Time one synthetic SwiGLU layer: D,N,E,k such as 4096,11008,64,16."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for --layer.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, for --layer.")
+    ] = "float32",
     tokens: Annotated[int, typer.Option(help="Tokens a pass, for --layer.")] = 1,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     generated: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
@@ -232,7 +238,9 @@ def generate(
     model: Moefied,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of the likeliest.")] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample instead of the likeliest.")
+    ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Run every expert.")] = False,
 ) -> Shown:
     """Continue a prompt with the moefied model."""

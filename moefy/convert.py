@@ -14,12 +14,11 @@ Shapes: T tokens, D width, N neurons, E experts.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,9 @@ def convert(
         report.say(describe(todo, recipe))
         source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
         output = OutputFolder(Path(out))
-        output.begin(_fingerprint(recipe, source, text, adapter), resume=resume, overwrite=overwrite)
+        output.begin(
+            _fingerprint(recipe, source, text, adapter), resume=resume, overwrite=overwrite
+        )
         output.need(todo.disk)
 
         with output.full_disk():
@@ -192,7 +193,13 @@ def _measure(
         corpus, limit = wanted[name]
         batches = read_batches(checkpoint, todo.kind, corpus, recipe.context, limit)
         capture(
-            model, sites(model), batches, samples[name], limit=limit, seed=recipe.seed, report=report
+            model,
+            sites(model),
+            batches,
+            samples[name],
+            limit=limit,
+            seed=recipe.seed,
+            report=report,
         )
     return samples
 
@@ -276,7 +283,7 @@ def _fit_layer(
     # Written last and by rename: its presence says that the layer is finished.
     unfinished = folder / f"{site.index}.part"
     unfinished.write_text(json.dumps({"entry": asdict(entry), "fit": fit.record()}))
-    os.replace(unfinished, folder / f"{site.index}.json")
+    unfinished.replace(folder / f"{site.index}.json")
 
 
 def _collect(
@@ -342,5 +349,5 @@ def _describe_output(finished: Path, artefact: Artefact, records: dict[str, Any]
     (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
     card = finished / "README.md"
     if card.exists():
-        os.replace(card, finished / "README.source.md")
+        card.replace(finished / "README.source.md")
     card.write_text(model_card(artefact, records), encoding="utf-8")

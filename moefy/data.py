@@ -192,7 +192,9 @@ def _jsonl(text: str, where: str, domain: str = "text") -> list[Document]:
             if "text" not in row and not ids:
                 raise KeyError("neither text nor input_ids")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CorpusError(f"corpus {where}: line {number} is not a document ({error})") from None
+            raise CorpusError(
+                f"corpus {where}: line {number} is not a document ({error})"
+            ) from None
         documents.append(
             Document(
                 str(row.get("domain", domain)),
@@ -244,7 +246,9 @@ def _image(path: Path) -> Tensor:
     try:
         from PIL import Image
     except ImportError:
-        raise CorpusError(f"corpus {path}: reading images needs pip install moefy[images]") from None
+        raise CorpusError(
+            f"corpus {path}: reading images needs pip install moefy[images]"
+        ) from None
     with Image.open(path) as picture:
         rgb = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
@@ -353,7 +357,9 @@ def _tokenize(doc: Document, tokenizer: Any, kind: str) -> tuple[list[int], list
             "the model folder has no tokenizer; give the corpus as token ids: .jsonl lines with "
             '"input_ids", or lists of ids from Python'
         )
-    encoded = tokenizer(doc.text, return_offsets_mapping=tokenizer.is_fast, truncation=False, verbose=False)
+    encoded = tokenizer(
+        doc.text, return_offsets_mapping=tokenizer.is_fast, truncation=False, verbose=False
+    )
     ids = list(encoded["input_ids"])
     ends = [int(end) for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else []
     bos = tokenizer.bos_token_id

@@ -79,7 +79,9 @@ def evaluate(
     modules = sparse_mlps(model)
     record: dict[str, Any] = {
         "kind": "evaluation",
-        "dense": "another checkpoint" if against is not None else "the same weights, all experts on",
+        "dense": "another checkpoint"
+        if against is not None
+        else "the same weights, all experts on",
         "documents": len(documents),
         "tokens": int(sum(doc.sums["tokens"] for doc in documents)),
         "first_token": "included",
@@ -108,9 +110,7 @@ def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
     return outputs(result).cpu()
 
 
-def _compare(
-    batch: Batch, dense: Tensor, sparse: Tensor, p99: list[Tensor]
-) -> list[DocumentSums]:
+def _compare(batch: Batch, dense: Tensor, sparse: Tensor, p99: list[Tensor]) -> list[DocumentSums]:
     """Sums of every metric over the tokens of each document."""
     values: dict[str, Tensor] = {}
     if batch.targets_BT is not None:
@@ -214,9 +214,7 @@ class _Counting:
         self.load, self.batch = load, batch
 
     def __enter__(self) -> None:
-        for (index, module), site in zip(
-            self.load.modules.items(), self.load.found, strict=True
-        ):
+        for (index, module), site in zip(self.load.modules.items(), self.load.found, strict=True):
             mask = self.batch.mask(side_of(site))
             module.observer = self._observe(index, mask)
 

@@ -13,7 +13,15 @@ from moefy.data import load_corpus, split_shards
 from moefy.errors import MoefyError, RecipeError, unknown_choice
 from moefy.evaluate import evaluate
 from moefy.inputs import load_tokenizer, read_batches
-from moefy.modeling import SparseMlp, all_experts, load, load_dense, placement, sparse_mlps, weights_of
+from moefy.modeling import (
+    SparseMlp,
+    all_experts,
+    load,
+    load_dense,
+    placement,
+    sparse_mlps,
+    weights_of,
+)
 from moefy.recipe import from_dict
 from moefy.routing import ROUTERS, choose
 
@@ -60,7 +68,9 @@ def evaluate_folder(
 def _replace_router(module: SparseMlp, name: str) -> None:
     kind = choose(ROUTERS, "router", name)
     if kind.trainable:
-        raise RecipeError(f"router '{name}' needs fitting: convert again with --set router.name={name}")
+        raise RecipeError(
+            f"router '{name}' needs fitting: convert again with --set router.name={name}"
+        )
     routed = module.weights.take(slice(module.shared * module.expert_size, None))
     replacement = kind(routed.width, module.experts - module.shared, 0)
     replacement.initialise(routed)
@@ -74,7 +84,12 @@ def bench_folder(
     sparse = load(folder, **placement())
     dense = load_dense(weights_of(read_artefact(folder, verify=False), folder), **placement())
     return bench_model(
-        dense, sparse, prompt=prompt, generated=generated, samples=samples, report=Reporter(quiet=quiet)
+        dense,
+        sparse,
+        prompt=prompt,
+        generated=generated,
+        samples=samples,
+        report=Reporter(quiet=quiet),
     )
 
 

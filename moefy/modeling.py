@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from moefy_kernels import expert_views_mlp, masked_mlp
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -38,6 +37,7 @@ from moefy.locate import Site, disk_names, meta_model, permute, read_mlp, sites
 from moefy.mlp import DenseMlp
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Router, Selection
+from moefy_kernels import expert_views_mlp, masked_mlp
 
 Backend = Callable[[Tensor, DenseMlp, Tensor], Tensor]
 BACKENDS: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
@@ -276,15 +276,15 @@ def weights_of(
     try:
         checkpoint = Checkpoint.open(where)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: the base of this adapter cannot be opened: {error}") from None
+        raise CheckpointError(
+            f"{folder}: the base of this adapter cannot be opened: {error}"
+        ) from None
     if verify:
         verify_source(artefact, checkpoint)
     return checkpoint
 
 
-def _sparse(
-    model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact
-) -> SparseMlp:
+def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact) -> SparseMlp:
     """Take the weights out of the dense modules; only the down projection is copied (transposed)."""
     up = model.get_submodule(site.path("up")).weight
     if up.device.type == "meta":

@@ -28,6 +28,9 @@ _TOKENS = 16
 _TOLERANCE = 1e-9
 _SPREAD = 4.0  # of the random numbers: far enough from 0 to tell relu6 from relu
 
+# The first would take attention for an MLP, the others have parameters.
+_NOT_ACTIVATIONS = ("linear", "prelu", "xielu")
+
 
 def search(model: PreTrainedModel) -> list[Family]:
     """Rows for the type of `model`, real or on the meta device: one for each list of layers.
@@ -248,16 +251,25 @@ def _mlps(
             u = other.given
             for gate, fused, product in _products(up, u, h, probes):
                 for name, act in acts.items():
-                    g, factor = product
-                    if _equal(act(g) * factor if factor is not None else act(g), h):
+                    # A few numbers first: nearly every guess is wrong, and shows it at once.
+                    if _gives(act, *(_few(t) for t in (*product, h))) and _gives(act, *product, h):
                         yield _row(model, maps, up, down, gate, fused, name)
                         break
 
 
+def _gives(act: Callable[[Tensor], Tensor], g: Tensor, factor: Tensor, h: Tensor) -> bool:
+    return _equal(act(g) * factor, h)
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """The first numbers of the first token."""
+    return tensor.reshape(-1, tensor.shape[-1])[0, :32]
+
+
 def _products(
     up: str, u: Tensor, h: Tensor, probes: dict[str, _Call]
-) -> Iterator[tuple[str | None, bool, tuple[Tensor, Tensor | None]]]:
-    """Ways in which `u` may become `h`: gate, whether fused, and what the activation takes."""
+) -> Iterator[tuple[str | None, bool, tuple[Tensor, Tensor]]]:
+    """Ways in which `u` may become `h`: gate, whether fused, and the `g` and `f` of `act(g) * f`."""
     if u.shape[:-1] != h.shape[:-1]:
         return
     if u.shape[-1] == 2 * h.shape[-1]:
@@ -265,7 +277,7 @@ def _products(
         yield None, True, (first, second)
     if u.shape != h.shape:
         return
-    yield None, False, (u, None)
+    yield None, False, (u, torch.ones_like(u))
     for gate, call in probes.items():
         if gate != up and call.given.shape == h.shape and torch.equal(call.taken, probes[up].taken):
             yield gate, False, (call.given, u)
@@ -325,12 +337,7 @@ def _with_splice(row: Family, run: _Run) -> Family | None:
 def _activations(config: PreTrainedConfig) -> dict[str, Callable[[Tensor], Tensor]]:
     """Functions without parameters from ACT2FN, those that the config names first."""
     named = [v for v in config.to_dict().values() if isinstance(v, str) and v in ACT2FN]
-    acts = {}
-    for name in (*named, *ACT2FN):
-        act = ACT2FN[name]
-        if name != "linear" and not list(act.parameters()):
-            acts[name] = act
-    return acts
+    return {name: ACT2FN[name] for name in (*named, *ACT2FN) if name not in _NOT_ACTIVATIONS}
 
 
 def _kind(model: PreTrainedModel) -> Kind:

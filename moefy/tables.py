@@ -71,7 +71,9 @@ def speed_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                  f"{record[phase]['speedup']:.2f}x", by]
             )  # fmt: skip
         return header, rows
-    shape = "D {width}, N {neurons}, {k} of {experts} experts, {tokens} tokens, {dtype}".format(**record)
+    shape = "D {width}, N {neurons}, {k} of {experts} experts, {tokens} tokens, {dtype}".format(
+        **record
+    )
     rows = []
     for name, seconds in record["median_seconds"].items():
         speedup = record["speedup"].get(name)

@@ -43,9 +43,7 @@ def contributions(mlp: DenseMlp, x_TD: Tensor, experts: int) -> Tensor:
     """Norms `[T, E]` of the experts' outputs in fp32; `mlp` has the routed neurons in order."""
     mlp = mlp.to(torch.float32)
     chunks = x_TD.split(_CHUNK)
-    return torch.cat(
-        [expert_norms(mlp.hidden(x.float()), mlp.down_ND, experts) for x in chunks]
-    )
+    return torch.cat([expert_norms(mlp.hidden(x.float()), mlp.down_ND, experts) for x in chunks])
 
 
 def top_mask(scores_TE: Tensor, k: int) -> Tensor:
@@ -87,8 +85,8 @@ def fit_router(
     )
     generator = torch.Generator().manual_seed(seed)
     best, best_state, waited = _quality(router, mlp, held_TD, held_norm_TE, k), _copy(router), 0
-    epoch = 0
-    for epoch in range(1, recipe.epochs + 1):
+    epochs = 0
+    for epochs in range(1, recipe.epochs + 1):  # noqa: B007 - its last value is recorded
         order = torch.randperm(len(x_TD), generator=generator)
         for rows in order.split(recipe.batch_size):
             with torch.enable_grad():
@@ -108,7 +106,7 @@ def fit_router(
             if waited == 4:
                 break
     router.load_state_dict(best_state)
-    return RouterFit(epoch, *best)
+    return RouterFit(epochs, *best)
 
 
 @torch.no_grad()

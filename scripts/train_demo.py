@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) in fp32: torch's own rounds to bf16, which many CPUs emulate."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -166,7 +166,7 @@ def save_state(path: Path, model, optimizers, step: int) -> None:
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state.items()}
     tensors = {k: v.clone().contiguous() for k, v in tensors.items()}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(step)})
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_state(path: Path, model, optimizers) -> int:
@@ -213,7 +213,9 @@ def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
         ids_BT = batches[step].to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(input_ids=ids_BT[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids_BT[:, 1:].flatten()
+        )
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -223,7 +225,10 @@ def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
             speed = (step + 1 - start) * BATCH * CONTEXT / (time.time() - began)
             curve.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4)})
             curve_file.write_text("".join(json.dumps(point) + "\n" for point in curve))
-            print(f"step {step + 1}/{args.steps} loss {curve[-1]['loss']:.3f} {speed:.0f} tok/s", flush=True)
+            print(
+                f"step {step + 1}/{args.steps} loss {curve[-1]['loss']:.3f} {speed:.0f} tok/s",
+                flush=True,
+            )
             losses = []
         if time.time() - saved > 120 and (step + 1) % 10 == 0:
             save_state(state, model, optimizers, step + 1)
@@ -308,7 +313,11 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
 
-    windows = [batches.streams[d][s : s + CONTEXT + 1] for i in range(args.steps) for d, s in batches.windows(i)]
+    windows = [
+        batches.streams[d][s : s + CONTEXT + 1]
+        for i in range(args.steps)
+        for d, s in batches.windows(i)
+    ]
     ends = np.tile(np.arange(CONTEXT + 1) < CONTEXT, len(windows))
     bigram = Bigram(np.concatenate(windows), ends)
     lines = Path("moefy/demo/corpus.jsonl").read_text(encoding="utf-8").splitlines()

@@ -181,18 +181,90 @@ FAMILIES_TINY: dict[str, Tiny] = {
     ),
 }
 
+SEARCHED_TINY: dict[str, Tiny] = {
+    "stablelm": _decoder("stablelm", "StableLmConfig", "StableLmForCausalLM"),
+    "glm": _decoder("glm", "GlmConfig", "GlmForCausalLM"),
+    "starcoder2": _decoder("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM"),
+    "arcee": _decoder("arcee", "ArceeConfig", "ArceeForCausalLM"),
+    "gptj": Tiny(
+        "gptj",
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_inner": NEURONS,
+            "n_layer": LAYERS,
+            "n_head": 4,
+            "rotary_dim": 4,
+            "n_positions": 64,
+        },
+    ),
+    "gpt_neo": Tiny(
+        "gpt_neo",
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": NEURONS,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
+        },
+    ),
+    "mpt": Tiny(
+        "mpt",
+        "MptConfig",
+        "MptForCausalLM",
+        {"vocab_size": VOCAB, "d_model": NEURONS // 4, "n_layers": LAYERS, "n_heads": 2},
+    ),
+    "falcon": Tiny(
+        "falcon",
+        "FalconConfig",
+        "FalconForCausalLM",
+        _ENCODER | {"hidden_size": NEURONS // 4, "ffn_hidden_size": NEURONS, "bias": True},
+    ),
+    "electra": Tiny("electra", "ElectraConfig", "ElectraForMaskedLM", _ENCODER),
+    "bart": Tiny(
+        "bart",
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_ffn_dim": NEURONS,
+            "decoder_ffn_dim": NEURONS,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "mt5": Tiny("mt5", "MT5Config", "MT5ForConditionalGeneration", _T5),
+}
+"""Types that have no row in the table of families and are found by structure."""
+
 
 def build(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save the tiny model `name` of `FAMILIES_TINY` to `folder` (made if absent); the same weights
-    every time."""
-    model = random_model(FAMILIES_TINY[name].auto, FAMILIES_TINY[name].make_config())
+    """Save the tiny model `name` to `folder` (made if absent); the same weights every time."""
+    tiny = tiny_model(name)
+    model = random_model(tiny.auto, tiny.make_config())
     model.to(dtype).save_pretrained(folder)
     return folder
 
 
+def tiny_model(name: str) -> Tiny:
+    """The entry `name` of either table."""
+    return (FAMILIES_TINY | SEARCHED_TINY)[name]
+
+
 def random_model(kind: Any, config: Any) -> PreTrainedModel:
     """A model of class `kind` with seeded weights of unit gain, biases and norms away from 0 and 1."""
-    model: PreTrainedModel = kind(config).eval()
+    with torch.random.fork_rng():
+        model: PreTrainedModel = kind(config).eval()
     generator = torch.Generator().manual_seed(0)
     done: set[int] = set()
     with torch.no_grad():
@@ -208,14 +280,14 @@ def example_inputs(name: str) -> dict[str, Tensor]:
     """Inputs of the tiny model `name`: two texts of 12 and 8 tokens padded on the right, or two
     images."""
     generator = torch.Generator().manual_seed(1)
-    family = FAMILIES_TINY[name].family
+    family = tiny_model(name).family
     if family == "vit":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, 90, (2, 12), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    if family == "t5":
+    if family in ("t5", "mt5", "bart"):
         inputs["decoder_input_ids"] = torch.randint(3, 90, (2, 7), generator=generator)
     return inputs
 

@@ -34,10 +34,8 @@ def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
     h_TEF = weights.hidden(x_TD).view(tokens, experts, -1)
     h_TN = (h_TEF * mask_TE[:, :, None].to(h_TEF.dtype)).view(tokens, -1)
     h_TN = h_TN.to(weights.down_ND.dtype)
-    if tokens == 1:
-        # A matrix-vector product in 16 bits is a hundred times faster than a matrix product of one
-        # row on CPUs that have no 16-bit arithmetic.
-        y_TD = torch.mv(weights.down_ND.T, h_TN[0])[None]
-    else:
-        y_TD = h_TN @ weights.down_ND
+    # A matrix-vector product in 16 bits is a hundred times faster than a matrix product of one row
+    # on CPUs that have no 16-bit arithmetic.
+    one = tokens == 1
+    y_TD = torch.mv(weights.down_ND.T, h_TN[0])[None] if one else h_TN @ weights.down_ND
     return y_TD if weights.down_bias_D is None else y_TD + weights.down_bias_D

@@ -49,7 +49,9 @@ def inertia(features_NR: Tensor, owner_N: Tensor, clusters: int) -> float:
     return float((features_NR - centroids_ER[owner_N]).square().sum(dtype=torch.float64))
 
 
-def assign(cost_NE: Tensor, owner_N: Tensor | None = None, prices_E: Tensor | None = None) -> Tensor:
+def assign(
+    cost_NE: Tensor, owner_N: Tensor | None = None, prices_E: Tensor | None = None
+) -> Tensor:
     """Owner `[N]` of nearly least total cost `[N, E]` under exactly equal cluster sizes.
 
     With a start `owner_N` the result never costs more than it. `prices_E` warm-starts the prices

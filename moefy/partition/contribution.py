@@ -1,1 +1,3 @@
-from moefy.partition.kmeans import kmeans as contribution
+from moefy.partition.kmeans import kmeans
+
+contribution = kmeans
