@@ -250,9 +250,10 @@ def _mlps(
                 continue
             u = other.given
             for gate, fused, product in _products(up, u, h, probes):
+                few = [_few(tensor) for tensor in (*product, h)]
                 for name, act in acts.items():
                     # A few numbers first: nearly every guess is wrong, and shows it at once.
-                    if _gives(act, *(_few(t) for t in (*product, h))) and _gives(act, *product, h):
+                    if _gives(act, *few) and _gives(act, *product, h):
                         yield _row(model, maps, up, down, gate, fused, name)
                         break
 
@@ -352,5 +353,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, up to rounding and leading axes."""
     if a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
         return False
-    difference = (a.reshape(b.shape) - b).abs().max()
-    return bool(difference <= _TOLERANCE * b.abs().max())
+    b = b.reshape(a.shape)
+    return bool(
+        torch.dist(a, b, p=torch.inf) <= _TOLERANCE * torch.linalg.vector_norm(b, torch.inf)
+    )
