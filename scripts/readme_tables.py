@@ -1,0 +1,98 @@
+"""Write the tables of README.md from the records in benchmarks/records.
+
+    python scripts/readme_tables.py            # rewrite
+    python scripts/readme_tables.py --check    # exit 1 where README.md is out of date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from moefy.tables import markdown
+
+RECORDS = Path("benchmarks/records")
+BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
+
+
+def record(name: str) -> dict:
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quality() -> str:
+    rows = []
+    for name in ("llama", "opt"):
+        for density in ("0.5", "0.25"):
+            found = record(f"eval_{name}_{density}")
+            total = found["total"]
+            rows.append(
+                [
+                    f"{name}, {'SwiGLU' if name == 'llama' else 'ReLU'}",
+                    f"{found['ffn_density']:.2f}",
+                    f"{found['active_budget']:.3f}",
+                    f"{found['active_parameters']:.3f}",
+                    f"{total['ce_dense']['mean']:.3f}",
+                    f"{total['ce']['mean']:.3f}",
+                    f"{total['kl']['mean']:.3f}",
+                    f"{record(f'oracle_{name}_{density}')['total']['kl']['mean']:.3f}",
+                ]
+            )
+    header = [
+        "model", "FFN density", "active budget", "active parameters", "CE dense", "CE moefied",
+        "KL to dense", "KL, oracle routing",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def speed() -> str:
+    rows = []
+    for name in sorted(p.stem for p in RECORDS.glob("layer_*.json")):
+        found = record(name)
+        rows.append(
+            [
+                found["dtype"].removeprefix("torch."),
+                f"{found['k']} of {found['experts']}",
+                str(found["tokens"]),
+                f"{found['speedup']['moefied']:.2f}x",
+                found["chosen"],
+            ]
+        )
+    for name in ("llama", "opt"):
+        found = record(f"bench_{name}")
+        for phase in ("prefill", "decode"):
+            by = ", ".join(found["backends"][phase])
+            rows.append(
+                [f"demo {name}, whole model, {phase}", "8 of 32", "1" if phase == "decode" else str(found["prompt"]),
+                 f"{found[phase]['speedup']:.2f}x", by]
+            )  # fmt: skip
+    return markdown(["layer or model", "experts on", "tokens", "speed over dense", "computed by"], rows)
+
+
+def demo() -> str:
+    llama, opt = record("demo_llama")["bits_per_byte"], record("demo_opt")["bits_per_byte"]
+    rows = [
+        [domain, f"{row['unigram']:.2f}", f"{row['bigram']:.2f}", f"{row['model']:.2f}",
+         f"{row['fewer_than_bigram']:.0%}", f"{opt[domain]['model']:.2f}", f"{opt[domain]['fewer_than_bigram']:.0%}"]
+        for domain, row in llama.items()
+    ]  # fmt: skip
+    return markdown(["domain", "unigram", "bigram", "llama", "fewer", "opt", "fewer"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = Path("README.md")
+    text = old = readme.read_text(encoding="utf-8")
+    for make in (quality, speed, demo):
+        begin = BEGIN.format(make.__name__)
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(END)
+        text = f"{before}{begin}\n{make()}\n{END}{after}"
+    if args.check and text != old:
+        sys.exit("README.md is out of date: run scripts/readme_tables.py")
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

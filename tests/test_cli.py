@@ -1,0 +1,85 @@
+"""The verbs as a user types them, on the bundled demo models where those are there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_conversion import corpus_for
+from tiny_models import build
+from typer.testing import CliRunner
+
+from moefy.cli import app
+from moefy.quickstart import demo_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    build("llama", folder / "source")
+    rows = [json.dumps({"input_ids": r, "source_id": str(i)}) for i, r in enumerate(corpus_for("llama"))]
+    (folder / "ids.jsonl").write_text("\n".join(rows))
+    say(
+        "convert", folder / "source", folder / "out", "--corpus", folder / "ids.jsonl",
+        "--recipe", "export", "--expert-size", 8, "--density", 0.5, "--set", "router.epochs=2",
+    )  # fmt: skip
+    return folder
+
+
+def say(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_dry_run_reads_the_config_only(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "source" / "config.json").read_text())
+    text = say("convert", tmp_path, tmp_path / "out", "--dry-run", "--expert-size", 16)
+    assert "64 neurons in 4 experts of 16" in text
+    assert not (tmp_path / "out").exists()
+    data = json.loads(say("convert", tmp_path, tmp_path / "out", "--dry-run", "--json"))
+    assert data["layers"][0]["experts"] == 2
+
+
+def test_eval_prints_a_table_or_json(folder, tmp_path):
+    ids = folder / "ids.jsonl"
+    text = say("eval", folder / "out", "--corpus", ids, "-q", "-o", tmp_path / "record.json")
+    assert "KL to dense" in text
+    record = json.loads(say("eval", folder / "out", "--corpus", ids, "-q", "--json"))
+    kept = json.loads((tmp_path / "record.json").read_text())
+    assert record["total"] == kept["total"]
+    oracle = json.loads(say("eval", folder / "out", "--corpus", ids, "--router", "oracle", "--json"))
+    assert oracle["total"]["kl"]["mean"] < record["total"]["kl"]["mean"]
+    dense = json.loads(say("eval", folder / "out", "--corpus", ids, "--against", folder / "source", "--json"))
+    assert dense["total"]["kl"]["mean"] == pytest.approx(record["total"]["kl"]["mean"], rel=1e-3)
+
+
+def test_bench_model_and_layer(folder):
+    text = say("bench", folder / "out", "--prompt", 16, "--generated", 4, "--samples", 2)
+    assert "prefill" in text
+    assert "decode" in text
+    record = json.loads(say("bench", "--layer", "64,256,8,2", "--samples", 2, "--json"))
+    assert set(record["median_seconds"]) == {"dense", "moefied", "views", "masked dense"}
+    assert len(record["seconds"]["dense"]) == 2
+
+
+def test_revert_and_ls_and_env(folder, tmp_path):
+    say("revert", folder / "out", tmp_path / "back")
+    back, source = tmp_path / "back", folder / "source"
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    text = say("ls")
+    for word in ("kmeans", "conditional_mean", "threshold", "export", "gpt_neox"):
+        assert word in text
+    assert "torch" in say("env")
+    assert json.loads(say("env", "--json"))["versions"]["moefy"]
+
+
+@pytest.mark.parametrize("name", sorted(demo_models()))
+def test_generate_with_a_demo_model(name, tmp_path):
+    source = demo_models()[name]
+    settings = ["--set", "router.tokens=2048", "--set", "partition.tokens=1024", "--set", "router.epochs=2"]
+    say("convert", source, tmp_path / "out", "--recipe", "fast", *settings)
+    text = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8)
+    assert text.startswith("Question: What is")
+    assert len(text) > len("Question: What is") + 4
+    dense = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8, "--dense")
+    assert dense.startswith("Question: What is")

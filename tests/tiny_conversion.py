@@ -1,0 +1,32 @@
+"""Conversions of tiny models, small enough to run dozens of times."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy.convert import convert
+from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe, override
+from tiny_models import tiny_model
+
+RECIPE = Recipe(
+    density=0.5,
+    context=32,
+    partition=PartitionRecipe(method="kmeans", expert_size=8, tokens=128),
+    router=RouterRecipe(name="linear", tokens=256, epochs=2, batch_size=64),
+)
+
+
+def corpus_for(name: str) -> list[Any]:
+    """Documents in memory: token ids, or images."""
+    g = torch.Generator().manual_seed(3)
+    if tiny_model(name).family == "vit":
+        return list(torch.randn(16, 3, 16, 16, generator=g))
+    return [torch.randint(3, 90, (8 + i % 17,), generator=g).tolist() for i in range(48)]
+
+
+def convert_tiny(name: str, source: Path, out: Path, **options: Any) -> dict[str, Any]:
+    settings = options.pop("settings", {})
+    return convert(
+        source, out, recipe=override(RECIPE, settings), corpus=corpus_for(name), quiet=True, **options
+    )
