@@ -17,7 +17,15 @@ from torch import Tensor
 
 from moefy.errors import CheckpointError, RecipeError
 from moefy.mlp import DenseMlp
-from moefy.partition import METHODS, Partition, balanced, canonical, expert_count, partition, signals
+from moefy.partition import (
+    METHODS,
+    Partition,
+    balanced,
+    canonical,
+    expert_count,
+    partition,
+    signals,
+)
 
 INVARIANT = sorted(set(METHODS) - {"contiguous"})
 LEARNED = ["coactivation", "contribution", "kmeans", "markers"]
@@ -93,11 +101,13 @@ def gauge(mlp: DenseMlp, scale_N: Tensor, sign_N: Tensor) -> DenseMlp:
     )
 
 
-def planted(kind: str, neurons: int, experts: int, seed: int = 0) -> tuple[DenseMlp, Tensor, Tensor]:
+def planted(
+    kind: str, neurons: int, experts: int, seed: int = 0
+) -> tuple[DenseMlp, Tensor, Tensor]:
     """An MLP in which the neurons of one group fire on the same tokens, the tokens, the groups.
 
     Every token holds one topic direction; a group's input rows hold its own topic. The order of
-    neurons is shuffled and their loudness varies.
+    neurons is shuffled; their rows differ by noise.
     """
     width, count = 48, 1200
     random = torch.Generator().manual_seed(seed)
@@ -106,15 +116,13 @@ def planted(kind: str, neurons: int, experts: int, seed: int = 0) -> tuple[Dense
     topic_ED = torch.linalg.qr(torch.randn(width, width, generator=random)).Q[:experts]
     mlp = make_mlp(kind, neurons, width, seed)
     rows_ND = 3 * topic_ED[group_N] + 0.05 * mlp.up_ND
-    down_ND = mlp.down_ND * (0.5 + torch.rand(neurons, 1, generator=random))
+    down_ND = torch.nn.functional.normalize(mlp.down_ND, dim=1)
     if mlp.gate_ND is None:
         mlp = DenseMlp(up_ND=rows_ND, down_ND=down_ND, activation=mlp.activation)
     else:
-        mlp = DenseMlp(
-            up_ND=mlp.up_ND, down_ND=down_ND, activation=mlp.activation, gate_ND=rows_ND
-        )
+        mlp = DenseMlp(up_ND=mlp.up_ND, down_ND=down_ND, activation=mlp.activation, gate_ND=rows_ND)
     topic_T = torch.randint(experts, (count,), generator=random)
-    x_TD = 2 * topic_ED[topic_T] + 0.1 * torch.randn(count, width, generator=random)
+    x_TD = 2 * topic_ED[topic_T] + 0.5 * torch.randn(count, width, generator=random)
     return mlp, x_TD, group_N
 
 
@@ -211,13 +219,24 @@ def test_canonical_order_separates_neurons_alike_in_their_first_columns() -> Non
     assert mlp.gate_ND is not None
     mlp.gate_ND[:] = mlp.gate_ND[0]
     mlp.gate_ND[20:, 12] += 1
-    mlp = canonical.canonical_gauge(mlp)
     shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(2))
     shuffled = mlp.take(shuffle)
-    assert torch.equal(
-        mlp.take(canonical.canonical_order(mlp)).up_ND,
-        shuffled.take(canonical.canonical_order(shuffled)).up_ND,
+    ordered, again = (m.take(canonical.canonical_order(m)) for m in (mlp, shuffled))
+    assert torch.equal(ordered.up_ND, again.up_ND)
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES))
+def test_canonical_gauge_is_the_same_function(kind: str) -> None:
+    mlp, x_TD = make_mlp(kind, 40, 16, 1), tokens(20, 16, 1)
+    fixed = canonical.canonical_gauge(mlp, torch.arange(40))
+    assert torch.allclose(fixed(x_TD), mlp(x_TD), rtol=1e-4, atol=1e-4)
+    if mlp.gate_ND is not None:
+        assert torch.equal(fixed.up_ND.abs().amax(1) <= 1, torch.ones(40, dtype=torch.bool))
+    flipped = canonical.canonical_gauge(
+        gauge(mlp, torch.ones(40), -torch.ones(40)), torch.arange(40)
     )
+    assert torch.equal(fixed.up_ND, flipped.up_ND)
+    assert torch.equal(fixed.down_ND, flipped.down_ND)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -251,9 +270,7 @@ def test_inputs_stay_as_they_were_and_any_dtype_goes(method: str) -> None:
 @pytest.mark.parametrize("method", LEARNED)
 @pytest.mark.parametrize("kind", ["swiglu", "relu"])
 @pytest.mark.parametrize("neurons,experts", [(384, 12), (512, 32)])
-def test_planted_structure_is_recovered(
-    method: str, kind: str, neurons: int, experts: int
-) -> None:
+def test_planted_structure_is_recovered(method: str, kind: str, neurons: int, experts: int) -> None:
     mlp, x_TD, group_N = planted(kind, neurons, experts)
     found = partition(mlp, x_TD, experts=experts, method=method)
     assert adjusted_rand_score(group_N, found.owner_N) > 0.95
@@ -312,7 +329,7 @@ def test_assignment_is_near_the_optimum(size: int, clusters: int, seed: int) -> 
 
 def test_assignment_never_worsens_its_start() -> None:
     cost_NE = torch.rand(60, 6, generator=torch.Generator().manual_seed(0))
-    row, column = linear_sum_assignment(np.repeat(cost_NE.numpy(), 10, axis=1))
+    column = linear_sum_assignment(np.repeat(cost_NE.numpy(), 10, axis=1))[1]
     start_N = torch.from_numpy(column // 10)
     owner_N = balanced.assign(cost_NE, start_N)
     every = torch.arange(60)

@@ -105,9 +105,8 @@ def partition(
             "got 0 tokens; give a corpus"
         )
     _require_finite(mlp, x_TD, where)
-    mlp = canonical_gauge(mlp)
     order_N = torch.arange(neurons) if method in AS_STORED else canonical_order(mlp)
-    mlp = mlp.take(order_N)
+    mlp = canonical_gauge(mlp, order_N)
     size = neurons // experts
     owner_N = torch.empty(neurons, dtype=torch.int64)
     routed_N = torch.arange(neurons)

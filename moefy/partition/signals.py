@@ -12,33 +12,39 @@ from torch import Tensor
 from moefy.mlp import DenseMlp
 
 MOST_TOKENS = 8192
+MOST_ENTRIES = 2**26
+"""Most tokens times neurons held at once: 256 MiB, or 4681 tokens of 14336 neurons."""
+
 MOST_FEATURES = 256
 CHUNK = 1024
 OVERSAMPLE = 16
 POWER_STEPS = 2
 
 
-def sample(x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
-    """At most `most` of the rows of `x_TD`, evenly spaced, in fp32."""
+def sample(x_TD: Tensor, neurons: int) -> Tensor:
+    """Evenly spaced rows of `x_TD`, in fp32: at most 8192, and fewer for very many neurons."""
+    most = min(MOST_TOKENS, max(1, MOST_ENTRIES // neurons))
     if len(x_TD) > most:
         x_TD = x_TD[torch.linspace(0, len(x_TD) - 1, most).long()]
     return x_TD.to(torch.float32)
 
 
-def contributions(mlp: DenseMlp, x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
-    """Size of every neuron's contribution `|h_j| ||d_j||` to at most `most` tokens: `[T, N]`."""
-    x_TD = sample(x_TD, most)
-    size_N = mlp.down_ND.norm(dim=1)
-    found_TN = torch.empty(len(x_TD), mlp.neurons)
+def hidden(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
+    """Activations `h` `[T, N]` of these tokens, a chunk of tokens at a time."""
+    h_TN = torch.empty(len(x_TD), mlp.neurons)
     for first in range(0, len(x_TD), CHUNK):
-        hidden_TN = mlp.hidden(x_TD[first : first + CHUNK])
-        torch.mul(hidden_TN.abs_(), size_N, out=found_TN[first : first + CHUNK])
-    return found_TN
+        h_TN[first : first + CHUNK] = mlp.hidden(x_TD[first : first + CHUNK])
+    return h_TN
 
 
-def mean_contribution(mlp: DenseMlp, x_TD: Tensor, most: int = MOST_TOKENS) -> Tensor:
-    """Mean over tokens of the size of each neuron's contribution: `[N]` in fp64."""
-    x_TD = sample(x_TD, most)
+def contributions(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
+    """Size of every neuron's contribution, `|h_j| ||d_j||`, to a sample of tokens: `[T, N]`."""
+    return hidden(mlp, sample(x_TD, mlp.neurons)).abs_().mul_(mlp.down_ND.norm(dim=1))
+
+
+def mean_contribution(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
+    """Mean over a sample of tokens of the size of each neuron's contribution: `[N]` in fp64."""
+    x_TD = sample(x_TD, mlp.neurons)
     total_N = torch.zeros(mlp.neurons, dtype=torch.float64)
     for x_CD in x_TD.split(CHUNK):
         total_N += mlp.hidden(x_CD).abs_().sum(dim=0, dtype=torch.float64)
