@@ -1,0 +1,163 @@
+"""Write a moefied checkpoint so that nothing needs moefy any more.
+
+    export("moefied", "out", to="mixtral")
+
+`mixtral`, `qwen2_moe` and `qwen3_moe` are stock mixture-of-experts architectures, which serving
+engines run; `dense` is the source's own architecture with its neurons in expert order. The result
+is loaded with stock transformers and compared before it appears under its name.
+
+Shapes: E routed experts, F neurons per expert, K experts that run.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moefy.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
+from moefy.checkpoint import INDEX, Checkpoint, OutputFolder, copy_folder
+from moefy.console import Reporter
+from moefy.errors import UnsupportedModel
+from moefy.export.card import export_card
+from moefy.export.targets import Target, check, config_json, find_target, stock_config, warnings
+from moefy.export.tensors import Source, plan_tensors
+from moefy.export.verify import verification_batches, verify, verify_dense
+from moefy.export.writer import write_shards
+from moefy.inputs import read_config
+from moefy.locate import Site, meta_model, sites
+from moefy.modeling import weights_of
+from moefy.reorder import reorder
+
+CARD, SOURCE_CARD = "README.md", "README.source.md"
+_SIDE_FILES = frozenset({META, SIDE, "records.json"})
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def export(
+    folder: str | Path, out: str | Path, *, to: str, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the artefact `folder` into `out` as the stock architecture `to`, or as `dense`.
+
+    Returns the record: `architecture`, `out`, `warnings` and what was measured. Raises
+    `RecipeError` or `UnsupportedModel` where the target cannot hold the model, and `MoefyError`
+    where the result is not the same function; `out` then is as it was.
+    """
+    folder, target = Path(folder), find_target(to)
+    artefact = read_artefact(folder)
+    checkpoint = weights_of(artefact, folder)
+    config = read_config(checkpoint)
+    meta = meta_model(config)
+    found = sites(meta)
+    if not type(meta).__name__.endswith("ForCausalLM") and target is not None:
+        raise UnsupportedModel(
+            f"{folder}: {type(meta).__name__}; only causal language models have stock counterparts, "
+            "export --to dense"
+        )
+    if target is not None:
+        check(target, artefact, found, config)
+    output = OutputFolder(Path(out))
+    # What a killed export left behind is worth nothing: start again over it.
+    if output.begin(f"export {to}", resume=not overwrite, overwrite=overwrite):
+        shutil.rmtree(output.work / "model", ignore_errors=True)
+    finished = output.work / "model"
+    finished.mkdir()
+    try:
+        with output.full_disk():
+            if target is None:
+                record = _dense(folder, artefact, checkpoint, found, output, finished)
+            else:
+                record = _stock(folder, artefact, checkpoint, meta, found, target, output, finished)
+    except BaseException:
+        shutil.rmtree(output.work, ignore_errors=True)
+        raise
+    output.commit(finished)
+    return {"kind": "export", "to": to, "out": str(out), **record}
+
+
+def _stock(
+    folder: Path,
+    artefact: Artefact,
+    checkpoint: Checkpoint,
+    meta: PreTrainedModel,
+    found: list[Site],
+    target: Target,
+    output: OutputFolder,
+    finished: Path,
+) -> dict[str, Any]:
+    """Write and verify a mixture of experts."""
+    entry, config = artefact.layers[0], meta.config
+    source = Source(checkpoint, meta, found, artefact)
+    stored = _name(source.spec(f"{found[0].path('down')}.weight")[1])
+    loaded_as = _name(config.dtype) if isinstance(config.dtype, torch.dtype) else stored
+    stock = stock_config(target, entry, config, tied=source.tied, dtype=loaded_as)
+    planned = plan_tensors(target, source, found, artefact, meta_model(stock))
+    output.need(sum(tensor.bytes for tensor in planned))
+    _copy_files(checkpoint.folder, finished)
+    write_shards(finished, planned)
+    text = json.dumps(config_json(stock), indent=2, sort_keys=True)
+    (finished / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    k = entry.selection["k"]
+    batches = verification_batches(checkpoint, config.vocab_size)
+    exact = stored == "float32" or k & (k - 1) == 0
+    record = {
+        "architecture": target.architecture,
+        "experts": entry.experts - entry.shared,
+        "shared_experts": entry.shared,
+        "active": k,
+        "expert_size": entry.neurons // entry.experts,
+        "eps": sorted({layer.selection["eps"] for layer in artefact.layers}),
+        "tied_embeddings": source.tied,
+        "dtype": stored,
+        "bytes": sum(tensor.bytes for tensor in planned),
+        "verification": verify(folder, finished, batches, exact=exact),
+        "warnings": warnings(target, entry, config, stored),
+    }
+    (finished / CARD).write_text(export_card(artefact.source["name"], record), encoding="utf-8")
+    return record
+
+
+def _dense(
+    folder: Path,
+    artefact: Artefact,
+    checkpoint: Checkpoint,
+    found: list[Site],
+    output: OutputFolder,
+    finished: Path,
+) -> dict[str, Any]:
+    """Write and verify the source's own architecture, its neurons in expert order."""
+    output.need(checkpoint.bytes)
+    adapter = artefact.form == ADAPTER
+    copy_folder(checkpoint.folder, finished, skip=set() if adapter else {*_SIDE_FILES, CARD})
+    if not adapter and (finished / SOURCE_CARD).exists():
+        shutil.move(finished / SOURCE_CARD, finished / CARD)
+    if adapter:
+        reorder(Checkpoint.open(finished), found, artefact, Reporter(quiet=True))
+    config = read_config(checkpoint)
+    record: dict[str, Any] = {
+        "architecture": type(meta_model(config)).__name__,
+        "bytes": checkpoint.bytes,
+        "warnings": [],
+    }
+    if found[0].family.kind == "decoder":
+        batches = verification_batches(checkpoint, config.get_text_config().vocab_size)
+        record["relative_error"] = verify_dense(folder, finished, batches)
+    return record
+
+
+def _copy_files(source: Path, finished: Path) -> None:
+    """Tokenizer, generation settings, licence: all that is neither weights nor moefy's."""
+    skip = {*_SIDE_FILES, "config.json", INDEX, CARD}
+    for file in source.rglob("*"):
+        if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
+            skip.add(str(file.relative_to(source)))
+    copy_folder(source, finished, skip=skip)
+    if not (source / META).exists() and (source / CARD).is_file():
+        shutil.copyfile(source / CARD, finished / SOURCE_CARD)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
