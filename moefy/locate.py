@@ -191,21 +191,24 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     Its class is the first of `config.architectures` that transformers knows, or else the usual one
     for the kind of model. Raises `UnsupportedModel` where transformers cannot build it.
     """
-    family = FAMILIES.get(config.model_type)
-    kind: Any = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+    where = f"config.json: transformers {transformers.__version__}"
     for name in config.architectures or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            kind = named
+        kind: Any = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             break
+    else:
+        if config.model_type not in transformers.CONFIG_MAPPING:
+            raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
+        family = FAMILIES.get(config.model_type)
+        kind = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
     build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(
-            f"config.json: transformers {transformers.__version__} cannot build "
-            f"{kind.__name__} for model_type '{config.model_type}': {error}".replace("\n", " ")
+            f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason}"
         ) from error
     model.train(False)
     return model

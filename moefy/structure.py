@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class _Run:
 
 
 class _Probe(nn.Module):
-    """Stands in for a linear map: takes anything, gives random numbers `[..., outputs]`."""
+    """Stands in for a linear map: takes `[..., inputs]`, gives random numbers `[..., outputs]`."""
 
     def __init__(self, linear: _Map, generator: torch.Generator) -> None:
         super().__init__()
@@ -107,7 +108,9 @@ class _Probe(nn.Module):
         self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Random numbers in the shape of the answer."""
+        """Random numbers in the shape of the answer; `ValueError` for an input of another width."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"got {x.shape[-1]} numbers a token, expected {self.in_features}")
         shape = (*x.shape[:-1], self.out_features)
         return _SPREAD * torch.randn(shape, dtype=torch.float64, generator=self.generator)
 
@@ -116,7 +119,8 @@ def _row_of_list(path: str, layers: nn.ModuleList, model: PreTrainedModel) -> Fa
     """The one row that all layers of a list share, or None."""
     rows: dict[Any, Family | None] = {}
     for layer in layers:
-        key = (type(layer), tuple(_linear_maps(layer).items()))
+        types = tuple((name, type(part)) for name, part in layer.named_modules())
+        key = (types, tuple(_linear_maps(layer).items()))
         if key not in rows:
             rows[key] = _row_of_layer(layer, model)
     first, *others = rows.values()
@@ -251,15 +255,17 @@ def _mlps(
             u = other.given
             for gate, fused, product in _products(up, u, h, probes):
                 few = [_few(tensor) for tensor in (*product, h)]
-                for name, act in acts.items():
-                    # A few numbers first: nearly every guess is wrong, and shows it at once.
-                    if _gives(act, *few) and _gives(act, *product, h):
-                        yield _row(model, maps, up, down, gate, fused, name)
-                        break
+                # A few numbers first: nearly every guess is wrong, and shows it at once. Where
+                # several approximations of one function are left, the closest is the one.
+                likely = [name for name, act in acts.items() if _error(act, *few) <= _TOLERANCE]
+                errors = {name: _error(acts[name], *product, h) for name in likely}
+                name, error = min(errors.items(), key=itemgetter(1), default=("", torch.inf))
+                if error <= _TOLERANCE:
+                    yield _row(model, maps, up, down, gate, fused, name)
 
 
-def _gives(act: Callable[[Tensor], Tensor], g: Tensor, factor: Tensor, h: Tensor) -> bool:
-    return _equal(act(g) * factor, h)
+def _error(act: Callable[[Tensor], Tensor], g: Tensor, factor: Tensor, h: Tensor) -> float:
+    return _distance(act(g) * factor, h)
 
 
 def _few(tensor: Tensor) -> Tensor:
@@ -314,12 +320,12 @@ def _with_container(row: Family, run: _Run) -> Family | None:
     inside = all(name.startswith(f"{run.module}.") for name in (row.up, row.down) if run.module)
     if not run.module or not inside or not isinstance(run.output, Tensor):
         return None
-    y = run.calls[row.down].given
     if not _equal(run.calls[row.up].taken, run.x):
         return None
+    y = run.calls[row.down].given
     if _equal(run.output, y):
         return replace(row, container=run.module)
-    if _equal(run.output, y.reshape(run.output.shape) + run.residual):
+    if _equal(run.output, y.reshape(run.x.shape) + run.residual):
         return replace(row, container=run.module, residual=True)
     return None
 
@@ -350,10 +356,13 @@ def _kind(model: PreTrainedModel) -> Kind:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, up to rounding and leading axes."""
+    return _distance(a, b) <= _TOLERANCE
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Greatest difference over greatest number; leading axes may differ, other shapes are far."""
     if a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
-        return False
+        return float("inf")
     b = b.reshape(a.shape)
-    return bool(
-        torch.dist(a, b, p=torch.inf) <= _TOLERANCE * torch.linalg.vector_norm(b, torch.inf)
-    )
+    scale = torch.linalg.vector_norm(b, torch.inf)
+    return float(torch.dist(a, b, p=torch.inf) / scale)
