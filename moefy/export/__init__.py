@@ -24,7 +24,7 @@ from moefy.errors import UnsupportedModel
 from moefy.export.card import export_card
 from moefy.export.targets import Target, check, config_json, find_target, stock_config, warnings
 from moefy.export.tensors import Source, plan_tensors
-from moefy.export.verify import verification_batches, verify, verify_dense
+from moefy.export.verification import verification_batches, verify, verify_dense
 from moefy.export.writer import write_shards
 from moefy.inputs import read_config
 from moefy.locate import Site, meta_model, sites

@@ -113,6 +113,7 @@ _COMMON = (
     "bos_token_id",
     "eos_token_id",
 )
+_SPELLED_OUT = (*_COMMON, "tie_word_embeddings", "transformers_version")
 
 
 def find_target(name: str) -> Target | None:
@@ -257,7 +258,7 @@ def config_json(config: PreTrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         key: value
         for key, value in config.to_dict().items()
-        if key not in idle or idle[key] != value or key in (*_COMMON, "tie_word_embeddings")
+        if key not in idle or idle[key] != value or key in _SPELLED_OUT
     }
     rope = dict(settings["rope_parameters"])
     settings["rope_theta"] = rope.pop("rope_theta")

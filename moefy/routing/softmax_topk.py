@@ -19,10 +19,12 @@ _SPREAD = 2.0**-16
 """Spread of a token's scaled scores.
 
 A larger one bends the weights, which moves the inputs of later layers, where experts of like score
-then swap places: with six random layers, E = 64, k = 16, other sets than weight-1 routing for 2 % of
-tokens and layers at 2**-10, 1 % at 2**-13, none at 2**-16 (10 %, 6 % and 1 % with E = 256, k = 64).
-A smaller one gains nothing: fp32 already tells apart only scores that differ by 2**-8 of their
-spread, as finely as scores computed in bf16 do. Experts that near are as good as each other.
+then swap places. Other sets than weight-1 routing, of all tokens and layers, in fp32: six random
+layers, E = 64, k = 16: 2 % at 2**-10, 1 % at 2**-13, none at 2**-16; E = 256, k = 64: 10 %, 6 %, 1 %;
+a trained model of six layers, E = 32, k = 8: 0.9 %, 0.4 %, none. A smaller one loses scores: fp32
+tells apart those that differ by about 2**-8 of their spread, as finely as bf16 holds them. On the
+trained model sets in bf16 begin to suffer at 2**-17 (other sets than in fp32: 7.6 % from 2**-10 to
+2**-14, 8.2 % at 2**-16, 11 % at 2**-17). Cross-entropy is the same at all of these.
 """
 
 

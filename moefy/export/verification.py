@@ -21,8 +21,9 @@ from moefy.activations import run
 from moefy.checkpoint import Checkpoint
 from moefy.data import Batch, load_corpus
 from moefy.errors import MoefyError
+from moefy.evaluate import outputs
 from moefy.inputs import load_tokenizer, read_batches
-from moefy.modeling import all_experts, load, placement, sparse_mlps
+from moefy.modeling import all_experts, load, load_dense, placement, sparse_mlps
 
 DOCUMENTS, CONTEXT = 8, 48
 TOLERANCE, ROUNDED_TOLERANCE, DENSE_TOLERANCE = 1e-3, 2e-2, 1e-5
@@ -83,7 +84,7 @@ def verify(folder: Path, written: Path, batches: list[Batch], *, exact: bool) ->
     more than the tolerance.
     """
     reference = _moefied(folder, batches, torch.float32)
-    got, stored = _stock(written, batches, torch.float32)
+    got = _stock(written, batches, torch.float32)
     full = compare(reference, got, batches, torch.float32)
     limit = TOLERANCE if exact else ROUNDED_TOLERANCE
     if not (full.relative_error_before_flips <= limit and full.flip_rate <= MOST_FLIPS):
@@ -94,21 +95,26 @@ def verify(folder: Path, written: Path, batches: list[Batch], *, exact: bool) ->
             "written; please report this with the model's config.json"
         )
     measured = {"float32": full.record()}
+    stored = _stored_dtype(written)
     if stored != torch.float32 and _has_arithmetic(written, batches):
         low = _moefied(folder, batches, stored)
         name = str(stored).removeprefix("torch.")
-        measured[name] = compare(low, _stock(written, batches, stored)[0], batches, stored).record()
+        measured[name] = compare(low, _stock(written, batches, stored), batches, stored).record()
         # What the dtype itself costs, to set the figure above against.
         measured[f"moefy {name} to float32"] = compare(reference, low, batches, stored).record()
     return measured
 
 
 def verify_dense(folder: Path, written: Path, batches: list[Batch]) -> float:
-    """Relative error of the dense checkpoint against the artefact with every expert on, in fp32."""
+    """Relative error of the dense checkpoint against the artefact with every expert on, in fp32.
+
+    Raises `MoefyError` above `DENSE_TOLERANCE`.
+    """
     reference = _moefied(folder, batches, torch.float32, dense=True)
-    got, _ = _stock(written, batches, torch.float32)
-    pairs = list(zip(reference.logits, got.logits, strict=True))
-    error = _norm([a - b for a, b in pairs]) / _norm([a for a, _ in pairs])
+    model = load_dense(Checkpoint.open(written), **{**placement(), "dtype": torch.float32})
+    with torch.no_grad():
+        got = _run(model, batches, [])
+    error = _relative(list(zip(got.logits, reference.logits, strict=True)))
     if not error <= DENSE_TOLERANCE:
         raise MoefyError(
             f"verification failed: logits of the dense model differ by {error:.1e} (relative; at "
@@ -177,18 +183,18 @@ def _moefied(
 
 
 @torch.no_grad()
-def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype) -> tuple[Outcome, torch.dtype]:
-    """Run the exported model in stock transformers; also the dtype its configuration names."""
+def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype) -> Outcome:
+    """Run the exported mixture of experts in stock transformers."""
     options = {**placement(), "dtype": dtype, "output_loading_info": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = loaded
     wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names}
     if wrong:
         raise MoefyError(
-            f"verification failed: transformers does not take the tensors of the exported model as "
+            "verification failed: transformers does not take the tensors of the exported model as "
             f"they are: {wrong}; nothing was written; please report this"
         )
-    return _run(model.eval(), batches, _listen(model)), _stored_dtype(folder)
+    return _run(model.eval(), batches, _listen(model))
 
 
 def _listen(model: PreTrainedModel) -> list[Tensor]:
@@ -210,8 +216,7 @@ def _run(model: PreTrainedModel, batches: list[Batch], seen: list[Tensor]) -> Ou
     logits, masks = [], []
     for batch in batches:
         seen.clear()
-        result: Any = run(model, batch)
-        logits.append(result.logits.float().cpu())
+        logits.append(outputs(run(model, batch)).float().cpu())
         shape = logits[-1].shape[:2]
         masks.append(torch.stack([m.view(*shape, -1) for m in seen]) if seen else torch.empty(0))
     return Outcome(logits, masks)
