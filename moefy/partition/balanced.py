@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLAT_LIMIT = 2**23
-"""Largest N * E that is clustered in one level (32 MiB of distances)."""
+FLAT_LIMIT = 2**24
+"""Largest N * E that is clustered in one level (64 MiB of distances)."""
 
 ROUNDS = 12
 PRICE_STEPS = 24
@@ -148,10 +148,15 @@ def _seeds(features_NR: Tensor, clusters: int, seed: int) -> Tensor:
         seeds.append(-1)
 
 
+def one_level(points: int, clusters: int) -> bool:
+    """Whether the `[N, E]` distances are small enough to work on all clusters at once."""
+    return points * clusters <= FLAT_LIMIT
+
+
 def _groups(points: int, clusters: int) -> int:
     """Clusters of the upper level: 1 where one level is small enough, else a divisor near the
     square root of the count (1 again where there is none)."""
-    if points * clusters <= FLAT_LIMIT:
+    if one_level(points, clusters):
         return 1
     divisors = [d for d in range(2, clusters // 2 + 1) if clusters % d == 0]
     return min(divisors, key=lambda d: (abs(math.log(d * d / clusters)), d), default=1)

@@ -3,15 +3,17 @@
 moefy's own method, in two steps, both on contributions `h_j d_j` and so the same in every gauge.
 
 When: the profile of a neuron is the size of its contribution to each token of the sample, and
-balanced k-means of the profiles puts neurons together that matter together. Profiles keep their
-loudness, because a loud neuron in the wrong expert costs more than a quiet one.
+balanced k-means of the profiles puts neurons together that matter together. A profile's length is
+set to the square root of its loudness: a loud neuron in the wrong expert costs more than a quiet
+one, but loudness alone must not shape the experts.
 
 Where a router can follow: a partition is worth what a router can predict of it (in MoEfication's
 own tables an oracle does as well on random experts as on clustered ones). So the profiles are then
 clustered again around what a router would switch on. Each round fits the norm of every expert's
 output by ridge regression on the MLP's input, takes the top quarter of the experts for each token,
 and moves neurons, sizes held equal, to the expert that is on where their squared contribution is.
-The partition that lost the least squared contribution to its own router is kept.
+The partition that lost the least squared contribution to its own router is kept. Where experts are
+so many that clusters are found in two levels, the first step is all.
 
 Shapes: T tokens, D model width, N neurons, E experts, F neurons per expert, R features of inputs.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moefy.mlp import DenseMlp
-from moefy.partition.balanced import assign, balanced_kmeans
+from moefy.partition.balanced import assign, balanced_kmeans, one_level
 from moefy.partition.signals import CHUNK, MOST_FEATURES, hidden, principal, sample
 
 ROUNDS = 10
@@ -34,11 +36,13 @@ RIDGE = 1e-2
 def contribution(mlp: DenseMlp, x_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     """Owner `[N]` of each neuron, from its contributions to the tokens `x_TD`."""
     x_TD = sample(x_TD, mlp.neurons)
-    size_N = mlp.down_ND.norm(dim=1)
+    size_N = torch.linalg.vector_norm(mlp.down_ND, dim=1)
     h_TN = hidden(mlp, x_TD)
-    profile_NR = principal(h_TN.abs().mul_(size_N).T, MOST_FEATURES, seed)
-    owner_N = balanced_kmeans(profile_NR, num_experts, seed)
-    if not 1 < num_experts < mlp.neurons:
+    profile_TN = h_TN.abs().mul_(size_N)
+    profile_TN /= torch.linalg.vector_norm(profile_TN, dim=0).clamp_min(1e-30).sqrt()
+    owner_N = balanced_kmeans(principal(profile_TN.T, MOST_FEATURES, seed), num_experts, seed)
+    del profile_TN
+    if not 1 < num_experts < mlp.neurons or not one_level(mlp.neurons, num_experts):
         return owner_N
     features_TR = _input_features(x_TD, seed)
     square_RR = features_TR.T @ features_TR

@@ -39,7 +39,11 @@ def hidden(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
 
 def contributions(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
     """Size of every neuron's contribution, `|h_j| ||d_j||`, to a sample of tokens: `[T, N]`."""
-    return hidden(mlp, sample(x_TD, mlp.neurons)).abs_().mul_(mlp.down_ND.norm(dim=1))
+    return (
+        hidden(mlp, sample(x_TD, mlp.neurons))
+        .abs_()
+        .mul_(torch.linalg.vector_norm(mlp.down_ND, dim=1))
+    )
 
 
 def mean_contribution(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ def mean_contribution(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
     total_N = torch.zeros(mlp.neurons, dtype=torch.float64)
     for x_CD in x_TD.split(CHUNK):
         total_N += mlp.hidden(x_CD).abs_().sum(dim=0, dtype=torch.float64)
-    return total_N * mlp.down_ND.norm(dim=1).double() / len(x_TD)
+    size_N: Tensor = torch.linalg.vector_norm(mlp.down_ND, dim=1)
+    return total_N * size_N.double() / len(x_TD)
 
 
 def principal(rows_NR: Tensor, features: int, seed: int) -> Tensor:
@@ -70,5 +75,5 @@ def principal(rows_NR: Tensor, features: int, seed: int) -> Tensor:
         for _ in range(POWER_STEPS):
             basis_RK = torch.linalg.qr(rows_NR.T @ (rows_NR @ basis_RK)).Q
     short_NK = rows_NR @ basis_RK
-    vectors_KK = torch.linalg.eigh(short_NK.T @ short_NK).eigenvectors
+    vectors_KK: Tensor = torch.linalg.eigh(short_NK.T @ short_NK).eigenvectors
     return short_NK @ vectors_KK[:, -features:]
