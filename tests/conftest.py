@@ -8,7 +8,9 @@ import pytest
 # Set before anything imports torch, triton or huggingface_hub; child processes inherit them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(min(2, os.cpu_count() or 1))
+# One thread: the tensors are tiny, and on a busy machine threads that wait for each other double the
+# time of a run.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -19,14 +21,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def few_threads() -> None:
-    """At most 2 threads for torch, whatever the machine: timings and sums are then alike."""
-    import torch
-
-    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def _shared(folder: str) -> Path:
