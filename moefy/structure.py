@@ -33,6 +33,7 @@ _SPREAD = 4.0  # of the random numbers: far enough from 0 to tell relu6 from rel
 _NOT_ACTIVATIONS = ("linear", "prelu", "xielu")
 
 
+@torch.no_grad()
 def search(model: PreTrainedModel) -> list[Family]:
     """Rows for the type of `model`, real or on the meta device: one for each list of layers.
 
@@ -169,12 +170,11 @@ def _probed_copy(layer: nn.Module, maps: dict[str, _Map], generator: torch.Gener
     modules = dict(layer.named_modules())
     memo: dict[int, Any] = {id(modules[name]): _Probe(maps[name], generator) for name in maps}
     probed = copy.deepcopy(layer, memo).to_empty(device="cpu").double().eval()
-    with torch.no_grad():
-        for tensor in (*probed.parameters(), *probed.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-            else:
-                tensor.zero_()
+    for tensor in (*probed.parameters(), *probed.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        else:
+            tensor.zero_()
     return probed
 
 
@@ -235,8 +235,7 @@ def _run(run: Callable[[], Any]) -> tuple[Any, bool]:
     """The output of a run, and whether it failed: the code of an unknown layer, given arguments by
     guess, may refuse them in any way, which only says that this is not how it is called."""
     try:
-        with torch.no_grad():
-            return run(), False
+        return run(), False
     except Exception:
         return None, True
 
