@@ -51,13 +51,13 @@ def export(
     config = read_config(checkpoint)
     meta = meta_model(config)
     found = sites(meta)
-    if not type(meta).__name__.endswith("ForCausalLM") and target is not None:
-        raise UnsupportedModel(
-            f"{folder}: {type(meta).__name__}; only causal language models have stock counterparts, "
-            "export --to dense"
-        )
     if target is not None:
         check(target, artefact, found, config)
+        if not type(meta).__name__.endswith("ForCausalLM"):
+            raise UnsupportedModel(
+                f"{folder}: {type(meta).__name__}; only models with a language-model head have "
+                "stock counterparts here, export --to dense"
+            )
     output = OutputFolder(Path(out))
     # What a killed export left behind is worth nothing: start again over it.
     if output.begin(f"export {to}", resume=not overwrite, overwrite=overwrite):
@@ -100,7 +100,7 @@ def _stock(
     text = json.dumps(config_json(stock), indent=2, sort_keys=True)
     (finished / "config.json").write_text(text + "\n", encoding="utf-8")
 
-    k = entry.selection["k"]
+    k, size = entry.selection["k"], entry.neurons // entry.experts
     batches = verification_batches(checkpoint, config.vocab_size)
     exact = stored == "float32" or k & (k - 1) == 0
     record = {
@@ -108,12 +108,12 @@ def _stock(
         "experts": entry.experts - entry.shared,
         "shared_experts": entry.shared,
         "active": k,
-        "expert_size": entry.neurons // entry.experts,
+        "expert_size": size,
         "eps": sorted({layer.selection["eps"] for layer in artefact.layers}),
         "tied_embeddings": source.tied,
         "dtype": stored,
         "bytes": sum(tensor.bytes for tensor in planned),
-        "verification": verify(folder, finished, batches, exact=exact),
+        "verification": verify(folder, finished, batches, exact=exact, expert_size=size),
         "warnings": warnings(target, entry, config, stored),
     }
     (finished / CARD).write_text(export_card(artefact.source["name"], record), encoding="utf-8")

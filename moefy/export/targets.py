@@ -297,6 +297,11 @@ def warnings(target: Target, entry: LayerEntry, config: PreTrainedConfig, dtype:
             f"experts of {size} neurons: GGUF's block quantisation needs multiples of 32 (K-quants "
             "of 256)"
         )
+    if size % 8:
+        found.append(
+            f"experts of {size} neurons: transformers' grouped kernel needs multiples of 8 in 16 "
+            "bits and of 4 in float32; load others with experts_implementation='eager'"
+        )
     if size < 128:
         found.append(
             f"experts of {size} neurons are small for the grouped kernels of serving engines, which "
