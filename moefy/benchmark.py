@@ -9,7 +9,8 @@ Shapes: T tokens, D width, N neurons, E experts, K experts that run.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from moefy.errors import MoefyError
 from moefy.mlp import DenseMlp
 from moefy.modeling import SparseMlp, sparse_mlps
 from moefy.provenance import machine
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, Router
 
 
 def side_by_side(
-    runs: dict[str, Callable[[], object]], samples: int, warmup: int = 2
+    runs: Mapping[str, Callable[[], object]], samples: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of every sample of every run; the runs take turns, so that drift hits all alike."""
     for call in runs.values():
@@ -87,8 +88,7 @@ def bench_model(
     if report is not None:
         report.say("time prefill and decode")
     prefill_runs = {
-        name: (lambda m=model: m(input_ids=ids_BT, use_cache=False))
-        for name, model in models.items()
+        name: partial(model, input_ids=ids_BT, use_cache=False) for name, model in models.items()
     }
     prefill = side_by_side(prefill_runs, samples)
     backends = {"prefill": _backends(sparse)}
@@ -144,7 +144,7 @@ def bench_layer(
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / width**0.5).to(dtype)
+        return torch.randn(*shape, generator=generator).div_(width**0.5).to(dtype)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gate_ND, up_ND, down_ND = (random(neurons, width).to(device) for _ in range(3))
@@ -156,7 +156,7 @@ def bench_layer(
         shared=0,
         router=_random_router(router, width, experts, seed).to(device),
         selection=SELECTIONS["topk"](k=k),  # type: ignore[call-arg]
-        compensation=COMPENSATIONS["none"](width, experts),  # type: ignore[call-arg]
+        compensation=COMPENSATIONS["none"](width, experts),
     )
 
     def dense() -> Tensor:
@@ -195,9 +195,9 @@ def bench_layer(
     }
 
 
-def _random_router(name: str, width: int, experts: int, seed: int) -> nn.Module:
+def _random_router(name: str, width: int, experts: int, seed: int) -> Router:
     torch.manual_seed(seed)
-    router = ROUTERS[name](width, experts, 128)  # type: ignore[call-arg]
+    router = ROUTERS[name](width, experts, 128)
     for parameter in router.parameters():
         nn.init.normal_(parameter, std=width**-0.5)
     return router

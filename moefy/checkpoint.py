@@ -121,7 +121,7 @@ class Checkpoint:
                 names = sorted(
                     set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 )
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not a weight index ({error})") from None
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:

@@ -333,7 +333,7 @@ def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batches: list[Batch
     mask = batches[0].mask()
     keep = torch.ones(want.shape[:2], dtype=torch.bool) if mask is None else mask
     got, want = got[keep].double(), want[keep].double()
-    error = ((got - want).norm() / want.norm()).item()
+    error = float((got - want).norm() / want.norm())
     limit = TOLERANCE[sparse.dtype]
     if not error <= limit:
         raise MoefyError(

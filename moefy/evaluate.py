@@ -106,7 +106,7 @@ def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
         if hidden is None:
             inputs = {n: v.to(model.device) for n, v in batch.inputs.items()}
             hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        return hidden.cpu()
+        return torch.as_tensor(hidden).cpu()
     return outputs(result).cpu()
 
 

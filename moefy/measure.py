@@ -1,5 +1,6 @@
 """Evaluate, time and run folders that `convert` wrote: what the CLI's verbs call."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,7 @@ def generate_text(
         raise MoefyError(f"{folder}: has no tokenizer; use moefy.load and token ids from Python")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     encoded.pop("token_type_ids", None)
-    if dense:
-        with all_experts(model):
-            ids = model.generate(**encoded, max_new_tokens=tokens, do_sample=sample)
-    else:
-        ids = model.generate(**encoded, max_new_tokens=tokens, do_sample=sample)
+    with all_experts(model) if dense else nullcontext():
+        ids = model.generate(**encoded, max_new_tokens=tokens, do_sample=sample)  # type: ignore[operator]
     text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
     return text

@@ -10,6 +10,7 @@ Shapes: T tokens, D model width, N neurons.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,15 +74,18 @@ class DenseMlp:
 
     def contiguous(self) -> "DenseMlp":
         """The same MLP with every matrix laid out row by row; what is so already is not copied."""
-        return replace(
-            self, **{k: v.contiguous() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        )
+        return self._mapped(Tensor.contiguous)
 
     def to(self, dtype: torch.dtype) -> "DenseMlp":
         """The same MLP in another dtype."""
-        return replace(
-            self, **{k: v.to(dtype) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        )
+        return self._mapped(lambda tensor: tensor.to(dtype))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "DenseMlp":
+        values: dict[str, Any] = {
+            name: change(value) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return DenseMlp(**values)
 
 
 def _rows(bias_N: Tensor | None, rows: slice) -> Tensor | None:

@@ -66,10 +66,7 @@ class SparseMlp(nn.Module):
         super().__init__()
         for name in _WEIGHTS:
             value = getattr(mlp, name)
-            if isinstance(value, nn.Parameter) or value is None:
-                self.register_parameter(name, value)
-            else:
-                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.activation = mlp.activation
         self.experts, self.shared = experts, shared
         self.router, self.selection, self.compensation = router, selection, compensation
@@ -83,7 +80,7 @@ class SparseMlp(nn.Module):
     @property
     def expert_size(self) -> int:
         """F, neurons per expert."""
-        return self.up_ND.shape[0] // self.experts  # type: ignore[operator,union-attr]
+        return self.weights.neurons // self.experts
 
     @property
     def weights(self) -> DenseMlp:
@@ -134,7 +131,7 @@ class SparseMlp(nn.Module):
             return "masked"
         active = int(mask_TE.sum()) / mask_TE.numel()
         key = (
-            tuple(self.up_ND.shape),  # type: ignore[union-attr,arg-type]
+            tuple(self.weights.up_ND.shape),
             self.experts,
             self.gate_ND is None,
             x_TD.dtype,
@@ -230,7 +227,8 @@ def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     kind = type(meta_model(config))
     kwargs = {"dtype": "auto", **kwargs}
     model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load(
@@ -263,7 +261,8 @@ def load(
     model.moefy_sites = found  # type: ignore[assignment]
     model.moefy_checkpoint = checkpoint  # type: ignore[assignment]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def weights_of(
@@ -286,15 +285,15 @@ def weights_of(
 
 def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact) -> SparseMlp:
     """Take the weights out of the dense modules; only the down projection is copied (transposed)."""
-    up = model.get_submodule(site.path("up")).weight
-    if up.device.type == "meta":
+    device = model.get_parameter(site.path("up") + ".weight").device
+    if device.type == "meta":
         raise MoefyError(
             f"{site.layer}: its weights are offloaded by device_map; give a device_map that keeps "
             "every layer on a device"
         )
     mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
     if artefact.form == ADAPTER:
-        mlp = mlp.take(artefact.permutation(site.index).to(up.device))
+        mlp = mlp.take(artefact.permutation(site.index).to(device))
     mlp = mlp.contiguous()
     router, selection, compensation = build_routing(entry)
     for part, module in (("router", router), ("compensation", compensation)):
@@ -303,7 +302,7 @@ def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Art
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{SIDE}: layers.{site.index}.{part}: {reason}") from None
-        module.to(device=up.device)
+        module.to(device=device)
     return SparseMlp(
         mlp,
         experts=entry.experts,

@@ -95,8 +95,10 @@ def describe(todo: Plan, recipe: Recipe) -> str:
             + f", {k + first.shared} run: FFN density {active:.3f}",
             f"partition {recipe.partition.method}, router {recipe.router.name}, selection "
             f"{recipe.selection.name}, compensation {recipe.compensation.name}",
-            f"needs {todo.disk / 1e9:.2f} GB of disk and {todo.memory / 1e9:.2f} GB of memory beyond "
-            f"the model; corpus: {todo.corpus}",
+            f"reads at most {recipe.partition.tokens} tokens to partition and "
+            f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
+            f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB of "
+            "memory beyond what running the model takes",
         ]
     )
 

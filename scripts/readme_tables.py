@@ -1,7 +1,7 @@
 """Write the tables of README.md from the records in benchmarks/records.
 
-    python scripts/readme_tables.py            # rewrite
-    python scripts/readme_tables.py --check    # exit 1 where README.md is out of date
+python scripts/readme_tables.py            # rewrite
+python scripts/readme_tables.py --check    # exit 1 where README.md is out of date
 """
 
 import argparse
@@ -65,7 +65,9 @@ def speed() -> str:
                 [f"demo {name}, whole model, {phase}", "8 of 32", "1" if phase == "decode" else str(found["prompt"]),
                  f"{found[phase]['speedup']:.2f}x", by]
             )  # fmt: skip
-    return markdown(["layer or model", "experts on", "tokens", "speed over dense", "computed by"], rows)
+    return markdown(
+        ["layer or model", "experts on", "tokens", "speed over dense", "computed by"], rows
+    )
 
 
 def demo() -> str:

@@ -128,18 +128,23 @@ def token_stream(texts: dict[str, list[str]], tokenizer, seed: int) -> dict[str,
 
 
 class Batches:
-    """Batch `i` is a function of the seed and `i` alone, so that a restart sees the same data."""
+    """Batch `i` is a function of the seed, the phases and `i`: a restart sees the same data.
+
+    A phase is `{"from": first step, "steps": length of the run, "weights": how often each domain is
+    drawn}`; a run that is continued with another length or other weights has several.
+    """
 
     def __init__(self, streams: dict[str, np.ndarray], seed: int):
         self.domains, self.streams, self.seed = list(streams), streams, seed
-        weights = np.array([WEIGHTS.get(d, 1.0) for d in self.domains])
-        self.p = weights / weights.sum()
+        self.phases: list[dict] = []
 
     def windows(self, step: int) -> list[tuple[str, int]]:
-        """Domain and start of each row: windows go through a domain in order, then wrap round."""
+        """Domain and first token of each row, drawn at random."""
+        weights = [phase["weights"] for phase in self.phases if phase["from"] <= step][-1]
+        p = np.array([weights.get(d, 1.0) for d in self.domains])
         rng = np.random.default_rng([self.seed, step])
         rows = []
-        for domain in rng.choice(self.domains, BATCH, p=self.p):
+        for domain in rng.choice(self.domains, BATCH, p=p / p.sum()):
             length = len(self.streams[domain])
             rows.append((str(domain), int(rng.integers(length - CONTEXT - 1))))
         return rows
@@ -153,23 +158,25 @@ def learning_rate(step: int, steps: int) -> float:
     """Warm-up over 25 steps, constant, then linear to zero over the last 45 %.
 
     Until the decay begins the schedule does not depend on `steps`: a run may be continued with
-    another length and equals one that had that length from the start.
+    another length and equals one that had that length from the start. Continued later it is warmed
+    up again, and its record says so in `phases`.
     """
     return min(1.0, (step + 1) / 25, (steps - step) / (0.45 * steps))
 
 
-def save_state(path: Path, model, optimizers, step: int) -> None:
+def save_state(path: Path, model, optimizers, step: int, phases: list[dict]) -> None:
     """All that a restart needs, as one safetensors file written by rename."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state.items()}
     tensors = {k: v.clone().contiguous() for k, v in tensors.items()}
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(step)})
+    save_file(tensors, path.with_suffix(".tmp"), metadata={"state": json.dumps([step, phases])})
     path.with_suffix(".tmp").replace(path)
 
 
-def load_state(path: Path, model, optimizers) -> int:
+def load_state(path: Path, model, optimizers) -> tuple[int, list[dict]]:
+    """Steps made, and the phases of the run so far."""
     from safetensors import safe_open
 
     tensors = load_file(path)
@@ -185,7 +192,8 @@ def load_state(path: Path, model, optimizers) -> int:
             {"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]}
         )
     with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
+        step, phases = json.loads(file.metadata()["state"])
+    return step, phases
 
 
 def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
@@ -201,7 +209,12 @@ def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
         torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     state, curve_file = args.out / "state.safetensors", args.out / "curve.jsonl"
-    start = load_state(state, model, optimizers) if state.exists() else 0
+    start, phases = load_state(state, model, optimizers) if state.exists() else (0, [])
+    now = {"from": start, "steps": args.steps, "weights": WEIGHTS | dict(args.weight)}
+    if phases and phases[-1]["weights"] == now["weights"]:
+        if start <= 0.55 * phases[-1]["steps"] or phases[-1]["steps"] == args.steps:
+            now["from"] = phases.pop()["from"]
+    batches.phases = [*phases, now]
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if start else []
     curve = [point for point in curve if point["step"] <= start]
     keep_at = {round(args.steps * (i + 1) / (args.keep + 1)) for i in range(args.keep)}
@@ -231,11 +244,11 @@ def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
             )
             losses = []
         if time.time() - saved > 120 and (step + 1) % 10 == 0:
-            save_state(state, model, optimizers, step + 1)
+            save_state(state, model, optimizers, step + 1, batches.phases)
             saved = time.time()
         if step + 1 in keep_at:
             model.save_pretrained(args.out / f"step-{step + 1}")
-    save_state(state, model, optimizers, args.steps)
+    save_state(state, model, optimizers, args.steps, batches.phases)
     return model, curve
 
 
@@ -285,6 +298,13 @@ def measure(model, tokenizer, bigram: Bigram, corpus: list[dict]) -> dict[str, d
     }
 
 
+def _weight(text: str) -> tuple[str, float]:
+    domain, _, weight = text.partition("=")
+    if domain not in DOMAINS:
+        raise argparse.ArgumentTypeError(f"{domain} is none of {', '.join(DOMAINS)}")
+    return domain, float(weight)
+
+
 def main() -> None:
     """Train, measure, record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -294,6 +314,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1400, help=f"{BATCH * CONTEXT} tokens each")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--weight", type=_weight, action="append", default=[], metavar="DOMAIN=W",
+        help="draw a domain more or less often than WEIGHTS says; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--keep", type=int, default=0, help="intermediate checkpoints to keep")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own")
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
@@ -328,7 +352,7 @@ def main() -> None:
         "config": model.config.to_dict(),
         "parameters": model.num_parameters(),
         "tokens": args.steps * BATCH * CONTEXT,
-        "settings": {"lr": args.lr, "seed": args.seed, "steps": args.steps, "weights": WEIGHTS},
+        "settings": {"lr": args.lr, "seed": args.seed, "phases": batches.phases},
         "data_sha256": hashes,
         "corpus_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "bits_per_byte": domains,

@@ -11,7 +11,13 @@ from moefy.inputs import read_batches
 from moefy.locate import sites
 from moefy.modeling import load_dense
 
-KINDS = {"llama": "decoder", "opt": "decoder", "t5": "encoder-decoder", "vit": "image", "bert": "encoder"}
+KINDS = {
+    "llama": "decoder",
+    "opt": "decoder",
+    "t5": "encoder-decoder",
+    "vit": "image",
+    "bert": "encoder",
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -44,7 +50,9 @@ def test_every_real_token_is_captured_once_and_no_padding(name, tmp_path):
         got, want = captured.inputs(site), torch.cat(single[site.index])
         assert got.shape == want.shape, (name, side_of(site))
         assert torch.allclose(got.sum(0), want.sum(0), rtol=1e-3, atol=1e-3 * len(want))
-        assert torch.allclose(got.norm(dim=1).sort().values, want.norm(dim=1).sort().values, rtol=1e-3)
+        assert torch.allclose(
+            got.norm(dim=1).sort().values, want.norm(dim=1).sort().values, rtol=1e-3
+        )
 
 
 def test_a_limit_draws_evenly_and_reproducibly(tmp_path):
@@ -54,7 +62,9 @@ def test_a_limit_draws_evenly_and_reproducibly(tmp_path):
     taken = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         sample = Captured(tmp_path, name)
-        capture(model, sites(model), batches, sample, limit=100, seed=seed, report=Reporter(quiet=True))
+        capture(
+            model, sites(model), batches, sample, limit=100, seed=seed, report=Reporter(quiet=True)
+        )
         taken[name] = sample.inputs(sites(model)[0])
     assert taken["a"].shape == (100, 32)
     assert torch.equal(taken["a"], taken["b"])

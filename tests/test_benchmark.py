@@ -7,7 +7,9 @@ from moefy.tables import speed_rows
 
 def test_samples_alternate_and_are_all_kept():
     calls = []
-    seconds = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
+    seconds = side_by_side(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1
+    )
     assert calls == ["a", "b", "a", "b", "a", "b", "a", "b"]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 

@@ -16,7 +16,9 @@ from moefy.quickstart import demo_models
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     build("llama", folder / "source")
-    rows = [json.dumps({"input_ids": r, "source_id": str(i)}) for i, r in enumerate(corpus_for("llama"))]
+    rows = [
+        json.dumps({"input_ids": r, "source_id": str(i)}) for i, r in enumerate(corpus_for("llama"))
+    ]
     (folder / "ids.jsonl").write_text("\n".join(rows))
     say(
         "convert", folder / "source", folder / "out", "--corpus", folder / "ids.jsonl",
@@ -47,9 +49,13 @@ def test_eval_prints_a_table_or_json(folder, tmp_path):
     record = json.loads(say("eval", folder / "out", "--corpus", ids, "-q", "--json"))
     kept = json.loads((tmp_path / "record.json").read_text())
     assert record["total"] == kept["total"]
-    oracle = json.loads(say("eval", folder / "out", "--corpus", ids, "--router", "oracle", "--json"))
+    oracle = json.loads(
+        say("eval", folder / "out", "--corpus", ids, "--router", "oracle", "--json")
+    )
     assert oracle["total"]["kl"]["mean"] < record["total"]["kl"]["mean"]
-    dense = json.loads(say("eval", folder / "out", "--corpus", ids, "--against", folder / "source", "--json"))
+    dense = json.loads(
+        say("eval", folder / "out", "--corpus", ids, "--against", folder / "source", "--json")
+    )
     assert dense["total"]["kl"]["mean"] == pytest.approx(record["total"]["kl"]["mean"], rel=1e-3)
 
 
@@ -76,7 +82,14 @@ def test_revert_and_ls_and_env(folder, tmp_path):
 @pytest.mark.parametrize("name", sorted(demo_models()))
 def test_generate_with_a_demo_model(name, tmp_path):
     source = demo_models()[name]
-    settings = ["--set", "router.tokens=2048", "--set", "partition.tokens=1024", "--set", "router.epochs=2"]
+    settings = [
+        "--set",
+        "router.tokens=2048",
+        "--set",
+        "partition.tokens=1024",
+        "--set",
+        "router.epochs=2",
+    ]
     say("convert", source, tmp_path / "out", "--recipe", "fast", *settings)
     text = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8)
     assert text.startswith("Question: What is")

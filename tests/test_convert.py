@@ -67,8 +67,9 @@ def test_every_family_end_to_end(name, made, tmp_path):
     sparse = moefy.load(out)
     with all_experts(sparse):
         assert relative(run(sparse, name), want) < 1e-5
-    sparse64, dense64 = moefy.load(out, dtype=torch.float64), load_dense(
-        Checkpoint.open(source), dtype=torch.float64
+    sparse64, dense64 = (
+        moefy.load(out, dtype=torch.float64),
+        load_dense(Checkpoint.open(source), dtype=torch.float64),
     )
     with all_experts(sparse64):
         for (_, module), site in zip(sparse_mlps(sparse64).items(), sites(dense64), strict=True):
@@ -112,7 +113,10 @@ def _check_error_term(module) -> None:
     mlp, size = module.weights, module.expert_size
     h = mlp.hidden(x)
     parts = torch.stack(
-        [h[:, e * size : (e + 1) * size] @ mlp.down_ND[e * size : (e + 1) * size] for e in range(module.experts)],
+        [
+            h[:, e * size : (e + 1) * size] @ mlp.down_ND[e * size : (e + 1) * size]
+            for e in range(module.experts)
+        ],
         1,
     )
     mean = module.compensation.mean_ED.double()

@@ -42,7 +42,9 @@ def test_bundled_shards_share_no_document_and_no_source():
             if first < second:
                 a, b = shards[first].documents, shards[second].documents
                 assert not {d.text for d in a} & {d.text for d in b}
-                sources = [{(d.domain, d.source_id) for d in s if d.domain not in few} for s in (a, b)]
+                sources = [
+                    {(d.domain, d.source_id) for d in s if d.domain not in few} for s in (a, b)
+                ]
                 assert not sources[0] & sources[1]
     assert sum(len(s.documents) for s in shards.values()) == len(corpus.documents)
 
@@ -86,10 +88,13 @@ def test_folders_files_and_jsonl(tmp_path):
     assert corpus.domains == ["code", "law"]
     assert all(len(d.text.encode()) <= 2000 for d in corpus.documents)
     joined = "".join(d.text for d in corpus.documents if d.domain == "law")
-    assert joined == "one line\n" * 400
+    assert joined == ("one line\n" * 400).rstrip()
 
     (tmp_path / "x.txt").write_text("first\n<|endoftext|>\nsecond\n", encoding="utf-8")
-    assert [d.text.strip() for d in load_corpus(tmp_path / "x.txt").documents] == ["first", "second"]
+    assert [d.text.strip() for d in load_corpus(tmp_path / "x.txt").documents] == [
+        "first",
+        "second",
+    ]
 
     rows = [{"text": "a b", "domain": "p", "source_id": "s"}, {"input_ids": [1, 2, 3]}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

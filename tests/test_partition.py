@@ -381,11 +381,11 @@ def test_principal_keeps_the_leading_directions(shape: tuple[int, int]) -> None:
 
 def test_contributions_are_the_norms_of_what_each_neuron_adds() -> None:
     mlp, x_TD = make_mlp("swiglu-biased", 12, 6, 0), tokens(30, 6, 0)
-    size_TN = signals.contributions(mlp, x_TD)
+    size_NT = signals.contributions(mlp, x_TD)
     each_TND = mlp.hidden(x_TD)[:, :, None] * mlp.down_ND
-    assert torch.allclose(size_TN, each_TND.norm(dim=2), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(size_NT.T, each_TND.norm(dim=2), rtol=1e-4, atol=1e-5)
     assert torch.allclose(
-        signals.mean_contribution(mlp, x_TD).float(), size_TN.mean(dim=0), rtol=1e-4
+        signals.mean_contribution(mlp, x_TD).float(), size_NT.mean(dim=1), rtol=1e-4
     )
 
 

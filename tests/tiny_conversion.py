@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import tiny_model
 
 from moefy.convert import convert
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe, override
-from tiny_models import tiny_model
 
 RECIPE = Recipe(
     density=0.5,
@@ -28,5 +28,10 @@ def corpus_for(name: str) -> list[Any]:
 def convert_tiny(name: str, source: Path, out: Path, **options: Any) -> dict[str, Any]:
     settings = options.pop("settings", {})
     return convert(
-        source, out, recipe=override(RECIPE, settings), corpus=corpus_for(name), quiet=True, **options
+        source,
+        out,
+        recipe=override(RECIPE, settings),
+        corpus=corpus_for(name),
+        quiet=True,
+        **options,
     )

@@ -15,9 +15,20 @@ from torch import Tensor
 class ExpertWeights(Protocol):
     """One MLP with its neurons in expert order: expert `e` owns rows `e*F` to `(e+1)*F`."""
 
-    up_ND: Tensor
-    down_ND: Tensor
-    down_bias_D: Tensor | None
+    @property
+    def up_ND(self) -> Tensor:
+        """Rows of the up projection."""
+        ...
+
+    @property
+    def down_ND(self) -> Tensor:
+        """Rows of the transposed down projection."""
+        ...
+
+    @property
+    def down_bias_D(self) -> Tensor | None:
+        """The output bias."""
+        ...
 
     def hidden(self, x_TD: Tensor, rows: slice = ...) -> Tensor:
         """Activations `[T, rows]` of a run of neurons; a run must be a view, never a copy."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefy.mlp import DenseMlp
 from moefy.partition.balanced import balanced_kmeans
-from moefy.partition.signals import MOST_FEATURES, contributions, principal
+from moefy.partition.signals import MOST_FEATURES, contributions, principal, sample
 
 LEAST_MARKS = 10
 MARKED_SHARE = 1 / 64
@@ -22,8 +22,8 @@ MARKED_SHARE = 1 / 64
 
 def markers(mlp: DenseMlp, x_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     """Owner `[N]` of each neuron, from which of them lead on the tokens `x_TD`."""
-    found_TN = contributions(mlp, x_TD)
+    found_NT = contributions(mlp, sample(x_TD, mlp.neurons))
     marks = min(mlp.neurons, max(LEAST_MARKS, round(MARKED_SHARE * mlp.neurons)))
-    leaders_TM = found_TN.topk(marks, dim=1).indices
-    found_TN.zero_().scatter_(1, leaders_TM, 1.0)
-    return balanced_kmeans(principal(found_TN.T, MOST_FEATURES, seed), num_experts, seed)
+    leaders_MT = found_NT.topk(marks, dim=0).indices
+    found_NT.zero_().scatter_(0, leaders_MT, 1.0)
+    return balanced_kmeans(principal(found_NT, MOST_FEATURES, seed), num_experts, seed)

@@ -29,21 +29,14 @@ def sample(x_TD: Tensor, neurons: int) -> Tensor:
     return x_TD.to(torch.float32)
 
 
-def hidden(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
-    """Activations `h` `[T, N]` of these tokens, a chunk of tokens at a time."""
-    h_TN = torch.empty(len(x_TD), mlp.neurons)
-    for first in range(0, len(x_TD), CHUNK):
-        h_TN[first : first + CHUNK] = mlp.hidden(x_TD[first : first + CHUNK])
-    return h_TN
-
-
 def contributions(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
-    """Size of every neuron's contribution, `|h_j| ||d_j||`, to a sample of tokens: `[T, N]`."""
-    return (
-        hidden(mlp, sample(x_TD, mlp.neurons))
-        .abs_()
-        .mul_(torch.linalg.vector_norm(mlp.down_ND, dim=1))
-    )
+    """Size of each neuron's contribution, `|h_j| ||d_j||`, to the tokens `x_TD`: `[N, T]`."""
+    size_N = torch.linalg.vector_norm(mlp.down_ND, dim=1)
+    found_NT = torch.empty(mlp.neurons, len(x_TD))
+    for first in range(0, len(x_TD), CHUNK):
+        h_CN = mlp.hidden(x_TD[first : first + CHUNK])
+        found_NT[:, first : first + CHUNK] = h_CN.abs_().mul_(size_N).T
+    return found_NT
 
 
 def mean_contribution(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
