@@ -211,9 +211,10 @@ def train(kind: str, batches: Batches, args) -> tuple[torch.nn.Module, list]:
     state, curve_file = args.out / "state.safetensors", args.out / "curve.jsonl"
     start, phases = load_state(state, model, optimizers) if state.exists() else (0, [])
     now = {"from": start, "steps": args.steps, "weights": WEIGHTS | dict(args.weight)}
-    if phases and phases[-1]["weights"] == now["weights"]:
-        if start <= 0.55 * phases[-1]["steps"] or phases[-1]["steps"] == args.steps:
-            now["from"] = phases.pop()["from"]
+    last = phases[-1] if phases else now | {"steps": 0, "weights": {}}
+    constant = start <= 0.55 * last["steps"] or last["steps"] == args.steps
+    if last["weights"] == now["weights"] and constant:
+        now["from"] = phases.pop()["from"]
     batches.phases = [*phases, now]
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if start else []
     curve = [point for point in curve if point["step"] <= start]
