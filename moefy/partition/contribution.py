@@ -74,7 +74,8 @@ def _follow_router(
 
 
 def _input_features(x_TD: Tensor, seed: int) -> Tensor:
-    """Standardised inputs on their leading directions, and a constant: `[T, R + 1]`."""
+    """Standardised inputs on their leading directions, and a constant of like size: `[T, R + 1]`."""
     x_TD = (x_TD - x_TD.mean(dim=0)) / x_TD.std(dim=0, correction=0).clamp_min(1e-6)
     short_TR = principal(x_TD, MOST_FEATURES, seed)
-    return torch.cat([short_TR, torch.ones(len(x_TD), 1)], dim=1)
+    constant = short_TR.square().mean().sqrt().clamp_min(1.0)
+    return torch.cat([short_TR, constant.expand(len(x_TD), 1)], dim=1)
