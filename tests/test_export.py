@@ -274,6 +274,7 @@ def test_selection_matters(
 @pytest.mark.parametrize("name", CASES)
 def test_record_and_files(name: str, exported: dict[str, Exported]) -> None:
     one = exported[name]
+    json.dumps(one.record, allow_nan=False)
     record, config = one.record, json.loads((one.out / "config.json").read_text())
     assert record["architecture"] == TARGETS[one.case.to].architecture
     assert record["out"] == str(one.out)
@@ -339,7 +340,7 @@ def test_loss_in_bf16_is_reported_and_like_that_of_bf16_itself(
 ) -> None:
     for name in ("bf16", "bf16_three"):
         measured = exported[name].record["verification"]
-        own = measured["moefy bfloat16 to float32"]["relative_error"]
+        own = measured["moefy itself, bfloat16 for float32"]["relative_error"]
         assert 0 < measured["bfloat16"]["relative_error"] < 3 * own + 0.01
     assert exported["bf16"].record["verification"]["float32"]["relative_error"] <= 1e-3
     rounded = exported["bf16_three"].record["verification"]["float32"]

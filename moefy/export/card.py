@@ -27,7 +27,7 @@ routers without undoing this.
 def export_card(name: str, record: dict[str, Any]) -> str:
     """The text of the card; `record` is that of the export."""
     rows = "\n".join(
-        f"| {what} | {row['relative_error']:.1e} | {row['relative_error_before_flips']:.1e} | "
+        f"| {what} | {row['relative_error']:.1e} | {_error(row['relative_error_before_flips'])} | "
         f"{row['flips']} ({row['flip_rate']:.2%}) |"
         for what, row in record["verification"].items()
     )
@@ -40,3 +40,7 @@ def export_card(name: str, record: dict[str, Any]) -> str:
         rows=rows,
         warnings=f"\n## Mind\n\n{mind}" if mind else "",
     )
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

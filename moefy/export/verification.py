@@ -55,9 +55,9 @@ class Difference:
     tokens: int
     relative_error: float
     """Norm of the difference of all logits over the norm of moefy's."""
-    relative_error_before_flips: float
-    """The same up to each sequence's first flip; NaN where every sequence begins with one."""
-    max_difference: float
+    relative_error_before_flips: float | None
+    """The same up to each sequence's first flip; None where every sequence begins with one."""
+    max_difference: float | None
     """Largest difference of a logit before flips."""
     flips: int
     """Tokens and layers that run other experts."""
@@ -92,10 +92,11 @@ def verify(
     got = _stock(written, batches, torch.float32, expert_size)
     full = compare(reference, got, batches, torch.float32)
     limit = TOLERANCE if exact else ROUNDED_TOLERANCE
-    if not (full.relative_error_before_flips <= limit and full.flip_rate <= MOST_FLIPS):
+    error = full.relative_error_before_flips
+    if error is None or not error <= limit or full.flip_rate > MOST_FLIPS:
         raise MoefyError(
-            f"verification failed: logits of the exported model differ from moefy's by "
-            f"{full.relative_error_before_flips:.1e} (relative; at most {limit:.0e}) and "
+            "verification failed: logits of the exported model differ from moefy's by "
+            f"{full.relative_error if error is None else error:.1e} (relative; at most {limit:.0e}) and "
             f"{full.flip_rate:.1%} of its expert sets (at most {MOST_FLIPS:.0%}); nothing was "
             "written; please report this with the model's config.json"
         )
@@ -107,7 +108,9 @@ def verify(
         got = _stock(written, batches, stored, expert_size)
         measured[name] = compare(low, got, batches, stored).record()
         # What the dtype itself costs, to set the figure above against.
-        measured[f"moefy {name} to float32"] = compare(reference, low, batches, stored).record()
+        measured[f"moefy itself, {name} for float32"] = compare(
+            reference, low, batches, stored
+        ).record()
     return measured
 
 
@@ -121,10 +124,10 @@ def verify_dense(folder: Path, written: Path, batches: list[Batch]) -> float:
     with torch.no_grad():
         got = _run(model, batches, [])
     error = _relative(list(zip(got.logits, reference.logits, strict=True)))
-    if not error <= DENSE_TOLERANCE:
+    if error is None or not error <= DENSE_TOLERANCE:
         raise MoefyError(
-            f"verification failed: logits of the dense model differ by {error:.1e} (relative; at "
-            f"most {DENSE_TOLERANCE:.0e}); nothing was written; please report this with the model's "
+            f"verification failed: logits of the dense model differ by {error} (relative; at most "
+            f"{DENSE_TOLERANCE:.0e}); nothing was written; please report this with the model's "
             "config.json"
         )
     return error
@@ -152,17 +155,18 @@ def compare(
     return Difference(
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
-        relative_error=_relative(total),
+        relative_error=_relative(total) or 0.0,
         relative_error_before_flips=_relative(clean),
-        max_difference=max((float(d.max()) for d in before if d.numel()), default=float("nan")),
+        max_difference=max((float(d.max()) for d in before if d.numel()), default=None),
         flips=flips,
         flip_rate=flips / max(1, tokens * layers),
     )
 
 
-def _relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
+def _relative(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Norm of the differences over the norm of the second ones; None where there is nothing."""
     norm = _norm([want for _, want in pairs])
-    return _norm([have - want for have, want in pairs]) / norm if norm else float("nan")
+    return _norm([have - want for have, want in pairs]) / norm if norm else None
 
 
 def _norm(parts: list[Tensor]) -> float:
