@@ -1,7 +1,6 @@
 """Exported checkpoints against moefy's own model, in a process that has never seen moefy."""
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -15,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import build, random_model
+from tiny_exports import CASES, SETTINGS, Case, moefied, source
+from tiny_models import build
 from torch import Tensor
 
-from moefy import recipe as recipes
 from moefy.artefact import LayerEntry, read_artefact
 from moefy.checkpoint import Checkpoint, read_header
-from moefy.convert import convert
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
 from moefy.export import export, tensors
 from moefy.export.targets import TARGETS, check, config_json, find_target, stock_config
@@ -33,88 +29,8 @@ from moefy.export.writer import write_shards
 from moefy.inputs import read_config
 from moefy.locate import meta_model, sites
 from moefy.modeling import load, sparse_mlps
-from moefy.routing import SELECTIONS
-from moefy.routing.softmax_topk import SoftmaxTopK
 
 NEW_TOKENS = 64
-_SETTINGS: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 3e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A source with grouped-query attention, and what it is exported to."""
-
-    model: str
-    to: str
-    settings: dict[str, Any]
-    recipe: dict[str, str]
-    dtype: torch.dtype = torch.float32
-
-
-CASES = {
-    "llama": Case(
-        "Llama", "mixtral", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}, {}
-    ),
-    "mistral": Case(
-        "Mistral",
-        "mixtral",
-        {"head_dim": 16, "sliding_window": 9, "rope_parameters": _YARN},
-        {"partition.method": "random"},
-    ),
-    "qwen2": Case(
-        "Qwen2", "qwen2_moe", {"rope_parameters": _YARN, "tie_word_embeddings": True}, {}
-    ),
-    "qwen3": Case(
-        "Qwen3",
-        "qwen3_moe",
-        {
-            "head_dim": 16,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-        },
-        {},
-    ),
-    "shared": Case(
-        "Qwen2",
-        "qwen2_moe",
-        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
-        {"partition.shared": "2"},
-    ),
-    "llama_shared": Case("Llama", "qwen2_moe", {}, {"partition.shared": "1", "selection.k": "3"}),
-    "bf16": Case("Qwen3", "qwen3_moe", {"head_dim": 16}, {}, torch.bfloat16),
-    "bf16_three": Case(
-        "Llama",
-        "mixtral",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        {"selection.k": "3"},
-        torch.bfloat16,
-    ),
-}
 _PROBE = """
 import json, sys
 import torch
@@ -154,32 +70,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def token_ids() -> list[list[int]]:
-    g = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 96, (20 + i % 41,), generator=g).tolist() for i in range(60)]
-
-
-def source(case: Case, folder: Path) -> Path:
-    config = getattr(transformers, f"{case.model}Config")(**_SETTINGS | case.settings)
-    model = random_model(getattr(transformers, f"{case.model}ForCausalLM"), config)
-    model.to(case.dtype).save_pretrained(folder)
-    return folder
-
-
-def moefied(folder: Path, out: Path, changes: dict[str, str], **options: Any) -> Path:
-    settings = {
-        "partition.experts": "16",
-        "partition.tokens": "256",
-        "selection.k": "4",
-        "router.tokens": "1024",
-        "router.epochs": "2",
-        "router.batch_size": "128",
-    }
-    recipe = recipes.override(recipes.load("export"), settings | changes)
-    convert(folder, out, recipe=recipe, corpus=token_ids(), quiet=True, **options)
-    return out
 
 
 @dataclass(frozen=True)
@@ -341,7 +231,7 @@ def test_loss_in_bf16_is_reported_and_like_that_of_bf16_itself(
     for name in ("bf16", "bf16_three"):
         measured = exported[name].record["verification"]
         own = measured["moefy itself, bfloat16 for float32"]["relative_error"]
-        assert 0 < measured["bfloat16"]["relative_error"] < 3 * own + 0.01
+        assert 0 <= measured["bfloat16"]["relative_error"] < 3 * own + 0.01
     assert exported["bf16"].record["verification"]["float32"]["relative_error"] <= 1e-3
     rounded = exported["bf16_three"].record["verification"]["float32"]
     assert 1e-4 < rounded["relative_error_before_flips"] < 2e-2
@@ -487,7 +377,7 @@ def test_other_families_are_refused_except_as_dense(tmp_path: Path) -> None:
 
 def test_mixed_windows_do_not_fit_qwen3_moe(exported: dict[str, Exported]) -> None:
     config = transformers.Qwen3Config(
-        **_SETTINGS, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        **SETTINGS, use_sliding_window=True, sliding_window=8, max_window_layers=1
     )
     artefact = read_artefact(exported["qwen3"].moefied)
     with pytest.raises(UnsupportedModel, match="sliding window"):
@@ -676,7 +566,7 @@ def test_ties_are_decided_by_the_file(
 
 def test_configuration_survives_readers_of_both_transformers(tmp_path: Path) -> None:
     for name, case in CASES.items():
-        config = getattr(transformers, f"{case.model}Config")(**_SETTINGS | case.settings)
+        config = getattr(transformers, f"{case.model}Config")(**SETTINGS | case.settings)
         entry = layer_entry(shared=int(case.recipe.get("partition.shared", 0)))
         made = stock_config(TARGETS[case.to], entry, config, tied=False, dtype="bfloat16")
         (tmp_path / "config.json").write_text(json.dumps(config_json(made)))
@@ -704,37 +594,3 @@ def test_targets_by_name() -> None:
     assert find_target("mixtral") is TARGETS["mixtral"]
     with pytest.raises(MoefyError, match="did you mean 'qwen3_moe'"):
         find_target("qwen3moe")
-
-
-@given(
-    seed=st.integers(0, 1000),
-    scale=st.floats(1e-3, 1e3),
-    offset=st.floats(-10, 10),
-    experts=st.sampled_from([4, 16, 64]),
-)
-def test_eps_is_a_power_of_two_that_follows_the_spread(
-    seed: int, scale: float, offset: float, experts: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores_TE = torch.randn(200, experts, generator=g) * scale
-    common_T1 = torch.randn(200, 1, generator=g) * scale + offset
-    selection = SELECTIONS["softmax_topk"].fit(scores_TE, experts // 4)
-    assert isinstance(selection, SoftmaxTopK)
-    assert math.frexp(selection.eps)[0] == 0.5
-    assert 2.0**-16.8 < selection.eps * scale < 2.0**-15.2
-    moved = SoftmaxTopK.fit(scores_TE + common_T1, experts // 4)
-    assert abs(math.log2(moved.eps / selection.eps)) <= 1
-    p_TE = torch.softmax(scores_TE * selection.eps, -1)
-    mask_TE = selection(scores_TE)
-    assert mask_TE.sum(1).tolist() == [experts // 4] * 200
-    weights = p_TE.where(mask_TE, 0) / (p_TE * mask_TE).sum(1, keepdim=True)
-    assert ((weights[mask_TE] * (experts // 4) - 1).abs() < 2e-4).all()
-    # Sets differ from the exact ones only where scores are within the resolution of fp32.
-    k_th = scores_TE.topk(experts // 4, dim=1).values[:, -1:]
-    wrong = (scores_TE - k_th).abs()[mask_TE != (scores_TE >= k_th)]
-    assert (wrong < 2.0**-6 * scale).all()
-
-
-def test_scores_without_spread_have_an_eps() -> None:
-    for scores_TE in (torch.zeros(5, 4), torch.randn(5, 1), torch.full((3, 8), 7.0)):
-        assert SoftmaxTopK.fit(scores_TE, 1).eps == 2.0**-16
