@@ -17,7 +17,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Yield the items with a bar called `what`; off a terminal, one line at the start."""

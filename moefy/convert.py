@@ -52,7 +52,7 @@ from moefy.training import fit_compensation, fit_router, fit_selection
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
 
-EVALUATED_DOCUMENTS = 66
+EVALUATED_DOCUMENTS = 44
 HELD_OUT_SHARE = 0.15
 
 
@@ -79,13 +79,14 @@ def convert(
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     report = Reporter(quiet=quiet)
     clock = _Clock()
-    with _on_disk(model, adapter) as folder, clock.stage("plan"):
-        checkpoint = Checkpoint.open(folder)
-        text = load_corpus(corpus)
-        shards = split_shards(text, recipe.seed)
-        todo = plan(checkpoint, recipe, text.name, adapter=adapter)
-        report.say(describe(todo, recipe))
-        source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
+    with _on_disk(model, adapter) as folder:
+        with clock.stage("plan"):
+            checkpoint = Checkpoint.open(folder)
+            text = load_corpus(corpus)
+            shards = split_shards(text, recipe.seed)
+            todo = plan(checkpoint, recipe, text.name, adapter=adapter)
+            report.say(describe(todo, recipe))
+            source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
         output = OutputFolder(Path(out))
         output.begin(
             _fingerprint(recipe, source, text, adapter), resume=resume, overwrite=overwrite
