@@ -52,7 +52,8 @@ def terminal(header: list[str], rows: list[list[str]], title: str | None = None)
     """The same as a rich table: numbers to the right, nothing cut off."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        numbers = all(row[index][:1].isdigit() or row[index][:1] in ("", "-") for row in rows)
+        table.add_column(name, justify="right" if numbers and index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
