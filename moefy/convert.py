@@ -86,6 +86,7 @@ def convert(
             shards = split_shards(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
             report.say(describe(todo, recipe))
+            reading = _reading(checkpoint, todo, recipe, shards)
             source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
         output = OutputFolder(Path(out))
         output.begin(
@@ -95,7 +96,7 @@ def convert(
 
         with output.full_disk():
             with clock.stage("measure"):
-                samples = _measure(checkpoint, todo, recipe, shards, output.work, report)
+                samples = _measure(checkpoint, reading, recipe.seed, output.work, report)
 
             with clock.stage("fit"):
                 fitted = _fit(checkpoint, todo, recipe, samples, output.work, report)
@@ -169,39 +170,41 @@ def _lasting_name(folder: str | Path, adapter: bool) -> str:
     return str(path.resolve()) if adapter else path.resolve().name
 
 
-def _measure(
-    checkpoint: Checkpoint,
-    todo: Plan,
-    recipe: Recipe,
-    shards: dict[str, Corpus],
-    work: Path,
-    report: Reporter,
-) -> dict[str, Captured]:
-    """Capture what the partition, the router and the router's early stopping look at."""
+def _reading(
+    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, shards: dict[str, Corpus]
+) -> dict[str, tuple[list[Batch], int]]:
+    """Batches, and how many of their tokens to keep: for the partition, for the router, and for the
+    router's early stopping. A corpus the model cannot read is found here, before anything is made.
+    """
     train, held = hold_out(shards["router"], HELD_OUT_SHARE, recipe.seed)
     wanted = {
         "partition": (shards["partition"], recipe.partition.tokens),
         "router": (train, recipe.router.tokens),
         "held-out": (held, max(1, round(recipe.router.tokens * HELD_OUT_SHARE))),
     }
+    return {
+        name: (read_batches(checkpoint, todo.kind, corpus, recipe.context, limit), limit)
+        for name, (corpus, limit) in wanted.items()
+    }
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    reading: dict[str, tuple[list[Batch], int]],
+    seed: int,
+    work: Path,
+    report: Reporter,
+) -> dict[str, Captured]:
+    """Run the dense model once over all that is to be read and keep a sample of MLP inputs."""
     folder = work / "activations"
     folder.mkdir(exist_ok=True)
-    samples = {name: Captured(folder, name) for name in wanted}
-    missing = [name for name in wanted if not samples[name].complete]
+    samples = {name: Captured(folder, name) for name in reading}
+    missing = [name for name in reading if not samples[name].complete]
     model = load_dense(checkpoint, **placement()) if missing else None
     for name in missing:
         assert model is not None
-        corpus, limit = wanted[name]
-        batches = read_batches(checkpoint, todo.kind, corpus, recipe.context, limit)
-        capture(
-            model,
-            sites(model),
-            batches,
-            samples[name],
-            limit=limit,
-            seed=recipe.seed,
-            report=report,
-        )
+        batches, limit = reading[name]
+        capture(model, sites(model), batches, samples[name], limit=limit, seed=seed, report=report)
     return samples
 
 

@@ -194,13 +194,13 @@ def test_bad_corpora(source, tmp_path, content, word):
 def test_token_ids_beyond_the_vocabulary(source, tmp_path):
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("\n".join(json.dumps({"input_ids": [3, 4000 + i]}) for i in range(40)))
-    refuse(["convert", source, tmp_path / "out", "--corpus", corpus, "-q"], "token id", "96")
+    refuse_convert(source, corpus, "token id", "96")
 
 
 def test_text_for_a_model_without_a_tokenizer(source, tmp_path):
     corpus = tmp_path / "c.txt"
     corpus.write_text("<|endoftext|>".join(f"some text {i}" for i in range(40)))
-    refuse(["convert", source, tmp_path / "out", "--corpus", corpus, "-q"], "no tokenizer")
+    refuse_convert(source, corpus, "no tokenizer")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
