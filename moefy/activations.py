@@ -48,7 +48,7 @@ class Captured:
 
 def side_of(site: Site) -> str:
     """Whether a layer reads the tokens of the `encoder` or the `decoder`."""
-    return "encoder" if site.layer.startswith("encoder.") else "decoder"
+    return "encoder" if "encoder" in site.layer.split(".") else "decoder"
 
 
 def run(model: PreTrainedModel, batch: Batch) -> object:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moefy_kernels.reference import ExpertWeights
+from moefy_kernels.weighted_rows import weighted_rows
 
 
 def expert_views_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
@@ -23,10 +24,12 @@ def expert_views_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> T
     size = weights.up_ND.shape[0] // mask_TE.shape[1]
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=weights.down_ND.dtype)
     if x_TD.shape[0] == 1:
-        for first, last in _runs(mask_TE[0].nonzero()[:, 0].tolist()):
-            rows = slice(first * size, last * size)
-            h_TF = weights.hidden(x_TD, rows).to(weights.down_ND.dtype)
-            y_TD[0].addmv_(weights.down_ND[rows].T, h_TF[0])
+        expert_K = mask_TE[0].nonzero()[:, 0]
+        runs = [slice(a * size, b * size) for a, b in _runs(expert_K.tolist())]
+        if runs:
+            h_K = torch.cat([weights.hidden(x_TD, rows)[0] for rows in runs])
+            row_K = (expert_K[:, None] * size + torch.arange(size)).flatten()
+            y_TD = weighted_rows(h_K.to(weights.down_ND.dtype), weights.down_ND, row_K)[None]
     else:
         expert_P, token_P = mask_TE.T.nonzero(as_tuple=True)
         counts = torch.bincount(expert_P, minlength=mask_TE.shape[1]).tolist()

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moefy_kernels.weighted_rows import weighted_rows
+
 
 class ExpertWeights(Protocol):
     """One MLP with its neurons in expert order: expert `e` owns rows `e*F` to `(e+1)*F`."""
@@ -45,8 +47,9 @@ def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
     h_TEF = weights.hidden(x_TD).view(tokens, experts, -1)
     h_TN = (h_TEF * mask_TE[:, :, None].to(h_TEF.dtype)).view(tokens, -1)
     h_TN = h_TN.to(weights.down_ND.dtype)
-    # A matrix-vector product in 16 bits is a hundred times faster than a matrix product of one row
-    # on CPUs that have no 16-bit arithmetic.
-    one = tokens == 1
-    y_TD = torch.mv(weights.down_ND.T, h_TN[0])[None] if one else h_TN @ weights.down_ND
+    if tokens == 1 and not (h_TN.is_cuda or torch.is_grad_enabled()):
+        every_N = torch.arange(h_TN.shape[1])
+        y_TD = weighted_rows(h_TN[0], weights.down_ND, every_N)[None]
+    else:
+        y_TD = h_TN @ weights.down_ND
     return y_TD if weights.down_bias_D is None else y_TD + weights.down_bias_D
