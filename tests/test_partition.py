@@ -461,3 +461,29 @@ def test_unusable_requests_say_why() -> None:
     mlp.down_ND[1, 1] = math.inf
     with pytest.raises(CheckpointError, match="layer 5: down holds NaN or infinite"):
         partition(mlp, tokens(10, 6, 0), experts=4, where="layer 5")
+
+
+def captured_by_a_linear_router(mlp: DenseMlp, x_TD: Tensor, found: Partition) -> float:
+    """Share of squared contribution in the quarter of experts a least-squares router picks, fitted
+    on the first half of the tokens and scored on the second."""
+    each_TN = (mlp.hidden(x_TD) * mlp.down_ND.norm(dim=1)).square()
+    energy_TE = torch.stack(
+        [each_TN[:, found.owner_N == e].sum(dim=1) for e in range(found.experts)], dim=1
+    )
+    features_TD = torch.nn.functional.pad(x_TD, (0, 1), value=1.0)
+    half = len(x_TD) // 2
+    weight_DE = torch.linalg.lstsq(features_TD[:half], energy_TE[:half]).solution
+    picked_TK = (features_TD[half:] @ weight_DE).topk(found.experts // 4, dim=1).indices
+    return float(energy_TE[half:].gather(1, picked_TK).sum() / energy_TE[half:].sum())
+
+
+def test_contribution_is_what_a_router_can_predict() -> None:
+    mlp, x_TD = make_mlp("swiglu", 256, 16, 0), tokens(4000, 16, 0)
+    share = {
+        method: captured_by_a_linear_router(
+            mlp, x_TD, partition(mlp, x_TD[:2000], experts=16, method=method)
+        )
+        for method in sorted(METHODS)
+    }
+    best_other = max(value for method, value in share.items() if method != "contribution")
+    assert share["contribution"] > best_other + 0.02, share
