@@ -192,16 +192,27 @@ def test_powers_of_two_and_order_change_nothing(
     assert torch.equal(after.owner_N, before.owner_N[order_N])
 
 
-@pytest.mark.parametrize("method", INVARIANT)
+@pytest.mark.parametrize(
+    "method,structured",
+    [(method, True) for method in INVARIANT]
+    + [(method, False) for method in INVARIANT if method != "contribution"],
+)
 @pytest.mark.parametrize("kind", sorted(SHAPES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_scales_hardly_change_anything(method: str, kind: str, dtype: torch.dtype) -> None:
-    neurons, width = 192, 16
-    mlp, x_TD = make_mlp(kind, neurons, width, 3).to(dtype).to(torch.float32), tokens(400, width, 3)
+def test_other_scales_hardly_change_anything(method: str, kind: str, structured: bool) -> None:
+    """In bf16-valued weights many entries tie exactly, and rounding breaks the ties anew.
+
+    `contribution` is left out where there is nothing to find: it takes the top experts per token,
+    and in about one such MLP in fifty a near-tie falls the other way and other rounds follow.
+    """
+    if structured:
+        mlp, x_TD, _ = planted(kind, 192, 12, seed=3)
+    else:
+        mlp, x_TD = make_mlp(kind, 192, 16, 3), tokens(400, 16, 3)
+    mlp = mlp.to(torch.bfloat16).to(torch.float32)
     random = torch.Generator().manual_seed(4)
-    scale_N = torch.rand(neurons, generator=random).mul(3).exp()
-    sign_N = torch.randint(2, (neurons,), generator=random) * 2.0 - 1
-    order_N = torch.randperm(neurons, generator=random)
+    scale_N = torch.rand(192, generator=random).mul(3).exp()
+    sign_N = torch.randint(2, (192,), generator=random) * 2.0 - 1
+    order_N = torch.randperm(192, generator=random)
     same = gauge(mlp, scale_N, sign_N).take(order_N)
     before = partition(mlp, x_TD, experts=12, method=method)
     after = partition(same, x_TD, experts=12, method=method)
