@@ -49,16 +49,18 @@ def verb(run: Callable[..., Shown]) -> None:
     extra = {
         "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
         "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")],
-        "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Messages of libraries.")],
+        "verbose": Annotated[
+            bool, typer.Option("--verbose", "-v", help="More detail, and messages of libraries.")
+        ],
         "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
     }
     signature = inspect.signature(run, eval_str=True)
-    takes_quiet = "quiet" in signature.parameters
+    takes = signature.parameters.keys()
 
     @functools.wraps(run)
     def command(as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
-        if takes_quiet:
-            arguments["quiet"] = quiet
+        common = {"quiet": quiet, "verbose": verbose}
+        arguments |= {name: value for name, value in common.items() if name in takes}
         _hush(verbose)
         try:
             shown = run(**arguments)
@@ -79,7 +81,7 @@ def verb(run: Callable[..., Shown]) -> None:
         for item in shown.view:
             console.print(item, markup=False) if isinstance(item, str) else console.print(item)
 
-    own = [p for p in signature.parameters.values() if p.name != "quiet"]
+    own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
         for name, kind in extra.items()
@@ -181,10 +183,11 @@ def eval_(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> Shown:
-    """Measure quality against the dense model, per domain, with intervals."""
+    """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.measure import evaluate_folder
-    from moefy.tables import domain_rows, terminal
+    from moefy.tables import domain_rows, layer_rows, sceptic_lines, sceptic_rows, terminal
 
     record = evaluate_folder(
         model, against=against, corpus=corpus, documents=documents, router=router, quiet=quiet
@@ -194,7 +197,13 @@ def eval_(
         f"FFN density {record['ffn_density']:.3f}, active budget {record['active_budget']:.3f}, "
         f"active parameters {record['active_parameters']:.3f}"
     )
-    return Shown(record, [terminal(*domain_rows(record)), summary])
+    view = [terminal(*domain_rows(record)), summary]
+    if "positions" in record:
+        view.append(terminal(*sceptic_rows(record), title="the sceptic's box"))
+    view += sceptic_lines(record)
+    if verbose:
+        view.append(terminal(*layer_rows(record), title="by layer"))
+    return Shown(record, view)
 
 
 @verb

@@ -44,6 +44,15 @@ class Document:
     ids: tuple[int, ...] = ()
     image: Tensor | None = None
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the content alone: the same text under another label is the same document."""
+        digest = hashlib.sha256(f"{self.text}\0{self.ids}\0".encode())
+        if self.image is not None:
+            digest.update(str(tuple(self.image.shape)).encode())
+            digest.update(self.image.numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -93,6 +102,15 @@ class Corpus:
             if doc.image is not None:
                 digest.update(doc.image.numpy().tobytes())
         return digest.hexdigest()
+
+    def without(self, other: "Corpus") -> "Corpus":
+        """The documents whose content is in no document of `other`."""
+        known = {doc.sha256 for doc in other.documents}
+        return replace(self, documents=[d for d in self.documents if d.sha256 not in known])
+
+    def overlap(self, other: "Corpus") -> int:
+        """How many documents have the content of some document of `other`."""
+        return len(self.documents) - len(self.without(other).documents)
 
     def take(self, documents: int) -> "Corpus":
         """At most this many documents, the same number of every domain as far as they reach."""
@@ -272,11 +290,13 @@ def _cut(text: str) -> list[str]:
 def split_shards(corpus: Corpus, seed: int) -> dict[str, Corpus]:
     """Four shards, `SHARDS`, that share no document, nor a source where a domain has 20 or more.
 
-    Raises `CorpusError` where a shard would be empty.
+    What the corpus holds twice is used once, so that no shard knows the content of another. Raises
+    `CorpusError` where a shard would be empty.
     """
     parts: dict[str, list[Document]] = {name: [] for name in SHARDS}
+    unique = list({doc.sha256: doc for doc in reversed(corpus.documents)}.values())[::-1]
     for domain in corpus.domains:
-        documents = [doc for doc in corpus.documents if doc.domain == domain]
+        documents = [doc for doc in unique if doc.domain == domain]
         sources = sorted({doc.source_id for doc in documents})
         if len(sources) >= MANY_SOURCES:
             units = [[doc for doc in documents if doc.source_id == s] for s in sources]

@@ -1,18 +1,20 @@
 """Evaluate, time and run folders that `convert` wrote: what the CLI's verbs call."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moefy.artefact import read_artefact
+from moefy.artefact import Artefact, read_artefact
 from moefy.benchmark import bench_layer, bench_model
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
-from moefy.data import load_corpus, split_shards
-from moefy.errors import MoefyError, RecipeError, unknown_choice
+from moefy.data import Corpus, load_corpus, split_shards
+from moefy.errors import CorpusError, MoefyError, RecipeError, unknown_choice
 from moefy.evaluate import evaluate
+from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
 from moefy.modeling import (
     SparseMlp,
@@ -25,6 +27,9 @@ from moefy.modeling import (
 )
 from moefy.recipe import from_dict
 from moefy.routing import ROUTERS, choose
+
+BIGRAM_TOKENS = 10_000_000
+"""Most tokens that the bigram is fitted on."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,29 +46,77 @@ def evaluate_folder(
     """`moefy.evaluate.evaluate` for a folder, on its evaluation shard.
 
     The corpus it was converted with is split as conversion split it; any other corpus is read
-    whole. `router` puts another router that needs no fitting in the place of the fitted one.
+    whole. The bigram of language models is fitted on the other shards, or on the bundled corpus
+    where another one is evaluated. `router` puts another router that needs no fitting in the place
+    of the fitted one.
     """
     model = load(folder, **placement())
     artefact = read_artefact(folder, verify=False)
     recipe = from_dict(artefact.recipe)
-    text = load_corpus(corpus)
-    if text.sha256 == artefact.corpus["sha256"]:
-        text = split_shards(text, recipe.seed)["evaluation"]
+    texts = _texts(load_corpus(corpus), artefact, recipe.seed)
     weights = weights_of(artefact, folder, verify=False)
     kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
-    batches = read_batches(weights, kind, text.take(documents), recipe.context)
+    evaluated = texts.evaluated.take(documents)
+    batches = read_batches(weights, kind, evaluated, recipe.context)
+    bigram, why = None, "only language models have one"
+    if batches[0].targets_BT is not None:
+        try:
+            read = read_batches(weights, kind, texts.bigram, recipe.context, BIGRAM_TOKENS)
+            bigram = Bigram(read, model.config.get_text_config().vocab_size)
+        except CorpusError as error:
+            why = str(error)
     if router is not None:
         for module in sparse_mlps(model).values():
             _replace_router(module, router)
     dense = None if against is None else load_dense(Checkpoint.open(against), **placement())
-    record = evaluate(model, batches, against=dense, report=Reporter(quiet=quiet))
+    record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
+    if bigram is None:
+        record["bigram"] = {"tokens": 0, "why": why}
+    else:
+        record["bigram"]["corpus"] = texts.bigram.name
     return {
         **record,
+        "overlap": evaluated.overlap(texts.not_evaluated),
+        "overlap_with": texts.compared,
         "model": artefact.source["name"],
         "router": router or artefact.layers[0].router["name"],
-        "corpus": {"name": text.name, "sha256": text.sha256},
+        "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,
     }
+
+
+@dataclass
+class _Texts:
+    """What is evaluated, and what must not be in it."""
+
+    corpus_sha256: str
+    evaluated: Corpus
+    bigram: Corpus
+    """What the bigram is fitted on."""
+    fitted: Corpus
+    """What the model was fitted on, as far as it is at hand."""
+    compared: str
+    """With what `overlap` compares, in words."""
+
+    @property
+    def not_evaluated(self) -> Corpus:
+        """All that something was fitted on."""
+        return replace(self.fitted, documents=self.fitted.documents + self.bigram.documents)
+
+
+def _texts(text: Corpus, artefact: Artefact, seed: int) -> _Texts:
+    bundled = load_corpus()
+    own = next((c for c in (text, bundled) if c.sha256 == artefact.corpus["sha256"]), None)
+    shards = {} if own is None else split_shards(own, seed)
+    others = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
+    fitted = Corpus(artefact.corpus["name"], others)
+    if own is text:
+        what = "the other shards of the corpus"
+        return _Texts(text.sha256, shards["evaluation"], fitted, fitted, what)
+    what = "the bigram's text and the fitting shards of the bundled corpus"
+    if own is None:
+        what = "the bigram's text alone; the corpus of the conversion is not at hand"
+    return _Texts(text.sha256, text, bundled.without(text), fitted, what)
 
 
 def _replace_router(module: SparseMlp, name: str) -> None:

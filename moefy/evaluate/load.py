@@ -1,0 +1,86 @@
+"""What runs: FFN density by layer and domain, active budget, active parameters.
+
+Shapes: B documents, T tokens, S shared and E routed experts.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moefy.evaluate.observing import Heard
+from moefy.locate import Site
+from moefy.modeling import SparseMlp, sparse_mlps
+
+
+class FfnLoad:
+    """Counts the experts that run on real tokens, by layer and domain."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = sparse_mlps(model)
+        self.found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+        self.active: dict[tuple[int, str], float] = defaultdict(float)
+        self.tokens: dict[tuple[int, str], float] = defaultdict(float)
+
+    def hear(self, heard: Heard) -> None:
+        """Add one layer in one forward pass."""
+        ran_B = heard.mask_TE.new_zeros(len(heard.batch.samples), dtype=heard.document_T.dtype)
+        tokens_B = heard.document_T.bincount(minlength=len(ran_B)).tolist()
+        ran_B.index_add_(0, heard.document_T, heard.mask_TE.sum(1))
+        rows = zip(heard.batch.samples, ran_B.tolist(), tokens_B, strict=True)
+        for sample, ran, tokens in rows:
+            self.active[heard.layer, sample.document.domain] += ran
+            self.tokens[heard.layer, sample.document.domain] += tokens
+
+    def per_layer(self, domain: str | None = None) -> list[float]:
+        """FFN density of every layer, over all tokens or those of one domain."""
+        densities = []
+        for index, module in self.modules.items():
+            cells = [cell for cell in self.tokens if cell[0] == index and domain in (None, cell[1])]
+            tokens = sum(self.tokens[cell] for cell in cells)
+            densities.append(sum(self.active[cell] for cell in cells) / (tokens * module.experts))
+        return densities
+
+    def density(self) -> float:
+        """FFN density of the model: neurons that ran over all neurons."""
+        neurons = [m.expert_size * m.experts for m in self.modules.values()]
+        ran = [n * density for n, density in zip(neurons, self.per_layer(), strict=True)]
+        return sum(ran) / sum(neurons)
+
+    def table(self) -> dict[str, Any]:
+        """FFN density by layer, over all tokens and by domain."""
+        domains = sorted({domain for _, domain in self.tokens})
+        return {
+            "layers": [site.layer for site in self.found],
+            "all": self.per_layer(),
+            "domains": {domain: self.per_layer(domain) for domain in domains},
+        }
+
+    def active_budget(self) -> float:
+        """MLP weights read per token, router and compensation included, over the dense MLPs'."""
+        read = self._run() + self._extra()
+        return read / sum(_matrices(m) for m in self.modules.values())
+
+    def active_parameters(self) -> float:
+        """Parameters that a token uses over those of the dense model."""
+        routers = sum(p.numel() for m in self.modules.values() for p in m.router.parameters())
+        dense = sum(p.numel() for p in self.model.parameters()) - routers
+        off = sum(_matrices(m) for m in self.modules.values()) - self._run()
+        return (dense - off + self._extra()) / dense
+
+    def _run(self) -> float:
+        """Weights of the neurons that ran, per token."""
+        pairs = zip(self.modules.values(), self.per_layer(), strict=True)
+        return sum(density * _matrices(module) for module, density in pairs)
+
+    def _extra(self) -> int:
+        """Weights that routers and compensations read, per token."""
+        modules = self.modules.values()
+        return sum(m.router.weights_read() + m.compensation.weights_read() for m in modules)
+
+
+def _matrices(module: SparseMlp) -> int:
+    """Weights of one MLP, biases left out."""
+    weights = module.weights
+    return weights.neurons * weights.width * (2 if weights.gate_ND is None else 3)

@@ -1,0 +1,72 @@
+"""Listen to the experts that run: every SparseMlp's input and mask, padding left out.
+
+Shapes: B documents, T tokens of one batch without padding, D width, S shared and E routed experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.activations import side_of
+from moefy.data import Batch
+from moefy.locate import Site
+from moefy.modeling import SparseMlp, sparse_mlps
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One layer in one forward pass."""
+
+    layer: int
+    side: str
+    """Whose tokens it reads: `encoder` or `decoder`."""
+    batch: Batch
+    x_TD: Tensor
+    mask_TE: Tensor
+    """Which of the `S + E` experts ran."""
+    document_T: Tensor
+    """Row of the batch that each token belongs to."""
+
+
+class Listener(Protocol):
+    """Whatever keeps sums over forward passes."""
+
+    def hear(self, heard: Heard) -> None:
+        """Take in one layer in one forward pass."""
+
+
+@contextmanager
+def observing(model: PreTrainedModel, batch: Batch, *listeners: Listener) -> Iterator[None]:
+    """Let the listeners hear every layer while this batch is run."""
+    modules: dict[int, SparseMlp] = sparse_mlps(model)
+    found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+    for (index, module), site in zip(modules.items(), found, strict=True):
+        module.observer = _observer(index, side_of(site), batch, listeners)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.observer = None
+
+
+def _observer(
+    index: int, side: str, batch: Batch, listeners: tuple[Listener, ...]
+) -> Callable[[Tensor, Tensor], None]:
+    mask_BT = batch.mask(side)
+
+    def observer(x_TD: Tensor, mask_TE: Tensor) -> None:
+        documents = len(batch.samples)
+        rows = torch.arange(documents, device=x_TD.device)
+        document_T = rows.repeat_interleave(len(x_TD) // documents)
+        if mask_BT is not None:
+            keep_T = mask_BT.flatten().to(x_TD.device)
+            x_TD, mask_TE, document_T = x_TD[keep_T], mask_TE[keep_T], document_T[keep_T]
+        for listener in listeners:
+            listener.hear(Heard(index, side, batch, x_TD, mask_TE, document_T))
+
+    return observer
