@@ -46,6 +46,10 @@ def test_eval_prints_a_table_or_json(folder, tmp_path):
     ids = folder / "ids.jsonl"
     text = say("eval", folder / "out", "--corpus", ids, "-q", "-o", tmp_path / "record.json")
     assert "KL to dense" in text
+    for words in ("without position 0 and attention sinks", "bigram skill", "KL tail", "router: "):
+        assert words in text
+    assert "model.layers.1" not in text
+    assert "model.layers.1" in say("eval", folder / "out", "--corpus", ids, "-q", "-v")
     record = json.loads(say("eval", folder / "out", "--corpus", ids, "-q", "--json"))
     kept = json.loads((tmp_path / "record.json").read_text())
     assert record["total"] == kept["total"]

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -163,3 +165,61 @@ def test_batches_hold_every_sample_once():
     assert all(b.inputs["input_ids"].numel() <= 128 for b in batches)
     assert sum(int(b.mask().sum()) for b in batches) == sum(range(2, 60))
     assert torch.equal(batches[0].inputs["input_ids"].bool(), batches[0].mask())
+
+
+def hashes(corpus):
+    """The content of documents, whatever their labels."""
+    return {
+        hashlib.sha256(repr((d.text, d.ids, None if d.image is None else d.image.tolist())).encode())
+        .hexdigest()
+        for d in corpus.documents
+    }  # fmt: skip
+
+
+def five_shards(corpus, seed):
+    """What conversion and evaluation read: partition, router, hold-out, examples, evaluation."""
+    shards = split_shards(corpus, seed)
+    router, held_out = hold_out(shards["router"], 0.15, seed)
+    return {**shards, "router": router, "hold-out": held_out}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_bundled_shards_and_hold_out_share_no_content(seed):
+    shards = five_shards(load_corpus(), seed)
+    for first, second in combinations(shards.values(), 2):
+        assert not hashes(first) & hashes(second)
+    assert sum(len(hashes(shard)) for shard in shards.values()) == len(hashes(load_corpus()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 30), min_size=30, max_size=90), st.integers(0, 5))
+def test_what_a_corpus_holds_twice_is_in_one_shard_only(contents, seed):
+    documents = [
+        Document(f"d{i % 3}", f"s{i % 41}", text=f"text {c}", ids=(c,) if c % 2 else ())
+        for i, c in enumerate(contents)
+    ]
+    corpus = Corpus("made", documents)
+    try:
+        shards = five_shards(corpus, seed)
+    except CorpusError:
+        return
+    for first, second in combinations(shards.values(), 2):
+        assert not hashes(first) & hashes(second)
+    assert set().union(*map(hashes, shards.values())) == hashes(corpus)
+
+
+def test_content_is_compared_without_labels():
+    image = torch.arange(12.0).view(3, 2, 2)
+    first = Corpus(
+        "a", [Document("x", "1", "one"), Document("x", "2", ids=(1, 2)), Document("x", "3", image=image)]
+    )  # fmt: skip
+    same = Corpus("b", [Document("y", "9", d.text, d.ids, d.image) for d in first.documents])
+    assert first.overlap(same) == 3
+    assert first.without(same).documents == []
+    other = [
+        Document("x", "1", "one "),
+        Document("x", "2", ids=(1, 3)),
+        Document("x", "3", image=image.view(3, 4, 1)),
+    ]
+    assert Corpus("c", other).overlap(first) == 0
+    assert Corpus("c", [*other, first.documents[1]]).overlap(first) == 1

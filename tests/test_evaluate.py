@@ -1,17 +1,23 @@
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from plain_bigram import plain_bigram, plain_score
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
 import moefy
 from moefy.checkpoint import Checkpoint
-from moefy.data import load_corpus
+from moefy.data import load_corpus, make_batches
 from moefy.evaluate import evaluate
+from moefy.evaluate.bigram import Bigram
+from moefy.evaluate.bootstrap import Bootstrap
+from moefy.evaluate.sinks import Sinks
 from moefy.inputs import read_batches
-from moefy.modeling import load_dense, sparse_mlps
+from moefy.modeling import all_experts, load_dense, sparse_mlps
 from moefy.routing import ROUTERS
 
 
@@ -93,3 +99,190 @@ def test_other_kinds(name, metric, tmp_path):
     value = record["total"][metric]["mean"]
     assert math.isfinite(value)
     assert value < 1 if metric == "cosine" else value > 0
+
+
+def per_token(model, dense, documents):
+    """KL, cross-entropy increase and both cross-entropies of every predicted token, by document."""
+    found = []
+    for ids in documents:
+        row = torch.tensor([ids])
+        p = dense(row).logits[0, :-1].double().log_softmax(-1)
+        q = model(row).logits[0, :-1].double().log_softmax(-1)
+        target = row[0, 1:, None]
+        ce_dense, ce = (-v.gather(1, target)[:, 0] for v in (p, q))
+        kl = (p.exp() * (p - q)).sum(-1)
+        found.append(torch.stack([kl, ce - ce_dense, ce_dense, ce], 1).tolist())
+    return found
+
+
+def check(record, chosen, everything):
+    """A group of tokens against the rows `(kl, ce increase, ...)` of a plain loop."""
+    assert record["tokens"] == len(chosen)
+    assert record["share"]["mean"] == pytest.approx(len(chosen) / len(everything))
+    for column, name in enumerate(("kl", "ce_increase", "ce_dense")):
+        mean = sum(row[column] for row in chosen) / len(chosen)
+        assert record[name]["mean"] == pytest.approx(mean, rel=1e-3, abs=1e-6)
+        low, high = record[name]["ci95"]
+        assert low <= record[name]["mean"] <= high
+    kl = sum(row[0] for row in chosen) / sum(row[0] for row in everything)
+    assert record["share_of_kl"]["mean"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_tail_of_kl(llama):
+    sparse, dense = moefy.load(llama / "out"), load_dense(Checkpoint.open(llama / "source"))
+    rows = per_token(sparse, dense, corpus_for("llama"))
+    kl = sorted(row[0] for document in rows for row in document)
+    record = evaluate(sparse, batches_of(llama), against=dense)["total"]["kl_tail"]
+    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)):
+        at = q * (len(kl) - 1)
+        low = math.floor(at)
+        want = kl[low] + (at - low) * (kl[low + 1] - kl[low])
+        assert record[name] == pytest.approx(want, rel=1e-3)
+    assert record["max"] == pytest.approx(kl[-1], rel=1e-3)
+    top = math.ceil(len(kl) / 100)
+    assert top > 1
+    assert record["top_1_percent_share"] == pytest.approx(sum(kl[-top:]) / sum(kl), rel=1e-3)
+
+
+@torch.no_grad()
+def test_strata_are_those_of_a_plain_bigram(llama):
+    sparse, dense = moefy.load(llama / "out"), load_dense(Checkpoint.open(llama / "source"))
+    documents, others = corpus_for("llama"), [ids[::-1] for ids in corpus_for("llama")[:30]]
+    # Some pairs occur in both, so that no stratum is empty.
+    others += [ids[:4] * 3 for ids in documents[::3]]
+    bigram = Bigram(make_batches(load_corpus(others).samples(None, "decoder", 32)), 96)
+    record = evaluate(sparse, batches_of(llama), against=dense, bigram=bigram)
+    assert record["bigram"]["tokens"] == sum(len(ids) - 1 for ids in others)
+    given = plain_bigram(others, 96, bigram.k, bigram.m)
+    rows, strata, nats = [], {"rank_1": [], "rank_2_to_10": [], "rank_over_10": []}, 0.0
+    for ids, document in zip(documents, per_token(sparse, dense, documents), strict=True):
+        for row, (cost, rank) in zip(document, plain_score(given, ids), strict=True):
+            name = "rank_1" if rank == 1 else "rank_2_to_10" if rank <= 10 else "rank_over_10"
+            strata[name].append(row)
+            rows.append(row)
+            nats += cost
+    assert sorted(record["strata"]) == sorted(strata)
+    for name, chosen in strata.items():
+        assert len(chosen) > 5
+        check(record["strata"][name], chosen, rows)
+    assert record["total"]["ce_bigram"]["mean"] == pytest.approx(nats / len(rows), rel=1e-6)
+    assert record["total"]["kl"]["mean"] == pytest.approx(
+        sum(row[0] for row in rows) / len(rows), rel=1e-3
+    )
+
+
+@contextmanager
+def saying(model, dense_logits, sparse_logits):
+    """Let a model answer with these functions of the token ids in place of its own logits."""
+
+    def hook(_, __, kwargs, output):
+        dense = sparse_mlps(model)[0].all_on
+        output.logits = (dense_logits if dense else sparse_logits)(kwargs["input_ids"])
+        return output
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+def test_a_bigram_in_the_place_of_the_model_has_skill_zero_and_dense_skill_one(llama):
+    documents, model = corpus_for("llama"), moefy.load(llama / "out")
+    others = [ids[::-1] for ids in documents]
+    bigram = Bigram(make_batches(load_corpus(others).samples(None, "decoder", 32)), 96)
+    given = plain_bigram(others, 96, bigram.k, bigram.m)
+
+    def guesses(ids_BT):
+        return torch.tensor([[given(a) for a in row] for row in ids_BT.tolist()]).log()
+
+    def knows(ids_BT):
+        """Like the bigram, but surer of what comes next."""
+        return guesses(ids_BT) + 2 * torch.nn.functional.one_hot(ids_BT.roll(-1, 1), 96)
+
+    def halfway(ids_BT):
+        return guesses(ids_BT) + torch.nn.functional.one_hot(ids_BT.roll(-1, 1), 96)
+
+    skills = {}
+    for name, sparse in (("bigram", guesses), ("dense", knows), ("halfway", halfway)):
+        with saying(model, knows, sparse):
+            total = evaluate(model, batches_of(llama), bigram=bigram)["total"]
+        ce = {key: total[key]["mean"] for key in ("ce", "ce_dense", "ce_bigram")}
+        skills[name] = total["bigram_skill"]["mean"]
+        want = (ce["ce_bigram"] - ce["ce"]) / (ce["ce_bigram"] - ce["ce_dense"])
+        assert skills[name] == pytest.approx(want)
+        low, high = total["bigram_skill"]["ci95"]
+        assert low <= skills[name] <= high
+    assert skills["bigram"] == pytest.approx(0, abs=0.01)
+    assert skills["dense"] == pytest.approx(1, abs=1e-6)
+    assert 0.2 < skills["halfway"] < 0.8
+    with saying(model, guesses, knows):
+        worse = evaluate(model, batches_of(llama), bigram=bigram)["total"]
+    with saying(model, lambda ids_BT: torch.zeros(*ids_BT.shape, 96), knows):
+        hopeless = evaluate(model, batches_of(llama), bigram=bigram)["total"]
+    assert worse["bigram_skill"] is None or abs(worse["bigram_skill"]["mean"]) > 10
+    assert (hopeless["bigram_skill"] is None) == (
+        hopeless["ce_dense"]["mean"] >= hopeless["ce_bigram"]["mean"]
+    )
+
+
+@torch.no_grad()
+def test_positions_leave_out_the_first_token_and_planted_sinks(llama):
+    documents, sparse = corpus_for("llama"), moefy.load(llama / "out")
+    sink = 41
+    assert any(sink in ids[1:-1] for ids in documents)
+    # One embedding of large norm makes every such token a sink, and no other.
+    sparse.get_input_embeddings().weight[sink] *= 60
+    with all_experts(sparse):
+        dense = [sparse(torch.tensor([ids])).logits[0, :-1].double() for ids in documents]
+    answers = iter(logits for logits in dense)
+    rows = per_token(sparse, lambda _: SimpleNamespace(logits=pad(next(answers))), documents)
+    everything = [
+        (position, token, row)
+        for ids, document in zip(documents, rows, strict=True)
+        for position, (token, row) in enumerate(zip(ids, document, strict=False))
+    ]
+    positions = evaluate(sparse, batches_of(llama))["positions"]
+    rows = [row for _, _, row in everything]
+    check(positions["all"], rows, rows)
+    check(positions["without_first"], [r for p, _, r in everything if p], rows)
+    check(
+        positions["without_first_and_sinks"],
+        [r for p, t, r in everything if p and t != sink],
+        rows,
+    )
+    check(positions["sinks"], [r for _, t, r in everything if t == sink], rows)
+    assert positions["sink_is_over_median_times"] == 10
+
+
+def pad(logits):
+    """One document's logits, with a last position that predicts nothing."""
+    return torch.cat([logits, logits[-1:]])[None]
+
+
+def test_a_sink_is_ten_times_the_median_of_its_own_document():
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    sinks = Sinks(keep)
+    norms = torch.tensor([[1.0, 1.0, 1.0, 10.1, 9.9], [100.0, 5.0, 4.0, 900.0, 900.0]])
+    sinks.see(norms[..., None] * torch.tensor([0.6, 0.8]))
+    assert sinks.marked_BT.tolist() == [[False] * 3 + [True, False], [True] + [False] * 4]
+    sinks.see(torch.tensor([[1.0, 20.0, 1.0, 1.0, 1.0], [1.0] * 5])[..., None].flatten(0, 1))
+    assert sinks.marked_BT.tolist() == [[False, True, False, True, False], [True] + [False] * 4]
+
+
+def test_intervals_draw_whole_sources():
+    sources = [f"s{i // 3}" for i in range(66)]
+    g = np.random.default_rng(1)
+    top, bottom = g.random(66) * 5, g.random(66) + 1
+    groups = {s: [i for i in range(66) if sources[i] == s] for s in dict.fromkeys(sources)}
+    names = list(groups)
+    drawn = []
+    for draw in np.random.default_rng(7).integers(22, size=(1000, 22)):
+        chosen = [i for d in draw for i in groups[names[d]]]
+        drawn.append(sum(top[i] for i in chosen) / sum(bottom[i] for i in chosen))
+    bootstrap = Bootstrap(sources, 7)
+    ratio = bootstrap.ratio(top, bottom)
+    assert bootstrap.unit == "sources"
+    assert ratio["mean"] == pytest.approx(top.sum() / bottom.sum())
+    assert ratio["ci95"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
+    assert Bootstrap(sources[:30], 7).unit == "documents (single-source)"
+    assert bootstrap.ratio(top, np.zeros(66)) is None
