@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
-from moefy.locate import Site
+from moefy.locate import Site, side_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Captured:
         """Whether the pass came to its end."""
         return self._index.is_file()
 
+    def domains(self, site: Site) -> Tensor:
+        """The domain of every token of `inputs`, as a number `[T]`."""
+        index = json.loads(self._index.read_text())
+        return torch.tensor(index["domains"][side_of(site)])
+
     def inputs(self, site: Site) -> Tensor:
         """The MLP inputs `[T, D]` of one layer, mapped from disk, in the dtype of the model."""
         index = json.loads(self._index.read_text())
@@ -44,11 +49,6 @@ class Captured:
         size = tokens * site.width
         file = str(self.folder / f"{self.name}-{site.index}.bin")
         return torch.from_file(file, shared=False, size=size, dtype=dtype).view(tokens, site.width)
-
-
-def side_of(site: Site) -> str:
-    """Whether a layer reads the tokens of the `encoder` or the `decoder`."""
-    return "encoder" if "encoder" in site.layer.split(".") else "decoder"
 
 
 def run(model: PreTrainedModel, batch: Batch) -> object:
@@ -96,14 +96,23 @@ def capture(
     }
     current: list[tuple[Batch, dict[str, Tensor]]] = []
     tokens = dict.fromkeys((site.index for site in found), 0)
+    names = sorted({s.document.domain for batch in batches for s in batch.samples})
+    domains: dict[str, list[int]] = {side: [] for side in keep}
+    first = {side: next(s.index for s in found if side_of(s) == side) for side in keep}
     files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("wb") for s in found}
 
     def heard(site: Site, x_TD: Tensor) -> None:
         batch, chosen = current[0]
-        mask = batch.mask(side_of(site))
+        side = side_of(site)
+        mask = batch.mask(side)
+        domain_T = torch.tensor([names.index(s.document.domain) for s in batch.samples])
+        domain_T = domain_T.repeat_interleave(len(x_TD) // len(batch.samples))
         if mask is not None:
             x_TD = x_TD[mask.flatten().to(x_TD.device)]
-        kept_TD = x_TD[chosen[side_of(site)].to(x_TD.device)].cpu().contiguous()
+            domain_T = domain_T[mask.flatten().cpu()]
+        if site.index == first[side]:
+            domains[side] += domain_T[chosen[side]].tolist()
+        kept_TD = x_TD[chosen[side].to(x_TD.device)].cpu().contiguous()
         if not kept_TD.isfinite().all():
             raise MoefyError(
                 f"{site.layer}: the input of its MLP is not finite for document "
@@ -123,7 +132,11 @@ def capture(
             handle.remove()
         for file in files.values():
             file.close()
-    index = {"tokens": list(tokens.values()), "dtype": str(model.dtype).removeprefix("torch.")}
+    index = {
+        "tokens": list(tokens.values()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "domains": domains,
+    }
     into._index.write_text(json.dumps(index))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META, SIDE = "moefy.json", "moefy.safetensors"
 FULL, ADAPTER = "full", "adapter"
 
@@ -33,10 +33,11 @@ class LayerEntry:
     """All experts, the shared ones first."""
     shared: int
     router: dict[str, Any]
-    """`name` and `hidden`."""
+    """`name`, `hidden` and `look_ahead`."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
-    compensation: str
+    compensation: dict[str, Any]
+    """`name` and `rank`."""
 
     @property
     def active(self) -> int | None:

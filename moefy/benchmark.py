@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from moefy.console import Reporter
 from moefy.errors import MoefyError
 from moefy.mlp import DenseMlp
-from moefy.modeling import SparseMlp, sparse_mlps
 from moefy.provenance import machine
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, Router
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
 def side_by_side(

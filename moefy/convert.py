@@ -3,6 +3,7 @@
     plan     which MLPs there are and how they split, from config.json alone
     measure  run the dense model once and keep a sample of every MLP's input
     fit      for each layer: partition, router, selection, compensation
+    tune     all layers together: density per layer, distillation
     write    the weights in expert order (or the side files alone), and what was fitted
     verify   with every expert on, the result is the dense model; then its quality is measured
 
@@ -37,17 +38,17 @@ from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
+from moefy.fitting import FittedLayer, fit_layer
 from moefy.inputs import read_batches, read_config
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.mlp import DenseMlp
-from moefy.modeling import all_experts, build_routing, load, load_dense, placement
-from moefy.partition import partition
+from moefy.modeling import load, load_dense, moefied, placement, with_routing_of
 from moefy.plan import Plan, describe, plan
 from moefy.provenance import machine, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
-from moefy.routing import ROUTERS, SELECTIONS, choose
-from moefy.training import fit_compensation, fit_router, fit_selection
+from moefy.sparse_mlp import all_experts
+from moefy.tuning import needs_tuning, tune
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
@@ -101,8 +102,13 @@ def convert(
             with clock.stage("fit"):
                 fitted = _fit(checkpoint, todo, recipe, samples, output.work, report)
 
-            with clock.stage("write"):
+            with clock.stage("tune"):
                 artefact, fits = _collect(fitted, todo, recipe, source, text, adapter)
+                artefact, tuning = _tune(
+                    checkpoint, todo, recipe, artefact, samples, reading, output.work, report
+                )
+
+            with clock.stage("write"):
                 finished = output.work / "model"
                 _write(checkpoint, finished, artefact, todo.sites, report)
 
@@ -121,6 +127,7 @@ def convert(
                 "form": artefact.form,
                 "all_experts_relative_error": error,
                 "routers": fits,
+                "tuning": tuning,
                 "seconds": clock.seconds,
                 "machine": machine(),
             }
@@ -223,8 +230,18 @@ def _fit(
     names = {name: disk for disk, name in stored.items()}
     for site in report.track(todo.sites, "fit layers"):
         if not (folder / f"{site.index}.json").exists():
-            _fit_layer(_read(checkpoint, site, names), site, todo, recipe, samples, folder)
+            mlp = _read(checkpoint, site, names)
+            _keep(folder, site, fit_layer(mlp, todo, site, recipe, samples))
     return folder
+
+
+def _keep(folder: Path, site: Site, fitted: FittedLayer) -> None:
+    save_file(fitted.tensors, folder / f"{site.index}.safetensors")
+    # Written last and by rename: its presence says that the layer is finished.
+    unfinished = folder / f"{site.index}.part"
+    kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record()}
+    unfinished.write_text(json.dumps(kept))
+    unfinished.replace(folder / f"{site.index}.json")
 
 
 def _read(checkpoint: Checkpoint, site: Site, names: dict[str, str]) -> DenseMlp:
@@ -241,53 +258,6 @@ def _read(checkpoint: Checkpoint, site: Site, names: dict[str, str]) -> DenseMlp
         return tensor
 
     return read_mlp(site, get).to(torch.float32)
-
-
-def _fit_layer(
-    mlp: DenseMlp,
-    site: Site,
-    todo: Plan,
-    recipe: Recipe,
-    samples: dict[str, Captured],
-    folder: Path,
-) -> None:
-    """Partition one layer and fit its routing; the same seed gives the same bytes."""
-    entry, k = todo.layers[site.index], todo.k[site.index]
-    routed_experts = entry.experts - entry.shared
-    torch.manual_seed(recipe.seed + site.index)
-    split = partition(
-        mlp,
-        samples["partition"].inputs(site).float(),
-        experts=entry.experts,
-        method=recipe.partition.method,
-        shared=entry.shared,
-        seed=recipe.seed,
-    )
-    routed = mlp.take(split.permutation[entry.shared * split.expert_size :])
-
-    x_TD, held_TD = samples["router"].inputs(site), samples["held-out"].inputs(site)
-    router = choose(ROUTERS, "router", recipe.router.name)(
-        site.width, routed_experts, recipe.router.hidden
-    )
-    router.initialise(routed)
-    fit = fit_router(
-        router, routed, x_TD, held_TD, experts=routed_experts, k=k, recipe=recipe.router,
-        seed=recipe.seed,
-    )  # fmt: skip
-    kind = choose(SELECTIONS, "selection", recipe.selection.name)
-    selection = fit_selection(kind, router, routed, held_TD, k)
-    entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
-    compensation = build_routing(entry)[2]
-    fit_compensation(compensation, router, selection, routed, x_TD)
-
-    tensors = {"permutation": split.permutation.to(torch.int32)}
-    for part, module in (("router", router), ("compensation", compensation)):
-        tensors |= {f"{part}.{n}": v.detach().contiguous() for n, v in module.state_dict().items()}
-    save_file(tensors, folder / f"{site.index}.safetensors")
-    # Written last and by rename: its presence says that the layer is finished.
-    unfinished = folder / f"{site.index}.part"
-    unfinished.write_text(json.dumps({"entry": asdict(entry), "fit": fit.record()}))
-    unfinished.replace(folder / f"{site.index}.json")
 
 
 def _collect(
@@ -311,6 +281,41 @@ def _collect(
         versions=versions(),
     )
     return artefact, fits
+
+
+def _tune(
+    checkpoint: Checkpoint,
+    todo: Plan,
+    recipe: Recipe,
+    artefact: Artefact,
+    samples: dict[str, Captured],
+    reading: dict[str, tuple[list[Batch], int]],
+    work: Path,
+    report: Reporter,
+) -> tuple[Artefact, dict[str, Any]]:
+    """Tune the moefied model in memory, where the recipe asks for it, and take back its routing."""
+    if not needs_tuning(recipe):
+        return artefact, {}
+    kept = work / "tuned"
+    if not (kept / "record.json").exists():
+        model = load_dense(checkpoint, **placement())
+        moefied(model, artefact, permute=True)
+        record = tune(
+            model, todo, recipe, samples, reading["router"][0], reading["held-out"][0], report
+        )
+        artefact = with_routing_of(model)
+        kept.mkdir(exist_ok=True)
+        save_file(artefact.tensors, kept / "tensors.safetensors")
+        record["selections"] = [entry.selection for entry in artefact.layers]
+        (kept / "record.part").write_text(json.dumps(record))
+        (kept / "record.part").replace(kept / "record.json")
+    record = json.loads((kept / "record.json").read_text())
+    layers = [
+        replace(entry, selection=selection)
+        for entry, selection in zip(artefact.layers, record.pop("selections"), strict=True)
+    ]
+    tensors = load_file(kept / "tensors.safetensors")
+    return replace(artefact, layers=layers, tensors=tensors), record
 
 
 def _write(

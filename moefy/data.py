@@ -398,11 +398,11 @@ def _span(doc: Document, ends: list[int], first: int) -> int:
 
 def make_batches(samples: Iterable[Sample], tokens: int = 4096) -> list[Batch]:
     """Pad samples of like length together, about this many positions (or 8 images) a batch."""
-    ordered = sorted(samples, key=_length)
+    ordered = sorted(samples, key=sample_length)
     batches: list[Batch] = []
     group: list[Sample] = []
     for sample in ordered:
-        size = (len(group) + 1) * _length(sample)
+        size = (len(group) + 1) * sample_length(sample)
         if group and (size > tokens or len(group) >= 64):
             batches.append(_pad(group))
             group = []
@@ -410,7 +410,8 @@ def make_batches(samples: Iterable[Sample], tokens: int = 4096) -> list[Batch]:
     return [*batches, _pad(group)] if group else batches
 
 
-def _length(sample: Sample) -> int:
+def sample_length(sample: Sample) -> int:
+    """Positions that a sample takes in a batch; an image counts as 512."""
     image = sample.inputs.get("pixel_values")
     return 512 if image is not None else max(len(v) for v in sample.inputs.values())
 

@@ -137,6 +137,11 @@ def sites(model: PreTrainedModel) -> list[Site]:
     return found
 
 
+def side_of(site: Site) -> str:
+    """Whether a layer reads the tokens of the `encoder` or the `decoder`."""
+    return "encoder" if "encoder" in site.layer.split(".") else "decoder"
+
+
 def read_mlp(site: Site, get: Callable[[str], Tensor]) -> DenseMlp:
     """The weights of one MLP, neuron-major, in the dtypes in which `get` gives them.
 

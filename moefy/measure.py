@@ -1,32 +1,29 @@
 """Evaluate, time and run folders that `convert` wrote: what the CLI's verbs call."""
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from moefy.activations import run
 from moefy.artefact import Artefact, read_artefact
 from moefy.benchmark import bench_layer, bench_model
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
-from moefy.data import Corpus, load_corpus, split_shards
+from moefy.data import Batch, Corpus, load_corpus, split_shards
 from moefy.errors import CorpusError, MoefyError, RecipeError, unknown_choice
 from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
-from moefy.modeling import (
-    SparseMlp,
-    all_experts,
-    load,
-    load_dense,
-    placement,
-    sparse_mlps,
-    weights_of,
-)
+from moefy.modeling import load, load_dense, placement, weights_of
 from moefy.recipe import from_dict
-from moefy.routing import ROUTERS, choose
+from moefy.routing import ROUTERS, Router, choose
+from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 
 BIGRAM_TOKENS = 10_000_000
 """Most tokens that the bigram is fitted on."""
@@ -66,8 +63,7 @@ def evaluate_folder(
         except CorpusError as error:
             why = str(error)
     if router is not None:
-        for module in sparse_mlps(model).values():
-            _replace_router(module, router)
+        _replace_routers(model, router, batches)
     dense = None if against is None else load_dense(Checkpoint.open(against), **placement())
     record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
     if bigram is None:
@@ -119,16 +115,29 @@ def _texts(text: Corpus, artefact: Artefact, seed: int) -> _Texts:
     return _Texts(text.sha256, text, bundled.without(text), fitted, what)
 
 
-def _replace_router(module: SparseMlp, name: str) -> None:
+@torch.no_grad()
+def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) -> None:
+    """Put another router into every layer; those that look at tokens see the first batch, dense."""
     kind = choose(ROUTERS, "router", name)
     if kind.trainable:
         raise RecipeError(
             f"router '{name}' needs fitting: convert again with --set router.name={name}"
         )
-    routed = module.weights.take(slice(module.shared * module.expert_size, None))
-    replacement = kind(routed.width, module.experts - module.shared, 0)
-    replacement.initialise(routed)
-    module.router = replacement
+    modules = sparse_mlps(model).values()
+    for module in modules:
+        module.observer = functools.partial(_put_router, module, kind)
+    with all_experts(model):
+        run(model, batches[0])
+    for module in modules:
+        module.observer, module.look_ahead = None, False
+
+
+def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
+    mlp = module.weights.to(torch.float32)
+    routed = mlp.take(slice(module.shared * module.expert_size, None))
+    router = kind(routed.width, module.experts - module.shared, 0)
+    router.initialise(routed, x_TD.float(), mlp)
+    module.router = router.to(x_TD.device)
 
 
 def bench_folder(

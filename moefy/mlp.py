@@ -50,13 +50,31 @@ class DenseMlp:
         """D, the width of the model."""
         return self.up_ND.shape[1]
 
+    @property
+    def selecting_ND(self) -> Tensor:
+        """The rows that decide when a neuron is active: the gate, or up where there is none."""
+        return self.up_ND if self.gate_ND is None else self.gate_ND
+
+    @property
+    def matrices(self) -> int:
+        """Weight matrices: 3 with a gate, 2 without."""
+        return 2 if self.gate_ND is None else 3
+
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `h` `[T, N]` of every neuron, or of a run of neurons (a view of the rows)."""
-        up_TN = linear(x_TD, self.up_ND[rows], _rows(self.up_bias_N, rows))
-        act = activation_function(self.activation)
         if self.gate_ND is None:
-            return act(up_TN)
-        return act(linear(x_TD, self.gate_ND[rows], _rows(self.gate_bias_N, rows))) * up_TN
+            return activation_function(self.activation)(self.up(x_TD, rows))
+        return self.gates(x_TD, rows) * self.up(x_TD, rows)
+
+    def gates(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Activated gates `[T, N]` of a gated MLP, or of a run of its neurons."""
+        assert self.gate_ND is not None
+        gate_TN = linear(x_TD, self.gate_ND[rows], _rows(self.gate_bias_N, rows))
+        return activation_function(self.activation)(gate_TN)
+
+    def up(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Outputs of the up projection `[T, N]`, or of a run of neurons."""
+        return linear(x_TD, self.up_ND[rows], _rows(self.up_bias_N, rows))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The dense output `[T, D]`."""
@@ -86,6 +104,34 @@ class DenseMlp:
             for name, value in vars(self).items()
         }
         return DenseMlp(**values)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """An MLP some of whose tokens have their gates computed already, by a router that reads them."""
+
+    mlp: DenseMlp
+    gate_TN: Tensor
+    """Activated gates of the very tokens that `hidden` is asked for."""
+
+    @property
+    def up_ND(self) -> Tensor:
+        """Rows of the up projection."""
+        return self.mlp.up_ND
+
+    @property
+    def down_ND(self) -> Tensor:
+        """Rows of the transposed down projection."""
+        return self.mlp.down_ND
+
+    @property
+    def down_bias_D(self) -> Tensor | None:
+        """The output bias."""
+        return self.mlp.down_bias_D
+
+    def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Activations `[T, rows]`; only the up projection is computed."""
+        return self.gate_TN[:, rows] * self.mlp.up(x_TD, rows)
 
 
 def _rows(bias_N: Tensor | None, rows: slice) -> Tensor | None:

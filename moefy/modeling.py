@@ -1,18 +1,14 @@
-"""SparseMlp, the module that takes the place of a dense MLP, and `load`, which puts it there.
+"""Load a moefied checkpoint as a transformers model, and save it again.
 
     model = load("out")                 # a transformers model: generate, device_map, lm-eval work
     with all_experts(model):            # the dense function, from the same weights
         dense = model(**inputs).logits
 
-A SparseMlp owns the weights once, neuron-major and in expert order. Which backend computes it never
-changes the function. It knows nothing of files beyond reading an artefact, and nothing of training.
-
-Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
+Shapes: N neurons, D width.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -32,152 +28,12 @@ from moefy.artefact import (
     write_side_files,
 )
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite, sha256
-from moefy.errors import CheckpointError, MoefyError, unknown_choice
-from moefy.locate import Site, disk_names, meta_model, permute, read_mlp, sites
-from moefy.mlp import DenseMlp
+from moefy.errors import CheckpointError, MoefyError
+from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
+from moefy.locate import permute as permuted
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
-from moefy.routing.base import Compensation, Router, Selection
-from moefy_kernels import expert_views_mlp, masked_mlp
-
-Backend = Callable[[Tensor, DenseMlp, Tensor], Tensor]
-BACKENDS: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
-"""How the experts of a mask are computed; all are the same function. `auto` measures them."""
-
-_WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
-_fastest: dict[tuple[Any, ...], str] = {}
-
-
-class SparseMlp(nn.Module):
-    """An MLP in experts: weights in expert order, router, selection, compensation.
-
-    The `shared` first experts always run; scores and masks cover the others.
-    """
-
-    def __init__(
-        self,
-        mlp: DenseMlp,
-        *,
-        experts: int,
-        shared: int,
-        router: Router,
-        selection: Selection,
-        compensation: Compensation,
-    ) -> None:
-        super().__init__()
-        for name in _WEIGHTS:
-            value = getattr(mlp, name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.activation = mlp.activation
-        self.experts, self.shared = experts, shared
-        self.router, self.selection, self.compensation = router, selection, compensation
-        self.backend = "auto"
-        self.chosen = ""
-        """The backend of the last forward pass."""
-        self.all_on = False
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
-        """Called with the input `[T, D]` and the mask `[T, S + E]` of every forward pass."""
-
-    @property
-    def expert_size(self) -> int:
-        """F, neurons per expert."""
-        return self.weights.neurons // self.experts
-
-    @property
-    def weights(self) -> DenseMlp:
-        """All neurons in expert order, as views of the parameters."""
-        return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
-
-    def mask(self, x_TD: Tensor) -> Tensor:
-        """Which experts run `[T, S + E]` (bool)."""
-        shape = (x_TD.shape[0], self.experts)
-        if self.all_on:
-            return torch.ones(shape, dtype=torch.bool, device=x_TD.device)
-        mlp = self.weights
-        routed = mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
-        routed_TE = self.selection(self.router(x_TD, routed))
-        if not self.shared:
-            return routed_TE
-        return torch.cat([routed_TE.new_ones(shape[0], self.shared), routed_TE], dim=1)
-
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Output of the experts that run plus the compensation, shaped as `hidden`.
-
-        `residual` is for families whose MLP module adds it itself.
-        """
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        mask_TE = self.mask(x_TD)
-        if self.observer is not None:
-            self.observer(x_TD, mask_TE)
-        y_TD = self.compute(x_TD, mask_TE)
-        extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
-        if extra_TD is not None:
-            y_TD = y_TD + extra_TD.to(y_TD.dtype)
-        y = y_TD.view(*hidden.shape[:-1], -1)
-        return y if residual is None else y + residual
-
-    def compute(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor:
-        """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
-        name = self.backend
-        if name == "auto":
-            name = self._auto(x_TD, mask_TE)
-        elif name not in BACKENDS:
-            raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
-        self.chosen = name
-        return BACKENDS[name](x_TD, self.weights, mask_TE)
-
-    def _auto(self, x_TD: Tensor, mask_TE: Tensor) -> str:
-        # Training needs the smooth path, and a mask on a GPU can only be walked by copying it back.
-        if torch.is_grad_enabled() or x_TD.device.type != "cpu" or torch.compiler.is_compiling():
-            return "masked"
-        active = int(mask_TE.sum()) / mask_TE.numel()
-        key = (
-            tuple(self.weights.up_ND.shape),
-            self.experts,
-            self.gate_ND is None,
-            x_TD.dtype,
-            torch.get_num_threads(),
-            x_TD.shape[0].bit_length(),
-            round(8 * active),
-        )
-        if key not in _fastest:
-            _fastest[key] = _measure(x_TD, self.weights, mask_TE)
-        return _fastest[key]
-
-
-def _measure(x_TD: Tensor, weights: DenseMlp, mask_TE: Tensor) -> str:
-    """The faster backend for this very input: best of three, taken in turn."""
-    best = dict.fromkeys(BACKENDS, float("inf"))
-    for _ in range(3):
-        for name, backend in BACKENDS.items():
-            begin = time.perf_counter()
-            backend(x_TD, weights, mask_TE)
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return min(best, key=lambda name: best[name])
-
-
-def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:
-    """The SparseMlps of a model by layer index; empty for a dense model."""
-    found = [module for module in model.modules() if isinstance(module, SparseMlp)]
-    return dict(enumerate(found))
-
-
-@contextmanager
-def all_experts(model: nn.Module) -> Iterator[None]:
-    """Every expert of every layer runs: the dense function."""
-    modules = sparse_mlps(model).values()
-    for module in modules:
-        module.all_on = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.all_on = False
-
-
-def use_backend(model: nn.Module, name: str) -> None:
-    """Compute every layer with this entry of `BACKENDS`, or with `auto`."""
-    for module in sparse_mlps(model).values():
-        module.backend = name
+from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
 def install(model: PreTrainedModel, site: Site, sparse: SparseMlp) -> None:
@@ -193,15 +49,22 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def build_routing(entry: LayerEntry) -> tuple[Router, Selection, Compensation]:
-    """The router, selection and compensation that an entry names, without their tensors."""
-    routed = entry.experts - entry.shared
-    kind, hidden = entry.router["name"], entry.router["hidden"]
-    router = choose(ROUTERS, "router", kind)(entry.width, routed, hidden)
+def build_router(entry: LayerEntry) -> Router:
+    """The router that an entry names, without its tensors."""
+    kind = choose(ROUTERS, "router", entry.router["name"])
+    return kind(entry.width, entry.experts - entry.shared, entry.router["hidden"])
+
+
+def build_selection(entry: LayerEntry) -> Selection:
+    """The selection that an entry names, with its settings."""
     settings = {key: value for key, value in entry.selection.items() if key != "name"}
-    selection = choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
-    compensation = choose(COMPENSATIONS, "compensation", entry.compensation)(entry.width, routed)
-    return router, selection, compensation
+    return choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
+
+
+def build_compensation(entry: LayerEntry) -> Compensation:
+    """The compensation that an entry names, without its tensors."""
+    kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
+    return kind(entry.width, entry.experts - entry.shared, entry.compensation["rank"])
 
 
 def placement() -> dict[str, Any]:
@@ -250,19 +113,56 @@ def load(
     artefact = read_artefact(folder, verify=verify)
     checkpoint = weights_of(artefact, folder, base, verify)
     model = load_dense(checkpoint, **kwargs)
-    found = sites(model)
-    if len(found) != len(artefact.layers):
+    if len(sites(model)) != len(artefact.layers):
         raise CheckpointError(
-            f"{folder}: {len(artefact.layers)} layers in {META}, {len(found)} in the model"
+            f"{folder}: {len(artefact.layers)} layers in {META}, {len(sites(model))} in the model"
         )
-    for site, entry in zip(found, artefact.layers, strict=True):
-        install(model, site, _sparse(model, site, entry, artefact))
-    model.moefy = artefact  # type: ignore[assignment]
-    model.moefy_sites = found  # type: ignore[assignment]
+    moefied(model, artefact, permute=artefact.form == ADAPTER)
     model.moefy_checkpoint = checkpoint  # type: ignore[assignment]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-    model.eval()
     return model
+
+
+def moefied(model: PreTrainedModel, artefact: Artefact, *, permute: bool) -> None:
+    """Turn a dense model into the moefied one that `artefact` describes, in place.
+
+    `permute` puts the neurons into expert order; without it they stand so already.
+    """
+    found = sites(model)
+    for site, entry in zip(found, artefact.layers, strict=True):
+        install(model, site, _sparse(model, site, entry, artefact, permute))
+    model.moefy = artefact  # type: ignore[assignment]
+    model.moefy_sites = found  # type: ignore[assignment]
+    _share_context(model)
+    model.eval()
+
+
+def _share_context(model: PreTrainedModel) -> None:
+    """One context for all layers, filled before every pass, where some layer reads it."""
+    modules = sparse_mlps(model).values()
+    context = Context()
+    for module in modules:
+        module.context = context
+    if all(module.selection.by_score and not module.look_ahead for module in modules):
+        return
+    signature = inspect.signature(model.forward)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        tokens = next(
+            (given[n] for n in ("input_ids", "inputs_embeds", "pixel_values") if n in given), None
+        )
+        cache, mask_BT = given.get("past_key_values"), given.get("attention_mask")
+        context.batch = 1 if tokens is None else len(tokens)
+        context.cache = cache
+        context.prompt = cache is None or int(cache.get_seq_length()) == 0
+        context.previous_TD = None
+        context.mask_BT = None
+        if mask_BT is not None and mask_BT.ndim == 2 and tokens is not None:
+            context.mask_BT = mask_BT[:, -tokens.shape[1] :].bool()
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def weights_of(
@@ -283,7 +183,9 @@ def weights_of(
     return checkpoint
 
 
-def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact) -> SparseMlp:
+def _sparse(
+    model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact, permute: bool
+) -> SparseMlp:
     """Take the weights out of the dense modules; only the down projection is copied (transposed)."""
     device = model.get_parameter(site.path("up") + ".weight").device
     if device.type == "meta":
@@ -292,10 +194,10 @@ def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Art
             "every layer on a device"
         )
     mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
-    if artefact.form == ADAPTER:
+    if permute:
         mlp = mlp.take(artefact.permutation(site.index).to(device))
     mlp = mlp.contiguous()
-    router, selection, compensation = build_routing(entry)
+    router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
         try:
             module.load_state_dict(artefact.of_layer(site.index, part))
@@ -308,9 +210,23 @@ def _sparse(model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Art
         experts=entry.experts,
         shared=entry.shared,
         router=router,
-        selection=selection,
+        selection=build_selection(entry),
         compensation=compensation,
+        look_ahead=entry.router["look_ahead"],
     )
+
+
+def with_routing_of(model: PreTrainedModel) -> Artefact:
+    """The artefact of a moefied model with its routers, selections and compensations as they are."""
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    tensors, layers = dict(artefact.tensors), []
+    for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
+        for part in ("router", "compensation"):
+            for key, value in getattr(module, part).state_dict().items():
+                tensors[f"layers.{index}.{part}.{key}"] = value.detach().cpu().contiguous()
+        settings = {"name": entry.selection["name"], **module.selection.settings()}
+        layers.append(replace(entry, selection=settings))
+    return replace(artefact, tensors=tensors, layers=layers)
 
 
 def stock_parameter(site: Site, sparse: SparseMlp, name: str) -> Tensor:
@@ -354,7 +270,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         site = owners.get(name)
         now = state[name] if site is None else stock_parameter(site, modules[site.index], name)
         if adapter and site is not None:
-            now = permute(site, name, now, artefact.permutation(site.index).argsort())
+            now = permuted(site, name, now, artefact.permutation(site.index).argsort())
         before = stored.read(disk)
         now = now.detach().cpu().to(before.dtype)
         if not torch.equal(now, before):
@@ -362,16 +278,12 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
                 raise MoefyError(f"{folder}: {name} has changed; an adapter cannot hold weights")
             changed = True
             overwrite(stored.tensors[disk], now)
-    tensors = dict(artefact.tensors)
-    for index, module in modules.items():
-        for part in ("router", "compensation"):
-            for key, value in getattr(module, part).state_dict().items():
-                tensors[f"layers.{index}.{part}.{key}"] = value.detach().cpu()
-    values = {f: getattr(artefact, f) for f in artefact.__dataclass_fields__}
-    values["tensors"] = tensors
-    values["weights_modified"] = artefact.weights_modified or changed
-    values["sha256"] = {} if adapter else {file.name: sha256(file) for file in stored.files}
-    write_side_files(folder, Artefact(**values))
+    written = replace(
+        with_routing_of(model),
+        weights_modified=artefact.weights_modified or changed,
+        sha256={} if adapter else {file.name: sha256(file) for file in stored.files},
+    )
+    write_side_files(folder, written)
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **_: Any) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from moefy.artefact import LayerEntry
 from moefy.checkpoint import Checkpoint
-from moefy.errors import RecipeError
+from moefy.errors import RecipeError, unknown_choice
 from moefy.inputs import read_config
-from moefy.locate import Site, meta_model, sites
-from moefy.partition import expert_count, find_method
+from moefy.locate import Site, meta_model, side_of, sites
+from moefy.partition import SHARED_BY, expert_count, find_method
 from moefy.recipe import Recipe
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
+from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,20 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     Raises `UnsupportedModel` or `RecipeError` where the model and the recipe do not go together.
     """
     find_method(recipe.partition.method)
-    choose(SELECTIONS, "selection", recipe.selection.name)
+    if recipe.partition.shared_by not in SHARED_BY:
+        raise RecipeError(
+            unknown_choice("partition.shared_by", recipe.partition.shared_by, SHARED_BY)
+        )
+    selection = choose(SELECTIONS, "selection", recipe.selection.name)
     choose(COMPENSATIONS, "compensation", recipe.compensation.name)
-    if not choose(ROUTERS, "router", recipe.router.name).deployable:
+    choose(TARGETS, "router.target", recipe.router.target)
+    choose(LOSSES, "router.loss", recipe.router.loss)
+    if recipe.distil.steps and not selection.by_score:
+        raise RecipeError(
+            f"distil.steps={recipe.distil.steps}: selection '{recipe.selection.name}' does not "
+            "decide by one token's scores; choose topk or threshold, or set distil.steps=0"
+        )
+    if selection.by_score and not choose(ROUTERS, "router", recipe.router.name).deployable:
         raise RecipeError(
             f"router '{recipe.router.name}' reads what it should predict, it serves evaluation "
             "only (moefy eval --router oracle); choose another to convert with"
@@ -54,8 +65,12 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     model = meta_model(config)
     found = sites(model)
     layers, active = [], []
+    sides: set[str] = set()
     for site in found:
-        entry, k = _layer_plan(site, recipe)
+        # The first MLP of encoder and decoder has none before it.
+        first = side_of(site) not in sides
+        sides.add(side_of(site))
+        entry, k = _layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
         layers.append(entry)
         active.append(k)
     total = sum(p.numel() for p in model.parameters())
@@ -91,10 +106,13 @@ def describe(todo: Plan, recipe: Recipe) -> str:
             f"{todo.mlp_parameters / todo.parameters:.0%} of them in {len(todo.layers)} MLPs",
             f"{'every' if same else 'first'} layer: {first.neurons} neurons in {first.experts} experts "
             f"of {first.neurons // first.experts}"
+            + (" (as many shared as the rule says)" if recipe.partition.shared is None else "")
             + (f" ({first.shared} shared)" if first.shared else "")
             + f", {k + first.shared} run: FFN density {active:.3f}",
             f"partition {recipe.partition.method}, router {recipe.router.name}, selection "
-            f"{recipe.selection.name}, compensation {recipe.compensation.name}",
+            f"{recipe.selection.name}, compensation {recipe.compensation.name}"
+            + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
+            + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
             f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB of "
@@ -103,29 +121,32 @@ def describe(todo: Plan, recipe: Recipe) -> str:
     )
 
 
-def _layer_plan(site: Site, recipe: Recipe) -> tuple[LayerEntry, int]:
+def _layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
     where = f"layer {site.index}"
     wanted = recipe.partition
     experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)
-    routed = experts - wanted.shared
+    shared = wanted.shared or 0
+    routed = experts - shared
     k = recipe.selection.k
     if k is None:
-        k = max(1, round(recipe.density * experts) - wanted.shared)
+        k = max(1, round(recipe.density * experts) - shared)
     if routed < 1 or k > routed:
         raise RecipeError(
             f"{where}: {k} routed experts should run, there are {experts} experts, "
-            f"{wanted.shared} of them shared; lower selection.k or partition.shared"
+            f"{shared} of them shared; lower selection.k or partition.shared"
         )
     entry = LayerEntry(
         layer=site.layer,
         neurons=site.neurons,
         width=site.width,
         experts=experts,
-        shared=wanted.shared,
-        router={"name": recipe.router.name, "hidden": recipe.router.hidden},
+        shared=shared,
+        router={
+            "name": recipe.router.name, "hidden": recipe.router.hidden, "look_ahead": look_ahead
+        },
         selection={"name": recipe.selection.name},
-        compensation=recipe.compensation.name,
-    )
+        compensation={"name": recipe.compensation.name, "rank": recipe.compensation.rank},
+    )  # fmt: skip
     return entry, k
 
 

@@ -29,8 +29,10 @@ class PartitionRecipe:
     """Neurons per expert; None takes 32 or the nearest divisor of the neuron count."""
     experts: int | None = None
     """Number of experts; excludes `expert_size`."""
-    shared: int = 0
-    """Experts that always run, made of the neurons that contribute most on average."""
+    shared: int | None = 0
+    """Experts that always run; null lets ExpertWeaver's rule say how many."""
+    shared_by: str = "contribution"
+    """Which neurons they are made of: `contribution`, `activation_rate` or `variation`."""
     tokens: int = 8192
     """Tokens whose activations the method sees."""
 
@@ -42,7 +44,7 @@ class PartitionRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"partition.{name}: got {value}, must be at least 1")
-        if self.shared < 0:
+        if self.shared is not None and self.shared < 0:
             raise RecipeError(f"partition.shared: got {self.shared}, must be at least 0")
 
 
@@ -53,7 +55,13 @@ class RouterRecipe:
     name: str = "mlp"
     """A name of `moefy ls routers`."""
     hidden: int = 128
-    """Hidden width of the `mlp` router; other routers have none."""
+    """Hidden width of routers that have one, and the rank of `low_rank`."""
+    target: str = "contribution"
+    """What it predicts of an expert: `contribution`, `activation` or `deviation`."""
+    loss: str = "weighted_topk"
+    """`weighted_topk`, `share_of_largest`, `norm_mse` or `any_active`."""
+    look_ahead: bool = False
+    """Read the input of the MLP before, so that the choice is known a layer early."""
     tokens: int = 65536
     """Most tokens to fit on; fewer are used where the corpus has fewer."""
     epochs: int = 20
@@ -70,6 +78,13 @@ class SelectionRecipe:
     """A name of `moefy ls selections`."""
     k: int | None = None
     """Routed experts that run for a token; None takes the number from the density."""
+    most: float | None = None
+    """Hard cap of selections that vary: experts of one token over their mean number, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse a cap below the mean."""
+        if self.most is not None and self.most < 1:
+            raise RecipeError(f"selection.most: got {self.most}, must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +93,33 @@ class CompensationRecipe:
 
     name: str = "conditional_mean"
     """A name of `moefy ls compensations`."""
+    rank: int = 16
+    """Rank of the low-rank residual; other compensations have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetRecipe:
+    """How the density is spread over the layers; its mean over neurons stays `density`."""
+
+    name: str = "uniform"
+    """`uniform`, `greedy` (measured output error) or `solver` (measured KL)."""
+    per: str = "weights"
+    """What the solver holds constant: active `weights`, or measured `time` of a token."""
+    target_kl: float | None = None
+    """KL to dense (nats per token) to reach with the least density; `density` is then not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilRecipe:
+    """Training routers and compensations against the dense model, all other weights frozen."""
+
+    steps: int = 0
+    """Optimiser steps; 0 leaves distillation out."""
+    tokens: int = 1536
+    """Tokens of a step."""
+    learning_rate: float = 1e-3
+    scope: str = "auto"
+    """`model` (KL of the logits), `layer` (output error), or `auto`: whichever fits in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +132,8 @@ class Recipe:
     router: RouterRecipe = field(default_factory=RouterRecipe)
     selection: SelectionRecipe = field(default_factory=SelectionRecipe)
     compensation: CompensationRecipe = field(default_factory=CompensationRecipe)
+    budget: BudgetRecipe = field(default_factory=BudgetRecipe)
+    distil: DistilRecipe = field(default_factory=DistilRecipe)
     seed: int = 0
     context: int = 512
     """Tokens a document is cut to when the model is run on it."""
@@ -190,7 +234,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     allowed = typing.get_args(kind) or (kind,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise RecipeError(f"{where}: got {value!r}, expected {names}")
     return value

@@ -1,8 +1,8 @@
 """Fit one layer's router, selection and compensation on captured MLP inputs.
 
-The target of a router is the oracle: the `k` experts with the largest contribution norm. Its loss is
-binary cross-entropy in which every (token, expert) weighs as its squared contribution does, so that
-a router is punished for what its mistake costs.
+A router is fitted to predict a target (`moefy.routing.targets`), by default the norm of what every
+expert would add, under a loss (`moefy.routing.losses`). How good it is, is always measured the same
+way: by the squared contribution that the experts it chose capture on held-out documents.
 
 Shapes: T tokens, D width, N routed neurons, E routed experts.
 """
@@ -13,14 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moefy.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
-from moefy.routing import expert_norms
+from moefy.routing import LOSSES, TARGETS, choose, expert_norms
 from moefy.routing.base import Compensation, Router, Selection
+from moefy.routing.targets import Target
+from moefy.routing.topk import top_mask
 
 _CHUNK = 4096
+_PATIENCE = 4
+"""Passes without a better router after which fitting stops."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sample of one layer: what its MLP sees, and what its router reads."""
+
+    mlp_TD: Tensor
+    router_TD: Tensor
+    """The same tensor, or for a router that looks ahead the input of the MLP before."""
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both in fp32, a few thousand tokens at a time."""
+        pairs = zip(self.mlp_TD.split(_CHUNK), self.router_TD.split(_CHUNK), strict=True)
+        for mlp_TD, router_TD in pairs:
+            yield mlp_TD.float(), router_TD.float()
 
 
 @dataclass(frozen=True)
@@ -33,93 +51,92 @@ class RouterFit:
     """Squared contribution of the chosen experts over that of the oracle's, static top-k."""
     recall: float
     """Share of the oracle's experts that were chosen."""
+    gap_closed: float
+    """Of the squared contribution by which the oracle beats k random experts, the share captured."""
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
 
-def contributions(mlp: DenseMlp, x_TD: Tensor, experts: int) -> Tensor:
-    """Norms `[T, E]` of the experts' outputs in fp32; `mlp` has the routed neurons in order."""
+@torch.no_grad()
+def predicted(target: Target, mlp: DenseMlp, tokens: Tokens, experts: int) -> Tensor:
+    """The target `[T, E]` in fp32; `mlp` has the routed neurons in order."""
     mlp = mlp.to(torch.float32)
-    chunks = x_TD.split(_CHUNK)
-    return torch.cat([expert_norms(mlp.hidden(x.float()), mlp.down_ND, experts) for x in chunks])
+    return torch.cat([target(mlp.hidden(x), mlp, experts) for x, _ in tokens.chunks()])
 
 
-def top_mask(scores_TE: Tensor, k: int) -> Tensor:
-    """Mask `[T, E]` of the `k` highest scores of each token."""
-    ids_TK = scores_TE.topk(k, dim=-1).indices
-    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TK, True)
-
-
+@torch.no_grad()
 def fit_router(
     router: Router,
     mlp: DenseMlp,
-    x_TD: Tensor,
-    held_TD: Tensor,
+    tokens: Tokens,
+    held: Tokens,
     *,
     experts: int,
     k: int,
     recipe: RouterRecipe,
     seed: int,
 ) -> RouterFit:
-    """Fit `router` on `x_TD` and keep the epoch that captures most on the held-out `held_TD`.
+    """Fit `router` on `tokens` and keep the epoch that captures most on the held-out `held`.
 
     `mlp` has the routed neurons in expert order. A router with nothing to fit is only measured.
     """
-    held_norm_TE = contributions(mlp, held_TD, experts)
-    held_TD = held_TD.float()
+    quality = _Quality(mlp, held, experts, k)
     if not router.trainable or k == experts:
-        return RouterFit(0, *_quality(router, mlp, held_TD, held_norm_TE, k))
-    norm_TE = contributions(mlp, x_TD, experts)
-    target_TE = top_mask(norm_TE, k).float()
-    weight_TE = norm_TE.square()
-    weight_TE = weight_TE / weight_TE.mean(1, keepdim=True).clamp_min(1e-30)
+        return quality.of(router, 0)
+    target = choose(TARGETS, "router.target", recipe.target)
+    loss_of = choose(LOSSES, "router.loss", recipe.loss)
+    target_TE = predicted(target, mlp, tokens, experts)
+    x_TD = tokens.router_TD
     # A bias common to all experts changes no ranking; it lets a bias-free router fit the rate.
-    offset = torch.nn.Parameter(torch.tensor(0.0))
-    parameters = [*router.parameters(), offset]
+    # Scores on the scale of the target itself have no room for it.
+    offset = torch.nn.Parameter(torch.tensor(0.0), requires_grad=recipe.loss != "norm_mse")
+    parameters = [p for p in (*router.parameters(), offset) if p.requires_grad]
     steps = -(-len(x_TD) // recipe.batch_size) * recipe.epochs
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(seed)
-    best, best_state, waited = _quality(router, mlp, held_TD, held_norm_TE, k), _copy(router), 0
-    epochs = 0
-    for epochs in range(1, recipe.epochs + 1):  # noqa: B007 - its last value is recorded
+    best, best_state, waited = quality.of(router, 0), _copy(router), 0
+    for epoch in range(1, recipe.epochs + 1):
         order = torch.randperm(len(x_TD), generator=generator)
         for rows in order.split(recipe.batch_size):
             with torch.enable_grad():
-                logits_BE = router(x_TD[rows].float(), mlp) + offset
-                loss = binary_cross_entropy_with_logits(
-                    logits_BE, target_TE[rows], weight=weight_TE[rows]
-                )
+                scores_BE = router(x_TD[rows].float(), mlp) + offset
+                loss = loss_of(scores_BE, target_TE[rows], k)
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
             schedule.step()
-        quality = _quality(router, mlp, held_TD, held_norm_TE, k)
-        if quality[0] > best[0]:
-            best, best_state, waited = quality, _copy(router), 0
-        else:
-            waited += 1
-            if waited == 4:
-                break
+        fit = quality.of(router, epoch)
+        waited += 1
+        if fit.captured > best.captured:
+            best, best_state, waited = fit, _copy(router), 0
+        if waited == _PATIENCE:
+            break
     router.load_state_dict(best_state)
-    return RouterFit(epochs, *best)
+    return best
 
 
-@torch.no_grad()
-def _quality(
-    router: Router, mlp: DenseMlp, x_TD: Tensor, norm_TE: Tensor, k: int
-) -> tuple[float, float]:
-    """Captured share of the oracle's squared contribution, and recall of its experts."""
-    scores = [router(x, mlp) for x in x_TD.split(_CHUNK)]
-    chosen_TE, oracle_TE = top_mask(torch.cat(scores), k), top_mask(norm_TE, k)
-    square_TE = norm_TE.square()
-    captured = (square_TE * chosen_TE).sum() / (square_TE * oracle_TE).sum().clamp_min(1e-30)
-    recall = (chosen_TE & oracle_TE).sum() / oracle_TE.sum()
-    return captured.item(), recall.item()
+class _Quality:
+    """Measures routers against the oracle on the same held-out tokens."""
+
+    def __init__(self, mlp: DenseMlp, held: Tokens, experts: int, k: int) -> None:
+        norm_TE = predicted(lambda h, m, e: expert_norms(h, m.down_ND, e), mlp, held, experts)
+        self.mlp, self.held, self.k = mlp, held, k
+        self.square_TE, self.oracle_TE = norm_TE.square(), top_mask(norm_TE, k)
+        self.best = (self.square_TE * self.oracle_TE).sum().clamp_min(1e-30).item()
+        self.random = self.square_TE.sum().item() * k / experts
+
+    def of(self, router: Router, epochs: int) -> RouterFit:
+        scores = [router(x, self.mlp) for _, x in self.held.chunks()]
+        chosen_TE = top_mask(torch.cat(scores), self.k)
+        captured = (self.square_TE * chosen_TE).sum().item()
+        recall = ((chosen_TE & self.oracle_TE).sum() / self.oracle_TE.sum()).item()
+        gap = (captured - self.random) / max(self.best - self.random, 1e-30)
+        return RouterFit(epochs, captured / self.best, recall, gap)
 
 
 def _copy(router: Router) -> dict[str, Tensor]:
@@ -128,21 +145,34 @@ def _copy(router: Router) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fit_selection(
-    kind: type[Selection], router: Router, mlp: DenseMlp, held_TD: Tensor, k: int
+    kind: type[Selection],
+    router: Router,
+    mlp: DenseMlp,
+    held: Tokens,
+    active: float,
+    most: int | None = None,
 ) -> Selection:
     """Settings of the selection from the router's scores on held-out tokens."""
-    return kind.fit(torch.cat([router(x.float(), mlp) for x in held_TD.split(_CHUNK)]), k)
+    scores_TE = torch.cat([router(x, mlp) for _, x in held.chunks()])
+    return kind.fit(scores_TE, active, most)
 
 
 @torch.no_grad()
 def fit_compensation(
-    compensation: Compensation, router: Router, selection: Selection, mlp: DenseMlp, x_TD: Tensor
+    compensation: Compensation,
+    router: Router,
+    selection: Selection,
+    mlp: DenseMlp,
+    tokens: Tokens,
 ) -> None:
     """Fit what stands in for experts that are off, under the routing that will be used."""
     mlp = mlp.to(torch.float32)
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for x in x_TD.split(_CHUNK):
-            yield mlp.hidden(x.float()), selection(router(x.float(), mlp))
+    class Chunks:
+        """Can be walked through more than once."""
 
-    compensation.fit(chunks(), mlp)
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for x_TD, read_TD in tokens.chunks():
+                yield x_TD, mlp.hidden(x_TD), selection(router(read_TD, mlp))
+
+    compensation.fit(Chunks(), mlp)

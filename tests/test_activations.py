@@ -3,7 +3,8 @@ import torch
 from tiny_conversion import corpus_for
 from tiny_models import build
 
-from moefy.activations import Captured, capture, side_of
+from moefy.activations import Captured, capture
+from moefy.locate import side_of
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import load_corpus

@@ -19,7 +19,8 @@ from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.evaluate import outputs
 from moefy.locate import meta_model, read_mlp, sites
-from moefy.modeling import all_experts, load_dense, sparse_mlps, use_backend
+from moefy.modeling import load_dense
+from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
 from moefy.reorder import revert
 
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]

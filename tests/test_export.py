@@ -28,7 +28,8 @@ from moefy.export.tensors import Planned, Source, plan_tensors
 from moefy.export.writer import write_shards
 from moefy.inputs import read_config
 from moefy.locate import meta_model, sites
-from moefy.modeling import load, sparse_mlps
+from moefy.modeling import load
+from moefy.sparse_mlp import sparse_mlps
 
 NEW_TOKENS = 64
 _PROBE = """

@@ -8,8 +8,9 @@ import pytest
 import moefy
 from moefy.checkpoint import Checkpoint
 from moefy.data import load_corpus
-from moefy.modeling import all_experts, load_dense
+from moefy.modeling import load_dense
 from moefy.recipe import override
+from moefy.sparse_mlp import all_experts
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install moefy[lm-eval]")
 

@@ -12,7 +12,8 @@ from moefy.evaluate import evaluate
 from moefy.evaluate.observing import observing
 from moefy.evaluate.router_quality import RouterQuality
 from moefy.inputs import read_batches
-from moefy.modeling import load_dense, sparse_mlps
+from moefy.modeling import load_dense
+from moefy.sparse_mlp import sparse_mlps
 
 SETTINGS = {
     "varying": {

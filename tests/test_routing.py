@@ -7,7 +7,8 @@ from moefy.errors import RecipeError
 from moefy.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
-from moefy.training import fit_compensation, fit_router, fit_selection, top_mask
+from moefy.routing.topk import top_mask
+from moefy.training import Tokens, fit_compensation, fit_router, fit_selection
 
 T, D, N, E = 64, 12, 40, 10
 
@@ -75,9 +76,9 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
     def fitted(epochs: int = 10):
         torch.manual_seed(0)
         router = ROUTERS[name](D, E, 64)
-        router.initialise(mlp)
+        router.initialise(mlp, x, mlp)
         settings = RouterRecipe(**{**vars(recipe), "epochs": epochs})
-        return router, fit_router(router, mlp, x, held, experts=E, k=3, recipe=settings, seed=0)
+        return router, fit_router(router, mlp, Tokens(x, x), Tokens(held, held), experts=E, k=3, recipe=settings, seed=0)
 
     router, fit = fitted()
     again, same = fitted()
@@ -99,7 +100,7 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
 def test_oracle_captures_everything_and_cannot_be_deployed():
     mlp, held = make_mlp(), torch.randn(200, D)
     router = ROUTERS["oracle"](D, E, 0)
-    fit = fit_router(router, mlp, held, held, experts=E, k=3, recipe=RouterRecipe(), seed=0)
+    fit = fit_router(router, mlp, Tokens(held, held), Tokens(held, held), experts=E, k=3, recipe=RouterRecipe(), seed=0)
     assert fit.captured == pytest.approx(1.0)
     assert not ROUTERS["oracle"].deployable
 
@@ -107,7 +108,7 @@ def test_oracle_captures_everything_and_cannot_be_deployed():
 def test_centroid_prefers_the_expert_it_points_at():
     mlp = make_mlp(gated=False)
     router = ROUTERS["centroid"](D, E, 0)
-    router.initialise(mlp)
+    router.initialise(mlp, torch.zeros(0, D), mlp)
     rows = torch.nn.functional.normalize(mlp.up_ND, dim=-1).view(E, -1, D).mean(1)
     assert router(rows, mlp).argmax(1).tolist() == list(range(E))
 
@@ -115,9 +116,9 @@ def test_centroid_prefers_the_expert_it_points_at():
 def test_conditional_mean_is_the_mean_output_given_off():
     mlp, x = make_mlp(), torch.randn(3000, D)
     router = ROUTERS["oracle"](D, E, 0)
-    selection = fit_selection(SELECTIONS["topk"], router, mlp, x, 3)
-    made = COMPENSATIONS["conditional_mean"](D, E)
-    fit_compensation(made, router, selection, mlp, x)
+    selection = fit_selection(SELECTIONS["topk"], router, mlp, Tokens(x, x), 3)
+    made = COMPENSATIONS["conditional_mean"](D, E, 0)
+    fit_compensation(made, router, selection, mlp, Tokens(x, x))
     off = ~selection(router(x, mlp))
     outputs = expert_outputs(mlp.to(torch.float64), x.double())
     want = torch.stack([outputs[off[:, e], e].mean(0) for e in range(E)])

@@ -48,8 +48,8 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
-from moefy.modeling import all_experts
 from moefy.provenance import machine
+from moefy.sparse_mlp import all_experts
 
 
 @dataclass
@@ -141,14 +141,13 @@ def _sinks(
 
 
 def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
-    result = run(model, batch)
+    """What this batch is compared by, from one pass alone: whoever listens counts every token once."""
     if batch.targets_BT is None and "pixel_values" not in batch.inputs:
+        inputs = {n: v.to(model.device) for n, v in batch.inputs.items()}
+        result = model(**inputs, output_hidden_states=True)
         hidden = getattr(result, "last_hidden_state", None)
-        if hidden is None:
-            inputs = {n: v.to(model.device) for n, v in batch.inputs.items()}
-            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        return torch.as_tensor(hidden).cpu()
-    return outputs(result).cpu()
+        return torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden).cpu()
+    return outputs(run(model, batch)).cpu()
 
 
 def _compare(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moefy.evaluate.observing import Heard
 from moefy.locate import Site
-from moefy.modeling import SparseMlp, sparse_mlps
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
 class FfnLoad:
@@ -64,23 +64,37 @@ class FfnLoad:
 
     def active_parameters(self) -> float:
         """Parameters that a token uses over those of the dense model."""
-        routers = sum(p.numel() for m in self.modules.values() for p in m.router.parameters())
-        dense = sum(p.numel() for p in self.model.parameters()) - routers
+        added = sum(
+            p.numel()
+            for module in self.modules.values()
+            for part in (module.router, module.compensation)
+            for p in part.parameters()
+        )
+        dense = sum(p.numel() for p in self.model.parameters()) - added
         off = sum(_matrices(m) for m in self.modules.values()) - self._run()
         return (dense - off + self._extra()) / dense
 
     def _run(self) -> float:
-        """Weights of the neurons that ran, per token."""
+        """Weights of the neurons that ran, per token; gates that the router computed not among them."""
         pairs = zip(self.modules.values(), self.per_layer(), strict=True)
-        return sum(density * _matrices(module) for module, density in pairs)
+        return sum(
+            density
+            * _matrices(module)
+            * (1 - module.router.computes_gate / module.weights.matrices)
+            for module, density in pairs
+        )
 
-    def _extra(self) -> int:
+    def _extra(self) -> float:
         """Weights that routers and compensations read, per token."""
-        modules = self.modules.values()
-        return sum(m.router.weights_read() + m.compensation.weights_read() for m in modules)
+        pairs = zip(self.modules.values(), self.per_layer(), strict=True)
+        return sum(
+            module.router.weights_read(module.weights)
+            + module.compensation.weights_read(density * module.experts - module.shared)
+            for module, density in pairs
+        )
 
 
 def _matrices(module: SparseMlp) -> int:
     """Weights of one MLP, biases left out."""
     weights = module.weights
-    return weights.neurons * weights.width * (2 if weights.gate_ND is None else 3)
+    return weights.neurons * weights.width * weights.matrices

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import side_of
 from moefy.data import Batch
-from moefy.locate import Site
-from moefy.modeling import SparseMlp, sparse_mlps
+from moefy.locate import Site, side_of
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from moefy.data import Batch
 from moefy.evaluate.observing import Heard
 from moefy.locate import Site
 from moefy.mlp import DenseMlp
-from moefy.modeling import SparseMlp, sparse_mlps
 from moefy.routing import expert_norms
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 TOKENS = 4096
 """Tokens of every layer that are looked at; the work is about that of two more passes over them."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import listen, side_of
+from moefy.activations import listen
 from moefy.data import Batch
-from moefy.locate import Site
+from moefy.locate import Site, side_of
 
 TIMES_MEDIAN = 10.0
 

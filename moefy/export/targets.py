@@ -186,7 +186,7 @@ def _check_routing(target: Target, index: int, entry: LayerEntry) -> None:
     for what, got, want in (
         ("router", entry.router["name"], "linear"),
         ("selection", entry.selection["name"], "softmax_topk"),
-        ("compensation", entry.compensation, "none"),
+        ("compensation", entry.compensation["name"], "none"),
     ):
         if got != want:
             raise RecipeError(

@@ -23,7 +23,8 @@ from moefy.data import Batch, load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluate import outputs
 from moefy.inputs import load_tokenizer, read_batches
-from moefy.modeling import all_experts, load, load_dense, placement, sparse_mlps
+from moefy.modeling import load, load_dense, placement
+from moefy.sparse_mlp import all_experts, sparse_mlps
 
 DOCUMENTS, CONTEXT = 8, 48
 TOLERANCE, ROUNDED_TOLERANCE, DENSE_TOLERANCE = 1e-3, 2e-2, 1e-5

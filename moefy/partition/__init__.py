@@ -20,30 +20,35 @@ from torch import Tensor
 from moefy.errors import CheckpointError, RecipeError, unknown_choice
 from moefy.mlp import DenseMlp
 from moefy.partition.canonical import canonical_gauge, canonical_order
+from moefy.partition.cmoe import cmoe
 from moefy.partition.coactivation import coactivation
 from moefy.partition.contiguous import contiguous
 from moefy.partition.contribution import contribution
 from moefy.partition.kmeans import kmeans
 from moefy.partition.markers import markers
+from moefy.partition.patterns import patterns
 from moefy.partition.random import random
-from moefy.partition.signals import mean_contribution
+from moefy.partition.shared import SHARED_BY as SHARED_BY
+from moefy.partition.shared import shared_share, variation
 
 Method = Callable[[DenseMlp, Tensor, int, int], Tensor]
 """`(mlp, x_TD, num_experts, seed) -> owner_N`, every expert owning exactly N / E neurons."""
 
 METHODS: dict[str, Method] = {
+    "cmoe": cmoe,
     "coactivation": coactivation,
     "contiguous": contiguous,
     "contribution": contribution,
     "kmeans": kmeans,
     "markers": markers,
+    "patterns": patterns,
     "random": random,
 }
 
 AS_STORED = frozenset({"contiguous"})
 """Methods that see the neurons in the order of the checkpoint, and so are not invariant to it."""
 
-READS_TOKENS = frozenset({"coactivation", "contribution", "markers"})
+READS_TOKENS = frozenset({"cmoe", "coactivation", "contribution", "markers", "patterns"})
 """Shipped methods that need a sample of inputs; the others take an empty one."""
 
 EXPERT_SIZE = 32
@@ -78,15 +83,20 @@ def partition(
     *,
     experts: int,
     method: str = "contribution",
-    shared: int = 0,
+    shared: int | None = 0,
+    shared_by: str = "contribution",
+    most_shared: int | None = None,
+    domain_T: Tensor | None = None,
     seed: int = 0,
     where: str = "layer",
 ) -> Partition:
     """Split the neurons of one MLP into `experts` equal experts.
 
     `x_TD` is a sample of the MLP's inputs; methods that read weights alone take an empty one when
-    `shared` is 0. The first `shared` experts hold the neurons of highest mean contribution, the
-    method splits the others. `where` names the layer in errors. Computes in fp32.
+    `shared` is 0. The first `shared` experts hold the neurons that the ranking `shared_by` puts
+    first, the method splits the others; `shared=None` lets ExpertWeaver's rule say how many, at most
+    `most_shared`. `domain_T` are the domains of the sample's tokens, for rankings that compare them.
+    `where` names the layer in errors. Computes in fp32.
 
     Raises `RecipeError` for an unknown method, a count that does not divide, or too many shared
     experts, and `CheckpointError` for weights or inputs that are not finite.
@@ -94,7 +104,9 @@ def partition(
     neurons = mlp.neurons
     run = find_method(method)
     expert_count(neurons, None, experts, where)
-    if not 0 <= shared < experts:
+    if shared_by not in SHARED_BY:
+        raise RecipeError(unknown_choice("partition.shared_by", shared_by, SHARED_BY))
+    if shared is not None and not 0 <= shared < experts:
         raise RecipeError(
             f"{where}: got {shared} shared experts of {experts}; at least one must be routed, "
             f"so give 0 to {experts - 1}"
@@ -108,15 +120,19 @@ def partition(
     order_N = torch.arange(neurons) if method in AS_STORED else canonical_order(mlp)
     mlp = canonical_gauge(mlp, order_N)
     size = neurons // experts
+    if shared is None:
+        wanted = round(shared_share(variation(mlp, x_TD, domain_T)) * experts)
+        shared = min(wanted, experts - 1 if most_shared is None else most_shared)
     owner_N = torch.empty(neurons, dtype=torch.int64)
     routed_N = torch.arange(neurons)
     if shared:
-        loudest_N = mean_contribution(mlp, x_TD).argsort(descending=True, stable=True)
-        always = loudest_N[: shared * size]
-        owner_N[order_N[always]] = torch.arange(shared * size) // size
-        routed_N = loudest_N[shared * size :].sort().values
-        mlp = mlp.take(routed_N)
-    found_N = run(mlp, x_TD, experts - shared, seed)
+        first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
+        owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
+        routed_N = first_N[shared * size :].sort().values
+    if run is cmoe:
+        found_N = cmoe(mlp, x_TD, experts - shared, seed, routed_N)
+    else:
+        found_N = run(mlp.take(routed_N) if shared else mlp, x_TD, experts - shared, seed)
     _require_balanced(found_N, len(routed_N), experts - shared, method)
     owner_N[order_N[routed_N]] = shared + found_N
     return Partition(owner_N=owner_N, experts=experts, shared=shared)

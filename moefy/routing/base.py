@@ -4,48 +4,75 @@ Shapes: T tokens, D width, E routed experts.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moefy.mlp import DenseMlp
+
+
+@dataclass
+class Context:
+    """What is known of one forward pass beyond the input of a layer."""
+
+    mask_BT: Tensor | None = None
+    """Positions that hold tokens, for the tokens of this pass."""
+    batch: int = 1
+    """Sequences in the batch."""
+    cache: object | None = None
+    """The key-value cache, whose identity stands for the sequences that are being generated."""
+    prompt: bool = True
+    """Whether nothing came before these tokens: prefill, or a pass without a cache."""
+    previous_TD: Tensor | None = None
+    """Input of the MLP before this one in the same pass, for routers that look ahead."""
 
 
 class Router(nn.Module):
     """Scores `[T, E]` of the routed experts from the input of the MLP; a higher score runs first.
 
     Subclasses take `(width, experts, hidden)` and may ignore what they do not need. Their
-    parameters are what is saved.
+    parameters and buffers are what is saved.
     """
 
     trainable: ClassVar[bool] = True
     """Whether there is something to fit after `initialise`."""
     deployable: ClassVar[bool] = True
     """False for routers that need the very work they are meant to save."""
+    computes_gate: ClassVar[bool] = False
+    """True where the scores are made of every neuron's gate, which is then not computed again."""
 
-    def initialise(self, mlp: DenseMlp) -> None:
-        """Set the parameters from the routed neurons, which stand in expert order."""
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
+        """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`; `mlp` holds the routed neurons in expert order."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def weights_read(self) -> int:
+    def weights_read(self, mlp: DenseMlp) -> int:
         """Weights read for one token: what this router adds to the active budget."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(value.numel() for value in self.state_dict().values())
 
 
 class Selection:
     """Turns scores `[T, E]` into the mask `[T, E]` (bool) of the experts that run."""
 
+    by_score: ClassVar[bool] = True
+    """Whether a higher score of one token alone decides, as straight-through training needs."""
+
     @classmethod
-    def fit(cls, scores_TE: Tensor, active: int) -> "Selection":
-        """Choose the settings so that `active` experts run (on average) for these scores."""
+    def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Selection":
+        """Settings with which `active` experts run on average for these scores, never over `most`."""
         raise TypeError(f"{cls.__name__} does not define fit")
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
         """The mask `[T, E]`."""
         raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    def remembered(self, context: Context) -> Tensor | None:
+        """The mask `[T, E]` where it needs no scores of these tokens; None where it does."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """JSON values that rebuild this selection: `type(self)(**settings)`."""
@@ -55,19 +82,35 @@ class Selection:
 class Compensation(nn.Module):
     """What is added for the experts that did not run; zero where every expert runs.
 
-    Subclasses take `(width, experts)`. Their buffers are what is saved.
+    Subclasses take `(width, experts, rank)`. Their parameters are what is saved; none needs a
+    gradient unless distillation asks for it.
     """
 
-    def fit(self, chunks: Iterable[tuple[Tensor, Tensor]], mlp: DenseMlp) -> None:
-        """Set the buffers from activations `[T, N]` of the routed neurons and masks `[T, E]`.
+    def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
+        """Set the parameters from inputs `[T, D]`, activations `[T, N]` and masks `[T, E]`.
 
-        Both come in chunks of tokens, so that memory does not grow with the sample.
+        All cover the routed neurons and come in chunks of tokens, so that memory does not grow with
+        the sample; `chunks` may be walked through more than once.
         """
 
     def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
-        """The compensation `[T, D]`, or None where there is none at all."""
+        """The compensation `[T, D]`, or None where there is none at all.
+
+        The mask is bool, or, in training, a number per expert that carries a gradient.
+        """
         return None
 
-    def weights_read(self) -> int:
-        """Weights read for one token: what this adds to the active budget."""
-        return sum(b.numel() for b in self.buffers())
+    def weights_read(self, active: float) -> float:
+        """Weights read for a token that runs `active` experts: what this adds to the budget."""
+        return 0
+
+
+def frozen(*shape: int) -> nn.Parameter:
+    """A parameter of zeros without a gradient."""
+    return nn.Parameter(torch.zeros(*shape), requires_grad=False)
+
+
+def off(mask_TE: Tensor) -> Tensor:
+    """1 where an expert is off, 0 where it is on, in fp32 or wider `[T, E]`."""
+    wide = mask_TE.dtype if mask_TE.is_floating_point() else torch.float32
+    return 1 - mask_TE.to(torch.promote_types(wide, torch.float32))

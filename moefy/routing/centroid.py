@@ -23,16 +23,11 @@ class CentroidRouter(Router):
         super().__init__()
         self.register_buffer("centroid", torch.zeros(experts, width))
 
-    def initialise(self, mlp: DenseMlp) -> None:
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Take the centroids from the gate rows, or the up rows where there is no gate."""
-        rows_ND = (mlp.up_ND if mlp.gate_ND is None else mlp.gate_ND).float()
-        rows_EFD = normalize(rows_ND, dim=-1).view(len(self.centroid), -1, mlp.width)
-        self.centroid.copy_(rows_EFD.mean(1))
+        rows_ND = normalize(mlp.selecting_ND.float(), dim=-1)
+        self.centroid.copy_(rows_ND.view(len(self.centroid), -1, mlp.width).mean(1))
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`, between -2 and 0."""
         return -torch.cdist(normalize(x_TD.float(), dim=-1), self.centroid.float())
-
-    def weights_read(self) -> int:
-        """The centroids."""
-        return self.centroid.numel()

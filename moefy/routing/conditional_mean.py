@@ -12,31 +12,19 @@ import torch
 from torch import Tensor
 
 from moefy.mlp import DenseMlp
-from moefy.routing.base import Compensation
+from moefy.routing.expert_means import ExpertMeans
 
 
-class ConditionalMean(Compensation):
-    """Adds `sum over e off of m_e`, exactly zero where every expert runs."""
+class ConditionalMean(ExpertMeans):
+    """`m_e = E[y_e | e off]`; an expert that is never off keeps zero."""
 
-    mean_ED: Tensor
-
-    def __init__(self, width: int, experts: int) -> None:
-        super().__init__()
-        self.register_buffer("mean_ED", torch.zeros(experts, width))
-
-    def fit(self, chunks: Iterable[tuple[Tensor, Tensor]], mlp: DenseMlp) -> None:
-        """`m_e = E[y_e | e off]`; an expert that is never off keeps zero."""
+    def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
+        """Average the activations where the expert is off, then apply the down projection."""
         experts = len(self.mean_ED)
         sum_EF = mlp.down_ND.new_zeros(experts, mlp.neurons // experts)
         count_E = sum_EF.new_zeros(experts)
-        for h_TN, mask_TE in chunks:
+        for _, h_TN, mask_TE in chunks:
             off_TE = (~mask_TE).to(h_TN.dtype)
             sum_EF += torch.einsum("te,tef->ef", off_TE, h_TN.view(len(h_TN), experts, -1))
             count_E += off_TE.sum(0)
-        mean_EF = sum_EF / count_E[:, None].clamp_min(1)
-        down_EFD = mlp.down_ND.view(experts, -1, mlp.width)
-        self.mean_ED.copy_(torch.einsum("ef,efd->ed", mean_EF, down_EFD))
-
-    def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor:
-        """The compensation `[T, D]`."""
-        return (~mask_TE).to(self.mean_ED.dtype) @ self.mean_ED
+        self.set_activations(sum_EF / count_E[:, None].clamp_min(1), mlp)

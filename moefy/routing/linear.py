@@ -17,10 +17,9 @@ class LinearRouter(Router):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, width))
 
-    def initialise(self, mlp: DenseMlp) -> None:
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Mean gate (or up) row per expert, small, so that fitting decides."""
-        rows_ND = (mlp.up_ND if mlp.gate_ND is None else mlp.gate_ND).float()
-        rows_EFD = rows_ND.view(len(self.weight), -1, mlp.width)
+        rows_EFD = mlp.selecting_ND.float().view(len(self.weight), -1, mlp.width)
         mean_ED = nn.functional.normalize(rows_EFD.mean(1), dim=-1)
         self.weight.data.copy_(mean_ED / mlp.width**0.5)
 

@@ -6,5 +6,5 @@ from moefy.routing.base import Compensation
 class NoCompensation(Compensation):
     """Adds nothing."""
 
-    def __init__(self, width: int, experts: int) -> None:
+    def __init__(self, width: int, experts: int, rank: int) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from moefy.routing.base import Selection
+from moefy.routing.base import Context, Selection
+from moefy.routing.topk import top_mask
 
 _SPREAD = 2.0**-16
 """Spread of a token's scaled scores.
@@ -36,18 +37,16 @@ class SoftmaxTopK(Selection):
         self.eps = eps
 
     @classmethod
-    def fit(cls, scores_TE: Tensor, active: int) -> "SoftmaxTopK":
-        """`k = active`; `eps` is the power of two that brings a token's scores nearest to `_SPREAD`.
+    def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "SoftmaxTopK":
+        """`k` is `active` rounded; `eps` is a power of two: a token's scores come nearest to `_SPREAD`.
 
         What all scores of a token have in common changes no softmax and does not count. A power of
         two keeps the scaled router exact in bf16 and fp32.
         """
         scores_TE = scores_TE.float()
         spread = (scores_TE - scores_TE.mean(1, keepdim=True)).square().mean().sqrt().item()
-        return cls(active, 2.0 ** round(math.log2(_SPREAD / spread)) if spread else _SPREAD)
+        return cls(round(active), 2.0 ** round(math.log2(_SPREAD / spread)) if spread else _SPREAD)
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
         """The mask `[T, E]` with exactly `k` experts a token."""
-        p_TE = torch.softmax(scores_TE.float() * self.eps, dim=-1)
-        ids_TK = p_TE.topk(self.k, dim=-1).indices
-        return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TK, True)
+        return top_mask(torch.softmax(scores_TE.float() * self.eps, dim=-1), self.k)

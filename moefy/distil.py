@@ -1,0 +1,179 @@
+"""Distillation: routers and compensations learn to imitate the dense model, all else frozen.
+
+The student runs the experts it will run later, hard selection included; the gradient passes the
+selection by a straight-through sigmoid, so an expert that is off and would have helped pulls its
+score up. The teacher is the same model with every expert on: no second copy of the weights.
+
+Two scopes, one loop. `model`: KL(dense || sparse) of the logits, end to end. `layer`: the squared
+error of each MLP's output on captured inputs, for models whose backward pass does not fit in memory.
+
+Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+from moefy.activations import run
+from moefy.console import Reporter
+from moefy.data import IGNORED, Batch, Sample, make_batches, sample_length
+from moefy.errors import MoefyError
+from moefy.recipe import DistilRecipe
+from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.training import Tokens
+
+WARMUP = 0.1
+CLIP = 1.0
+LEAST = 1e-3
+"""Smallest root mean square that a learning rate is relative to: weights may start at zero."""
+
+SMOOTHING = 0.9
+"""Share of a threshold that stays at each step; the rest follows the scores of the batch."""
+
+
+def distil_model(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    recipe: DistilRecipe,
+    *,
+    follow: Callable[[], None] | None = None,
+    report: Reporter,
+    seed: int = 0,
+) -> list[float]:
+    """Train routers and compensations of `model` in place, end to end; returns the losses.
+
+    `follow` is called after every step, to keep thresholds at their density.
+
+    Raises `MoefyError` where a selection does not decide by scores, or the loss is not finite.
+    """
+    modules = list(sparse_mlps(model).values())
+    draws = _drawn(batches, recipe.tokens, seed)
+
+    def losses() -> Iterator[Tensor]:
+        for group in draws:
+            parts, weights = [], []
+            for batch in group:
+                with torch.no_grad(), all_experts(model):
+                    dense = compared(run(model, batch), batch)
+                parts.append(distance(dense, compared(run(model, batch), batch), batch))
+                weights.append(len(dense))
+            yield sum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)  # type: ignore[misc]
+
+    return _train(modules, losses(), recipe, report, follow)
+
+
+def distil_layer(
+    module: SparseMlp, tokens: Tokens, recipe: DistilRecipe, *, report: Reporter, seed: int = 0
+) -> list[float]:
+    """Train one layer's router and compensation on its output error; returns the losses.
+
+    The loss is the squared error over the squared norm of what the routed experts would add.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    routed = module.routed
+
+    def losses() -> Iterator[Tensor]:
+        while True:
+            rows = torch.randint(len(tokens.mlp_TD), (recipe.tokens,), generator=generator)
+            x_TD, read_TD = tokens.mlp_TD[rows].float(), tokens.router_TD[rows].float()
+            want_TD = routed.hidden(x_TD) @ routed.down_ND
+            module.context.previous_TD = read_TD
+            error_TD = module(x_TD) - module.weights(x_TD)
+            yield error_TD.square().sum() / want_TD.square().sum().clamp_min(1e-30)
+
+    return _train([module], losses(), recipe, report)
+
+
+def _train(
+    modules: list[SparseMlp],
+    losses: Iterator[Tensor],
+    recipe: DistilRecipe,
+    report: Reporter,
+    follow: Callable[[], None] | None = None,
+) -> list[float]:
+    """The loop of both scopes: AdamW, warm-up and cosine, thresholds that follow the scores."""
+    parameters = [
+        p for m in modules for p in (*m.router.parameters(), *m.compensation.parameters())
+    ]
+    frozen = [(p, p.requires_grad) for p in parameters]
+    for module in modules:
+        if not module.selection.by_score:
+            raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
+        module.straight_through = True
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    # Adam's steps do not know how large a weight is: relative to its size they suit every matrix.
+    rates = [recipe.learning_rate * max(p.square().mean().sqrt().item(), LEAST) for p in parameters]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)],
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=recipe.steps + 1, pct_start=WARMUP
+    )
+    history: list[float] = []
+    try:
+        with torch.enable_grad():
+            for _ in report.track(range(recipe.steps), "distil"):
+                loss = next(losses)
+                if not loss.isfinite():
+                    raise MoefyError(
+                        f"distillation diverged at step {len(history)}; lower distil.learning_rate"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, CLIP)
+                optimizer.step()
+                schedule.step()
+                if follow is not None:
+                    follow()
+                history.append(loss.item())
+    finally:
+        for parameter, before in frozen:
+            parameter.requires_grad_(before)
+        for module in modules:
+            module.straight_through = False
+            module.scores_TE = None
+    return history
+
+
+def _drawn(batches: list[Batch], tokens: int, seed: int) -> Iterator[list[Batch]]:
+    """Batches that hold about so many tokens together, of documents drawn anew at every round."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [sample for batch in batches for sample in batch.samples]
+    group: list[Sample] = []
+    size = 0
+    while True:
+        for index in torch.randperm(len(samples), generator=generator).tolist():
+            group.append(samples[index])
+            size += sample_length(samples[index])
+            if size >= tokens:
+                yield make_batches(group, tokens=tokens)
+                group, size = [], 0
+
+
+def compared(result: Any, batch: Batch) -> Tensor:
+    """What student and teacher are compared by at real positions: logits, or hidden states."""
+    if hasattr(result, "logits"):
+        value: Tensor = result.logits
+    else:
+        value = result.last_hidden_state
+    if value.ndim == 2:
+        return value
+    if batch.targets_BT is not None:
+        return value[batch.targets_BT.to(value.device) != IGNORED]
+    mask_BT = batch.mask()
+    return value.flatten(0, 1) if mask_BT is None else value[mask_BT.to(value.device)]
+
+
+def distance(dense: Tensor, sparse: Tensor, batch: Batch) -> Tensor:
+    """KL(dense || sparse) of logits; of hidden states the squared error over the squared norm."""
+    if batch.targets_BT is None and "pixel_values" not in batch.inputs:
+        error = (dense - sparse).float().square().sum(-1)
+        return (error / dense.float().square().sum(-1).clamp_min(1e-12)).mean()
+    p, q = log_softmax(dense.float(), -1), log_softmax(sparse.float(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean()

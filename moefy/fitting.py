@@ -1,0 +1,101 @@
+"""Fit one layer of a plan: partition, router, selection, compensation, from captured inputs.
+
+Shapes: T tokens, D width, N neurons, E experts.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moefy.activations import Captured
+from moefy.artefact import LayerEntry
+from moefy.locate import Site
+from moefy.mlp import DenseMlp
+from moefy.modeling import build_compensation, build_router
+from moefy.partition import Partition, partition
+from moefy.plan import Plan
+from moefy.recipe import Recipe
+from moefy.routing import SELECTIONS, choose
+from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What `moefy.json` and `moefy.safetensors` hold of one layer, and how its router came out."""
+
+    entry: LayerEntry
+    tensors: dict[str, Tensor]
+    fit: RouterFit
+
+
+def split_layer(
+    mlp: DenseMlp, todo: Plan, site: Site, recipe: Recipe, samples: dict[str, Captured]
+) -> Partition:
+    """The partition of one layer."""
+    return partition(
+        mlp,
+        samples["partition"].inputs(site).float(),
+        experts=todo.layers[site.index].experts,
+        method=recipe.partition.method,
+        shared=recipe.partition.shared,
+        shared_by=recipe.partition.shared_by,
+        most_shared=_active(todo, site) - 1,
+        domain_T=samples["partition"].domains(site),
+        seed=recipe.seed,
+        where=f"layer {site.index}",
+    )
+
+
+def fit_layer(
+    mlp: DenseMlp,
+    todo: Plan,
+    site: Site,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    split: Partition | None = None,
+) -> FittedLayer:
+    """Partition one layer, unless `split` is given, and fit its routing.
+
+    `mlp` has the weights in fp32 as stored. The same seed gives the same bytes.
+    """
+    split = split or split_layer(mlp, todo, site, recipe, samples)
+    entry = replace(todo.layers[site.index], shared=split.shared)
+    k = _active(todo, site) - split.shared
+    torch.manual_seed(recipe.seed + site.index)
+    whole = mlp.take(split.permutation)
+    routed = whole.take(slice(split.shared * split.expert_size, None))
+    tokens, held = (tokens_of(samples[name], todo, site) for name in ("router", "held-out"))
+
+    router, compensation = build_router(entry), build_compensation(entry)
+    router.initialise(routed, samples["partition"].inputs(site).float(), whole)
+    fit = fit_router(
+        router, routed, tokens, held, experts=entry.experts - split.shared, k=k,
+        recipe=recipe.router, seed=recipe.seed,
+    )  # fmt: skip
+    kind = choose(SELECTIONS, "selection", recipe.selection.name)
+    selection = fit_selection(kind, router, routed, held, k, cap(recipe, k))
+    entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
+    fit_compensation(compensation, router, selection, routed, tokens)
+
+    tensors = {"permutation": split.permutation.to(torch.int32)}
+    for part, module in (("router", router), ("compensation", compensation)):
+        tensors |= {f"{part}.{n}": v.detach().contiguous() for n, v in module.state_dict().items()}
+    return FittedLayer(entry, tensors, fit)
+
+
+def tokens_of(sample: Captured, todo: Plan, site: Site) -> Tokens:
+    """What a layer's MLP sees of a sample, and what its router reads."""
+    ahead = todo.layers[site.index].router["look_ahead"]
+    read = todo.sites[site.index - 1] if ahead else site
+    return Tokens(sample.inputs(site), sample.inputs(read))
+
+
+def cap(recipe: Recipe, active: float) -> int | None:
+    """Most routed experts of one token, where `active` run on average."""
+    return None if recipe.selection.most is None else round(recipe.selection.most * active)
+
+
+def _active(todo: Plan, site: Site) -> int:
+    """Experts that run on average, shared ones included."""
+    return todo.k[site.index] + todo.layers[site.index].shared

@@ -1,0 +1,71 @@
+"""Low-rank residual: what the experts that are off would add, predicted from the layer's input.
+
+`share off * (V U x + b)`, a small always-on linear layer. What is off is many weak neurons, whose sum
+is of low rank and nearly linear in the input. The best rank-r map for squared error is known in closed
+form: reduced-rank regression (Izenman 1975), here with a ridge.
+
+Shapes: T tokens, D width, N neurons, E routed experts, R rank.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from moefy.mlp import DenseMlp
+from moefy.routing.base import Compensation, frozen, off
+
+RIDGE = 1e-3
+"""Penalty over the mean variance of the inputs."""
+
+
+class Residual(Compensation):
+    """Adds `share off * (V U x + b)`, exactly zero where every expert runs."""
+
+    def __init__(self, width: int, experts: int, rank: int) -> None:
+        super().__init__()
+        self.down_RD = frozen(rank, width)
+        self.up_RD = frozen(rank, width)
+        self.bias_D = frozen(width)
+
+    def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
+        """Regress the output of the experts that are off on the input."""
+        self.fit_to(((x, m, missing(h, m, mlp)) for x, h, m in chunks))
+
+    def fit_to(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Regress targets `[T, D]`, given with inputs `[T, D]` and masks, in one pass over chunks."""
+        width = self.bias_D.numel()
+        square = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        cross = torch.zeros(width + 1, width, dtype=torch.float64)
+        for x_TD, mask_TE, target_TD in chunks:
+            share_T1 = off(mask_TE).mean(1, keepdim=True)
+            input_TI = torch.cat([x_TD, torch.ones_like(share_T1)], 1) * share_T1
+            square += (input_TI.T @ input_TI).double().cpu()
+            cross += (input_TI.T @ target_TD).double().cpu()
+        if not square[-1, -1]:
+            return
+        square.diagonal()[:-1].add_(RIDGE * square.diagonal()[:-1].mean())
+        weight_ID = torch.linalg.solve(square, cross)
+        # Directions of the output in which the predictions vary most.
+        kept_DR = torch.linalg.eigh(weight_ID[:-1].T @ cross[:-1]).eigenvectors[
+            :, -len(self.down_RD) :
+        ]
+        self.up_RD.data.copy_(kept_DR.T)
+        self.down_RD.data.copy_((weight_ID[:-1] @ kept_DR).T)
+        self.bias_D.data.copy_(weight_ID[-1])
+
+    def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
+        """The compensation `[T, D]`."""
+        x_TD = x_TD.to(self.down_RD.dtype)
+        full_TD = torch.addmm(self.bias_D, x_TD @ self.down_RD.T, self.up_RD)
+        return off(mask_TE).mean(1, keepdim=True) * full_TD
+
+    def weights_read(self, active: float) -> float:
+        """Both matrices and the bias, for every token."""
+        return self.down_RD.numel() + self.up_RD.numel() + self.bias_D.numel()
+
+
+def missing(h_TN: Tensor, mask_TE: Tensor, mlp: DenseMlp) -> Tensor:
+    """What the experts that are off would add `[T, D]`."""
+    h_TEF = h_TN.view(*mask_TE.shape, -1) * off(mask_TE)[..., None].to(h_TN.dtype)
+    return h_TEF.view(h_TN.shape) @ mlp.down_ND

@@ -1,0 +1,36 @@
+"""What a router is fitted to predict of every expert, as a number per token.
+
+Shapes: T tokens, D width, N neurons, E routed experts, F neurons per expert.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moefy.mlp import DenseMlp
+from moefy.routing.oracle import expert_norms
+
+Target = Callable[[Tensor, DenseMlp, int], Tensor]
+"""`(h_TN, mlp, experts) -> [T, E]`, never negative."""
+
+
+def contribution(h_TN: Tensor, mlp: DenseMlp, experts: int) -> Tensor:
+    """Norm of what the expert adds to the output: the error of leaving it out (ours, D2DMoE)."""
+    return expert_norms(h_TN, mlp.down_ND, experts)
+
+
+def activation(h_TN: Tensor, mlp: DenseMlp, experts: int) -> Tensor:
+    """Sum of the sizes of the expert's activations (MoEfication, whose neurons are ReLU)."""
+    return h_TN.abs().view(len(h_TN), experts, -1).sum(-1)
+
+
+def deviation(h_TN: Tensor, mlp: DenseMlp, experts: int) -> Tensor:
+    """Sum of squared distances of the activations from their mean (G-MoEfication)."""
+    return (h_TN - h_TN.mean(0)).square().view(len(h_TN), experts, -1).sum(-1)
+
+
+TARGETS: dict[str, Target] = {
+    "contribution": contribution,
+    "activation": activation,
+    "deviation": deviation,
+}

@@ -1,0 +1,217 @@
+"""SparseMlp, the module that takes the place of a dense MLP.
+
+It owns the weights once, neuron-major and in expert order. Which backend computes it never changes
+the function. It knows nothing of files, and of training only that a mask may carry a gradient.
+
+Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy.errors import MoefyError, unknown_choice
+from moefy.mlp import DenseMlp, GatedMlp
+from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.routing.self_gating import SelfGatingRouter
+from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
+
+Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
+BACKENDS: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
+"""How the experts of a mask are computed; all are the same function. `auto` measures them."""
+
+_WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
+_fastest: dict[tuple[Any, ...], str] = {}
+
+
+class SparseMlp(nn.Module):
+    """An MLP in experts: weights in expert order, router, selection, compensation.
+
+    The `shared` first experts always run; scores and masks cover the others.
+    """
+
+    def __init__(
+        self,
+        mlp: DenseMlp,
+        *,
+        experts: int,
+        shared: int,
+        router: Router,
+        selection: Selection,
+        compensation: Compensation,
+        look_ahead: bool = False,
+    ) -> None:
+        super().__init__()
+        for name in _WEIGHTS:
+            value = getattr(mlp, name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.activation = mlp.activation
+        self.experts, self.shared, self.look_ahead = experts, shared, look_ahead
+        self.router, self.selection, self.compensation = router, selection, compensation
+        self.context = Context()
+        """What is known of the current pass; one object for all layers of a model."""
+        self.backend = "auto"
+        self.chosen = ""
+        """The backend of the last forward pass."""
+        self.all_on = False
+        self.straight_through = False
+        """Training: the mask carries the gradient of a sigmoid of the scores."""
+        self.scores_TE: Tensor | None = None
+        """Scores of the last pass in training."""
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        """Called with the input `[T, D]` and the mask `[T, S + E]` of every forward pass."""
+
+    @property
+    def expert_size(self) -> int:
+        """F, neurons per expert."""
+        return self.weights.neurons // self.experts
+
+    @property
+    def weights(self) -> DenseMlp:
+        """All neurons in expert order, as views of the parameters."""
+        return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
+
+    @property
+    def routed(self) -> DenseMlp:
+        """The routed neurons in expert order, as views of the parameters."""
+        mlp = self.weights
+        return mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
+
+    def mask(self, x_TD: Tensor) -> Tensor:
+        """Which experts run `[T, S + E]`: bool, or in training a number that carries a gradient."""
+        return self._route(x_TD)[0]
+
+    def _route(self, x_TD: Tensor) -> tuple[Tensor, ExpertWeights]:
+        """The mask, and the weights to compute it with."""
+        mlp = self.weights
+        if self.all_on:
+            shape = (x_TD.shape[0], self.experts)
+            return torch.ones(shape, dtype=torch.bool, device=x_TD.device), mlp
+        weights: ExpertWeights = mlp
+        routed_TE = self.selection.remembered(self.context)
+        if routed_TE is None:
+            if isinstance(self.router, SelfGatingRouter):
+                gate_TN = mlp.gates(x_TD)
+                scores_TE = self.router.scores(gate_TN[:, self.shared * self.expert_size :])
+                weights = GatedMlp(mlp, gate_TN)
+            else:
+                scores_TE = self.router(self._read(x_TD), self.routed)
+            routed_TE = self.selection(scores_TE, self.context)
+            if self.straight_through:
+                self.scores_TE = scores_TE
+                routed_TE = straight_through(scores_TE, routed_TE)
+        if self.shared:
+            routed_TE = torch.cat([routed_TE.new_ones(len(routed_TE), self.shared), routed_TE], 1)
+        return routed_TE, weights
+
+    def _read(self, x_TD: Tensor) -> Tensor:
+        """What the router reads: this layer's input, or for look-ahead that of the one before."""
+        if not self.look_ahead:
+            return x_TD
+        before_TD = self.context.previous_TD
+        if before_TD is None:
+            raise MoefyError("a router that looks ahead needs the MLP before it in the same pass")
+        return before_TD.to(x_TD.device)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Output of the experts that run plus the compensation, shaped as `hidden`.
+
+        `residual` is for families whose MLP module adds it itself.
+        """
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        mask_TE, weights = self._route(x_TD)
+        self.context.previous_TD = x_TD
+        if self.observer is not None:
+            self.observer(x_TD, mask_TE)
+        y_TD = self.compute(x_TD, mask_TE, weights)
+        extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
+        if extra_TD is not None:
+            y_TD = y_TD + extra_TD.to(y_TD.dtype)
+        y = y_TD.view(*hidden.shape[:-1], -1)
+        return y if residual is None else y + residual
+
+    def compute(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
+        """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
+        name = self.backend
+        if name == "auto":
+            name = self._auto(x_TD, mask_TE, weights)
+        elif name not in BACKENDS:
+            raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
+        self.chosen = name
+        return BACKENDS[name](x_TD, weights, mask_TE)
+
+    def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
+        # Training needs the smooth path, a mask on a GPU can only be walked by copying it back, and
+        # gates that are known belong to all of the tokens at once.
+        known = isinstance(weights, GatedMlp) and len(x_TD) > 1
+        if torch.is_grad_enabled() or x_TD.device.type != "cpu" or known:
+            return "masked"
+        if torch.compiler.is_compiling():
+            return "masked"
+        active = int(mask_TE.sum()) / mask_TE.numel()
+        key = (
+            tuple(self.weights.up_ND.shape),
+            self.experts,
+            self.gate_ND is None,
+            x_TD.dtype,
+            torch.get_num_threads(),
+            x_TD.shape[0].bit_length(),
+            round(8 * active),
+        )
+        if key not in _fastest:
+            _fastest[key] = _measure(x_TD, weights, mask_TE)
+        return _fastest[key]
+
+
+def straight_through(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    """The mask as numbers whose gradient is that of `sigmoid(score - midpoint)`.
+
+    The midpoint of a token lies between the lowest score that runs and the highest that does not;
+    Bengio et al. 2013 for the estimator.
+    """
+    with torch.no_grad():
+        lowest_T1 = scores_TE.masked_fill(~mask_TE, torch.inf).amin(1, keepdim=True)
+        highest_T1 = scores_TE.masked_fill(mask_TE, -torch.inf).amax(1, keepdim=True)
+        middle_T1 = torch.nan_to_num((lowest_T1 + highest_T1) / 2, 0.0, 0.0, 0.0)
+    soft_TE = torch.sigmoid(scores_TE - middle_T1)
+    return mask_TE.to(soft_TE.dtype) + soft_TE - soft_TE.detach()
+
+
+def _measure(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> str:
+    """The faster backend for this very input: best of three, taken in turn."""
+    best = dict.fromkeys(BACKENDS, float("inf"))
+    for _ in range(3):
+        for name, backend in BACKENDS.items():
+            begin = time.perf_counter()
+            backend(x_TD, weights, mask_TE)
+            best[name] = min(best[name], time.perf_counter() - begin)
+    return min(best, key=lambda name: best[name])
+
+
+def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:
+    """The SparseMlps of a model by layer index; empty for a dense model."""
+    found = [module for module in model.modules() if isinstance(module, SparseMlp)]
+    return dict(enumerate(found))
+
+
+@contextmanager
+def all_experts(model: nn.Module) -> Iterator[None]:
+    """Every expert of every layer runs: the dense function."""
+    modules = sparse_mlps(model).values()
+    for module in modules:
+        module.all_on = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.all_on = False
+
+
+def use_backend(model: nn.Module, name: str) -> None:
+    """Compute every layer with this entry of `BACKENDS`, or with `auto`."""
+    for module in sparse_mlps(model).values():
+        module.backend = name

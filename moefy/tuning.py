@@ -1,0 +1,258 @@
+"""What needs all layers at once: the density of each layer, then distillation.
+
+`allocate` measures, for every layer and several densities, what the model loses when that layer
+alone is sparse, and lets `moefy.routing.budget` choose; the choice is kept only where it measures
+better than the same density everywhere. `tune` does that and then trains routers and compensations
+(`moefy.distil`). Both look at the router shard and its hold-out, never at evaluation documents.
+
+Shapes: T tokens, D width, E routed experts, K experts that run.
+"""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.activations import Captured, run
+from moefy.console import Reporter
+from moefy.data import Batch
+from moefy.distil import compared, distance, distil_layer, distil_model
+from moefy.errors import RecipeError, unknown_choice
+from moefy.fitting import cap, tokens_of
+from moefy.plan import Plan
+from moefy.recipe import DistilRecipe, Recipe
+from moefy.routing.base import Selection
+from moefy.routing.budget import greedy, solve
+from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.training import Tokens, fit_compensation, fit_selection
+
+FACTORS = (0.3, 0.45, 0.6, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+"""Candidate densities of a layer, over the mean density."""
+
+BISECTIONS = 8
+REFIT_TOKENS = 8192
+"""Tokens on which the compensation of a candidate is fitted."""
+
+BUDGETS = ("uniform", "greedy", "solver")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer at one density."""
+
+    active: int
+    selection: Selection
+    compensation: dict[str, Tensor]
+    cost: float
+    loss: float
+
+
+def needs_tuning(recipe: Recipe) -> bool:
+    """Whether the recipe asks for more than layer by layer fitting."""
+    budget = recipe.budget
+    return budget.name != "uniform" or budget.target_kl is not None or recipe.distil.steps > 0
+
+
+def tune(
+    model: PreTrainedModel,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    training: list[Batch],
+    held: list[Batch],
+    report: Reporter,
+) -> dict[str, Any]:
+    """Allocate and distil as the recipe says, in place; returns what was measured."""
+    record: dict[str, Any] = {}
+    if recipe.budget.name not in BUDGETS:
+        raise RecipeError(unknown_choice("budget", recipe.budget.name, BUDGETS))
+    if needs_tuning(replace(recipe, distil=DistilRecipe())):
+        record["budget"] = allocate(model, todo, recipe, samples, held, report)
+    if recipe.distil.steps:
+        before = held_out_kl(model, held)
+        scope = recipe.distil.scope
+        if scope == "auto":
+            scope = "model" if _fits(model, recipe.distil.tokens) else "layer"
+        if scope == "model":
+            distil_model(model, training, recipe.distil, report=report, seed=recipe.seed)
+        else:
+            for site, module in zip(todo.sites, sparse_mlps(model).values(), strict=True):
+                tokens = tokens_of(samples["router"], todo, site)
+                distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
+        record["distillation"] = {
+            "scope": scope,
+            "steps": recipe.distil.steps,
+            "held_out_before": before,
+            "held_out_after": held_out_kl(model, held),
+        }
+    return record
+
+
+@torch.no_grad()
+def held_out_kl(
+    model: PreTrainedModel, batches: list[Batch], only: SparseMlp | None = None
+) -> float:
+    """What `moefy.distil` minimises, per token; with `only`, every other layer is dense."""
+    total = tokens = 0.0
+    for batch in batches:
+        with all_experts(model):
+            dense = compared(run(model, batch), batch)
+            if only is not None:
+                only.all_on = False
+                sparse = compared(run(model, batch), batch)
+        if only is None:
+            sparse = compared(run(model, batch), batch)
+        total += distance(dense, sparse, batch).item() * len(dense)
+        tokens += len(dense)
+    return total / tokens
+
+
+@torch.no_grad()
+def allocate(
+    model: PreTrainedModel,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    held: list[Batch],
+    report: Reporter,
+) -> dict[str, Any]:
+    """Choose the density of every layer and set it; returns densities and measured KL."""
+    modules = sparse_mlps(model)
+    rows: list[list[Candidate]] = []
+    for index, module in report.track(modules.items(), "measure densities"):
+        rows.append(_candidates(model, module, index, todo, recipe, samples, held))
+    uniform = [_nearest(row, todo.k[i]) for i, row in enumerate(rows)]
+    costs = [[c.cost for c in row] for row in rows]
+    losses = [[c.loss for c in row] for row in rows]
+    choose = greedy if recipe.budget.name == "greedy" else solve
+
+    def measured(chosen: list[int]) -> float:
+        for module, row, at in zip(modules.values(), rows, chosen, strict=True):
+            _set(module, row[at])
+        return held_out_kl(model, held)
+
+    def total(chosen: list[int]) -> float:
+        return sum(row[at] for row, at in zip(costs, chosen, strict=True))
+
+    target = recipe.budget.target_kl
+    if target is None:
+        chosen = choose(costs, losses, total(uniform) * (1 + 1e-9))
+        kl, kl_uniform = measured(chosen), measured(uniform)
+        if kl_uniform < kl:
+            chosen = uniform
+    else:
+        kl_uniform = measured(uniform)
+        low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
+        chosen = [len(row) - 1 for row in rows]
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            trial = choose(costs, losses, middle)
+            if measured(trial) <= target:
+                chosen, high = trial, middle
+            else:
+                low = middle
+    kl = measured(chosen)
+    return {
+        "name": recipe.budget.name,
+        "per": recipe.budget.per,
+        "active": [row[at].active for row, at in zip(rows, chosen, strict=True)],
+        "held_out_kl": kl,
+        "held_out_kl_uniform": kl_uniform,
+        "kept": "uniform" if chosen == uniform else recipe.budget.name,
+    }
+
+
+def _candidates(
+    model: PreTrainedModel,
+    module: SparseMlp,
+    index: int,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    held: list[Batch],
+) -> list[Candidate]:
+    """One layer at several densities, cheapest first, each with its own selection and means."""
+    site, experts = todo.sites[index], module.experts - module.shared
+    factors = (*FACTORS, experts / todo.k[index])
+    actives = sorted({min(experts, max(1, round(f * todo.k[index]))) for f in factors})
+    tokens, held_tokens = (
+        _first(tokens_of(samples[name], todo, site), REFIT_TOKENS)
+        for name in ("router", "held-out")
+    )
+    found = []
+    for active in actives:
+        selection = fit_selection(
+            type(module.selection), module.router, module.routed, held_tokens, active,
+            cap(recipe, active),
+        )  # fmt: skip
+        fit_compensation(module.compensation, module.router, selection, module.routed, tokens)
+        state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
+        module.selection = selection
+        share = (active + module.shared) / module.experts
+        if recipe.budget.per == "time":
+            cost = _seconds(module, held_tokens)
+        else:
+            weights = module.weights
+            cost = share * weights.matrices * weights.neurons * weights.width
+        if recipe.budget.name == "greedy":
+            loss = _output_error(module, held_tokens)
+        else:
+            loss = held_out_kl(model, held, only=module)
+        found.append(Candidate(active, selection, state, cost, loss))
+    return found
+
+
+def _first(tokens: Tokens, most: int) -> Tokens:
+    return Tokens(tokens.mlp_TD[:most], tokens.router_TD[:most])
+
+
+def _set(module: SparseMlp, candidate: Candidate) -> None:
+    module.selection = candidate.selection
+    module.compensation.load_state_dict(candidate.compensation)
+
+
+def _nearest(row: list[Candidate], active: int) -> int:
+    return min(range(len(row)), key=lambda at: abs(row[at].active - active))
+
+
+def _output_error(module: SparseMlp, tokens: Tokens) -> float:
+    """Squared error of the layer's output over the squared norm of the dense one."""
+    error = energy = 0.0
+    for x_TD, read_TD in tokens.chunks():
+        module.context.previous_TD = read_TD
+        dense_TD = module.weights(x_TD)
+        error += (module(x_TD) - dense_TD).square().sum().item()
+        energy += dense_TD.square().sum().item()
+    return error / max(energy, 1e-30)
+
+
+def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
+    """Median time of one token, router and compensation included."""
+    times = []
+    for row in range(samples):
+        at = row % len(tokens.mlp_TD)
+        module.context.previous_TD = tokens.router_TD[at : at + 1].float()
+        begin = time.perf_counter()
+        module(tokens.mlp_TD[at : at + 1].float())
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[samples // 2]
+
+
+def _fits(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a backward pass over so many tokens fits in the memory that is free now.
+
+    Counted per token: what autograd keeps of every MLP and attention block, and the logits with
+    their softmax and gradient.
+    """
+    kept = sum(6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values())
+    classes = (
+        getattr(model.config.get_text_config(), "vocab_size", 0) if model.can_generate() else 0
+    )
+    needed = 4 * tokens * (kept + 5 * classes)
+    if model.device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(model.device)[0]
+    return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
