@@ -48,8 +48,8 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
+from moefy.modeling import all_experts
 from moefy.provenance import machine
-from moefy.sparse_mlp import all_experts
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _sinks(
 
 
 def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What this batch is compared by, from one pass alone: whoever listens counts every token once."""
+    """What a batch is compared by, from one pass: whoever listens hears every token once."""
     if batch.targets_BT is None and "pixel_values" not in batch.inputs:
         inputs = {n: v.to(model.device) for n, v in batch.inputs.items()}
         result = model(**inputs, output_hidden_states=True)
