@@ -17,8 +17,9 @@ from moefy.evaluate.bigram import Bigram
 from moefy.evaluate.bootstrap import Bootstrap
 from moefy.evaluate.sinks import Sinks
 from moefy.inputs import read_batches
-from moefy.modeling import all_experts, load_dense, sparse_mlps
+from moefy.modeling import load_dense
 from moefy.routing import ROUTERS
+from moefy.sparse_mlp import all_experts, sparse_mlps
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
-from moefy.modeling import all_experts
 from moefy.provenance import machine
+from moefy.sparse_mlp import all_experts
 
 
 @dataclass
