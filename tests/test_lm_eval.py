@@ -7,6 +7,7 @@ import pytest
 
 import moefy
 from moefy.checkpoint import Checkpoint
+from moefy.convert import convert
 from moefy.data import load_corpus
 from moefy.modeling import load_dense
 from moefy.recipe import override
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
         "context": 64, "partition.method": "contiguous", "router.name": "centroid",
         "partition.tokens": 256, "router.tokens": 256,
     }  # fmt: skip
-    moefy.convert(
+    convert(
         files("moefy") / "demo" / "llama", folder / "out",
         recipe=override(recipe, settings), corpus=[d.text[:200] for d in documents],
         quiet=True,
