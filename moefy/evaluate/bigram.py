@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moefy.data import IGNORED, Batch
 
-K = (0.01, 0.1, 1.0, 10.0)
+K = (0.01, 0.1, 1.0, 10.0, 100.0)
 M = tuple(2.0**power for power in range(13))
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
