@@ -1,5 +1,7 @@
 """One streaming pass over the dense model: the inputs of every MLP, on disk, for a token sample.
 
+What it looks at is a list of places: MLPs, or whatever else has an input, such as attention blocks.
+
 Memory stays bounded by one batch: each layer's inputs go to a file of their own, and whoever fits a
 layer maps that file alone. Padding is never captured; first tokens are.
 
@@ -7,9 +9,10 @@ Shapes: B documents, T tokens, D model width.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from transformers import PreTrainedModel
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
-from moefy.locate import Site, side_of
+from moefy.locate import Place, side_of
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ class Captured:
         """Whether the pass came to its end."""
         return self._index.is_file()
 
-    def domains(self, site: Site) -> Tensor:
+    def domains(self, site: Place) -> Tensor:
         """The domain of every token of `inputs`, as a number `[T]`."""
         index = json.loads(self._index.read_text())
         return torch.tensor(index["domains"][side_of(site)])
 
-    def inputs(self, site: Site) -> Tensor:
-        """The MLP inputs `[T, D]` of one layer, mapped from disk, in the dtype of the model."""
+    def inputs(self, site: Place) -> Tensor:
+        """The inputs `[T, D]` of one place, mapped from disk, in the dtype of the model."""
         index = json.loads(self._index.read_text())
         tokens, dtype = index["tokens"][site.index], getattr(torch, index["dtype"])
         size = tokens * site.width
@@ -62,23 +65,28 @@ def run(model: PreTrainedModel, batch: Batch) -> object:
 
 
 def listen(
-    model: nn.Module, found: list[Site], heard: Callable[[Site, Tensor], None]
+    model: nn.Module, found: Sequence[Place], heard: Callable[[Any, Tensor], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Call `heard` with the input `[T, D]` of every MLP in every forward pass; returns the hooks."""
+    """Call `heard` with every place and its input `[T, D]` in every forward pass; returns the hooks."""
 
-    def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def pre(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            heard(site, args[0].detach().reshape(-1, site.width))
+    def hook(site: Place) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+        def pre(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            heard(site, hidden.detach().reshape(-1, site.width))
 
         return pre
 
-    return [model.get_submodule(s.module).register_forward_pre_hook(hook(s)) for s in found]
+    modules = [model.get_submodule(site.module) for site in found]
+    return [
+        module.register_forward_pre_hook(hook(site), with_kwargs=True)
+        for module, site in zip(modules, found, strict=True)
+    ]
 
 
 @torch.no_grad()
 def capture(
     model: PreTrainedModel,
-    found: list[Site],
+    found: Sequence[Place],
     batches: list[Batch],
     into: Captured,
     *,
@@ -86,7 +94,9 @@ def capture(
     seed: int,
     report: Reporter,
 ) -> None:
-    """Run the model and keep the MLP inputs of at most `limit` tokens, drawn evenly.
+    """Run the model and keep the inputs of these places for at most `limit` tokens, drawn evenly.
+
+    The places are numbered from 0 in their order.
 
     Raises `MoefyError` where an activation is not finite.
     """
@@ -101,7 +111,7 @@ def capture(
     first = {side: next(s.index for s in found if side_of(s) == side) for side in keep}
     files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("wb") for s in found}
 
-    def heard(site: Site, x_TD: Tensor) -> None:
+    def heard(site: Place, x_TD: Tensor) -> None:
         batch, chosen = current[0]
         side = side_of(site)
         mask = batch.mask(side)
@@ -115,7 +125,7 @@ def capture(
         kept_TD = x_TD[chosen[side].to(x_TD.device)].cpu().contiguous()
         if not kept_TD.isfinite().all():
             raise MoefyError(
-                f"{site.layer}: the input of its MLP is not finite for document "
+                f"{site.layer}: the input of {site.module} is not finite for document "
                 f"'{batch.samples[0].document.source_id}' or one batched with it; the weights hold "
                 f"NaN, or {kept_TD.dtype} overflows"
             )
@@ -148,8 +158,10 @@ def _drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:
     return list(chosen.split(sizes))
 
 
-def _sizes(model: PreTrainedModel, found: list[Site], batches: list[Batch], side: str) -> list[int]:
-    """Tokens that the MLPs of one side see in each batch, padding left out."""
+def _sizes(
+    model: PreTrainedModel, found: Sequence[Place], batches: list[Batch], side: str
+) -> list[int]:
+    """Tokens that the places of one side see in each batch, padding left out."""
     masks = [batch.mask(side) for batch in batches]
     if masks[0] is not None:
         return [int(mask.sum()) for mask in masks if mask is not None]

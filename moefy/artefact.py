@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -16,9 +16,13 @@ from torch import Tensor
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+WITHOUT_HEADS = 2
+"""The format before; it is read as one in which all attention heads run."""
 META, SIDE = "moefy.json", "moefy.safetensors"
 FULL, ADAPTER = "full", "adapter"
+
+T = TypeVar("T", "LayerEntry", "HeadEntry")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +44,39 @@ class LayerEntry:
     """`name` and `rank`."""
 
     @property
+    def routed(self) -> int:
+        """Experts that the router scores."""
+        return self.experts - self.shared
+
+    @property
     def active(self) -> int | None:
         """Experts that run for every token, shared ones included; None where it varies."""
         k = self.selection.get("k")
         return None if k is None else int(k) + self.shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadEntry:
+    """One attention block whose heads are routed, as `moefy.json` has it."""
+
+    block: str
+    """Module path of the attention module in the transformers model."""
+    heads: int
+    head_dim: int
+    width: int
+    experts: int
+    """Heads, or groups of `heads / experts` heads that follow each other."""
+    router: dict[str, Any]
+    """`name` and `hidden`."""
+    selection: dict[str, Any]
+    """`name` and the settings of that selection."""
+    compensation: dict[str, Any]
+    """`name` and `rank`."""
+
+    @property
+    def routed(self) -> int:
+        """Experts that the router scores: all of them."""
+        return self.experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +91,10 @@ class Artefact:
     corpus: dict[str, Any]
     layers: list[LayerEntry]
     tensors: dict[str, Tensor] = field(repr=False, compare=False)
-    """`layers.{i}.permutation` [N] int32, `layers.{i}.router.*`, `layers.{i}.compensation.*`."""
+    """`layers.{i}.permutation` [N] int32, `layers.{i}.router.*`, `layers.{i}.compensation.*`; the same
+    two of `heads.{i}`."""
+    heads: list[HeadEntry] = field(default_factory=list)
+    """Attention blocks whose heads are routed: all of them, or none."""
     sha256: dict[str, str] = field(default_factory=dict)
     """Hashes of the weight files of the full form and of `moefy.safetensors`."""
     weights_modified: bool = False
@@ -68,7 +104,13 @@ class Artefact:
 
     def of_layer(self, index: int, part: str) -> dict[str, Tensor]:
         """The tensors `layers.{index}.{part}.*`, by what follows."""
-        prefix = f"layers.{index}.{part}."
+        return self._below(f"layers.{index}.{part}.")
+
+    def of_heads(self, index: int, part: str) -> dict[str, Tensor]:
+        """The tensors `heads.{index}.{part}.*`, by what follows."""
+        return self._below(f"heads.{index}.{part}.")
+
+    def _below(self, prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
 
     def permutation(self, index: int) -> Tensor:
@@ -106,16 +148,16 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
         version = meta["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{meta_file}: damaged ({error}); convert the source again") from None
+    if version == WITHOUT_HEADS and "heads" not in meta:
+        meta["heads"], version = [], FORMAT_VERSION
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{meta_file}: format {version}, this moefy reads {FORMAT_VERSION}; "
             + ("upgrade moefy" if version > FORMAT_VERSION else "convert the source again")
         )
     _check_fields(meta_file, "", meta, {f.name for f in fields(Artefact)} - {"tensors"})
-    entries = []
-    for index, layer in enumerate(meta["layers"]):
-        _check_fields(meta_file, f"layers[{index}].", layer, {f.name for f in fields(LayerEntry)})
-        entries.append(LayerEntry(**layer))
+    layers = _entries(meta_file, "layers", LayerEntry, meta["layers"])
+    heads = _entries(meta_file, "heads", HeadEntry, meta["heads"])
     hashes = {**meta["sha256"]}
     names = hashes if verify else {SIDE: hashes.get(SIDE)}
     for name, expected in names.items():
@@ -130,9 +172,9 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
         tensors = load_file(folder / SIDE)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / SIDE}: damaged ({error})") from None
-    values = {key: value for key, value in meta.items() if key not in ("layers", "format")}
-    artefact = Artefact(**values, layers=entries, tensors=tensors)
-    for index, entry in enumerate(entries):
+    values = {k: value for k, value in meta.items() if k not in ("layers", "heads", "format")}
+    artefact = Artefact(**values, layers=layers, heads=heads, tensors=tensors)
+    for index, entry in enumerate(layers):
         _check_permutation(folder / SIDE, artefact, index, entry)
     return artefact
 
@@ -147,6 +189,14 @@ def verify_source(artefact: Artefact, base: Checkpoint) -> None:
                 f"artefact was made from '{artefact.source['name']}' with SHA-256 {expected[:12]}…; "
                 "give that checkpoint"
             )
+
+
+def _entries(file: Path, where: str, kind: type[T], found: list[dict[str, Any]]) -> list[T]:
+    entries = []
+    for index, values in enumerate(found):
+        _check_fields(file, f"{where}[{index}].", values, {f.name for f in fields(kind)})
+        entries.append(kind(**values))
+    return entries
 
 
 def _check_fields(file: Path, where: str, got: Mapping[str, Any], expected: set[str]) -> None:

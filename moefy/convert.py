@@ -2,7 +2,7 @@
 
     plan     which MLPs there are and how they split, from config.json alone
     measure  run the dense model once and keep a sample of every MLP's input
-    fit      for each layer: partition, router, selection, compensation
+    fit      for each layer: partition, router, selection, compensation; for attention heads as well
     tune     all layers together: density per layer, distillation
     write    the weights in expert order (or the side files alone), and what was fitted
     verify   with every expert on, the result is the dense model; then its quality is measured
@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.activations import Captured, capture, run
-from moefy.artefact import ADAPTER, FULL, Artefact, LayerEntry, write_side_files
+from moefy.artefact import ADAPTER, FULL, Artefact, HeadEntry, LayerEntry, write_side_files
 from moefy.card import model_card
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, sha256
 from moefy.console import Reporter
@@ -39,9 +39,11 @@ from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
 from moefy.fitting import FittedLayer, fit_layer
+from moefy.head_fitting import FittedHeads, fit_heads
+from moefy.heads import HeadSite, read_heads
 from moefy.inputs import read_batches, read_config
-from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
-from moefy.mlp import DenseMlp
+from moefy.locate import Place, Site, disk_names, meta_model, read_mlp
+from moefy.mlp import HeadOutputs
 from moefy.modeling import load, load_dense, moefied, placement, with_routing_of
 from moefy.plan import Plan, describe, plan
 from moefy.provenance import machine, versions
@@ -97,13 +99,13 @@ def convert(
 
         with output.full_disk():
             with clock.stage("measure"):
-                samples = _measure(checkpoint, reading, recipe.seed, output.work, report)
+                samples = _measure(checkpoint, reading, todo, recipe.seed, output.work, report)
 
             with clock.stage("fit"):
                 fitted = _fit(checkpoint, todo, recipe, samples, output.work, report)
 
             with clock.stage("tune"):
-                artefact, fits = _collect(fitted, todo, recipe, source, text, adapter)
+                artefact, fits, head_fits = _collect(fitted, todo, recipe, source, text, adapter)
                 artefact, tuning = _tune(
                     checkpoint, todo, recipe, artefact, samples, reading, output.work, report
                 )
@@ -127,6 +129,7 @@ def convert(
                 "form": artefact.form,
                 "all_experts_relative_error": error,
                 "routers": fits,
+                "head_routers": head_fits,
                 "tuning": tuning,
                 "seconds": clock.seconds,
                 "machine": machine(),
@@ -198,20 +201,24 @@ def _reading(
 def _measure(
     checkpoint: Checkpoint,
     reading: dict[str, tuple[list[Batch], int]],
+    todo: Plan,
     seed: int,
     work: Path,
     report: Reporter,
 ) -> dict[str, Captured]:
-    """Run the dense model once over all that is to be read and keep a sample of MLP inputs."""
+    """Run the dense model once over all that is to be read and keep a sample of what layers see."""
     folder = work / "activations"
     folder.mkdir(exist_ok=True)
     samples = {name: Captured(folder, name) for name in reading}
     missing = [name for name in reading if not samples[name].complete]
     model = load_dense(checkpoint, **placement()) if missing else None
+    places: list[Place] = [*todo.sites]
+    for site in todo.head_sites:
+        places += site.places(len(todo.sites))
     for name in missing:
         assert model is not None
         batches, limit = reading[name]
-        capture(model, sites(model), batches, samples[name], limit=limit, seed=seed, report=report)
+        capture(model, places, batches, samples[name], limit=limit, seed=seed, report=report)
     return samples
 
 
@@ -224,28 +231,34 @@ def _fit(
     report: Reporter,
 ) -> Path:
     """Fit every layer that is not there yet, each from its own weights and sample alone."""
-    folder = work / "layers"
-    folder.mkdir(exist_ok=True)
+    for what in ("layers", "heads"):
+        (work / what).mkdir(exist_ok=True)
     stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
-    names = {name: disk for disk, name in stored.items()}
+    get = _reader(checkpoint, {name: disk for disk, name in stored.items()})
     for site in report.track(todo.sites, "fit layers"):
-        if not (folder / f"{site.index}.json").exists():
-            mlp = _read(checkpoint, site, names)
-            _keep(folder, site, fit_layer(mlp, todo, site, recipe, samples))
-    return folder
+        at = work / "layers" / str(site.index)
+        if not at.with_suffix(".json").exists():
+            mlp = read_mlp(site, get).to(torch.float32)
+            _keep(at, fit_layer(mlp, todo, site, recipe, samples))
+    for block in report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
+        at = work / "heads" / str(block.index)
+        if not at.with_suffix(".json").exists():
+            heads = HeadOutputs.of(read_heads(block, get).down_ND.float())
+            _keep(at, fit_heads(heads, todo, block, recipe, samples))
+    return work
 
 
-def _keep(folder: Path, site: Site, fitted: FittedLayer) -> None:
-    save_file(fitted.tensors, folder / f"{site.index}.safetensors")
+def _keep(at: Path, fitted: FittedLayer | FittedHeads) -> None:
+    save_file(fitted.tensors, at.with_suffix(".safetensors"))
     # Written last and by rename: its presence says that the layer is finished.
-    unfinished = folder / f"{site.index}.part"
+    unfinished = at.with_suffix(".part")
     kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record()}
     unfinished.write_text(json.dumps(kept))
-    unfinished.replace(folder / f"{site.index}.json")
+    unfinished.replace(at.with_suffix(".json"))
 
 
-def _read(checkpoint: Checkpoint, site: Site, names: dict[str, str]) -> DenseMlp:
-    """One layer's weights in fp32, straight from disk."""
+def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Tensor]:
+    """How parameters of the model are had straight from disk, by their names in the model."""
 
     def get(name: str) -> Tensor:
         if name not in names:
@@ -257,30 +270,42 @@ def _read(checkpoint: Checkpoint, site: Site, names: dict[str, str]) -> DenseMlp
             )
         return tensor
 
-    return read_mlp(site, get).to(torch.float32)
+    return get
 
 
 def _collect(
     fitted: Path, todo: Plan, recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool
-) -> tuple[Artefact, list[dict[str, Any]]]:
-    """All fitted layers as one artefact, and how well their routers came out."""
-    layers, fits, tensors = [], [], {}
-    for site in todo.sites:
-        kept = json.loads((fitted / f"{site.index}.json").read_text())
-        layers.append(LayerEntry(**kept["entry"]))
-        fits.append({"layer": site.layer, **kept["fit"]})
-        for name, value in load_file(fitted / f"{site.index}.safetensors").items():
-            tensors[f"layers.{site.index}.{name}"] = value
+) -> tuple[Artefact, list[dict[str, Any]], list[dict[str, Any]]]:
+    """All that was fitted as one artefact, and how well the routers of MLPs and of heads came out."""
+    tensors: dict[str, Tensor] = {}
+    layers, fits = _fitted(fitted, "layers", todo.sites, tensors)
+    heads, head_fits = _fitted(fitted, "heads", todo.head_sites, tensors)
     artefact = Artefact(
         form=ADAPTER if adapter else FULL,
         source=source,
         recipe=recipes.to_dict(recipe),
         corpus={"name": corpus.name, "sha256": corpus.sha256},
-        layers=layers,
+        layers=[LayerEntry(**entry) for entry in layers],
+        heads=[HeadEntry(**entry) for entry in heads],
         tensors=tensors,
         versions=versions(),
     )
-    return artefact, fits
+    return artefact, fits, head_fits
+
+
+def _fitted(
+    work: Path, what: str, found: Sequence[Site | HeadSite], tensors: dict[str, Tensor]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Entries and fits of all that is of one kind; adds what they fitted to `tensors`."""
+    entries, fits = [], []
+    for site in found:
+        at = work / what / str(site.index)
+        kept = json.loads(at.with_suffix(".json").read_text())
+        entries.append(kept["entry"])
+        fits.append({"layer": site.layer, **kept["fit"]})
+        for name, value in load_file(at.with_suffix(".safetensors")).items():
+            tensors[f"{what}.{site.index}.{name}"] = value
+    return entries, fits
 
 
 def _tune(

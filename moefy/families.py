@@ -14,6 +14,22 @@ Kind = Literal["decoder", "encoder", "encoder-decoder", "image"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """How one type of model holds its attention: the output projection sees the heads side by side."""
+
+    blocks: tuple[str, ...]
+    """Paths of the attention modules, `{}` for the index, matched at the end of a module path."""
+    output: str
+    """The projection from all heads to D, relative to the block."""
+    heads: str
+    """Config rule of H, the number of heads."""
+    groups: str
+    """Config rule of the number of heads that keys and values have."""
+    head_dim: str
+    """Config rule of the width of one head; where it gives nothing, it is that of the projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How one type of model holds its MLPs. Module names are relative to the layer."""
 
@@ -54,6 +70,8 @@ class Family:
     """Weights are stored `[in, out]` (transformers' `Conv1D`)."""
     residual: bool = False
     """The container's forward takes `(hidden, residual)` and adds the residual."""
+    attention: Attention | None = None
+    """Where the heads are; None where that is not known."""
 
 
 def config_value(config: Any, rule: str) -> Any:
@@ -70,6 +88,18 @@ def config_value(config: Any, rule: str) -> Any:
     return None
 
 
+def _attention(*blocks: str, output: str, config: str = "", **rules: str) -> Attention:
+    """Rules as most configs have them; `config` is the sub-config they are keys of."""
+    heads = rules.get("heads", f"{config}num_attention_heads")
+    return Attention(
+        blocks=blocks,
+        output=output,
+        heads=heads,
+        groups=f"{config}num_key_value_heads|{heads}",
+        head_dim=rules.get("head_dim", f"{config}head_dim"),
+    )
+
+
 def _llama_like(model_type: str, activation: str = "hidden_act") -> Family:
     return Family(
         model_type=model_type,
@@ -83,6 +113,7 @@ def _llama_like(model_type: str, activation: str = "hidden_act") -> Family:
         neurons="intermediate_size",
         width="hidden_size",
         depth=("num_hidden_layers",),
+        attention=_attention("layers.{}.self_attn", output="o_proj"),
     )
 
 
@@ -98,6 +129,7 @@ def _bert_like(model_type: str) -> Family:
         neurons="intermediate_size",
         width="hidden_size",
         depth=("num_hidden_layers",),
+        attention=_attention("encoder.layer.{}.attention", output="output.dense"),
     )
 
 
@@ -128,6 +160,9 @@ FAMILIES: dict[str, Family] = _table(
             neurons="text_config.intermediate_size",
             width="text_config.hidden_size",
             depth=("text_config.num_hidden_layers",),
+            attention=_attention(
+                "language_model.layers.{}.self_attn", output="o_proj", config="text_config."
+            ),
         ),
         Family(
             model_type="phi3",
@@ -141,6 +176,7 @@ FAMILIES: dict[str, Family] = _table(
             width="hidden_size",
             depth=("num_hidden_layers",),
             fused=True,
+            attention=_attention("layers.{}.self_attn", output="o_proj"),
         ),
         Family(
             model_type="gpt2",
@@ -154,6 +190,7 @@ FAMILIES: dict[str, Family] = _table(
             width="n_embd",
             depth=("n_layer",),
             transposed=True,
+            attention=_attention("h.{}.attn", output="c_proj", heads="n_head"),
         ),
         Family(
             model_type="gpt_neox",
@@ -166,6 +203,7 @@ FAMILIES: dict[str, Family] = _table(
             neurons="intermediate_size",
             width="hidden_size",
             depth=("num_hidden_layers",),
+            attention=_attention("layers.{}.attention", output="dense"),
         ),
         Family(
             model_type="opt",
@@ -178,6 +216,7 @@ FAMILIES: dict[str, Family] = _table(
             neurons="ffn_dim",
             width="hidden_size",
             depth=("num_hidden_layers",),
+            attention=_attention("decoder.layers.{}.self_attn", output="out_proj"),
         ),
         Family(
             model_type="bloom",
@@ -193,6 +232,7 @@ FAMILIES: dict[str, Family] = _table(
             depth=("n_layer",),
             refuse=("slow_but_exact",),
             residual=True,
+            attention=_attention("h.{}.self_attention", output="dense", heads="n_head"),
         ),
         Family(
             model_type="t5",
@@ -207,6 +247,14 @@ FAMILIES: dict[str, Family] = _table(
             neurons="d_ff",
             width="d_model",
             depth=("num_layers", "num_decoder_layers|num_layers"),
+            attention=_attention(
+                "encoder.block.{}.layer.0.SelfAttention",
+                "decoder.block.{}.layer.0.SelfAttention",
+                "decoder.block.{}.layer.1.EncDecAttention",
+                output="o",
+                heads="num_heads",
+                head_dim="d_kv",
+            ),
         ),
         _bert_like("bert"),
         _bert_like("roberta"),
@@ -221,6 +269,9 @@ FAMILIES: dict[str, Family] = _table(
             neurons="hidden_dim",
             width="dim",
             depth=("n_layers",),
+            attention=_attention(
+                "transformer.layer.{}.attention", output="out_lin", heads="n_heads"
+            ),
         ),
         Family(
             model_type="vit",
@@ -233,6 +284,7 @@ FAMILIES: dict[str, Family] = _table(
             neurons="intermediate_size",
             width="hidden_size",
             depth=("num_hidden_layers",),
+            attention=_attention("layers.{}.attention", output="o_proj"),
         ),
     ]
 )

@@ -13,7 +13,7 @@ Shapes: D model width, N neurons.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -39,6 +39,26 @@ _DEFAULT_CLASS = {
     "encoder-decoder": "AutoModelForSeq2SeqLM",
     "image": "AutoModelForImageClassification",
 }
+
+
+class Place(Protocol):
+    """A module whose input is looked at."""
+
+    @property
+    def index(self) -> int:
+        """A number that no other place of the model has."""
+
+    @property
+    def layer(self) -> str:
+        """Full path of the layer, or block, that it belongs to."""
+
+    @property
+    def module(self) -> str:
+        """Full path of the module."""
+
+    @property
+    def width(self) -> int:
+        """Width of the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +140,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
                     f"way; set {key} to false"
                 )
         for pattern, depth in zip(family.layers, family.depth, strict=True):
-            layers = _layers(modules, pattern)
+            layers = matching(modules, pattern)
             expected = config_value(config, depth)
             if layers and len(layers) != expected:
                 raise UnsupportedModel(
@@ -137,7 +157,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
     return found
 
 
-def side_of(site: Site) -> str:
+def side_of(site: Place) -> str:
     """Whether a layer reads the tokens of the `encoder` or the `decoder`."""
     return "encoder" if "encoder" in site.layer.split(".") else "decoder"
 
@@ -260,7 +280,7 @@ def _renamed(
     return pairs
 
 
-def _layers(modules: dict[str, nn.Module], pattern: str) -> list[str]:
+def matching(modules: dict[str, nn.Module], pattern: str) -> list[str]:
     """Paths that end in `pattern`, by index."""
     regex = re.compile(r"(?:^|.*\.)" + re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     matches = [match for path in modules if (match := regex.fullmatch(path))]

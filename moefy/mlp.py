@@ -103,7 +103,7 @@ class DenseMlp:
             name: change(value) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return DenseMlp(**values)
+        return replace(self, **values)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,28 @@ class GatedMlp:
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `[T, rows]`; only the up projection is computed."""
         return self.gate_TN[:, rows] * self.mlp.up(x_TD, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOutputs(DenseMlp):
+    """Attention heads as neurons: what they put out is known, `down_ND` is the output projection.
+
+    No rows select a head (attention does), so those of `up_ND` are zero and take no memory.
+    """
+
+    heads_TN: Tensor | None = None
+    """What the heads put out for the very tokens that `hidden` is asked for."""
+
+    @classmethod
+    def of(cls, down_ND: Tensor, heads_TN: Tensor | None = None) -> "HeadOutputs":
+        """The heads of an output projection `[N, D]`."""
+        zeros_ND = down_ND.new_zeros(1, 1).expand(down_ND.shape)
+        return cls(up_ND=zeros_ND, down_ND=down_ND, activation="linear", heads_TN=heads_TN)
+
+    def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the heads put out `[T, N]`, which no input gives back."""
+        assert self.heads_TN is not None and len(self.heads_TN) == len(x_TD)
+        return self.heads_TN[:, rows]
 
 
 def _rows(bias_N: Tensor | None, rows: slice) -> Tensor | None:

@@ -22,6 +22,7 @@ from moefy.artefact import (
     META,
     SIDE,
     Artefact,
+    HeadEntry,
     LayerEntry,
     read_artefact,
     verify_source,
@@ -29,10 +30,13 @@ from moefy.artefact import (
 )
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite, sha256
 from moefy.errors import CheckpointError, MoefyError
+from moefy.heads import HeadSite, head_sites
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
+from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.sparse_heads import SparseHeads, sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
@@ -49,22 +53,22 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def build_router(entry: LayerEntry) -> Router:
+def build_router(entry: LayerEntry | HeadEntry) -> Router:
     """The router that an entry names, without its tensors."""
     kind = choose(ROUTERS, "router", entry.router["name"])
-    return kind(entry.width, entry.experts - entry.shared, entry.router["hidden"])
+    return kind(entry.width, entry.routed, entry.router["hidden"])
 
 
-def build_selection(entry: LayerEntry) -> Selection:
+def build_selection(entry: LayerEntry | HeadEntry) -> Selection:
     """The selection that an entry names, with its settings."""
     settings = {key: value for key, value in entry.selection.items() if key != "name"}
     return choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
 
 
-def build_compensation(entry: LayerEntry) -> Compensation:
+def build_compensation(entry: LayerEntry | HeadEntry) -> Compensation:
     """The compensation that an entry names, without its tensors."""
     kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
-    return kind(entry.width, entry.experts - entry.shared, entry.compensation["rank"])
+    return kind(entry.width, entry.routed, entry.compensation["rank"])
 
 
 def placement() -> dict[str, Any]:
@@ -131,8 +135,16 @@ def moefied(model: PreTrainedModel, artefact: Artefact, *, permute: bool) -> Non
     found = sites(model)
     for site, entry in zip(found, artefact.layers, strict=True):
         install(model, site, _sparse(model, site, entry, artefact, permute))
+    blocks = head_sites(model) if artefact.heads else []
+    if [(s.block, s.heads, s.head_dim) for s in blocks] != [
+        (entry.block, entry.heads, entry.head_dim) for entry in artefact.heads
+    ]:
+        raise CheckpointError(f"{META}: its attention blocks are not those of the model")
+    for block, heads in zip(blocks, artefact.heads, strict=True):
+        _install_heads(model, block, heads, artefact)
     model.moefy = artefact  # type: ignore[assignment]
     model.moefy_sites = found  # type: ignore[assignment]
+    model.moefy_heads = blocks  # type: ignore[assignment]
     _share_context(model)
     model.eval()
 
@@ -199,11 +211,7 @@ def _sparse(
     mlp = mlp.contiguous()
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
-        try:
-            module.load_state_dict(artefact.of_layer(site.index, part))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{SIDE}: layers.{site.index}.{part}: {reason}") from None
+        _fill(module, artefact.of_layer(site.index, part), f"layers.{site.index}.{part}")
         module.to(device=device)
     return SparseMlp(
         mlp,
@@ -216,17 +224,59 @@ def _sparse(
     )
 
 
+def _install_heads(
+    model: PreTrainedModel, site: HeadSite, entry: HeadEntry, artefact: Artefact
+) -> None:
+    """Put SparseHeads in the place of the output projection; its parameters stay the same ones."""
+    projection: Any = model.get_submodule(site.projection)
+    router, compensation = build_router(entry), build_compensation(entry)
+    for part, module in (("router", router), ("compensation", compensation)):
+        _fill(module, artefact.of_heads(site.index, part), f"heads.{site.index}.{part}")
+        module.to(device=projection.weight.device)
+    heads = SparseHeads(
+        projection.weight,
+        projection.bias,
+        transposed=site.transposed,
+        experts=entry.experts,
+        router=router,
+        selection=build_selection(entry),
+        compensation=compensation,
+    )
+    _replace(model, site.projection, heads)
+    heads.read_from(model.get_submodule(site.block))
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{SIDE}: {name}: {reason}") from None
+
+
 def with_routing_of(model: PreTrainedModel) -> Artefact:
     """The artefact of a moefied model with its routers, selections and compensations as they are."""
     artefact: Artefact = model.moefy  # type: ignore[assignment]
-    tensors, layers = dict(artefact.tensors), []
+    tensors, layers, heads = dict(artefact.tensors), [], []
     for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
-        for part in ("router", "compensation"):
-            for key, value in getattr(module, part).state_dict().items():
-                tensors[f"layers.{index}.{part}.{key}"] = value.detach().cpu().contiguous()
-        settings = {"name": entry.selection["name"], **module.selection.settings()}
-        layers.append(replace(entry, selection=settings))
-    return replace(artefact, tensors=tensors, layers=layers)
+        tensors |= _routing(f"layers.{index}", module)
+        layers.append(replace(entry, selection=_selection(entry, module)))
+    for (index, block), head in zip(sparse_heads(model).items(), artefact.heads, strict=True):
+        tensors |= _routing(f"heads.{index}", block)
+        heads.append(replace(head, selection=_selection(head, block)))
+    return replace(artefact, tensors=tensors, layers=layers, heads=heads)
+
+
+def _routing(prefix: str, module: Routed) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{part}.{key}": value.detach().cpu().contiguous()
+        for part in ("router", "compensation")
+        for key, value in getattr(module, part).state_dict().items()
+    }
+
+
+def _selection(entry: LayerEntry | HeadEntry, module: Routed) -> dict[str, Any]:
+    return {"name": entry.selection["name"], **module.selection.settings()}
 
 
 def stock_parameter(site: Site, sparse: SparseMlp, name: str) -> Tensor:

@@ -1,15 +1,16 @@
 """What a conversion will do, worked out from `config.json` alone.
 
-Shapes: N neurons, D width, E experts.
+Shapes: N neurons, D width, E experts, H heads.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from moefy.artefact import LayerEntry
+from moefy.artefact import HeadEntry, LayerEntry
 from moefy.checkpoint import Checkpoint
 from moefy.errors import RecipeError, unknown_choice
+from moefy.heads import HeadSite, head_sites
 from moefy.inputs import read_config
 from moefy.locate import Site, meta_model, side_of, sites
 from moefy.partition import SHARED_BY, expert_count, find_method
@@ -28,6 +29,11 @@ class Plan:
     layers: list[LayerEntry]
     k: list[int]
     """Routed experts that run, per layer."""
+    head_sites: list[HeadSite]
+    """Attention blocks whose heads are routed; none where all heads run."""
+    heads: list[HeadEntry]
+    head_k: list[int]
+    """Heads, or groups of them, that run, per attention block."""
     parameters: int
     mlp_parameters: int
     disk: int
@@ -73,10 +79,13 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         entry, k = _layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
         layers.append(entry)
         active.append(k)
+    blocks = [] if recipe.attention.density is None else head_sites(model)
+    heads = [_head_plan(site, recipe) for site in blocks]
     total = sum(p.numel() for p in model.parameters())
     dtype = getattr(config, "dtype", None) or torch.float32
     width = dtype.itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
+    seen = sum(s.width for s in found) + sum(s.width + s.neurons for s in blocks)
     largest = max(found, key=lambda s: s.neurons * s.width)
     weights = 3 * largest.neurons * largest.width * 4
     chunk = 4096 * largest.neurons * 4 * 3 + recipe.partition.tokens * largest.neurons * 4 * 2
@@ -87,9 +96,12 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         sites=found,
         layers=layers,
         k=active,
+        head_sites=blocks,
+        heads=[entry for entry, _ in heads],
+        head_k=[k for _, k in heads],
         parameters=total,
         mlp_parameters=sum(_parameters(s) for s in found),
-        disk=sum(sample * s.width * width for s in found) + (0 if adapter else total * width),
+        disk=sample * seen * width + (0 if adapter else total * width),
         memory=2 * weights + chunk + sample * largest.width * 4,
         corpus=corpus,
     )
@@ -113,12 +125,56 @@ def describe(todo: Plan, recipe: Recipe) -> str:
             f"{recipe.selection.name}, compensation {recipe.compensation.name}"
             + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
             + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
+            *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
             f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB of "
             "memory beyond what running the model takes",
         ]
     )
+
+
+def _describe_heads(todo: Plan, recipe: Recipe) -> list[str]:
+    if not todo.heads:
+        return []
+    first, k, wanted = todo.heads[0], todo.head_k[0], recipe.attention
+    size = first.heads // first.experts
+    what = "heads" if size == 1 else f"groups of {size} heads"
+    return [
+        f"attention: {k} of {first.experts} {what} run in each of {len(todo.heads)} blocks, head "
+        f"density {k / first.experts:.3f} (keys and values of all are computed); router "
+        f"{wanted.router}, selection {wanted.selection}, compensation {wanted.compensation}"
+    ]
+
+
+def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
+    wanted = recipe.attention
+    assert wanted.density is not None
+    if not choose(ROUTERS, "attention.router", wanted.router).reads_input_alone:
+        able = sorted(name for name, kind in ROUTERS.items() if kind.reads_input_alone)
+        raise RecipeError(
+            f"attention.router '{wanted.router}' reads the rows of an MLP, heads have none; choose "
+            f"one of: {', '.join(able)}"
+        )
+    if not choose(SELECTIONS, "attention.selection", wanted.selection).by_score:
+        raise RecipeError(
+            f"attention.selection '{wanted.selection}' does not decide by one token's scores; "
+            "choose topk, threshold, dynamic_k or top_p"
+        )
+    choose(COMPENSATIONS, "attention.compensation", wanted.compensation)
+    choose(LOSSES, "attention.loss", wanted.loss)
+    experts = site.heads if wanted.group == "head" else site.groups
+    entry = HeadEntry(
+        block=site.block,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        width=site.width,
+        experts=experts,
+        router={"name": wanted.router, "hidden": wanted.hidden},
+        selection={"name": wanted.selection},
+        compensation={"name": wanted.compensation, "rank": wanted.rank},
+    )
+    return entry, max(1, round(wanted.density * experts))
 
 
 def _layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:

@@ -98,6 +98,37 @@ class CompensationRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionRecipe:
+    """Attention heads as experts; how their router is fitted besides is as for MLPs."""
+
+    density: float | None = None
+    """Share of the heads that run for a token; None leaves attention as it is."""
+    group: str = "head"
+    """`head`: every head is an expert. `kv`: the heads that share keys and values are one."""
+    router: str = "mlp"
+    """A router that reads the input alone: see `moefy ls routers`."""
+    hidden: int = 128
+    """Hidden width of routers that have one, and the rank of `low_rank`."""
+    loss: str = "weighted_topk"
+    """As `router.loss`; the target is always the head's contribution."""
+    selection: str = "topk"
+    """A selection that looks at one token's scores: see `moefy ls selections`."""
+    compensation: str = "conditional_mean"
+    """A name of `moefy ls compensations`."""
+    rank: int = 16
+    """Rank of the low-rank residual; other compensations have none."""
+
+    def __post_init__(self) -> None:
+        """Refuse a density outside (0, 1] and groups that there are not."""
+        if self.density is not None and not 0 < self.density <= 1:
+            raise RecipeError(
+                f"attention.density: got {self.density}, must be above 0 and at most 1, or null"
+            )
+        if self.group not in ("head", "kv"):
+            raise RecipeError(unknown_choice("attention.group", self.group, ("head", "kv")))
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetRecipe:
     """How the density is spread over the layers; its mean over neurons stays `density`."""
 
@@ -132,6 +163,7 @@ class Recipe:
     router: RouterRecipe = field(default_factory=RouterRecipe)
     selection: SelectionRecipe = field(default_factory=SelectionRecipe)
     compensation: CompensationRecipe = field(default_factory=CompensationRecipe)
+    attention: AttentionRecipe = field(default_factory=AttentionRecipe)
     budget: BudgetRecipe = field(default_factory=BudgetRecipe)
     distil: DistilRecipe = field(default_factory=DistilRecipe)
     seed: int = 0

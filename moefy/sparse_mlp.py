@@ -7,8 +7,7 @@ Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neur
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from moefy.errors import MoefyError, unknown_choice
 from moefy.mlp import DenseMlp, GatedMlp
-from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.routed import Routed
+from moefy.routed import all_experts as all_experts
+from moefy.routing.base import Compensation, Router, Selection
 from moefy.routing.self_gating import SelfGatingRouter
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
 
@@ -28,7 +29,7 @@ _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bia
 _fastest: dict[tuple[Any, ...], str] = {}
 
 
-class SparseMlp(nn.Module):
+class SparseMlp(Routed):
     """An MLP in experts: weights in expert order, router, selection, compensation.
 
     The `shared` first experts always run; scores and masks cover the others.
@@ -45,25 +46,15 @@ class SparseMlp(nn.Module):
         compensation: Compensation,
         look_ahead: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(router, selection, compensation)
         for name in _WEIGHTS:
             value = getattr(mlp, name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.activation = mlp.activation
         self.experts, self.shared, self.look_ahead = experts, shared, look_ahead
-        self.router, self.selection, self.compensation = router, selection, compensation
-        self.context = Context()
-        """What is known of the current pass; one object for all layers of a model."""
         self.backend = "auto"
         self.chosen = ""
         """The backend of the last forward pass."""
-        self.all_on = False
-        self.straight_through = False
-        """Training: the mask carries the gradient of a sigmoid of the scores."""
-        self.scores_TE: Tensor | None = None
-        """Scores of the last pass in training."""
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
-        """Called with the input `[T, D]` and the mask `[T, S + E]` of every forward pass."""
 
     @property
     def expert_size(self) -> int:
@@ -100,10 +91,7 @@ class SparseMlp(nn.Module):
                 weights = GatedMlp(mlp, gate_TN)
             else:
                 scores_TE = self.router(self._read(x_TD), self.routed)
-            routed_TE = self.selection(scores_TE, self.context)
-            if self.straight_through:
-                self.scores_TE = scores_TE
-                routed_TE = straight_through(scores_TE, routed_TE)
+            routed_TE = self.select(scores_TE)
         if self.shared:
             routed_TE = torch.cat([routed_TE.new_ones(len(routed_TE), self.shared), routed_TE], 1)
         return routed_TE, weights
@@ -167,20 +155,6 @@ class SparseMlp(nn.Module):
         return _fastest[key]
 
 
-def straight_through(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
-    """The mask as numbers whose gradient is that of `sigmoid(score - midpoint)`.
-
-    The midpoint of a token lies between the lowest score that runs and the highest that does not;
-    Bengio et al. 2013 for the estimator.
-    """
-    with torch.no_grad():
-        lowest_T1 = scores_TE.masked_fill(~mask_TE, torch.inf).amin(1, keepdim=True)
-        highest_T1 = scores_TE.masked_fill(mask_TE, -torch.inf).amax(1, keepdim=True)
-        middle_T1 = torch.nan_to_num((lowest_T1 + highest_T1) / 2, 0.0, 0.0, 0.0)
-    soft_TE = torch.sigmoid(scores_TE - middle_T1)
-    return mask_TE.to(soft_TE.dtype) + soft_TE - soft_TE.detach()
-
-
 def _measure(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> str:
     """The faster backend for this very input: best of three, taken in turn."""
     best = dict.fromkeys(BACKENDS, float("inf"))
@@ -196,19 +170,6 @@ def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:
     """The SparseMlps of a model by layer index; empty for a dense model."""
     found = [module for module in model.modules() if isinstance(module, SparseMlp)]
     return dict(enumerate(found))
-
-
-@contextmanager
-def all_experts(model: nn.Module) -> Iterator[None]:
-    """Every expert of every layer runs: the dense function."""
-    modules = sparse_mlps(model).values()
-    for module in modules:
-        module.all_on = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.all_on = False
 
 
 def use_backend(model: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Fit one layer's router, selection and compensation on captured MLP inputs.
+"""Fit one layer's router, selection and compensation on what was captured of it.
 
 A router is fitted to predict a target (`moefy.routing.targets`), by default the norm of what every
 expert would add, under a loss (`moefy.routing.losses`). How good it is, is always measured the same
@@ -28,17 +28,29 @@ _PATIENCE = 4
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sample of one layer: what its MLP sees, and what its router reads."""
+    """A sample of one layer: what its MLP sees, and what its router reads.
+
+    Of an attention block `mlp_TD` is the input, and what its heads put out was captured too.
+    """
 
     mlp_TD: Tensor
     router_TD: Tensor
     """The same tensor, or for a router that looks ahead the input of the MLP before."""
+    hidden_TN: Tensor | None = None
+    """Activations, where they were captured; else the MLP gives them."""
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Both in fp32, a few thousand tokens at a time."""
         pairs = zip(self.mlp_TD.split(_CHUNK), self.router_TD.split(_CHUNK), strict=True)
         for mlp_TD, router_TD in pairs:
             yield mlp_TD.float(), router_TD.float()
+
+    def activations(self, mlp: DenseMlp) -> Iterator[Tensor]:
+        """Activations `[T, N]` of the neurons in fp32, for the tokens of each of `chunks`."""
+        if self.hidden_TN is not None:
+            yield from (h_TN.float() for h_TN in self.hidden_TN.split(_CHUNK))
+        else:
+            yield from (mlp.hidden(x_TD) for x_TD, _ in self.chunks())
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class RouterFit:
 def predicted(target: Target, mlp: DenseMlp, tokens: Tokens, experts: int) -> Tensor:
     """The target `[T, E]` in fp32; `mlp` has the routed neurons in order."""
     mlp = mlp.to(torch.float32)
-    return torch.cat([target(mlp.hidden(x), mlp, experts) for x, _ in tokens.chunks()])
+    return torch.cat([target(h_TN, mlp, experts) for h_TN in tokens.activations(mlp)])
 
 
 @torch.no_grad()
@@ -172,7 +184,7 @@ def fit_compensation(
         """Can be walked through more than once."""
 
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for x_TD, read_TD in tokens.chunks():
-                yield x_TD, mlp.hidden(x_TD), selection(router(read_TD, mlp))
+            for (x_TD, read_TD), h_TN in zip(tokens.chunks(), tokens.activations(mlp), strict=True):
+                yield x_TD, h_TN, selection(router(read_TD, mlp))
 
     compensation.fit(Chunks(), mlp)

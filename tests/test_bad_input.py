@@ -236,7 +236,7 @@ def test_tampered_artefacts(converted):
     (converted / "moefy.safetensors").write_bytes(side)
 
     for change, word in (
-        ({"format": 2}, "upgrade moefy"),
+        ({"format": 99}, "upgrade moefy"),
         ({"surprise": 1}, "'surprise' is unknown"),
     ):
         meta.write_text(json.dumps({**json.loads(good), **change}))

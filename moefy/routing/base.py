@@ -40,6 +40,8 @@ class Router(nn.Module):
     """Whether there is something to fit after `initialise`."""
     deployable: ClassVar[bool] = True
     """False for routers that need the very work they are meant to save."""
+    reads_input_alone: ClassVar[bool] = False
+    """True where nothing is taken from gate and up rows, so that it can score attention heads."""
     computes_gate: ClassVar[bool] = False
     """True where the scores are made of every neuron's gate, which is then not computed again."""
 

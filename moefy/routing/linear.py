@@ -13,6 +13,8 @@ from moefy.routing.base import Router
 class LinearRouter(Router):
     """Scores `W x`. It starts as the mean input row of each expert's neurons."""
 
+    reads_input_alone = True
+
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, width))

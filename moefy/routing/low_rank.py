@@ -15,6 +15,8 @@ from moefy.routing.base import Router
 class LowRankRouter(Router):
     """Scores `V W x` with `router.hidden` rows in `W`, no biases."""
 
+    reads_input_alone = True
+
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
         self.down = nn.Linear(width, hidden, bias=False)

@@ -15,6 +15,8 @@ from moefy.routing.base import Router
 class MlpRouter(Router):
     """Scores `V relu(W x + a) + b`."""
 
+    reads_input_alone = True
+
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, hidden)

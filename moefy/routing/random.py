@@ -14,6 +14,7 @@ class RandomRouter(Router):
     """Scores `R x`, standardised per expert so that every expert runs about as often."""
 
     trainable = False
+    reads_input_alone = True
     weight: Tensor
     mean_E: Tensor
 

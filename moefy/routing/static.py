@@ -15,6 +15,7 @@ class StaticRouter(Router):
     """Scores the root mean square contribution of each expert over a sample."""
 
     trainable = False
+    reads_input_alone = True
     score_E: Tensor
 
     def __init__(self, width: int, experts: int, hidden: int) -> None:

@@ -1,0 +1,70 @@
+"""Fit the routing of one attention block: router, selection, compensation over its heads.
+
+What is fitted, and how, is as for an MLP (`moefy.training`): what the heads put out takes the place
+of the neurons' activations, the output projection that of the down projection.
+
+Shapes: T tokens, D width, E experts (heads or groups of them), N = width of all heads.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moefy.activations import Captured
+from moefy.artefact import HeadEntry
+from moefy.heads import HeadSite
+from moefy.mlp import HeadOutputs
+from moefy.modeling import build_compensation, build_router
+from moefy.plan import Plan
+from moefy.recipe import Recipe
+from moefy.routing import SELECTIONS, choose
+from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
+
+
+@dataclass(frozen=True)
+class FittedHeads:
+    """What the side files hold of one attention block, and how its router came out."""
+
+    entry: HeadEntry
+    tensors: dict[str, Tensor]
+    fit: RouterFit
+
+
+def fit_heads(
+    heads: HeadOutputs, todo: Plan, site: HeadSite, recipe: Recipe, samples: dict[str, Captured]
+) -> FittedHeads:
+    """Fit the routing of one block; `heads` has the output projection in fp32.
+
+    The same seed gives the same bytes.
+    """
+    entry, k, wanted = todo.heads[site.index], todo.head_k[site.index], recipe.attention
+    torch.manual_seed(recipe.seed + site.index)
+    seen = {name: _tokens(sample, todo, site) for name, sample in samples.items()}
+
+    router, compensation = build_router(entry), build_compensation(entry)
+    first = seen["partition"]
+    assert first.hidden_TN is not None
+    known = HeadOutputs.of(heads.down_ND, first.hidden_TN.float())
+    router.initialise(known, first.mlp_TD.float(), known)
+    fit = fit_router(
+        router, heads, seen["router"], seen["held-out"], experts=entry.experts, k=k,
+        recipe=replace(recipe.router, target="contribution", loss=wanted.loss), seed=recipe.seed,
+    )  # fmt: skip
+    kind = choose(SELECTIONS, "attention.selection", wanted.selection)
+    selection = fit_selection(kind, router, heads, seen["held-out"], k)
+    fit_compensation(compensation, router, selection, heads, seen["router"])
+    entry = replace(entry, selection={"name": wanted.selection, **selection.settings()})
+    tensors = {
+        f"{part}.{name}": value.detach().contiguous()
+        for part, module in (("router", router), ("compensation", compensation))
+        for name, value in module.state_dict().items()
+    }
+    return FittedHeads(entry, tensors, fit)
+
+
+def _tokens(sample: Captured, todo: Plan, site: HeadSite) -> Tokens:
+    """What a block reads of a sample, and what its heads put out."""
+    reads, heads = site.places(len(todo.sites))
+    x_TD = sample.inputs(reads)
+    return Tokens(x_TD, x_TD, sample.inputs(heads))

@@ -1,0 +1,87 @@
+"""SparseHeads, the module that takes the place of the output projection of an attention block.
+
+Its experts are the heads, or the groups of heads that share keys and values: what is off is left out
+of the projection. A token's own heads alone are masked, after attention: keys and values of every
+head are computed and cached, so that later tokens attend to this one whatever it ran.
+
+Shapes: B documents, T tokens, D width, H heads, E experts (heads or groups), N = H * (width of a
+head), F = N / E.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from moefy.errors import MoefyError
+from moefy.mlp import HeadOutputs
+from moefy.routed import Routed
+from moefy.routing.base import Compensation, Router, Selection
+
+
+class SparseHeads(Routed):
+    """An output projection whose input is masked by head; parameters keep name and layout."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        transposed: bool,
+        experts: int,
+        router: Router,
+        selection: Selection,
+        compensation: Compensation,
+    ) -> None:
+        super().__init__(router, selection, compensation)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.transposed, self.experts = transposed, experts
+        self._read: Tensor | None = None
+
+    @property
+    def summed(self) -> HeadOutputs:
+        """The heads as neurons, as views of the parameters."""
+        return HeadOutputs.of(self.weight if self.transposed else self.weight.T)
+
+    def read_from(self, block: nn.Module) -> None:
+        """Route by the hidden states that the attention module `block` is given in each pass."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read = args[0] if args else kwargs["hidden_states"]
+
+        block.register_forward_pre_hook(before, with_kwargs=True)
+
+    def mask(self, x_TD: Tensor) -> Tensor:
+        """Which experts run `[T, E]`: bool, or in training a number that carries a gradient."""
+        if self.all_on:
+            shape = (len(x_TD), self.experts)
+            return torch.ones(shape, dtype=torch.bool, device=x_TD.device)
+        return self.select(self.router(x_TD, self.summed))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Project what the heads put out, `[..., N]`, without those that are off: `[..., D]`."""
+        if self._read is None:
+            raise MoefyError(
+                "the output projection was called without its attention module, whose input "
+                "decides which heads run"
+            )
+        x_TD = self._read.reshape(-1, self._read.shape[-1]).to(heads.device)
+        self._read = None
+        mask_TE = self.mask(x_TD)
+        if self.observer is not None:
+            self.observer(x_TD, mask_TE)
+        heads_TEF = heads.reshape(*mask_TE.shape, -1) * mask_TE[..., None].to(heads.dtype)
+        weight = self.weight.T if self.transposed else self.weight
+        y = linear(heads_TEF.view(heads.shape), weight, self.bias)
+        extra_TD = self.compensation(x_TD, mask_TE)
+        return y if extra_TD is None else y + extra_TD.to(y.dtype).view(y.shape)
+
+
+def sparse_heads(model: nn.Module) -> dict[int, SparseHeads]:
+    """The SparseHeads of a model by index of the attention block; empty where heads all run."""
+    return dict(enumerate(m for m in model.modules() if isinstance(m, SparseHeads)))
