@@ -156,7 +156,7 @@ def bench_layer(
         shared=0,
         router=_random_router(router, width, experts, seed).to(device),
         selection=SELECTIONS["topk"](k=k),  # type: ignore[call-arg]
-        compensation=COMPENSATIONS["none"](width, experts),
+        compensation=COMPENSATIONS["none"](width, experts, 0),
     )
 
     def dense() -> Tensor:

@@ -23,7 +23,7 @@ model = moefy.load("path/to/this/folder")
 
 On {documents} documents ({tokens} tokens) of the corpus `{corpus}` on which nothing was fitted,
 against {dense}. FFN density {measured:.3f}, active budget {budget:.3f} (MLP weights read per token,
-router and compensation included, over the dense MLPs'), active parameters {parameters:.3f}.
+router and compensation included, over the dense MLPs'), active parameters {parameters:.3f}.{heads}
 
 {table}
 
@@ -56,6 +56,16 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         measured=quality["ffn_density"],
         budget=quality["active_budget"],
         parameters=quality["active_parameters"],
+        heads=_heads(quality),
         table=domain_table(quality),
         error=records["conversion"]["all_experts_relative_error"],
+    )
+
+
+def _heads(quality: dict[str, Any]) -> str:
+    if "head_density" not in quality:
+        return ""
+    return (
+        f"\nHead density {quality['head_density']:.3f}, attention budget "
+        f"{quality['attention_budget']:.3f} (docs/attention.md)."
     )

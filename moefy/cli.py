@@ -165,7 +165,9 @@ def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool) -> Shown:
     from moefy.plan import describe, plan
 
     found = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
-    data = {key: value for key, value in asdict(found).items() if key != "sites"}
+    data = {
+        key: value for key, value in asdict(found).items() if key not in ("sites", "head_sites")
+    }
     return Shown(data, [describe(found, recipe)])
 
 
@@ -197,6 +199,11 @@ def eval_(
         f"FFN density {record['ffn_density']:.3f}, active budget {record['active_budget']:.3f}, "
         f"active parameters {record['active_parameters']:.3f}"
     )
+    if "head_density" in record:
+        summary += (
+            f", head density {record['head_density']:.3f}, attention budget "
+            f"{record['attention_budget']:.3f}"
+        )
     view = [terminal(*domain_rows(record)), summary]
     if "positions" in record:
         view.append(terminal(*sceptic_rows(record), title="the sceptic's box"))

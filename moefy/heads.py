@@ -59,6 +59,11 @@ class HeadSite:
         return self.block
 
     @property
+    def module(self) -> str:
+        """Full path of the module that is looked at: the attention module."""
+        return self.block
+
+    @property
     def neurons(self) -> int:
         """N, the width of all heads together."""
         return self.heads * self.head_dim

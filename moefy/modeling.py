@@ -40,8 +40,8 @@ from moefy.sparse_heads import SparseHeads, sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
-def install(model: PreTrainedModel, site: Site, sparse: SparseMlp) -> None:
-    """Put a SparseMlp where `site` is; a splice leaves identities for what it swallowed."""
+def replace_module(model: PreTrainedModel, site: Site, sparse: nn.Module) -> None:
+    """Put another MLP where `site` is; a splice leaves identities for what it swallowed."""
     _replace(model, site.module, sparse)
     if site.act is not None:
         _replace(model, site.act, nn.Identity())
@@ -134,7 +134,7 @@ def moefied(model: PreTrainedModel, artefact: Artefact, *, permute: bool) -> Non
     """
     found = sites(model)
     for site, entry in zip(found, artefact.layers, strict=True):
-        install(model, site, _sparse(model, site, entry, artefact, permute))
+        replace_module(model, site, _sparse(model, site, entry, artefact, permute))
     blocks = head_sites(model) if artefact.heads else []
     if [(s.block, s.heads, s.head_dim) for s in blocks] != [
         (entry.block, entry.heads, entry.head_dim) for entry in artefact.heads

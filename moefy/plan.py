@@ -48,6 +48,11 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
 
     Raises `UnsupportedModel` or `RecipeError` where the model and the recipe do not go together.
     """
+    if recipe.baseline is not None:
+        raise RecipeError(
+            f"recipe with baseline '{recipe.baseline}': it serves evaluation only "
+            f"(moefy eval MODEL --recipe {recipe.baseline}); choose another to convert with"
+        )
     find_method(recipe.partition.method)
     if recipe.partition.shared_by not in SHARED_BY:
         raise RecipeError(

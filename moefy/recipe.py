@@ -166,6 +166,8 @@ class Recipe:
     attention: AttentionRecipe = field(default_factory=AttentionRecipe)
     budget: BudgetRecipe = field(default_factory=BudgetRecipe)
     distil: DistilRecipe = field(default_factory=DistilRecipe)
+    baseline: str | None = None
+    """`teal` or `wina` instead of all of the above: input sparsity, for evaluation only."""
     seed: int = 0
     context: int = 512
     """Tokens a document is cut to when the model is run on it."""

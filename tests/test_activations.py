@@ -4,12 +4,11 @@ from tiny_conversion import corpus_for
 from tiny_models import build
 
 from moefy.activations import Captured, capture
-from moefy.locate import side_of
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import load_corpus
 from moefy.inputs import read_batches
-from moefy.locate import sites
+from moefy.locate import side_of, sites
 from moefy.modeling import load_dense
 
 KINDS = {

@@ -29,7 +29,7 @@ LAYERS = (
     {"training", "evaluate", "interpret", "benchmark", "card"},
     {"distil", "fitting", "head_fitting"},
     {"tuning"},
-    {"convert", "export", "report", "measure"},
+    {"convert", "comparison", "export", "report", "measure"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

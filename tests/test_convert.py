@@ -20,8 +20,8 @@ from moefy.errors import MoefyError
 from moefy.evaluate import outputs
 from moefy.locate import meta_model, read_mlp, sites
 from moefy.modeling import load_dense
-from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
 from moefy.reorder import revert
+from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
 
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
 

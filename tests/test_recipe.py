@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +72,11 @@ def test_files_are_strict(tmp_path):
         recipe.load(tmp_path / "absent.yaml")
     with pytest.raises(RecipeError, match="did you mean 'default'"):
         recipe.load("defalt")
+
+
+def test_the_package_names_functions_also_after_their_modules_were_imported():
+    probe = (
+        "import moefy; first = moefy.convert; second = moefy.convert; "
+        "import moefy.convert; assert first is second is moefy.convert and callable(first)"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True)

@@ -78,7 +78,9 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
         router = ROUTERS[name](D, E, 64)
         router.initialise(mlp, x, mlp)
         settings = RouterRecipe(**{**vars(recipe), "epochs": epochs})
-        return router, fit_router(router, mlp, Tokens(x, x), Tokens(held, held), experts=E, k=3, recipe=settings, seed=0)
+        return router, fit_router(
+            router, mlp, Tokens(x, x), Tokens(held, held), experts=E, k=3, recipe=settings, seed=0
+        )
 
     router, fit = fitted()
     again, same = fitted()
@@ -100,7 +102,16 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
 def test_oracle_captures_everything_and_cannot_be_deployed():
     mlp, held = make_mlp(), torch.randn(200, D)
     router = ROUTERS["oracle"](D, E, 0)
-    fit = fit_router(router, mlp, Tokens(held, held), Tokens(held, held), experts=E, k=3, recipe=RouterRecipe(), seed=0)
+    fit = fit_router(
+        router,
+        mlp,
+        Tokens(held, held),
+        Tokens(held, held),
+        experts=E,
+        k=3,
+        recipe=RouterRecipe(),
+        seed=0,
+    )
     assert fit.captured == pytest.approx(1.0)
     assert not ROUTERS["oracle"].deployable
 

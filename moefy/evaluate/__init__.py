@@ -42,6 +42,7 @@ from moefy.evaluate.groups import (
     groups,
     sums_of,
 )
+from moefy.evaluate.head_load import HeadLoad
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
 from moefy.evaluate.router_quality import RouterQuality
@@ -91,10 +92,11 @@ def evaluate(
     documents: list[DocumentSums] = []
     kl: list[Tensor] = []
     load, quality = FfnLoad(model), RouterQuality(model, batches, seed=seed)
+    heads = HeadLoad(model)
     for batch in report.track(batches, "evaluate"):
         with _dense(model, against), _sinks(model, against, batch) as sinks:
             dense = _result(against if against is not None else model, batch)
-        with observing(model, batch, load, quality):
+        with observing(model, batch, load, quality, heads=heads):
             sparse = _result(model, batch)
         documents += _compare(batch, dense.float(), sparse.float(), sinks, bigram, kl)
     record: dict[str, Any] = {
@@ -108,6 +110,7 @@ def evaluate(
         "ffn_density": load.density(),
         "active_budget": load.active_budget(),
         "active_parameters": load.active_parameters(),
+        **heads.record(),
         "total": _summary(documents, seed),
         "domains": {},
         **_sceptical(documents, seed),

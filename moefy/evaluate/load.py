@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 
 from moefy.evaluate.observing import Heard
 from moefy.locate import Site
+from moefy.sparse_heads import sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
-class FfnLoad:
+class Load:
     """Counts the experts that run on real tokens, by layer and domain."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.modules = sparse_mlps(model)
-        self.found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+    def __init__(self, experts: list[int]) -> None:
+        self.experts = experts
+        """All experts of each layer."""
         self.active: dict[tuple[int, str], float] = defaultdict(float)
         self.tokens: dict[tuple[int, str], float] = defaultdict(float)
 
@@ -34,13 +34,32 @@ class FfnLoad:
             self.tokens[heard.layer, sample.document.domain] += tokens
 
     def per_layer(self, domain: str | None = None) -> list[float]:
-        """FFN density of every layer, over all tokens or those of one domain."""
+        """Share of the experts of every layer that ran, over all tokens or those of one domain."""
         densities = []
-        for index, module in self.modules.items():
+        for index, experts in enumerate(self.experts):
             cells = [cell for cell in self.tokens if cell[0] == index and domain in (None, cell[1])]
             tokens = sum(self.tokens[cell] for cell in cells)
-            densities.append(sum(self.active[cell] for cell in cells) / (tokens * module.experts))
+            densities.append(sum(self.active[cell] for cell in cells) / (tokens * experts))
         return densities
+
+    def by_layer(self, layers: list[str]) -> dict[str, Any]:
+        """Density by layer, over all tokens and by domain."""
+        domains = sorted({domain for _, domain in self.tokens})
+        return {
+            "layers": layers,
+            "all": self.per_layer(),
+            "domains": {domain: self.per_layer(domain) for domain in domains},
+        }
+
+
+class FfnLoad(Load):
+    """What MLPs run."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = sparse_mlps(model)
+        self.found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+        super().__init__([module.experts for module in self.modules.values()])
 
     def density(self) -> float:
         """FFN density of the model: neurons that ran over all neurons."""
@@ -50,12 +69,7 @@ class FfnLoad:
 
     def table(self) -> dict[str, Any]:
         """FFN density by layer, over all tokens and by domain."""
-        domains = sorted({domain for _, domain in self.tokens})
-        return {
-            "layers": [site.layer for site in self.found],
-            "all": self.per_layer(),
-            "domains": {domain: self.per_layer(domain) for domain in domains},
-        }
+        return self.by_layer([site.layer for site in self.found])
 
     def active_budget(self) -> float:
         """MLP weights read per token, router and compensation included, over the dense MLPs'."""
@@ -66,7 +80,7 @@ class FfnLoad:
         """Parameters that a token uses over those of the dense model."""
         added = sum(
             p.numel()
-            for module in self.modules.values()
+            for module in (*self.modules.values(), *sparse_heads(self.model).values())
             for part in (module.router, module.compensation)
             for p in part.parameters()
         )

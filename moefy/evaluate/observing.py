@@ -1,4 +1,4 @@
-"""Listen to the experts that run: every SparseMlp's input and mask, padding left out.
+"""Listen to the experts that run: input and mask of MLPs and attention, padding left out.
 
 Shapes: B documents, T tokens of one batch without padding, D width, S shared and E routed experts.
 """
@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data import Batch
+from moefy.heads import HeadSite
 from moefy.locate import Site, side_of
-from moefy.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.sparse_heads import sparse_heads
+from moefy.sparse_mlp import sparse_mlps
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,23 @@ class Listener(Protocol):
 
 
 @contextmanager
-def observing(model: PreTrainedModel, batch: Batch, *listeners: Listener) -> Iterator[None]:
-    """Let the listeners hear every layer while this batch is run."""
-    modules: dict[int, SparseMlp] = sparse_mlps(model)
+def observing(
+    model: PreTrainedModel, batch: Batch, *listeners: Listener, heads: Listener | None = None
+) -> Iterator[None]:
+    """Let the listeners hear every MLP while this batch is run, and `heads` every attention block."""
+    mlps, blocks = sparse_mlps(model), sparse_heads(model)
     found: list[Site] = model.moefy_sites  # type: ignore[assignment]
-    for (index, module), site in zip(modules.items(), found, strict=True):
+    for (index, module), site in zip(mlps.items(), found, strict=True):
         module.observer = _observer(index, side_of(site), batch, listeners)
+    if heads is not None:
+        sites: list[HeadSite] = getattr(model, "moefy_heads", [])
+        for (index, block), head_site in zip(blocks.items(), sites, strict=True):
+            block.observer = _observer(index, side_of(head_site), batch, (heads,))
     try:
         yield
     finally:
-        for module in modules.values():
-            module.observer = None
+        for routed in (*mlps.values(), *blocks.values()):
+            routed.observer = None
 
 
 def _observer(

@@ -131,6 +131,12 @@ def check(target: Target, artefact: Artefact, found: list[Site], config: PreTrai
     Raises `RecipeError` for a routing it has no words for and `UnsupportedModel` for a model.
     """
     _check_model(target, found, config)
+    if artefact.heads:
+        raise RecipeError(
+            f"attention heads are routed (attention.density={artefact.recipe['attention']['density']}"
+            f"); {target.model_type} runs them all: convert with attention.density=null, or export "
+            "--to dense"
+        )
     for index, entry in enumerate(artefact.layers):
         _check_routing(target, index, entry)
     first = artefact.layers[0]

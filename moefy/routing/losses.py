@@ -10,6 +10,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from moefy.routing.topk import top_mask
 
+ALWAYS_ACTIVE = 0.9
+
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 """`(scores_BE, target_BE, k) -> loss`, the target as `moefy.routing.targets` has it."""
 
@@ -36,9 +38,13 @@ def norm_mse(scores_BE: Tensor, target_BE: Tensor, k: int) -> Tensor:
 def any_active(scores_BE: Tensor, target_BE: Tensor, k: int) -> Tensor:
     """Cross-entropy on whether the expert is active at all (Deja Vu).
 
-    Weighed as in its code: 1 for active, the share of active ones plus 0.005 for the others.
+    Weighed as in its code: 1 for active, the share of active ones plus 0.005 for the others. Where
+    activations are hardly ever zero (SiLU, GELU), the token's `k` largest count as active.
     """
-    active_BE = (target_BE > 0).to(scores_BE.dtype)
+    active_BE = target_BE > 0
+    if active_BE.float().mean() > ALWAYS_ACTIVE:
+        active_BE = top_mask(target_BE, k)
+    active_BE = active_BE.to(scores_BE.dtype)
     share = active_BE.mean() + 0.005
     return binary_cross_entropy_with_logits(
         scores_BE, active_BE, weight=active_BE * (1 - share) + share

@@ -1,0 +1,280 @@
+"""Many recipes on one model, under equal terms: the same captures, the same evaluation documents.
+
+    bench = Comparison("path/to/model", folder="work")
+    row = bench.run(recipe)          # KL, cross-entropy increase, active budget, seconds
+
+The model is moefied in memory. Captures are made once per sample size, partitions once per method
+and expert size, and kept in `folder`. Recipes that name a baseline (TEAL, WINA) run as that.
+
+Shapes: B documents, T tokens, V vocabulary, D width.
+"""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import PreTrainedModel
+
+from moefy import recipe as recipes
+from moefy.activations import Captured, capture, run
+from moefy.artefact import FULL, Artefact
+from moefy.baselines import InputSparseMlp
+from moefy.checkpoint import Checkpoint
+from moefy.console import Reporter
+from moefy.data import IGNORED, Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.distil import compared
+from moefy.evaluate.load import FfnLoad
+from moefy.evaluate.observing import observing
+from moefy.fitting import fit_layer, split_layer
+from moefy.inputs import read_batches
+from moefy.locate import read_mlp, sites
+from moefy.mlp import DenseMlp
+from moefy.modeling import (
+    build_compensation,
+    build_router,
+    load_dense,
+    moefied,
+    placement,
+    replace_module,
+)
+from moefy.partition import Partition
+from moefy.plan import Plan, plan
+from moefy.provenance import versions
+from moefy.recipe import Recipe
+from moefy.sparse_mlp import sparse_mlps
+from moefy.tuning import needs_tuning, tune
+
+HELD_OUT_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What the dense model says at the positions of one evaluation batch, in 16 bits."""
+
+    output: Tensor
+    nats: Tensor | None
+
+
+class Comparison:
+    """One model and one seed; `seed` draws the shards and everything that a recipe draws."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        folder: str | Path,
+        *,
+        corpus: Any = None,
+        seed: int = 0,
+        documents: int = 44,
+        report: Reporter | None = None,
+    ) -> None:
+        self.checkpoint = Checkpoint.open(model)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seed, self.report = seed, report or Reporter(quiet=True)
+        text = load_corpus(corpus)
+        self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
+        self.shards = split_shards(text, seed)
+        self.documents = documents
+        self._dense_outputs: list[_Dense] = []
+        self._evaluation: list[Batch] = []
+
+    def run(self, recipe: Recipe) -> dict[str, Any]:
+        """Convert in memory, evaluate; a JSON record. Raises what `plan` raises."""
+        recipe = replace(recipe, seed=self.seed)
+        began = time.perf_counter()
+        if recipe.baseline is None:
+            model, fitted = self._moefied(recipe)
+        else:
+            model, fitted = self._baseline(recipe), {}
+        seconds = time.perf_counter() - began
+        return {
+            "seed": self.seed,
+            "recipe": recipes.to_dict(recipe),
+            **self.quality(model),
+            **fitted,
+            "seconds": round(seconds, 2),
+        }
+
+    def neurons(self) -> int:
+        """Neurons of the first MLP."""
+        return plan(self.checkpoint, Recipe(), self.corpus["name"]).sites[0].neurons
+
+    def density_at(self, recipe: Recipe, budget: float) -> float | None:
+        """The FFN density at which a recipe reads `budget` of the MLPs' weights; None below its least.
+
+        What runs is whole experts, so the budget that is reached may be a little smaller.
+        """
+        if recipe.baseline is not None:
+            return budget
+        todo = plan(self.checkpoint, replace(recipe, density=1.0), self.corpus["name"])
+        site, entry = todo.sites[0], todo.layers[0]
+        mlp = DenseMlp(
+            up_ND=torch.empty(site.neurons, site.width, device="meta"),
+            down_ND=torch.empty(site.neurons, site.width, device="meta"),
+            gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
+            activation=site.activation,
+        )
+        router, compensation = build_router(entry), build_compensation(entry)
+        neuron = 1 - router.computes_gate / mlp.matrices
+        if recipe.selection.name == "prompt_static":
+            # The prompt, half of every document, runs densely.
+            density = 2 * budget - 1
+        else:
+            density = budget
+            for _ in range(50):
+                routed = max(0.0, density * entry.experts - entry.shared)
+                extra = router.weights_read(mlp) + compensation.weights_read(routed)
+                density = (budget - extra / (mlp.matrices * site.neurons * site.width)) / neuron
+        active = math.floor(density * entry.experts + 0.15)
+        return None if active <= entry.shared else active / entry.experts
+
+    @torch.no_grad()
+    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
+        """KL and cross-entropy increase (or cosine) and what was read, on the evaluation shard."""
+        modules = sparse_mlps(model)
+        load = FfnLoad(model) if modules else None
+        sums = dict.fromkeys(("kl", "ce_increase", "cosine", "agreement"), 0.0)
+        tokens = 0
+        dense = self._dense(model)
+        for batch, want in zip(self._evaluation, dense, strict=True):
+            if load is None:
+                got = compared(run(model, batch), batch).float()
+            else:
+                with observing(model, batch, load):
+                    got = compared(run(model, batch), batch).float()
+            output = want.output.float()
+            tokens += len(got)
+            if want.nats is None:
+                sums["cosine"] += float(cosine_similarity(output, got, dim=-1).sum())
+                continue
+            p, q = output.log_softmax(-1), got.log_softmax(-1)
+            sums["kl"] += float((p.exp() * (p - q)).sum())
+            sums["agreement"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+            sums["ce_increase"] += float((_nats(got, batch) - want.nats).sum())
+        found: dict[str, Any] = {name: total / tokens for name, total in sums.items() if total}
+        if load is not None:
+            found["ffn_density"] = load.density()
+            found["active_budget"] = load.active_budget()
+            found["density_by_layer"] = load.per_layer()
+        else:
+            baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
+            found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
+        return {"tokens": tokens, **found}
+
+    def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
+        todo = plan(self.checkpoint, recipe, self.corpus["name"])
+        samples = self._samples(recipe, todo)
+        model = self._load()
+        layers, fits = [], []
+        tensors: dict[str, Tensor] = {}
+        for site in todo.sites:
+            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
+            split = self._partition(mlp, todo, site.index, recipe, samples)
+            fitted = fit_layer(mlp, todo, site, recipe, samples, split)
+            layers.append(fitted.entry)
+            fits.append(fitted.fit.record())
+            tensors |= {f"layers.{site.index}.{n}": v for n, v in fitted.tensors.items()}
+        artefact = Artefact(
+            form=FULL, source={}, recipe=recipes.to_dict(recipe), corpus=self.corpus,
+            layers=layers, tensors=tensors, versions=versions(),
+        )  # fmt: skip
+        moefied(model, artefact, permute=True)
+        record: dict[str, Any] = {"routers": fits}
+        if needs_tuning(recipe):
+            training, held = self._texts("router", todo.kind), self._texts("held-out", todo.kind)
+            record["tuning"] = tune(model, todo, recipe, samples, training, held, self.report)
+        return model, record
+
+    def _baseline(self, recipe: Recipe) -> PreTrainedModel:
+        assert recipe.baseline is not None
+        todo = plan(self.checkpoint, replace(recipe, baseline=None), self.corpus["name"])
+        samples = self._samples(recipe, todo)
+        model = self._load()
+        for site in todo.sites:
+            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
+            module = InputSparseMlp(mlp.contiguous(), recipe.baseline)
+            module.calibrate(samples["partition"].inputs(site).float(), recipe.density)
+            replace_module(model, site, module)
+        return model
+
+    def _load(self) -> PreTrainedModel:
+        model = load_dense(self.checkpoint, **placement())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    def _dense(self, model: PreTrainedModel) -> list[_Dense]:
+        if not self._dense_outputs:
+            stock = self._load()
+            kind = sites(stock)[0].family.kind
+            text = self.shards["evaluation"].take(self.documents)
+            self._evaluation = read_batches(self.checkpoint, kind, text, 512)
+            for batch in self._evaluation:
+                output = compared(run(stock, batch), batch)
+                nats = None if batch.targets_BT is None else _nats(output.float(), batch)
+                self._dense_outputs.append(_Dense(output.half(), nats))
+        return self._dense_outputs
+
+    def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
+        train, held = hold_out(self.shards["router"], HELD_OUT_SHARE, self.seed)
+        text: dict[str, Corpus] = {
+            "partition": self.shards["partition"], "router": train, "held-out": held
+        }  # fmt: skip
+        return read_batches(self.checkpoint, kind, text[name], 512, limit)
+
+    def _samples(self, recipe: Recipe, todo: Plan) -> dict[str, Captured]:
+        limits = {
+            "partition": recipe.partition.tokens,
+            "router": recipe.router.tokens,
+            "held-out": max(1, round(recipe.router.tokens * HELD_OUT_SHARE)),
+        }
+        found = {}
+        for name, limit in limits.items():
+            folder = self.folder / f"seed{self.seed}-{limit}"
+            folder.mkdir(exist_ok=True)
+            found[name] = Captured(folder, name)
+            if not found[name].complete:
+                model = self._load()
+                batches = self._texts(name, todo.kind, limit)
+                capture(
+                    model, sites(model), batches, found[name], limit=limit, seed=self.seed,
+                    report=self.report,
+                )  # fmt: skip
+        return found
+
+    def _partition(
+        self,
+        mlp: DenseMlp,
+        todo: Plan,
+        index: int,
+        recipe: Recipe,
+        samples: dict[str, Captured],
+    ) -> Partition:
+        """The partition of one layer, kept for every recipe that asks for the same one."""
+        wanted = {**asdict(recipe.partition), "experts": todo.layers[index].experts}
+        if recipe.partition.shared is None:
+            wanted["active"] = todo.k[index]
+        digest = hashlib.sha256(json.dumps([wanted, self.seed, index]).encode()).hexdigest()[:16]
+        file = self.folder / f"partition-{digest}.json"
+        if file.exists():
+            kept = json.loads(file.read_text())
+            return Partition(torch.tensor(kept["owner"]), kept["experts"], kept["shared"])
+        split = split_layer(mlp, todo, todo.sites[index], recipe, samples)
+        kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
+        file.write_text(json.dumps(kept))
+        return split
+
+
+def _nats(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of every predicted token."""
+    assert batch.targets_BT is not None
+    targets = batch.targets_BT[batch.targets_BT != IGNORED]
+    return cross_entropy(logits, targets, reduction="none")
