@@ -4,12 +4,14 @@ Shapes: B documents, T tokens, S shared and E routed experts.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from moefy.evaluate.observing import Heard
 from moefy.locate import Site
+from moefy.routed import Routed
 from moefy.sparse_heads import sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
@@ -77,16 +79,16 @@ class FfnLoad(Load):
         return read / sum(_matrices(m) for m in self.modules.values())
 
     def active_parameters(self) -> float:
-        """Parameters that a token uses over those of the dense model."""
-        added = sum(
-            p.numel()
-            for module in (*self.modules.values(), *sparse_heads(self.model).values())
-            for part in (module.router, module.compensation)
-            for p in part.parameters()
-        )
+        """Parameters that a token uses over those of the dense model.
+
+        Attention counts as used in full, and so does what routes its heads: they are masked, and
+        all are computed (docs/attention.md).
+        """
+        heads = _parameters(sparse_heads(self.model).values())
+        added = _parameters(self.modules.values()) + heads
         dense = sum(p.numel() for p in self.model.parameters()) - added
         off = sum(_matrices(m) for m in self.modules.values()) - self._run()
-        return (dense - off + self._extra()) / dense
+        return (dense - off + self._extra() + heads) / dense
 
     def _run(self) -> float:
         """Weights of the neurons that ran, per token; gates that the router computed not among them."""
@@ -106,6 +108,12 @@ class FfnLoad(Load):
             + module.compensation.weights_read(density * module.experts - module.shared)
             for module, density in pairs
         )
+
+
+def _parameters(modules: Iterable[Routed]) -> int:
+    """Parameters of routers and compensations."""
+    parts = (part for module in modules for part in (module.router, module.compensation))
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def _matrices(module: SparseMlp) -> int:
