@@ -16,18 +16,24 @@ class ExpertMeans(Compensation):
     def __init__(self, width: int, experts: int, rank: int) -> None:
         super().__init__()
         self.mean_ED = frozen(experts, width)
+        self._summed: tuple[object, Tensor] | None = None
 
     def set_activations(self, mean_EF: Tensor, mlp: DenseMlp) -> None:
         """Take the means from mean activations, one row per expert."""
         down_EFD = mlp.down_ND.view(*mean_EF.shape, mlp.width)
-        self.mean_ED.data.copy_(torch.einsum("ef,efd->ed", mean_EF, down_EFD))
+        with torch.no_grad():
+            self.mean_ED.copy_(torch.einsum("ef,efd->ed", mean_EF, down_EFD))
 
     def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
         """The compensation `[T, D]`."""
-        if len(mask_TE) == 1 and not mask_TE.is_floating_point() and mask_TE.device.type == "cpu":
+        training = torch.is_grad_enabled() and self.mean_ED.requires_grad
+        one = len(mask_TE) == 1 and not mask_TE.is_floating_point()
+        if one and not training and mask_TE.device.type == "cpu":
             # One token reads only the rows it needs: this is what `weights_read` counts.
             return self._one_token(mask_TE[0])[None]
-        return off(mask_TE) @ self.mean_ED
+        off_TE = off(mask_TE)
+        wide = torch.promote_types(off_TE.dtype, self.mean_ED.dtype)
+        return off_TE.to(wide) @ self.mean_ED.to(wide)
 
     def _one_token(self, mask_E: Tensor) -> Tensor:
         off_K = (~mask_E).nonzero()[:, 0]
@@ -36,9 +42,13 @@ class ExpertMeans(Compensation):
         return self._total_D() - self.mean_ED[mask_E.nonzero()[:, 0]].sum(0)
 
     def _total_D(self) -> Tensor:
-        version = self.mean_ED._version
-        if getattr(self, "_summed", (None,))[0] != version:
-            self._summed = (version, self.mean_ED.detach().sum(0))
+        """The sum of all means, kept until they change: whoever changes them in place counts up."""
+        mean_ED = self.mean_ED
+        if mean_ED.is_inference():
+            return mean_ED.sum(0)
+        version = (mean_ED._version, mean_ED.data_ptr(), mean_ED.dtype)
+        if self._summed is None or self._summed[0] != version:
+            self._summed = (version, mean_ED.detach().sum(0))
         return self._summed[1]
 
     def weights_read(self, active: float) -> float:

@@ -44,15 +44,21 @@ class Residual(Compensation):
             cross += (input_TI.T @ target_TD).double().cpu()
         if not square[-1, -1]:
             return
-        square.diagonal()[:-1].add_(RIDGE * square.diagonal()[:-1].mean())
-        weight_ID = torch.linalg.solve(square, cross)
+        # The bias is free: partial it out, so that the rank is spent on the input alone.
+        along_D, size = square[-1, :-1], square[-1, -1]
+        left_DD = square[:-1, :-1] - along_D[:, None] * along_D / size
+        wanted_DD = cross[:-1] - along_D[:, None] * cross[-1] / size
+        left_DD.diagonal().add_(RIDGE * square.diagonal()[:-1].mean())
+        weight_DD = torch.linalg.solve(left_DD, wanted_DD)
         # Directions of the output in which the predictions vary most.
-        kept_DR = torch.linalg.eigh(weight_ID[:-1].T @ cross[:-1]).eigenvectors[
-            :, -len(self.down_RD) :
-        ]
-        self.up_RD.data.copy_(kept_DR.T)
-        self.down_RD.data.copy_((weight_ID[:-1] @ kept_DR).T)
-        self.bias_D.data.copy_(weight_ID[-1])
+        ranked_DD = torch.linalg.eigh(weight_DD.T @ wanted_DD).eigenvectors
+        kept_DR = ranked_DD[:, -len(self.down_RD) :]
+        down_DR = weight_DD @ kept_DR
+        bias_D = (cross[-1] - along_D @ down_DR @ kept_DR.T) / size
+        with torch.no_grad():
+            self.up_RD.copy_(kept_DR.T)
+            self.down_RD.copy_(down_DR.T)
+            self.bias_D.copy_(bias_D)
 
     def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
         """The compensation `[T, D]`."""
