@@ -107,7 +107,7 @@ class AttentionRecipe:
     """`head`: every head is an expert. `kv`: the heads that share keys and values are one."""
     router: str = "mlp"
     """A router that reads the input alone: see `moefy ls routers`."""
-    hidden: int = 128
+    hidden: int = 32
     """Hidden width of routers that have one, and the rank of `low_rank`."""
     loss: str = "weighted_topk"
     """As `router.loss`; the target is always the head's contribution."""
