@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moefy.console import Reporter
 from moefy.errors import MoefyError
@@ -82,9 +82,9 @@ def bench_model(
         return call
 
     models = {"dense": dense, "moefied": sparse}
-    prefilled = {
-        id(m): m(input_ids=ids_BT, use_cache=True).past_key_values for m in models.values()
-    }
+    prefilled = {id(m): DynamicCache(config=m.config) for m in models.values()}
+    for model in models.values():
+        model(input_ids=ids_BT, past_key_values=prefilled[id(model)])
     if report is not None:
         report.say("time prefill and decode")
     prefill_runs = {

@@ -36,7 +36,7 @@ from moefy.locate import permute as permuted
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Context, Router, Selection
-from moefy.sparse_heads import SparseHeads, sparse_heads
+from moefy.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 
@@ -157,10 +157,14 @@ def _share_context(model: PreTrainedModel) -> None:
         module.context = context
     if all(module.selection.by_score and not module.look_ahead for module in modules):
         return
-    signature = inspect.signature(model.forward)
+    roots: list[Any] = [model]
+    if model.config.is_encoder_decoder:
+        # Generation runs the encoder by itself; each side has tokens and a cache of its own.
+        roots = [model.get_encoder(), model.get_decoder()]
+    signatures = {id(root): inspect.signature(root.forward) for root in roots}
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
+    def before(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signatures[id(root)].bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         tokens = next(
             (given[n] for n in ("input_ids", "inputs_embeds", "pixel_values") if n in given), None
@@ -174,7 +178,8 @@ def _share_context(model: PreTrainedModel) -> None:
         if mask_BT is not None and mask_BT.ndim == 2 and tokens is not None:
             context.mask_BT = mask_BT[:, -tokens.shape[1] :].bool()
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
+    for root in roots:
+        root.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def weights_of(
@@ -243,7 +248,7 @@ def _install_heads(
         compensation=compensation,
     )
     _replace(model, site.projection, heads)
-    heads.read_from(model.get_submodule(site.block))
+    hand_over(model.get_submodule(site.block), site.projection.removeprefix(f"{site.block}."))
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:

@@ -92,6 +92,8 @@ class SparseMlp(Routed):
             else:
                 scores_TE = self.router(self._read(x_TD), self.routed)
             routed_TE = self.select(scores_TE)
+        elif len(routed_TE) != len(x_TD):
+            routed_TE = routed_TE.repeat_interleave(len(x_TD) // len(routed_TE), 0)
         if self.shared:
             routed_TE = torch.cat([routed_TE.new_ones(len(routed_TE), self.shared), routed_TE], 1)
         return routed_TE, weights

@@ -73,7 +73,10 @@ class Selection:
         raise TypeError(f"{type(self).__name__} does not define __call__")
 
     def remembered(self, context: Context) -> Tensor | None:
-        """The mask `[T, E]` where it needs no scores of these tokens; None where it does."""
+        """The mask where it needs no scores of these tokens; None where it does.
+
+        One row for each sequence of the batch, which holds for all of its tokens.
+        """
         return None
 
     def settings(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shapes: T tokens, E routed experts.
 
 from torch import Tensor
 
+from moefy.errors import RecipeError
 from moefy.routing.base import Context, Selection
 from moefy.routing.bisect import bisect
 from moefy.routing.topk import capped
@@ -19,8 +20,16 @@ class DynamicK(Selection):
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "DynamicK":
-        """The `tau` with which `active` experts a token run on average."""
+        """The `tau` with which `active` experts a token run on average.
+
+        Raises `RecipeError` for scores below zero, whose sizes mean nothing.
+        """
         scores_TE = scores_TE.float()
+        if (scores_TE < 0).any():
+            raise RecipeError(
+                "selection 'dynamic_k' compares sizes of scores that are never negative, and this "
+                "router's are; choose router norm_regression, or selection threshold or top_p"
+            )
         return cls(bisect(lambda tau: cls(tau, most)(scores_TE), active), most)
 
     def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:

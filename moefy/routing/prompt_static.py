@@ -2,8 +2,8 @@
 
 Dong et al. 2024: every token's scores are normalised, the norm over the prompt ranks the experts,
 and the best `k` serve the whole generation. The choice is kept beside the key-value cache it belongs
-to and dies with it. In a pass without a cache (evaluation) the first half of every sequence is the
-prompt.
+to and dies with it. In a pass without a cache (evaluation, encoders) the first half of every sequence
+is the prompt.
 
 Shapes: B sequences, T tokens, E routed experts.
 """
@@ -42,13 +42,19 @@ class PromptStatic(Selection):
     def remembered(self, context: Context) -> Tensor | None:
         """The experts that the prompt of this cache chose, for every sequence's next tokens."""
         _refuse_compile()
-        if context.prompt or context.cache is None or context.cache not in self._chosen:
+        if context.prompt or context.cache is None:
             return None
-        chosen_BE = self._chosen[context.cache]
+        chosen_BE = self._chosen.get(context.cache)
+        if chosen_BE is None:
+            raise MoefyError(
+                "prompt_static: it was not the prompt of this cache that chose experts; run the "
+                "prompt with an empty cache (generate does, or past_key_values=DynamicCache()), "
+                "and go on with that very cache, not with a copy"
+            )
         if len(chosen_BE) != context.batch:
             raise MoefyError(
                 f"prompt_static: the prompt had {len(chosen_BE)} sequences, now there are "
-                f"{context.batch}; beam search and continued batches need another selection"
+                f"{context.batch}; go on with the same sequences or use another selection"
             )
         return chosen_BE
 
@@ -60,10 +66,10 @@ class PromptStatic(Selection):
         mask_BT = context.mask_BT
         if mask_BT is None or mask_BT.shape != scores_BTE.shape[:2]:
             mask_BT = torch.ones(scores_BTE.shape[:2], dtype=torch.bool, device=scores_TE.device)
-        is_prompt_BT = mask_BT.bool()
+        is_prompt_BT = mask_BT
         if context.cache is None:
             place_BT = mask_BT.cumsum(1)
-            is_prompt_BT &= place_BT <= PROMPT_SHARE * mask_BT.sum(1, keepdim=True)
+            is_prompt_BT = mask_BT & (place_BT <= PROMPT_SHARE * mask_BT.sum(1, keepdim=True))
         share_BTE = torch.nn.functional.normalize(scores_BTE, dim=-1) * is_prompt_BT[..., None]
         chosen_BE = top_mask(torch.linalg.vector_norm(share_BTE, dim=1), self.k)
         if context.cache is not None:

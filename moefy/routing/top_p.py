@@ -10,22 +10,31 @@ from moefy.routing.base import Context, Selection
 from moefy.routing.bisect import bisect
 from moefy.routing.topk import capped
 
+WIDEST = 4.0
+"""Spread of the scores beyond which they are scaled down: a softmax of wider ones is 0 or 1."""
+
 
 class TopP(Selection):
-    """The experts of highest probability until their sum reaches `p`; at least one."""
+    """The experts of highest probability until their sum reaches `p`; at least one, at 1 all."""
 
-    def __init__(self, p: float, most: int | None = None) -> None:
+    def __init__(self, p: float, most: int | None = None, scale: float = 1.0) -> None:
         self.p = p
         self.most = most
+        self.scale = scale
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopP":
         """The `p` with which `active` experts a token run on average."""
-        return cls(bisect(lambda p: cls(p, most)(scores_TE), active), most)
+        scores_TE = scores_TE.double()
+        spread = (scores_TE - scores_TE.mean(1, keepdim=True)).square().mean().sqrt().item()
+        scale = min(1.0, WIDEST / spread) if spread else 1.0
+        return cls(bisect(lambda p: cls(p, most, scale)(scores_TE), active), most, scale)
 
     def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
         """The mask `[T, E]`."""
-        p_TE, ids_TE = torch.softmax(scores_TE.double(), -1).sort(dim=-1, descending=True)
+        ranked_TE, ids_TE = (scores_TE.double() * self.scale).sort(dim=-1, descending=True)
+        p_TE = torch.softmax(ranked_TE, -1)
         before_TE = p_TE.cumsum(-1) - p_TE
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        return capped(mask_TE.scatter_(-1, ids_TE, before_TE < self.p), scores_TE, self.most)
+        kept_TE = (before_TE < self.p) | (self.p >= 1)
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TE, kept_TE)
+        return capped(mask_TE, scores_TE, self.most)
