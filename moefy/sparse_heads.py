@@ -8,6 +8,7 @@ Shapes: B documents, T tokens, D width, H heads, E experts (heads or groups), N 
 head), F = N / E.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -41,20 +42,13 @@ class SparseHeads(Routed):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.transposed, self.experts = transposed, experts
-        self._read: Tensor | None = None
+        self.read: Tensor | None = None
+        """What the attention module was given in the pass that is under way; see `hand_over`."""
 
     @property
     def summed(self) -> HeadOutputs:
         """The heads as neurons, as views of the parameters."""
         return HeadOutputs.of(self.weight if self.transposed else self.weight.T)
-
-    def read_from(self, block: nn.Module) -> None:
-        """Route by the hidden states that the attention module `block` is given in each pass."""
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read = args[0] if args else kwargs["hidden_states"]
-
-        block.register_forward_pre_hook(before, with_kwargs=True)
 
     def mask(self, x_TD: Tensor) -> Tensor:
         """Which experts run `[T, E]`: bool, or in training a number that carries a gradient."""
@@ -65,13 +59,13 @@ class SparseHeads(Routed):
 
     def forward(self, heads: Tensor) -> Tensor:
         """Project what the heads put out, `[..., N]`, without those that are off: `[..., D]`."""
-        if self._read is None:
+        if self.read is None:
             raise MoefyError(
                 "the output projection was called without its attention module, whose input "
                 "decides which heads run"
             )
-        x_TD = self._read.reshape(-1, self._read.shape[-1]).to(heads.device)
-        self._read = None
+        x_TD = self.read.reshape(-1, self.read.shape[-1]).to(heads.device)
+        self.read = None
         mask_TE = self.mask(x_TD)
         if self.observer is not None:
             self.observer(x_TD, mask_TE)
@@ -80,6 +74,20 @@ class SparseHeads(Routed):
         y = linear(heads_TEF.view(heads.shape), weight, self.bias)
         extra_TD = self.compensation(x_TD, mask_TE)
         return y if extra_TD is None else y + extra_TD.to(y.dtype).view(y.shape)
+
+
+def hand_over(block: nn.Module, projection: str) -> None:
+    """Let the SparseHeads at `projection` in `block` read what the attention module `block` is given."""
+    # No module is bound to the hook, so that a copy of the model has hooks of its own.
+    block.register_forward_pre_hook(functools.partial(_before, projection), with_kwargs=True)
+
+
+def _before(
+    projection: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    heads = block.get_submodule(projection)
+    assert isinstance(heads, SparseHeads)
+    heads.read = args[0] if args else kwargs["hidden_states"]
 
 
 def sparse_heads(model: nn.Module) -> dict[int, SparseHeads]:

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import moefy
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.data import load_corpus, make_batches
-from moefy.errors import CheckpointError, RecipeError, UnsupportedModel
+from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
 from moefy.evaluate import evaluate, outputs
 from moefy.export import export
 from moefy.heads import head_sites
@@ -203,6 +204,25 @@ def test_padding_changes_nothing(name, made):
     padded = run(model, inputs)[1, :8]
     alone = run(model, {"input_ids": inputs["input_ids"][1:, :8]})[0]
     assert (padded - alone).abs().max() < 2e-5
+
+
+def test_a_copy_routes_by_itself_and_gradients_pass(made):
+    _, out = made("llama", compensation="conditional_mean")
+    model, inputs = moefy.load(out), example_inputs("llama")
+    want = run(model, inputs)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        sparse_heads(model)[0].router.output.bias.add_(torch.tensor([9.0, 0.0, 0.0, -9.0]))
+    assert torch.equal(run(copied, inputs), want)
+    assert not torch.equal(run(model, inputs), want)
+
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(**inputs, use_cache=False).logits.sum().backward()
+    for site in model.moefy_heads:
+        assert model.get_submodule(site.projection).weight.grad.abs().sum() > 0
+    with pytest.raises(MoefyError, match="without its attention module"):
+        sparse_heads(model)[0](torch.zeros(1, 1, 32))
 
 
 def test_head_density_and_budget_count_real_tokens(made):
