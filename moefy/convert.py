@@ -243,7 +243,7 @@ def _fit(
     for block in report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
         at = work / "heads" / str(block.index)
         if not at.with_suffix(".json").exists():
-            heads = HeadOutputs.of(read_heads(block, get).down_ND.float())
+            heads = HeadOutputs.behind(read_heads(block, get).down_ND.float())
             _keep(at, fit_heads(heads, todo, block, recipe, samples))
     return work
 

@@ -45,7 +45,7 @@ def fit_heads(
     router, compensation = build_router(entry), build_compensation(entry)
     first = seen["partition"]
     assert first.hidden_TN is not None
-    known = HeadOutputs.of(heads.down_ND, first.hidden_TN.float())
+    known = HeadOutputs.behind(heads.down_ND, first.hidden_TN.float())
     router.initialise(known, first.mlp_TD.float(), known)
     fit = fit_router(
         router, heads, seen["router"], seen["held-out"], experts=entry.experts, k=k,

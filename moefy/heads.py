@@ -141,4 +141,4 @@ def head_sites(model: PreTrainedModel) -> list[HeadSite]:
 def read_heads(site: HeadSite, get: Callable[[str], Tensor]) -> HeadOutputs:
     """The heads' sum, without anything they put out, in the dtype in which `get` gives parameters."""
     weight = get(f"{site.projection}.weight")
-    return HeadOutputs.of(weight if site.transposed else weight.T)
+    return HeadOutputs.behind(weight if site.transposed else weight.T)

@@ -145,8 +145,8 @@ class HeadOutputs(DenseMlp):
     """What the heads put out for the very tokens that `hidden` is asked for."""
 
     @classmethod
-    def of(cls, down_ND: Tensor, heads_TN: Tensor | None = None) -> "HeadOutputs":
-        """The heads of an output projection `[N, D]`."""
+    def behind(cls, down_ND: Tensor, heads_TN: Tensor | None = None) -> "HeadOutputs":
+        """The heads that an output projection `[N, D]` takes in."""
         zeros_ND = down_ND.new_zeros(1, 1).expand(down_ND.shape)
         return cls(up_ND=zeros_ND, down_ND=down_ND, activation="linear", heads_TN=heads_TN)
 

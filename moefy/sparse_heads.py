@@ -48,7 +48,7 @@ class SparseHeads(Routed):
     @property
     def summed(self) -> HeadOutputs:
         """The heads as neurons, as views of the parameters."""
-        return HeadOutputs.of(self.weight if self.transposed else self.weight.T)
+        return HeadOutputs.behind(self.weight if self.transposed else self.weight.T)
 
     def mask(self, x_TD: Tensor) -> Tensor:
         """Which experts run `[T, E]`: bool, or in training a number that carries a gradient."""

@@ -135,7 +135,7 @@ def test_recipe_mistakes(source, ids):
     refuse_convert(
         source, ids, "did you mean 'kmeans'", options=("--set", "partition.method=kmean")
     )
-    refuse_convert(source, ids, "did you mean 'topk'", options=("--set", "selection.name=topp"))
+    refuse_convert(source, ids, "did you mean 'topk'", options=("--set", "selection.name=topkk"))
     refuse_convert(source, ids, "evaluation", options=("--set", "router.name=oracle"))
     refuse_convert(source, ids, "did you mean 'fast'", options=("--recipe", "fastt"))
     refuse_convert(source, ids, "at most 1", options=("--density", 1.5))

@@ -403,11 +403,11 @@ def test_a_router_learns_which_heads_a_token_needs():
     )
     # Head h puts out much where row h of the input says so, and its first number alone counts.
     z = (x @ rows.T).relu().repeat_interleave(8, 1) * torch.tensor([1.0] + [0.0] * 7).repeat(4)
-    heads = HeadOutputs.of(output)
+    heads = HeadOutputs.behind(output)
     captured = {}
     for name in ("linear", "random"):
         router = ROUTERS[name](16, 4, 0)
-        router.initialise(HeadOutputs.of(output, z), x, heads)
+        router.initialise(HeadOutputs.behind(output, z), x, heads)
         fit = fit_router(
             router, heads, Tokens(x[:1536], x[:1536], z[:1536]), Tokens(x[1536:], x[1536:], z[1536:]),
             experts=4, k=1, recipe=RouterRecipe(batch_size=256), seed=0,
@@ -419,7 +419,7 @@ def test_a_router_learns_which_heads_a_token_needs():
 def test_static_scores_are_those_of_the_heads_that_were_seen():
     g = torch.Generator().manual_seed(0)
     z, output = torch.randn(50, 6, generator=g), torch.randn(6, 5, generator=g)
-    heads = HeadOutputs.of(output, z)
+    heads = HeadOutputs.behind(output, z)
     router = ROUTERS["static"](5, 3, 0)
     router.initialise(heads, torch.zeros(50, 5), heads)
     want = [
