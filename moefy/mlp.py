@@ -76,6 +76,10 @@ class DenseMlp:
         """Outputs of the up projection `[T, N]`, or of a run of neurons."""
         return linear(x_TD, self.up_ND[rows], _rows(self.up_bias_N, rows))
 
+    def at(self, token_C: Tensor) -> "DenseMlp":
+        """What computes these tokens of a batch: itself, nothing here belongs to tokens."""
+        return self
+
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The dense output `[T, D]`."""
         y_TD = self.hidden(x_TD).to(self.down_ND.dtype) @ self.down_ND
@@ -128,6 +132,10 @@ class GatedMlp:
     def down_bias_D(self) -> Tensor | None:
         """The output bias."""
         return self.mlp.down_bias_D
+
+    def at(self, token_C: Tensor) -> "GatedMlp":
+        """The same MLP with the gates of these tokens."""
+        return GatedMlp(self.mlp, self.gate_TN[token_C])
 
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `[T, rows]`; only the up projection is computed."""

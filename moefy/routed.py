@@ -50,7 +50,7 @@ def straight_through(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
         highest_T1 = scores_TE.masked_fill(mask_TE, -torch.inf).amax(1, keepdim=True)
         middle_T1 = torch.nan_to_num((lowest_T1 + highest_T1) / 2, 0.0, 0.0, 0.0)
     soft_TE = torch.sigmoid(scores_TE - middle_T1)
-    return mask_TE.to(soft_TE.dtype) + soft_TE - soft_TE.detach()
+    return mask_TE.to(soft_TE.dtype) + (soft_TE - soft_TE.detach())
 
 
 @contextmanager

@@ -26,6 +26,9 @@ BACKENDS: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
 """How the experts of a mask are computed; all are the same function. `auto` measures them."""
 
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
+LEAST_VIEW = 8
+"""Smallest experts that are worth a matrix product of their own."""
+
 _fastest: dict[tuple[Any, ...], str] = {}
 
 
@@ -136,9 +139,9 @@ class SparseMlp(Routed):
 
     def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
         # Training needs the smooth path, a mask on a GPU can only be walked by copying it back, and
-        # gates that are known belong to all of the tokens at once.
-        known = isinstance(weights, GatedMlp) and len(x_TD) > 1
-        if torch.is_grad_enabled() or x_TD.device.type != "cpu" or known:
+        # very small experts are too many to be walked one by one.
+        small = self.expert_size < LEAST_VIEW
+        if small or torch.is_grad_enabled() or x_TD.device.type != "cpu":
             return "masked"
         if torch.compiler.is_compiling():
             return "masked"
@@ -147,6 +150,7 @@ class SparseMlp(Routed):
             tuple(self.weights.up_ND.shape),
             self.experts,
             self.gate_ND is None,
+            isinstance(weights, GatedMlp),
             x_TD.dtype,
             torch.get_num_threads(),
             x_TD.shape[0].bit_length(),

@@ -9,6 +9,7 @@ Shapes: T tokens, D width, N routed neurons, E routed experts.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from moefy.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
 from moefy.routing import LOSSES, TARGETS, choose, expert_norms
 from moefy.routing.base import Compensation, Router, Selection
-from moefy.routing.targets import Target
+from moefy.routing.targets import Target, deviation
 from moefy.routing.topk import top_mask
 
 _CHUNK = 4096
@@ -75,6 +76,10 @@ class RouterFit:
 def predicted(target: Target, mlp: DenseMlp, tokens: Tokens, experts: int) -> Tensor:
     """The target `[T, E]` in fp32; `mlp` has the routed neurons in order."""
     mlp = mlp.to(torch.float32)
+    if target is deviation:
+        total = sum(h_TN.double().sum(0) for h_TN in tokens.activations(mlp))
+        assert isinstance(total, Tensor)
+        target = partial(deviation, mean_N=(total / len(tokens.mlp_TD)).float())
     return torch.cat([target(h_TN, mlp, experts) for h_TN in tokens.activations(mlp)])
 
 

@@ -36,6 +36,10 @@ class ExpertWeights(Protocol):
         """Activations `[T, rows]` of a run of neurons; a run must be a view, never a copy."""
         ...
 
+    def at(self, token_C: Tensor) -> "ExpertWeights":
+        """What computes some tokens of the batch: itself, unless it holds something of each token."""
+        ...
+
 
 def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
     """Output `[T, D]` of the experts that `mask_TE` (bool) turns on for each token.

@@ -24,9 +24,13 @@ def activation(h_TN: Tensor, mlp: DenseMlp, experts: int) -> Tensor:
     return h_TN.abs().view(len(h_TN), experts, -1).sum(-1)
 
 
-def deviation(h_TN: Tensor, mlp: DenseMlp, experts: int) -> Tensor:
-    """Sum of squared distances of the activations from their mean (G-MoEfication)."""
-    return (h_TN - h_TN.mean(0)).square().view(len(h_TN), experts, -1).sum(-1)
+def deviation(h_TN: Tensor, mlp: DenseMlp, experts: int, mean_N: Tensor | None = None) -> Tensor:
+    """Sum of squared distances of the activations from their mean (G-MoEfication).
+
+    `mean_N` is the mean over the whole sample, where `h_TN` is only a part of it.
+    """
+    centred_TN = h_TN - (h_TN.mean(0) if mean_N is None else mean_N)
+    return centred_TN.square().view(len(h_TN), experts, -1).sum(-1)
 
 
 TARGETS: dict[str, Target] = {

@@ -1,0 +1,485 @@
+"""Routers, targets and losses against plain loops in fp64; look-ahead and self-gating in models.
+
+Shapes: T tokens, D width, N neurons, S shared and E routed experts, F neurons per expert.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_conversion import convert_tiny
+from tiny_models import build, example_inputs
+from torch import Tensor
+from torch.nn.functional import silu
+
+import moefy
+from moefy.checkpoint import Checkpoint
+from moefy.errors import MoefyError, RecipeError
+from moefy.evaluate import outputs
+from moefy.locate import sites
+from moefy.mlp import DenseMlp, GatedMlp
+from moefy.modeling import load_dense
+from moefy.routed import straight_through
+from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
+from moefy.routing.base import Router
+from moefy.routing.topk import top_mask
+from moefy.sparse_mlp import BACKENDS, SparseMlp, all_experts, sparse_mlps, use_backend
+from moefy.training import Tokens, predicted
+
+T, D, F, E, S = 40, 9, 5, 6, 2
+N = E * F
+KINDS = {"silu": ("silu", True), "relu": ("relu", False), "gelu": ("gelu", False)}
+
+
+def make_mlp(kind: str = "silu", neurons: int = N, seed: int = 0) -> DenseMlp:
+    activation, gated = KINDS[kind]
+    g = torch.Generator().manual_seed(seed)
+    return DenseMlp(
+        up_ND=torch.randn(neurons, D, generator=g),
+        down_ND=torch.randn(neurons, D, generator=g),
+        gate_ND=torch.randn(neurons, D, generator=g) if gated else None,
+        activation=activation,
+    )
+
+
+def inputs(tokens: int = T, seed: int = 1) -> Tensor:
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def act(kind: str, value: float) -> float:
+    if kind == "silu":
+        return value / (1 + math.exp(-value))
+    if kind == "gelu":
+        return value * 0.5 * (1 + math.erf(value / math.sqrt(2)))
+    return max(value, 0.0)
+
+
+def unit(row: list[float]) -> list[float]:
+    length = math.sqrt(sum(v * v for v in row))
+    return [v / length for v in row]
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def made(name: str, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp | None = None) -> Router:
+    torch.manual_seed(7)
+    router = ROUTERS[name](D, mlp.neurons // F, 4)
+    router.initialise(mlp, x_TD, whole or mlp)
+    return router
+
+
+def check(got_TE: Tensor, want: list[list[float]], tolerance: float = 1e-5) -> None:
+    """Near to the reference; a swap of two experts or a token left out would not be."""
+    want_TE = torch.tensor(want, dtype=torch.float64)
+    assert got_TE.shape == want_TE.shape
+    error = ((got_TE.detach().double() - want_TE).norm() / want_TE.norm()).item()
+    assert error < tolerance
+    assert (want_TE.roll(1, 1) - want_TE).norm() > 0.02 * want_TE.norm()
+
+
+# ---- each router by a plain loop
+
+
+def rows_of(mlp: DenseMlp) -> tuple[list[list[float]], list[list[float]]]:
+    gate = mlp.up_ND if mlp.gate_ND is None else mlp.gate_ND
+    return gate.double().tolist(), mlp.up_ND.double().tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_gate_is_the_product_with_the_mean_row(kind: str) -> None:
+    mlp, x_TD = make_mlp(kind), inputs()
+    gate, _ = rows_of(mlp)
+    want = []
+    for x in x_TD.double().tolist():
+        each = [dot(x, row) for row in gate]
+        want.append([sum(each[e * F : (e + 1) * F]) / F for e in range(E)])
+    check(made("mean_gate", mlp, x_TD)(x_TD, mlp), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tanh_mlp_starts_at_the_mean_of_normalised_rows(kind: str) -> None:
+    mlp, x_TD = make_mlp(kind), inputs()
+    gate = [unit(row) for row in rows_of(mlp)[0]]
+    router = made("tanh_mlp", mlp, x_TD)
+
+    def layer(x: list[float]) -> list[float]:
+        each = [dot(unit(x), row) for row in gate]
+        return [math.tanh(sum(each[e * F : (e + 1) * F]) / F) for e in range(E)]
+
+    want = [layer(x) for x in x_TD.double().tolist()]
+    check(router(x_TD, mlp), want)
+    second = torch.randn(E, E)
+    router.output.weight.data.copy_(second)  # type: ignore[union-attr, operator]
+    want = [[dot(h, row) for row in second.double().tolist()] for h in want]
+    check(router(3 * x_TD, mlp), want)  # tokens are normalised
+    assert not any(name.endswith("bias") for name in router.state_dict())
+
+
+@pytest.mark.parametrize("name", ["low_rank", "mlp", "norm_regression"])
+def test_fitted_routers_by_a_plain_loop(name: str) -> None:
+    mlp, x_TD = make_mlp(), inputs()
+    router = made(name, mlp, x_TD)
+    weight = {key: value.double().tolist() for key, value in router.state_dict().items()}
+    want = []
+    for x in x_TD.double().tolist():
+        if name == "low_rank":
+            h = [dot(x, row) for row in weight["down.weight"]]
+            want.append([dot(h, row) for row in weight["up.weight"]])
+            continue
+        pairs = zip(weight["hidden.weight"], weight["hidden.bias"], strict=True)
+        h = [max(dot(x, row) + b, 0.0) for row, b in pairs]
+        pairs = zip(weight["output.weight"], weight["output.bias"], strict=True)
+        y = [dot(h, row) + b for row, b in pairs]
+        want.append([abs(v) for v in y] if name == "norm_regression" else y)
+    check(router(x_TD, mlp), want)
+    assert router.weights_read(mlp) == sum(v.numel() for v in router.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_is_the_norm_of_the_activations(kind: str) -> None:
+    mlp, x_TD = make_mlp(kind), inputs()
+    gate, up = rows_of(mlp)
+    want = []
+    for x in x_TD.double().tolist():
+        h = [act(kind, dot(x, g)) for g in gate]
+        if mlp.gate_ND is not None:
+            h = [a * dot(x, u) for a, u in zip(h, up, strict=True)]
+        want.append([math.sqrt(sum(v * v for v in h[e * F : (e + 1) * F])) for e in range(E)])
+    check(made("activation", mlp, x_TD)(x_TD, mlp), want)
+    assert not ROUTERS["activation"].deployable
+
+
+def test_self_gating_is_the_norm_of_the_gates_and_needs_one() -> None:
+    mlp, x_TD = make_mlp(), inputs()
+    gate, _ = rows_of(mlp)
+    want = []
+    for x in x_TD.double().tolist():
+        h = [act("silu", dot(x, g)) for g in gate]
+        want.append([math.sqrt(sum(v * v for v in h[e * F : (e + 1) * F])) for e in range(E)])
+    router = made("self_gating", mlp, x_TD)
+    check(router(x_TD, mlp), want)
+    assert router.weights_read(mlp) == N * D
+    with pytest.raises(RecipeError, match="choose another router"):
+        made("self_gating", make_mlp("relu"), x_TD)
+
+
+def test_static_is_the_root_mean_square_contribution() -> None:
+    mlp, x_TD = make_mlp(), inputs()
+    h, down = mlp.hidden(x_TD).double(), mlp.down_ND.double()
+    want = []
+    for e in range(E):
+        y_TD = torch.stack(
+            [h[t, e * F : (e + 1) * F] @ down[e * F : (e + 1) * F] for t in range(T)]
+        )
+        want.append(math.sqrt(y_TD.square().sum(1).mean()))
+    router = made("static", mlp, x_TD)
+    check(router(inputs(3, 9), mlp), [want] * 3)
+    assert router.weights_read(mlp) == 0
+
+
+def test_random_is_standardised_and_drawn_once() -> None:
+    mlp, x_TD = make_mlp(), inputs(400)
+    router = made("random", mlp, x_TD)
+    score_TE = router(x_TD, mlp)
+    assert score_TE.mean(0).abs().max() < 1e-5
+    assert (score_TE.std(0) - 1).abs().max() < 1e-5
+    # Linear in the token: nothing but a projection.
+    check(router(x_TD[:1] + x_TD[1:2], mlp) + router(x_TD[:1] * 0, mlp),
+          (router(x_TD[:1], mlp) + router(x_TD[1:2], mlp)).tolist())  # fmt: skip
+    other = ROUTERS["random"](D, E, 4)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(other(x_TD, mlp), score_TE)
+    counts = top_mask(score_TE, 2).sum(0)
+    assert counts.min() > 60
+
+
+def naive_markers(kind: str, mlp: DenseMlp, x_TD: Tensor) -> list[list[int]]:
+    """CMoE's markers `[T][N]`: the ten largest activations of normalised rows and tokens."""
+    gate, up = rows_of(mlp)
+    table = []
+    for x in x_TD.double().tolist():
+        strength = []
+        for g, u in zip(gate, up, strict=True):
+            h = act(kind, dot(unit(x), unit(g)))
+            strength.append(abs(h * dot(unit(x), unit(u)) if mlp.gate_ND is not None else h))
+        first = sorted(range(len(strength)), key=lambda n: -strength[n])[:10]
+        table.append([int(n in first) for n in range(len(strength))])
+    return table
+
+
+@pytest.mark.parametrize("shared", [0, S])
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+def test_representative_is_the_neuron_nearest_to_its_experts_markers(
+    kind: str, shared: int
+) -> None:
+    whole, x_TD = make_mlp(kind, neurons=(shared + E) * F), inputs()
+    routed = whole.take(slice(shared * F, None))
+    markers = naive_markers(kind, whole, x_TD)  # among all neurons, the shared ones too
+    gate, up = rows_of(routed)
+    chosen = []
+    for e in range(E):
+        columns = [[row[(shared + e) * F + f] for row in markers] for f in range(F)]
+        mean = [sum(c[t] for c in columns) / F for t in range(T)]
+        far = [sum(abs(c[t] - mean[t]) for t in range(T)) for c in columns]
+        nearest = [f for f in range(F) if far[f] < min(far) + 1e-9]
+        chosen.append([e * F + f for f in nearest])
+    router = made("representative", routed, x_TD, whole)
+
+    def score(x: list[float], n: int) -> float:
+        h = act(kind, dot(x, unit(gate[n])))
+        return abs(h * dot(x, unit(up[n])) if routed.gate_ND is not None else h)
+
+    got = router(x_TD, routed)
+    picked = []
+    for e in range(E):  # of equally near neurons any will do, but it must be one of them
+        columns = [[score(x, n) for x in x_TD.double().tolist()] for n in chosen[e]]
+        away = [(torch.tensor(c) - got[:, e]).norm().item() for c in columns]
+        picked.append(columns[away.index(min(away))])
+    check(got, [list(row) for row in zip(*picked, strict=True)])
+    assert router.weights_read(routed) == E * D * (1 if routed.gate_ND is None else 2)
+
+
+# ---- self-gating inside a module
+
+
+def sparse_module(mlp: DenseMlp, shared: int = 0) -> SparseMlp:
+    experts = mlp.neurons // F
+    router = ROUTERS["self_gating"](D, experts - shared, 0)
+    module = SparseMlp(
+        mlp,
+        experts=experts,
+        shared=shared,
+        router=router,
+        selection=SELECTIONS["topk"](3),
+        compensation=COMPENSATIONS["none"](D, experts - shared, 0),
+    )
+    return module.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17])
+@pytest.mark.parametrize("shared", [0, S])
+def test_self_gating_makes_gates_once_and_the_output_is_that_of_masking(
+    backend: str, tokens: int, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp, x_TD = make_mlp(neurons=(shared + E) * F), inputs(tokens)
+    module = sparse_module(mlp, shared)
+    module.backend = backend
+    calls = []
+    gates = DenseMlp.gates
+    monkeypatch.setattr(DenseMlp, "gates", lambda *a: calls.append(a[1].shape) or gates(*a))
+    got = module(x_TD)
+    assert calls[0] == (tokens, D)
+    # `auto` measures both backends, on gates that are known all the same.
+    assert len(calls) == 1
+    x, down = x_TD.double(), mlp.down_ND.double()
+    gate_TN = silu(x @ mlp.gate_ND.double().T)  # type: ignore[union-attr]
+    h_TN = gate_TN * (x @ mlp.up_ND.double().T)
+    want = torch.zeros(tokens, D, dtype=torch.float64)
+    for t in range(tokens):
+        norms = [gate_TN[t, (shared + e) * F : (shared + e + 1) * F].norm() for e in range(E)]
+        best = sorted(range(E), key=lambda e: -norms[e])[:3]
+        for e in [*range(shared), *(shared + e for e in best)]:
+            want[t] += h_TN[t, e * F : (e + 1) * F] @ down[e * F : (e + 1) * F]
+    assert ((got.double() - want).norm() / want.norm()) < 1e-5
+    with all_experts(module):
+        dense = module(x_TD).double()
+        assert ((dense - h_TN @ down).norm() / dense.norm()) < 1e-5
+
+
+@torch.no_grad()
+def test_known_gates_go_with_their_tokens() -> None:
+    mlp, x_TD = make_mlp(), inputs(6)
+    known = GatedMlp(mlp, mlp.gates(x_TD))
+    token_C = torch.tensor([4, 1])
+    got = known.at(token_C).hidden(x_TD[token_C], slice(3, 11))
+    assert torch.allclose(got, mlp.hidden(x_TD)[token_C, 3:11])
+    assert mlp.at(token_C) is mlp
+
+
+# ---- look-ahead in models
+
+
+def look_ahead(name: str, folder: Path, router: str = "mlp") -> Path:
+    settings = {"router.look_ahead": "true", "router.name": router, "router.hidden": "8"}
+    convert_tiny(name, build(name, folder / "source"), folder / "out", settings=settings)
+    return folder / "out"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5", "opt"])
+def test_look_ahead_reads_the_input_of_the_mlp_before(name: str, tmp_path: Path) -> None:
+    out = look_ahead(name, tmp_path)
+    model = moefy.load(out)
+    modules = sparse_mlps(model)
+    # The first MLP of each side has none before it and reads itself.
+    sides = [m.look_ahead for m in modules.values()]
+    assert sides == ([False, True] * (2 if name == "t5" else 1))
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, module in modules.items():
+        module.observer = lambda x_TD, mask_TE, at=index: seen.update({at: (x_TD, mask_TE)})
+    model(**example_inputs(name))
+    for index, module in modules.items():
+        read_TD = seen[index - 1][0] if module.look_ahead else seen[index][0]
+        want = module.selection(module.router(read_TD, module.routed))
+        assert torch.equal(seen[index][1], want)
+        if module.look_ahead:
+            own = module.selection(module.router(seen[index][0], module.routed))
+            assert not torch.equal(own, want)
+    with all_experts(model):
+        stock = load_dense(Checkpoint.open(tmp_path / "source"))
+        got, want = outputs(model(**example_inputs(name))), outputs(stock(**example_inputs(name)))
+        assert ((got - want).norm() / want.norm()) < 1e-5
+        assert len(sites(stock)) == len(modules)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "opt", "t5"])
+def test_look_ahead_decodes_with_a_cache_as_without(name: str, tmp_path: Path) -> None:
+    model = moefy.load(look_ahead(name, tmp_path))
+    ids = example_inputs(name)["input_ids"][:1]
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    if name == "t5":
+        options["decoder_start_token_id"] = 1
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    if name != "t5":
+        plain = outputs(model(cached))[0, ids.shape[1] - 1 : -1]
+        assert torch.equal(plain.argmax(-1), cached[0, ids.shape[1] :])
+
+
+@torch.no_grad()
+def test_look_ahead_is_fitted_on_the_layer_before(tmp_path: Path) -> None:
+    """The first layer, which reads itself, comes out the same; the second does not."""
+    ahead = moefy.load(look_ahead("llama", tmp_path / "ahead", "linear"))
+    settings = {"router.look_ahead": "false", "router.name": "linear"}
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "out", settings=settings)
+    own = moefy.load(tmp_path / "out")
+    weights = [[m.router.weight for m in sparse_mlps(model).values()] for model in (ahead, own)]
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert not torch.equal(weights[0][1], weights[1][1])
+
+
+@torch.no_grad()
+def test_look_ahead_by_itself_says_what_it_needs() -> None:
+    module = sparse_module(make_mlp())
+    module.router = made("linear", make_mlp(), inputs())
+    module.look_ahead = True
+    with pytest.raises(MoefyError, match="needs the MLP before it"):
+        module(inputs())
+
+
+@torch.no_grad()
+def test_self_gating_in_a_model_is_the_same_with_every_backend(tmp_path: Path) -> None:
+    settings = {"router.name": "self_gating", "selection.name": "threshold", "seed": "1"}
+    convert_tiny("llama", build("llama", tmp_path / "s"), tmp_path / "o", settings=settings)
+    model = moefy.load(tmp_path / "o")
+    results = []
+    for backend in [*BACKENDS, "auto"]:
+        use_backend(model, backend)
+        results.append(outputs(model(**example_inputs("llama"))))
+    for other in results[1:]:
+        assert ((other - results[0]).norm() / results[0].norm()) < 1e-5
+
+
+# ---- targets and losses
+
+
+def test_targets_by_a_plain_loop() -> None:
+    mlp, x_TD = make_mlp(), inputs()
+    h, down = mlp.hidden(x_TD).double(), mlp.down_ND.double()
+    mean = [sum(h[t, n].item() for t in range(T)) / T for n in range(N)]
+    want: dict[str, list[list[float]]] = {name: [] for name in TARGETS}
+    for t in range(T):
+        each = [h[t, e * F : (e + 1) * F] for e in range(E)]
+        want["contribution"].append(
+            [(each[e] @ down[e * F : (e + 1) * F]).norm().item() for e in range(E)]
+        )
+        want["activation"].append([each[e].abs().sum().item() for e in range(E)])
+        want["deviation"].append(
+            [sum((each[e][f].item() - mean[e * F + f]) ** 2 for f in range(F)) for e in range(E)]
+        )
+    for name, target in TARGETS.items():
+        check(target(mlp.hidden(x_TD), mlp, E), want[name])
+        check(predicted(target, mlp, Tokens(x_TD, x_TD), E), want[name])
+
+
+def test_targets_do_not_depend_on_how_the_sample_is_cut() -> None:
+    """The last chunk of a sample may hold a single token, whose own mean it is."""
+    mlp, x_TD = make_mlp(), inputs(4097)
+    for target in TARGETS.values():
+        got = predicted(target, mlp, Tokens(x_TD, x_TD), E)
+        want = target(mlp.hidden(x_TD), mlp, E)
+        assert ((got - want).norm() / want.norm()) < 1e-5
+        assert got[-1].norm() > 0.1 * want[-1].norm()
+
+
+def cross_entropy(score: float, probability: float) -> float:
+    p = 1 / (1 + math.exp(-score))
+    return -(probability * math.log(p) + (1 - probability) * math.log(1 - p))
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.6])
+def test_losses_by_a_plain_loop(dead: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    k, rows = 2, 12
+    scores_BE = torch.randn(rows, E, generator=g)
+    target_BE = torch.randn(rows, E, generator=g).abs()
+    target_BE *= torch.rand(rows, E, generator=g) >= dead
+    scores, target = scores_BE.double().tolist(), target_BE.double().tolist()
+    top = [sorted(range(E), key=lambda e: -row[e])[:k] for row in target]
+    pairs = [(b, e) for b in range(rows) for e in range(E)]
+
+    def mean(values: list[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    largest = max(max(row) for row in target)
+    weight = [[v * v / max(mean([w * w for w in row]), 1e-30) for v in row] for row in target]
+    alive = mean([float(target[b][e] > 0) for b, e in pairs])
+    if alive > 0.9:
+        on = {(b, e): float(e in top[b]) for b, e in pairs}
+    else:
+        on = {(b, e): float(target[b][e] > 0) for b, e in pairs}
+    share = mean(list(on.values())) + 0.005
+    want = {
+        "weighted_topk": mean(
+            [weight[b][e] * cross_entropy(scores[b][e], float(e in top[b])) for b, e in pairs]
+        ),
+        "share_of_largest": mean(
+            [cross_entropy(scores[b][e], target[b][e] / largest) for b, e in pairs]
+        ),
+        "norm_mse": mean([(scores[b][e] - target[b][e]) ** 2 for b, e in pairs]),
+        "any_active": mean(
+            [(1.0 if on[b, e] else share) * cross_entropy(scores[b][e], on[b, e]) for b, e in pairs]
+        ),
+    }
+    assert set(want) == set(LOSSES)
+    for name, loss in LOSSES.items():
+        assert loss(scores_BE, target_BE, k).item() == pytest.approx(want[name], rel=1e-5)
+
+
+# ---- straight-through
+
+
+def test_straight_through_is_the_hard_mask_with_the_gradient_of_a_sigmoid() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores_TE = torch.randn(T, E, generator=g, requires_grad=True)
+    hard_TE = top_mask(scores_TE.detach(), 2)
+    hard_TE[0], hard_TE[1] = True, False
+    mask_TE = straight_through(scores_TE, hard_TE)
+    assert torch.equal(mask_TE, hard_TE.float())
+    weight_TE = torch.randn(T, E, generator=g)
+    (mask_TE * weight_TE).sum().backward()
+    for t in range(T):
+        on = [s for s, m in zip(scores_TE[t].tolist(), hard_TE[t].tolist(), strict=True) if m]
+        away = [s for s, m in zip(scores_TE[t].tolist(), hard_TE[t].tolist(), strict=True) if not m]
+        middle = (min(on) + max(away)) / 2 if on and away else 0.0
+        for e in range(E):
+            p = 1 / (1 + math.exp(middle - scores_TE[t, e].item()))
+            want = p * (1 - p) * weight_TE[t, e].item()
+            assert scores_TE.grad[t, e].item() == pytest.approx(want, rel=1e-4, abs=1e-7)  # type: ignore[index]
