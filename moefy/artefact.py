@@ -37,7 +37,7 @@ class LayerEntry:
     """All experts, the shared ones first."""
     shared: int
     router: dict[str, Any]
-    """`name`, `hidden` and `look_ahead`."""
+    """`name`, `hidden`, `bits` and `look_ahead`."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
     compensation: dict[str, Any]
@@ -47,6 +47,11 @@ class LayerEntry:
     def routed(self) -> int:
         """Experts that the router scores."""
         return self.experts - self.shared
+
+    @property
+    def routed_neurons(self) -> int:
+        """Neurons of the experts that the router scores."""
+        return self.neurons // self.experts * self.routed
 
     @property
     def active(self) -> int | None:
@@ -77,6 +82,11 @@ class HeadEntry:
     def routed(self) -> int:
         """Experts that the router scores: all of them."""
         return self.experts
+
+    @property
+    def routed_neurons(self) -> int:
+        """Outputs of the heads that the router scores."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

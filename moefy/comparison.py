@@ -32,7 +32,7 @@ from moefy.data import IGNORED, Batch, Corpus, hold_out, load_corpus, split_shar
 from moefy.distil import compared
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
-from moefy.fitting import fit_layer, split_layer
+from moefy.fitting import HELD_OUT_SHARE, fit_layer, sample_sizes, split_layer
 from moefy.inputs import read_batches
 from moefy.locate import read_mlp, sites
 from moefy.mlp import DenseMlp
@@ -50,8 +50,6 @@ from moefy.provenance import versions
 from moefy.recipe import Recipe
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import needs_tuning, tune
-
-HELD_OUT_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,7 @@ class Comparison:
         if load is not None:
             found["ffn_density"] = load.density()
             found["active_budget"] = load.active_budget()
+            found["active_compute"] = load.active_compute()
             found["density_by_layer"] = load.per_layer()
         else:
             baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
@@ -189,7 +188,8 @@ class Comparison:
         moefied(model, artefact, permute=True)
         record: dict[str, Any] = {"routers": fits}
         if needs_tuning(recipe):
-            training, held = self._texts("router", todo.kind), self._texts("held-out", todo.kind)
+            training = self._texts("router", todo.kind)
+            held = self._texts("held-out", todo.kind, sample_sizes(recipe)["held-out"])
             record["tuning"] = tune(model, todo, recipe, samples, training, held, self.report)
         return model, record
 
@@ -231,13 +231,8 @@ class Comparison:
         return read_batches(self.checkpoint, kind, text[name], 512, limit)
 
     def _samples(self, recipe: Recipe, todo: Plan) -> dict[str, Captured]:
-        limits = {
-            "partition": recipe.partition.tokens,
-            "router": recipe.router.tokens,
-            "held-out": max(1, round(recipe.router.tokens * HELD_OUT_SHARE)),
-        }
         found = {}
-        for name, limit in limits.items():
+        for name, limit in sample_sizes(recipe).items():
             folder = self.folder / f"seed{self.seed}-{limit}"
             folder.mkdir(exist_ok=True)
             found[name] = Captured(folder, name)

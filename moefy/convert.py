@@ -38,7 +38,7 @@ from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
-from moefy.fitting import FittedLayer, fit_layer
+from moefy.fitting import HELD_OUT_SHARE, FittedLayer, fit_layer, sample_sizes
 from moefy.head_fitting import FittedHeads, fit_heads
 from moefy.heads import HeadSite, read_heads
 from moefy.inputs import read_batches, read_config
@@ -56,7 +56,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
 
 EVALUATED_DOCUMENTS = 44
-HELD_OUT_SHARE = 0.15
 
 
 def convert(
@@ -187,14 +186,10 @@ def _reading(
     router's early stopping. A corpus the model cannot read is found here, before anything is made.
     """
     train, held = hold_out(shards["router"], HELD_OUT_SHARE, recipe.seed)
-    wanted = {
-        "partition": (shards["partition"], recipe.partition.tokens),
-        "router": (train, recipe.router.tokens),
-        "held-out": (held, max(1, round(recipe.router.tokens * HELD_OUT_SHARE))),
-    }
+    texts = {"partition": shards["partition"], "router": train, "held-out": held}
     return {
-        name: (read_batches(checkpoint, todo.kind, corpus, recipe.context, limit), limit)
-        for name, (corpus, limit) in wanted.items()
+        name: (read_batches(checkpoint, todo.kind, texts[name], recipe.context, limit), limit)
+        for name, limit in sample_sizes(recipe).items()
     }
 
 

@@ -19,6 +19,21 @@ from moefy.recipe import Recipe
 from moefy.routing import SELECTIONS, choose
 from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
 
+HELD_OUT_SHARE = 0.15
+"""Share of the router shard that is not fitted on: it stops fitting, sets thresholds and densities."""
+
+LEAST_HELD_OUT = 4096
+"""Tokens of it that are read at least."""
+
+
+def sample_sizes(recipe: Recipe) -> dict[str, int]:
+    """Tokens that a conversion reads: for the partition, for routers, and held out from those."""
+    return {
+        "partition": recipe.partition.tokens,
+        "router": recipe.router.tokens,
+        "held-out": max(LEAST_HELD_OUT, round(recipe.router.tokens * HELD_OUT_SHARE)),
+    }
+
 
 @dataclass(frozen=True)
 class FittedLayer:

@@ -56,7 +56,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def build_router(entry: LayerEntry | HeadEntry) -> Router:
     """The router that an entry names, without its tensors."""
     kind = choose(ROUTERS, "router", entry.router["name"])
-    return kind(entry.width, entry.routed, entry.router["hidden"])
+    hidden, bits = entry.router["hidden"], entry.router.get("bits", 0)
+    return kind.make(entry.width, entry.routed, hidden, entry.routed_neurons, bits)
 
 
 def build_selection(entry: LayerEntry | HeadEntry) -> Selection:

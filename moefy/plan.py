@@ -203,7 +203,8 @@ def _layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerE
         experts=experts,
         shared=shared,
         router={
-            "name": recipe.router.name, "hidden": recipe.router.hidden, "look_ahead": look_ahead
+            "name": recipe.router.name, "hidden": recipe.router.hidden,
+            "bits": recipe.router.bits, "look_ahead": look_ahead,
         },
         selection={"name": recipe.selection.name},
         compensation={"name": recipe.compensation.name, "rank": recipe.compensation.rank},

@@ -10,6 +10,7 @@ Shapes: T tokens, D width, E routed experts, K experts that run.
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from moefy.errors import RecipeError, unknown_choice
 from moefy.fitting import cap, tokens_of
 from moefy.plan import Plan
 from moefy.recipe import DistilRecipe, Recipe
+from moefy.routed import Routed
 from moefy.routing.base import Selection
 from moefy.routing.budget import greedy, solve
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -68,12 +70,13 @@ def tune(
 ) -> dict[str, Any]:
     """Allocate and distil as the recipe says, in place; returns what was measured."""
     record: dict[str, Any] = {}
+    check = HeldOut(model, held)
     if recipe.budget.name not in BUDGETS:
         raise RecipeError(unknown_choice("budget", recipe.budget.name, BUDGETS))
     if needs_tuning(replace(recipe, distil=DistilRecipe())):
-        record["budget"] = allocate(model, todo, recipe, samples, held, report)
+        record["budget"] = allocate(model, todo, recipe, samples, check, report)
     if recipe.distil.steps:
-        before = held_out_kl(model, held)
+        before = check.distance()
         scope = recipe.distil.scope
         if scope == "auto":
             scope = "model" if _fits(model, recipe.distil.tokens) else "layer"
@@ -87,28 +90,32 @@ def tune(
             "scope": scope,
             "steps": recipe.distil.steps,
             "held_out_before": before,
-            "held_out_after": held_out_kl(model, held),
+            "held_out_after": check.distance(),
         }
     return record
 
 
-@torch.no_grad()
-def held_out_kl(
-    model: PreTrainedModel, batches: list[Batch], only: SparseMlp | None = None
-) -> float:
-    """What `moefy.distil` minimises, per token; with `only`, every other layer is dense."""
-    total = tokens = 0.0
-    for batch in batches:
+class HeldOut:
+    """Held-out documents and what the dense model says of them, in 16 bits."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, batches: list[Batch]) -> None:
+        self.model, self.batches = model, batches
         with all_experts(model):
-            dense = compared(run(model, batch), batch)
+            self.dense = [compared(run(model, batch), batch).half() for batch in batches]
+
+    @torch.no_grad()
+    def distance(self, only: Routed | None = None) -> float:
+        """What `moefy.distil` minimises, per token; with `only`, every other layer is dense."""
+        total = tokens = 0.0
+        with nullcontext() if only is None else all_experts(self.model):
             if only is not None:
                 only.all_on = False
-                sparse = compared(run(model, batch), batch)
-        if only is None:
-            sparse = compared(run(model, batch), batch)
-        total += distance(dense, sparse, batch).item() * len(dense)
-        tokens += len(dense)
-    return total / tokens
+            for batch, dense in zip(self.batches, self.dense, strict=True):
+                sparse = compared(run(self.model, batch), batch)
+                total += distance(dense.float(), sparse, batch).item() * len(dense)
+                tokens += len(dense)
+        return total / tokens
 
 
 @torch.no_grad()
@@ -117,14 +124,14 @@ def allocate(
     todo: Plan,
     recipe: Recipe,
     samples: dict[str, Captured],
-    held: list[Batch],
+    held: HeldOut,
     report: Reporter,
 ) -> dict[str, Any]:
     """Choose the density of every layer and set it; returns densities and measured KL."""
     modules = sparse_mlps(model)
     rows: list[list[Candidate]] = []
     for index, module in report.track(modules.items(), "measure densities"):
-        rows.append(_candidates(model, module, index, todo, recipe, samples, held))
+        rows.append(_candidates(module, index, todo, recipe, samples, held))
     uniform = [_nearest(row, todo.k[i]) for i, row in enumerate(rows)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]
@@ -133,7 +140,7 @@ def allocate(
     def measured(chosen: list[int]) -> float:
         for module, row, at in zip(modules.values(), rows, chosen, strict=True):
             _set(module, row[at])
-        return held_out_kl(model, held)
+        return held.distance()
 
     def total(chosen: list[int]) -> float:
         return sum(row[at] for row, at in zip(costs, chosen, strict=True))
@@ -167,13 +174,12 @@ def allocate(
 
 
 def _candidates(
-    model: PreTrainedModel,
     module: SparseMlp,
     index: int,
     todo: Plan,
     recipe: Recipe,
     samples: dict[str, Captured],
-    held: list[Batch],
+    held: HeldOut,
 ) -> list[Candidate]:
     """One layer at several densities, cheapest first, each with its own selection and means."""
     site, experts = todo.sites[index], module.experts - module.shared
@@ -201,7 +207,7 @@ def _candidates(
         if recipe.budget.name == "greedy":
             loss = _output_error(module, held_tokens)
         else:
-            loss = held_out_kl(model, held, only=module)
+            loss = held.distance(only=module)
         found.append(Candidate(active, selection, state, cost, loss))
     return found
 

@@ -109,6 +109,7 @@ def evaluate(
         "first_token": "included",
         "ffn_density": load.density(),
         "active_budget": load.active_budget(),
+        "active_compute": load.active_compute(),
         "active_parameters": load.active_parameters(),
         **heads.record(),
         "total": _summary(documents, seed),

@@ -78,6 +78,19 @@ class FfnLoad(Load):
         read = self._run() + self._extra()
         return read / sum(_matrices(m) for m in self.modules.values())
 
+    def active_compute(self) -> float:
+        """MLP multiplications per token over the dense MLPs', those of the router included.
+
+        Differs from the budget where a router reads few bits of many weights.
+        """
+        pairs = list(zip(self.modules.values(), self.per_layer(), strict=True))
+        extra = sum(
+            module.router.products(module.weights)
+            + module.compensation.weights_read(density * module.experts - module.shared)
+            for module, density in pairs
+        )
+        return (self._run() + extra) / sum(_matrices(m) for m in self.modules.values())
+
     def active_parameters(self) -> float:
         """Parameters that a token uses over those of the dense model.
 

@@ -18,6 +18,7 @@ from moefy.routing.conditional_mean import ConditionalMean
 from moefy.routing.dynamic_k import DynamicK
 from moefy.routing.linear import LinearRouter
 from moefy.routing.losses import LOSSES
+from moefy.routing.low_bit import LowBitRouter
 from moefy.routing.low_rank import LowRankRouter
 from moefy.routing.mean import MeanOutput
 from moefy.routing.mean_gate import MeanGateRouter
@@ -41,6 +42,7 @@ from moefy.routing.topk import TopK
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
+    "low_bit": LowBitRouter,
     "low_rank": LowRankRouter,
     "mlp": MlpRouter,
     "tanh_mlp": TanhMlpRouter,

@@ -45,6 +45,11 @@ class Router(nn.Module):
     computes_gate: ClassVar[bool] = False
     """True where the scores are made of every neuron's gate, which is then not computed again."""
 
+    @classmethod
+    def make(cls, width: int, experts: int, hidden: int, neurons: int, bits: int) -> "Router":
+        """The router of a layer; `neurons` and `bits` matter to those that copy rows of weights."""
+        return cls(width, experts, hidden)  # type: ignore[call-arg]
+
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
 
@@ -55,6 +60,10 @@ class Router(nn.Module):
     def weights_read(self, mlp: DenseMlp) -> int:
         """Weights read for one token: what this router adds to the active budget."""
         return sum(value.numel() for value in self.state_dict().values())
+
+    def products(self, mlp: DenseMlp) -> int:
+        """Multiplications for one token: what this router adds to the computed share."""
+        return self.weights_read(mlp)
 
 
 class Selection:
