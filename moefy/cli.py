@@ -117,7 +117,12 @@ def convert(
     model: Model,
     out: Out,
     recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "default",
-    density: Annotated[float | None, typer.Option(help="FFN density, 0 to 1.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="FFN density, 0 to 1: the mean over layers.")
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="KL to dense to reach, instead of a density.")
+    ] = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
@@ -138,6 +143,7 @@ def convert(
 
     flags = {
         "density": density,
+        "budget.target_kl": target_kl,
         "partition.expert_size": expert_size,
         "partition.experts": experts,
     }
@@ -211,6 +217,34 @@ def eval_(
     if verbose:
         view.append(terminal(*layer_rows(record), title="by layer"))
     return Shown(record, view)
+
+
+@verb
+def compare(
+    model: Model,
+    recipe_names: Annotated[
+        str, typer.Option("--recipes", help="Recipes or YAML files, by comma.")
+    ] = "fast,default,moefication,cmoe,teal",
+    budgets: Annotated[str, typer.Option(help="Active budgets, by comma.")] = "0.25,0.5",
+    corpus: Text = None,
+    documents: Annotated[int, typer.Option(help="Most documents to evaluate on.")] = 44,
+    seed: Annotated[int, typer.Option(help="Seed of shards and recipes.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
+    quiet: bool = False,
+) -> Shown:
+    """Run recipes on one model at equal active budgets, in memory, and compare them.
+
+    Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
+    """
+    from moefy.comparison import compare as run
+    from moefy.tables import comparison_rows, terminal
+
+    record = run(
+        model, recipe_names.split(","), [float(b) for b in budgets.split(",")], corpus=corpus,
+        documents=documents, seed=seed, quiet=quiet,
+    )  # fmt: skip
+    _write(record, output)
+    return Shown(record, [terminal(*comparison_rows(record))])
 
 
 @verb

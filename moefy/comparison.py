@@ -12,6 +12,7 @@ Shapes: B documents, T tokens, V vocabulary, D width.
 import hashlib
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.distil import compared
+from moefy.errors import MoefyError
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
 from moefy.fitting import HELD_OUT_SHARE, fit_layer, sample_sizes, split_layer
@@ -46,7 +48,7 @@ from moefy.modeling import (
 )
 from moefy.partition import Partition
 from moefy.plan import Plan, plan
-from moefy.provenance import versions
+from moefy.provenance import machine, versions
 from moefy.recipe import Recipe
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import needs_tuning, tune
@@ -100,6 +102,16 @@ class Comparison:
             **fitted,
             "seconds": round(seconds, 2),
         }
+
+    def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
+        """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
+        try:
+            density = self.density_at(recipe, budget)
+            if density is None:
+                return {"n/a": "cannot go below this budget"}
+            return self.run(replace(recipe, density=density))
+        except MoefyError as error:
+            return {"n/a": str(error)}
 
     def neurons(self) -> int:
         """Neurons of the first MLP."""
@@ -266,6 +278,43 @@ class Comparison:
         kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
         file.write_text(json.dumps(kept))
         return split
+
+
+def compare(
+    model: str | Path,
+    names: list[str],
+    budgets: list[float],
+    *,
+    corpus: Any = None,
+    documents: int = 44,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Recipes (shipped names or YAML files) on one model at equal active budgets; a JSON record.
+
+    Raises `RecipeError` for an unknown recipe before anything is run. A recipe that cannot serve the
+    model, or not at a budget, has a row that says why.
+    """
+    wanted = {name: recipes.load(name) for name in names}
+    report = Reporter(quiet=quiet)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Comparison(
+            model, folder, corpus=corpus, seed=seed, documents=documents, report=report
+        )
+        for name, recipe in wanted.items():
+            for budget in budgets:
+                report.say(f"{name} at {budget}")
+                rows.append({"recipe": name, "budget": budget, **bench.at(recipe, budget)})
+    return {
+        "kind": "comparison",
+        "model": str(model),
+        "corpus": bench.corpus,
+        "documents": documents,
+        "seed": seed,
+        "rows": rows,
+        "machine": machine(),
+    }
 
 
 def _nats(logits: Tensor, batch: Batch) -> Tensor:

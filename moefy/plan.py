@@ -51,7 +51,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     if recipe.baseline is not None:
         raise RecipeError(
             f"recipe with baseline '{recipe.baseline}': it serves evaluation only "
-            f"(moefy eval MODEL --recipe {recipe.baseline}); choose another to convert with"
+            f"(moefy compare MODEL --recipes {recipe.baseline}); choose another to convert with"
         )
     find_method(recipe.partition.method)
     if recipe.partition.shared_by not in SHARED_BY:

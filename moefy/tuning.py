@@ -8,10 +8,11 @@ better than the same density everywhere. `tune` does that and then trains router
 Shapes: T tokens, D width, E routed experts, K experts that run.
 """
 
+import functools
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,18 +25,21 @@ from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
 from moefy.errors import RecipeError, unknown_choice
 from moefy.fitting import cap, tokens_of
+from moefy.locate import side_of
 from moefy.plan import Plan
-from moefy.recipe import DistilRecipe, Recipe
+from moefy.recipe import Recipe
 from moefy.routed import Routed
+from moefy.routing import SELECTIONS, choose
 from moefy.routing.base import Selection
 from moefy.routing.budget import greedy, solve
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens, fit_compensation, fit_selection
 
-FACTORS = (0.3, 0.45, 0.6, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""
 
 BISECTIONS = 8
+SETTLING_PASSES = 2
 REFIT_TOKENS = 8192
 """Tokens on which the compensation of a candidate is fitted."""
 
@@ -55,8 +59,18 @@ class Candidate:
 
 def needs_tuning(recipe: Recipe) -> bool:
     """Whether the recipe asks for more than layer by layer fitting."""
-    budget = recipe.budget
-    return budget.name != "uniform" or budget.target_kl is not None or recipe.distil.steps > 0
+    return allocates(recipe) or recipe.distil.steps > 0 or varies(recipe)
+
+
+def allocates(recipe: Recipe) -> bool:
+    """Whether layers may get different densities."""
+    return recipe.budget.name != "uniform" or recipe.budget.target_kl is not None
+
+
+def varies(recipe: Recipe) -> bool:
+    """Whether tokens may get different numbers of experts."""
+    kind = choose(SELECTIONS, "selection", recipe.selection.name)
+    return kind.by_score and kind.varies
 
 
 def tune(
@@ -71,10 +85,14 @@ def tune(
     """Allocate and distil as the recipe says, in place; returns what was measured."""
     record: dict[str, Any] = {}
     check = HeldOut(model, held)
+    active = {i: _planned(todo, i, m) for i, m in sparse_mlps(model).items()}
     if recipe.budget.name not in BUDGETS:
         raise RecipeError(unknown_choice("budget", recipe.budget.name, BUDGETS))
-    if needs_tuning(replace(recipe, distil=DistilRecipe())):
+    if allocates(recipe):
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
+        active = dict(enumerate(record["budget"]["active"]))
+    if varies(recipe):
+        settle(model, todo, recipe, check, active)
     if recipe.distil.steps:
         before = check.distance()
         scope = recipe.distil.scope
@@ -86,6 +104,8 @@ def tune(
             for site, module in zip(todo.sites, sparse_mlps(model).values(), strict=True):
                 tokens = tokens_of(samples["router"], todo, site)
                 distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
+        if varies(recipe):
+            settle(model, todo, recipe, check, active)
         record["distillation"] = {
             "scope": scope,
             "steps": recipe.distil.steps,
@@ -119,6 +139,38 @@ class HeldOut:
 
 
 @torch.no_grad()
+def settle(
+    model: PreTrainedModel, todo: Plan, recipe: Recipe, held: HeldOut, active: dict[int, int]
+) -> None:
+    """Set selections that vary so that `active` experts run on what the sparse model sees.
+
+    They were fitted on the inputs of the dense model, which are a little different.
+    """
+    modules = sparse_mlps(model)
+    for _ in range(SETTLING_PASSES):
+        seen: dict[int, list[Tensor]] = {index: [] for index in modules}
+        current: list[Batch] = []
+
+        def keep(index: int, x_TD: Tensor, _: Tensor) -> None:
+            mask = current[0].mask(side_of(todo.sites[index]))  # noqa: B023 - one batch at a time
+            seen[index].append(x_TD if mask is None else x_TD[mask.flatten().to(x_TD.device)])  # noqa: B023
+
+        for index, module in modules.items():
+            module.observer = functools.partial(keep, index)
+        for batch in held.batches:
+            current[:] = [batch]
+            run(model, batch)
+        for index, module in modules.items():
+            module.observer = None
+            own = torch.cat(seen[index])
+            before = torch.cat(seen[index - 1]) if module.look_ahead else own
+            module.selection = fit_selection(
+                type(module.selection), module.router, module.routed, Tokens(own, before),
+                active[index], cap(recipe, active[index]),
+            )  # fmt: skip
+
+
+@torch.no_grad()
 def allocate(
     model: PreTrainedModel,
     todo: Plan,
@@ -132,10 +184,11 @@ def allocate(
     rows: list[list[Candidate]] = []
     for index, module in report.track(modules.items(), "measure densities"):
         rows.append(_candidates(module, index, todo, recipe, samples, held))
-    uniform = [_nearest(row, todo.k[i]) for i, row in enumerate(rows)]
+    planned = [_planned(todo, index, module) for index, module in modules.items()]
+    uniform = [_nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]
-    choose = greedy if recipe.budget.name == "greedy" else solve
+    pick = greedy if recipe.budget.name == "greedy" else solve
 
     def measured(chosen: list[int]) -> float:
         for module, row, at in zip(modules.values(), rows, chosen, strict=True):
@@ -147,7 +200,7 @@ def allocate(
 
     target = recipe.budget.target_kl
     if target is None:
-        chosen = choose(costs, losses, total(uniform) * (1 + 1e-9))
+        chosen = pick(costs, losses, total(uniform) * (1 + 1e-9))
         kl, kl_uniform = measured(chosen), measured(uniform)
         if kl_uniform < kl:
             chosen = uniform
@@ -157,7 +210,7 @@ def allocate(
         chosen = [len(row) - 1 for row in rows]
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            trial = choose(costs, losses, middle)
+            trial = pick(costs, losses, middle)
             if measured(trial) <= target:
                 chosen, high = trial, middle
             else:
@@ -183,8 +236,10 @@ def _candidates(
 ) -> list[Candidate]:
     """One layer at several densities, cheapest first, each with its own selection and means."""
     site, experts = todo.sites[index], module.experts - module.shared
-    factors = (*FACTORS, experts / todo.k[index])
-    actives = sorted({min(experts, max(1, round(f * todo.k[index]))) for f in factors})
+    planned = _planned(todo, index, module)
+    # A target for KL may need every expert of a layer, a mean density never does.
+    factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
+    actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
     tokens, held_tokens = (
         _first(tokens_of(samples[name], todo, site), REFIT_TOKENS)
         for name in ("router", "held-out")
@@ -210,6 +265,11 @@ def _candidates(
             loss = held.distance(only=module)
         found.append(Candidate(active, selection, state, cost, loss))
     return found
+
+
+def _planned(todo: Plan, index: int, module: SparseMlp) -> int:
+    """Routed experts that run where every layer has the same density."""
+    return todo.k[index] + todo.layers[index].shared - module.shared
 
 
 def _first(tokens: Tokens, most: int) -> Tokens:

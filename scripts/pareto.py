@@ -15,7 +15,6 @@ from typing import Any
 
 from moefy import recipe as recipes
 from moefy.comparison import Comparison
-from moefy.errors import MoefyError
 from moefy.provenance import machine
 
 BUDGETS = (0.1, 0.2, 0.25, 0.5, 0.75)
@@ -105,13 +104,9 @@ def one(
     recipe = recipes.override(
         recipes.load(name), {**chosen, **dict(pair.split("=", 1) for pair in extra)}
     )
-    density = bench.density_at(recipe, budget)
-    if density is None:
-        return {"n/a": "cannot go below this budget"}
-    try:
-        row = bench.run(recipes.override(recipe, {"density": density}))
-    except MoefyError as error:
-        return {"n/a": str(error)}
+    row = bench.at(recipe, budget)
+    if "n/a" in row:
+        return row
     row.pop("recipe")
     fits = row.pop("routers", [])
     if fits:

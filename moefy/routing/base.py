@@ -48,7 +48,7 @@ class Router(nn.Module):
     @classmethod
     def make(cls, width: int, experts: int, hidden: int, neurons: int, bits: int) -> "Router":
         """The router of a layer; `neurons` and `bits` matter to those that copy rows of weights."""
-        return cls(width, experts, hidden)  # type: ignore[call-arg]
+        return cls(width, experts, hidden)
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
@@ -71,6 +71,8 @@ class Selection:
 
     by_score: ClassVar[bool] = True
     """Whether a higher score of one token alone decides, as straight-through training needs."""
+    varies: ClassVar[bool] = False
+    """Whether tokens may run different numbers of experts."""
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Selection":

@@ -18,39 +18,47 @@ Table = list[list[float]]
 def solve(costs: Table, losses: Table, total: float) -> list[int]:
     """The candidate `[L]` of each layer with the least sum of losses at a sum of costs <= `total`.
 
+    The solver's tolerances are absolute, so both are scaled: the costs may exceed the total, and the
+    losses the least sum, by a millionth of the total and of the largest loss.
+
     Raises `ValueError` where even the cheapest candidates cost more.
     """
     _affordable(costs, total)
-    cost, loss = np.concatenate(costs), np.concatenate(losses)
+    cost, loss = np.concatenate(costs) / total, np.concatenate(losses)
+    loss = loss / max(np.abs(loss).max(), 1e-300)
     layer = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
     one_each = (layer == np.arange(len(costs))[:, None]).astype(float)
     result = milp(
         loss,
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None], -np.inf, total),
+            LinearConstraint(cost[None], -np.inf, 1),
         ],
         integrality=np.ones(len(cost), dtype=np.int64),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
     )
     chosen = np.asarray(result.x)
     return [int(chosen[layer == row].argmax()) for row in range(len(costs))]
 
 
 def greedy(costs: Table, losses: Table, total: float) -> list[int]:
-    """The candidate `[L]` of each layer, by steps down from the most expensive ones.
+    """The candidate `[L]` of each layer, by steps down from the last ones.
 
-    Raises `ValueError` where even the cheapest candidates cost more.
+    A step goes to the next candidate below that costs less. Raises `ValueError` where even the cheapest candidates cost more.
     """
     _affordable(costs, total)
     chosen = [len(row) - 1 for row in costs]
     while sum(row[c] for row, c in zip(costs, chosen, strict=True)) > total:
         rates = []
         for layer, at in enumerate(chosen):
-            if at > 0:
-                saved = costs[layer][at] - costs[layer][at - 1]
-                rates.append(((losses[layer][at - 1] - losses[layer][at]) / saved, layer))
-        chosen[min(rates)[1]] -= 1
+            now = costs[layer][at]
+            to = next((c for c in range(at - 1, -1, -1) if costs[layer][c] < now), None)
+            if to is not None:
+                hurts = losses[layer][to] - losses[layer][at]
+                rates.append((hurts / (now - costs[layer][to]), layer, to))
+        _, layer, to = min(rates)
+        chosen[layer] = to
     return chosen
 
 

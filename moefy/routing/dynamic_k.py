@@ -14,6 +14,8 @@ from moefy.routing.topk import capped
 class DynamicK(Selection):
     """Expert `e` runs where `s_e >= (1 - tau) max s`; for scores that are never negative."""
 
+    varies = True
+
     def __init__(self, tau: float, most: int | None = None) -> None:
         self.tau = tau
         self.most = most

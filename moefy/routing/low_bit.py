@@ -90,7 +90,8 @@ class LowBitRouter(Router):
         shifts = torch.arange(0, 8, self.bits, device=codes_NP.device, dtype=torch.uint8)
         levels = (codes_NP[..., None] >> shifts) & (2**self.bits - 1)
         levels = levels.view(len(codes_NP), -1, GROUP).float() - (2**self.bits - 1) / 2
-        return (levels * scale_NG.float()[..., None]).view(len(codes_NP), -1)[:, : self.width]
+        rough_NGK: Tensor = levels * scale_NG.float()[..., None]
+        return rough_NGK.view(len(codes_NP), -1)[:, : self.width]
 
     def weights_read(self, mlp: DenseMlp) -> int:
         """Memory read, in weights of 16 bits: codes, scales and one size per neuron."""

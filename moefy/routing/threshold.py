@@ -13,6 +13,8 @@ from moefy.routing.topk import capped
 class Threshold(Selection):
     """Experts with a score above `threshold`: from none of them to `most` for one token."""
 
+    varies = True
+
     def __init__(self, threshold: float, most: int | None = None) -> None:
         self.threshold = threshold
         self.most = most

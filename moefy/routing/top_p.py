@@ -17,6 +17,8 @@ WIDEST = 4.0
 class TopP(Selection):
     """The experts of highest probability until their sum reaches `p`; at least one, at 1 all."""
 
+    varies = True
+
     def __init__(self, p: float, most: int | None = None, scale: float = 1.0) -> None:
         self.p = p
         self.most = most
