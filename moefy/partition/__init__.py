@@ -122,7 +122,7 @@ def partition(
     size = neurons // experts
     if shared is None:
         wanted = round(shared_share(variation(mlp, x_TD, domain_T)) * experts)
-        shared = min(wanted, experts - 1 if most_shared is None else most_shared)
+        shared = min(wanted, experts - 1, experts - 1 if most_shared is None else most_shared)
     owner_N = torch.empty(neurons, dtype=torch.int64)
     routed_N = torch.arange(neurons)
     if shared:
