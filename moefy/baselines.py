@@ -81,11 +81,15 @@ class InputSparseMlp(nn.Module):
         """Weights read over all weights, over the tokens that were counted; all matrices are equal."""
         return sum(self.read.values()) / (self.tokens * len(self.roles))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Output shaped as `hidden`; counts what was read."""
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Output shaped and typed as `hidden`, computed in the dtype of the MLP; counts what was read.
+
+        `residual` is for families whose MLP module adds it itself.
+        """
+        x_TD = hidden.reshape(-1, hidden.shape[-1]).to(self.mlp.up_ND.dtype)
         self.tokens += len(x_TD)
-        return self._compute(x_TD, count=True).view(hidden.shape)
+        y = self._compute(x_TD, count=True).view(hidden.shape).to(hidden.dtype)
+        return y if residual is None else y + residual
 
     def _compute(self, x_TD: Tensor, *, count: bool = False) -> Tensor:
         mlp, act = self.mlp, activation_function(self.mlp.activation)
