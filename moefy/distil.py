@@ -48,7 +48,8 @@ def distil_model(
 
     `follow` is called after every step, to keep thresholds at their density.
 
-    Raises `MoefyError` where a selection does not decide by scores, or the loss is not finite.
+    Raises `MoefyError` where a selection does not decide by scores, where there is nothing to train,
+    or the loss is not finite.
     """
     modules = list(sparse_mlps(model).values())
     draws = _drawn(batches, recipe.tokens, seed)
@@ -63,7 +64,7 @@ def distil_model(
                 weights.append(len(dense))
             yield sum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)  # type: ignore[misc]
 
-    return _train(modules, losses(), recipe, report, follow)
+    return _train(model, modules, losses(), recipe, report, follow)
 
 
 def distil_layer(
@@ -85,25 +86,36 @@ def distil_layer(
             error_TD = module(x_TD) - module.weights(x_TD)
             yield error_TD.square().sum() / want_TD.square().sum().clamp_min(1e-30)
 
-    return _train([module], losses(), recipe, report)
+    return _train(module, [module], losses(), recipe, report)
 
 
 def _train(
+    whole: nn.Module,
     modules: list[SparseMlp],
     losses: Iterator[Tensor],
     recipe: DistilRecipe,
     report: Reporter,
     follow: Callable[[], None] | None = None,
 ) -> list[float]:
-    """The loop of both scopes: AdamW, warm-up and cosine, thresholds that follow the scores."""
+    """The loop of both scopes: AdamW, warm-up and cosine, thresholds that follow the scores.
+
+    All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
+    would take as much time and memory as those that are wanted.
+    """
     parameters = [
         p for m in modules for p in (*m.router.parameters(), *m.compensation.parameters())
     ]
-    frozen = [(p, p.requires_grad) for p in parameters]
+    if not parameters:
+        raise MoefyError(
+            "distillation found nothing to train: neither the router nor the compensation has "
+            "parameters; choose others or set distil.steps=0"
+        )
+    learning = [(p, p.requires_grad) for p in whole.parameters()]
     for module in modules:
         if not module.selection.by_score:
             raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
         module.straight_through = True
+    whole.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     # Adam's steps do not know how large a weight is: relative to its size they suit every matrix.
@@ -133,8 +145,9 @@ def _train(
                     follow()
                 history.append(loss.item())
     finally:
-        for parameter, before in frozen:
+        for parameter, before in learning:
             parameter.requires_grad_(before)
+            parameter.grad = None
         for module in modules:
             module.straight_through = False
             module.scores_TE = None

@@ -18,6 +18,8 @@ import yaml
 
 from moefy.errors import RecipeError, unknown_choice
 
+BUDGETS = ("uniform", "greedy", "solver")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionRecipe:
@@ -143,6 +145,13 @@ class BudgetRecipe:
     target_kl: float | None = None
     """KL to dense (nats per token) to reach with the least density; `density` is then not used."""
 
+    def __post_init__(self) -> None:
+        """Refuse budgets that there are not."""
+        if self.name not in BUDGETS:
+            raise RecipeError(unknown_choice("budget.name", self.name, BUDGETS))
+        if self.per not in ("weights", "time"):
+            raise RecipeError(unknown_choice("budget.per", self.per, ("weights", "time")))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistilRecipe:
@@ -155,6 +164,13 @@ class DistilRecipe:
     learning_rate: float = 1e-3
     scope: str = "auto"
     """`model` (KL of the logits), `layer` (output error), or `auto`: whichever fits in memory."""
+
+    def __post_init__(self) -> None:
+        """Refuse scopes that there are not."""
+        if self.scope not in ("auto", "model", "layer"):
+            raise RecipeError(
+                unknown_choice("distil.scope", self.scope, ("auto", "model", "layer"))
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

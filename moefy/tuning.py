@@ -23,7 +23,6 @@ from moefy.activations import Captured, run
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
-from moefy.errors import RecipeError, unknown_choice
 from moefy.fitting import cap, tokens_of
 from moefy.locate import side_of
 from moefy.plan import Plan
@@ -40,10 +39,8 @@ FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 
 BISECTIONS = 8
 SETTLING_PASSES = 2
-REFIT_TOKENS = 8192
-"""Tokens on which the compensation of a candidate is fitted."""
-
-BUDGETS = ("uniform", "greedy", "solver")
+TRIAL_TOKENS = 2048
+"""Tokens on which the compensation of a candidate is fitted and its output error measured."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,6 @@ def tune(
     record: dict[str, Any] = {}
     check = HeldOut(model, held)
     active = {i: _planned(todo, i, m) for i, m in sparse_mlps(model).items()}
-    if recipe.budget.name not in BUDGETS:
-        raise RecipeError(unknown_choice("budget", recipe.budget.name, BUDGETS))
     if allocates(recipe):
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
         active = dict(enumerate(record["budget"]["active"]))
@@ -216,6 +211,11 @@ def allocate(
             else:
                 low = middle
     kl = measured(chosen)
+    for index, module in modules.items():
+        tokens = tokens_of(samples["router"], todo, todo.sites[index])
+        fit_compensation(
+            module.compensation, module.router, module.selection, module.routed, tokens
+        )
     return {
         "name": recipe.budget.name,
         "per": recipe.budget.per,
@@ -241,15 +241,13 @@ def _candidates(
     factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
     actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
     tokens, held_tokens = (
-        _first(tokens_of(samples[name], todo, site), REFIT_TOKENS)
+        _first(tokens_of(samples[name], todo, site), TRIAL_TOKENS)
         for name in ("router", "held-out")
     )
+    scores_TE = torch.cat([module.router(x, module.routed) for _, x in held_tokens.chunks()])
     found = []
     for active in actives:
-        selection = fit_selection(
-            type(module.selection), module.router, module.routed, held_tokens, active,
-            cap(recipe, active),
-        )  # fmt: skip
+        selection = type(module.selection).fit(scores_TE, active, cap(recipe, active))
         fit_compensation(module.compensation, module.router, selection, module.routed, tokens)
         state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
         module.selection = selection
