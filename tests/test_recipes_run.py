@@ -1,0 +1,106 @@
+"""Every shipped recipe, made as small as the model, converts one and gives what it promises."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_conversion import corpus_for
+from tiny_models import build, example_inputs
+
+import moefy
+from moefy import recipe as recipes
+from moefy.checkpoint import Checkpoint
+from moefy.convert import convert
+from moefy.errors import RecipeError
+from moefy.evaluate import outputs
+from moefy.modeling import load_dense
+from moefy.recipe import Recipe
+from moefy.sparse_mlp import all_experts, sparse_mlps
+
+BASELINES = ["teal", "wina"]
+NAMES = sorted(set(recipes.shipped()) - set(BASELINES))
+
+
+def small(name: str) -> Recipe:
+    """The shipped recipe with fewer tokens and, where a size is given, experts that fit 64 neurons."""
+    recipe = recipes.load(name)
+    settings: dict[str, Any] = {
+        "context": 32,
+        "partition.tokens": 128,
+        "router.tokens": 256,
+        "router.epochs": min(2, recipe.router.epochs),
+        "router.batch_size": 64,
+        "density": 0.5,
+    }
+    if recipe.partition.expert_size is not None:
+        settings["partition.expert_size"] = min(8, recipe.partition.expert_size)
+    if recipe.partition.expert_size is None and recipe.partition.experts is None:
+        settings["partition.expert_size"] = 8
+    if recipe.distil.steps:
+        settings |= {"distil.steps": 2, "distil.tokens": 60}
+    return recipes.override(recipe, settings)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids of three domains, for recipes that compare them."""
+    file = tmp_path_factory.mktemp("corpus") / "ids.jsonl"
+    rows = [
+        {"input_ids": ids, "domain": f"d{i % 3}", "source_id": str(i)}
+        for i, ids in enumerate(corpus_for("llama"))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_converts(name: str, corpus: Path, tmp_path: Path) -> None:
+    source, recipe = build("llama", tmp_path / "source"), small(name)
+    record = convert(source, tmp_path / "out", recipe=recipe, corpus=corpus, quiet=True)
+    model = moefy.load(tmp_path / "out")
+    inputs = example_inputs("llama")
+    dense = outputs(load_dense(Checkpoint.open(source))(**inputs))
+    with all_experts(model):
+        assert ((outputs(model(**inputs)) - dense).norm() / dense.norm()) < 1e-5
+    sparse = outputs(model(**inputs))
+    assert ((sparse - dense).norm() / dense.norm()) > 1e-3
+    quality = record["evaluation"]
+    density = quality["ffn_density"]
+    if recipe.selection.name == "prompt_static":
+        # Half of every document is dense, rounded down by the token.
+        assert 0.6 < density < 0.76
+    else:
+        # Selections that vary were set on other documents of very few tokens.
+        assert density == pytest.approx(0.5, abs=0.02 if recipe.selection.name == "topk" else 0.15)
+    assert quality["active_budget"] > 0
+    for module in sparse_mlps(model).values():
+        if recipe.partition.shared is None:
+            assert module.shared < module.experts / 2
+        else:
+            assert module.shared == recipe.partition.shared
+    ids = inputs["input_ids"][:1]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_serve_evaluation_only(name: str, tmp_path: Path) -> None:
+    source = build("llama", tmp_path / "source")
+    with pytest.raises(RecipeError, match=f"baseline '{name}': it serves evaluation only"):
+        convert(source, tmp_path / "out", recipe=name, corpus=corpus_for("llama"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_need_a_gate_or_domains_say_so(tmp_path: Path) -> None:
+    opt, llama = build("opt", tmp_path / "opt"), build("llama", tmp_path / "llama")
+    with pytest.raises(RecipeError, match="reads the gate"):
+        convert(opt, tmp_path / "a", recipe=small("cats"), corpus=corpus_for("opt"), quiet=True)
+    with pytest.raises(RecipeError, match="fewer than two"):
+        convert(
+            llama, tmp_path / "b", recipe=small("expertweaver"),
+            corpus=corpus_for("llama"), quiet=True,
+        )  # fmt: skip
+    for name in ("a", "b"):
+        assert not (tmp_path / name).exists()
