@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from moefy.mlp import DenseMlp, activation_function
 
 STEP = 0.05
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS = 1024
 
 
 @dataclass

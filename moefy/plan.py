@@ -81,7 +81,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         # The first MLP of encoder and decoder has none before it.
         first = side_of(site) not in sides
         sides.add(side_of(site))
-        entry, k = _layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
+        entry, k = layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
         layers.append(entry)
         active.append(k)
     blocks = [] if recipe.attention.density is None else head_sites(model)
@@ -182,7 +182,8 @@ def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
     return entry, max(1, round(wanted.density * experts))
 
 
-def _layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
+def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
+    """What is decided of one MLP before its weights are read, and its routed experts per token."""
     where = f"layer {site.index}"
     wanted = recipe.partition
     experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)

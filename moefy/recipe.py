@@ -161,7 +161,8 @@ class DistilRecipe:
     """Optimiser steps; 0 leaves distillation out."""
     tokens: int = 1536
     """Tokens of a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.05
+    """Largest step of Adam, relative to the root mean square of each weight matrix."""
     scope: str = "auto"
     """`model` (KL of the logits), `layer` (output error), or `auto`: whichever fits in memory."""
 
@@ -191,6 +192,17 @@ class Recipe:
     seed: int = 0
     context: int = 512
     """Tokens a document is cut to when the model is run on it."""
+
+    @classmethod
+    def named(
+        cls, name: str | Path, settings: dict[str, Any] | None = None, **top: Any
+    ) -> "Recipe":
+        """A shipped recipe or YAML file with settings replaced.
+
+        Recipe.named("default", density=0.5)
+        Recipe.named("default", {"router.bits": 4}, seed=1)
+        """
+        return override(load(name), {**(settings or {}), **top})
 
     def __post_init__(self) -> None:
         """Refuse a density outside (0, 1]."""

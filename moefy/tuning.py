@@ -31,6 +31,7 @@ from moefy.routed import Routed
 from moefy.routing import SELECTIONS, choose
 from moefy.routing.base import Selection
 from moefy.routing.budget import greedy, solve
+from moefy.sensitivity import sensitivities
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens, fit_compensation, fit_selection
 
@@ -39,6 +40,9 @@ FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 
 BISECTIONS = 8
 SETTLING_PASSES = 2
+SENSITIVITY_TOKENS = 4096
+"""Most tokens of a batch through which the sensitivities are backpropagated."""
+
 TRIAL_TOKENS = 2048
 """Tokens on which the compensation of a candidate is fitted and its output error measured."""
 
@@ -177,8 +181,11 @@ def allocate(
     """Choose the density of every layer and set it; returns densities and measured KL."""
     modules = sparse_mlps(model)
     rows: list[list[Candidate]] = []
+    metric: list[Tensor | None] = [None] * len(modules)
+    if recipe.budget.name == "greedy" and _fits(model, SENSITIVITY_TOKENS):
+        metric = list(sensitivities(model, todo.sites, held.batches, seed=recipe.seed))
     for index, module in report.track(modules.items(), "measure densities"):
-        rows.append(_candidates(module, index, todo, recipe, samples, held))
+        rows.append(_candidates(module, index, todo, recipe, samples, held, metric[index]))
     planned = [_planned(todo, index, module) for index, module in modules.items()]
     uniform = [_nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
@@ -233,6 +240,7 @@ def _candidates(
     recipe: Recipe,
     samples: dict[str, Captured],
     held: HeldOut,
+    metric_DD: Tensor | None,
 ) -> list[Candidate]:
     """One layer at several densities, cheapest first, each with its own selection and means."""
     site, experts = todo.sites[index], module.experts - module.shared
@@ -258,7 +266,7 @@ def _candidates(
             weights = module.weights
             cost = share * weights.matrices * weights.neurons * weights.width
         if recipe.budget.name == "greedy":
-            loss = _output_error(module, held_tokens)
+            loss = _output_error(module, held_tokens, metric_DD)
         else:
             loss = held.distance(only=module)
         found.append(Candidate(active, selection, state, cost, loss))
@@ -283,14 +291,22 @@ def _nearest(row: list[Candidate], active: int) -> int:
     return min(range(len(row)), key=lambda at: abs(row[at].active - active))
 
 
-def _output_error(module: SparseMlp, tokens: Tokens) -> float:
-    """Squared error of the layer's output over the squared norm of the dense one."""
-    error = energy = 0.0
+def _output_error(module: SparseMlp, tokens: Tokens, metric_DD: Tensor | None) -> float:
+    """What the layer's output error costs per token: in KL as `metric_DD` (`moefy.sensitivity`)
+    estimates it, or without one the squared error over the squared norm of the dense output.
+    """
+    error, energy, weights = 0.0, 0.0, module.weights
     for x_TD, read_TD in tokens.chunks():
+        x_TD, read_TD = (x.to(weights.up_ND) for x in (x_TD, read_TD))
         module.context.previous_TD = read_TD
-        dense_TD = module.weights(x_TD)
-        error += (module(x_TD) - dense_TD).square().sum().item()
-        energy += dense_TD.square().sum().item()
+        dense_TD = weights(x_TD)
+        error_TD = (module(x_TD) - dense_TD).float()
+        if metric_DD is None:
+            error += error_TD.square().sum().item()
+            energy += dense_TD.float().square().sum().item()
+        else:
+            error += ((error_TD @ metric_DD.to(error_TD.device)) * error_TD).sum().item()
+            energy += len(x_TD)
     return error / max(energy, 1e-30)
 
 

@@ -28,6 +28,7 @@ LAYERS = (
     {"activations", "modeling", "plan", "reorder"},
     {"training", "evaluate", "interpret", "benchmark", "card"},
     {"distil", "fitting", "head_fitting"},
+    {"sensitivity"},
     {"tuning"},
     {"convert", "comparison", "export", "report", "measure"},
     {"quickstart"},

@@ -1,0 +1,70 @@
+"""How much each direction of an MLP's output matters to the model: one Fisher matrix per layer.
+
+For a small error `e` of one layer's output, KL(dense || disturbed) is about `e^T G e / 2`, with
+`G = E[g g^T]` and `g` the gradient, at that output, of the log-probability of tokens drawn from the
+model's own prediction (Amari 1998). One backward pass gives the matrices of all layers. Where there
+are no logits, `g` is the gradient of a random projection of the last hidden states, over their size.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.activations import run
+from moefy.data import Batch
+from moefy.distil import compared
+from moefy.locate import Site, side_of
+from moefy.sparse_mlp import all_experts, sparse_mlps
+
+
+def sensitivities(
+    model: PreTrainedModel, found: list[Site], batches: list[Batch], *, seed: int = 0
+) -> list[Tensor]:
+    """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on."""
+    modules = list(sparse_mlps(model).values())
+    sums = [torch.zeros(site.width, site.width) for site in found]
+    tokens = [0] * len(found)
+    generator = torch.Generator().manual_seed(seed)
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        # The first layer's output depends on nothing that is trained.
+        output = output if output.requires_grad else output.detach().requires_grad_(True)
+        output.retain_grad()
+        outputs[index] = output
+        return output
+
+    handles = [m.register_forward_hook(partial(keep, i)) for i, m in enumerate(modules)]
+    try:
+        for batch in batches:
+            with torch.enable_grad(), all_experts(model):
+                _objective(compared(run(model, batch), batch), batch, generator).backward()
+            for index, site in enumerate(found):
+                gradient = outputs[index].grad
+                assert gradient is not None
+                mask = batch.mask(side_of(site))
+                g_TD = gradient.reshape(-1, site.width)
+                g_TD = g_TD if mask is None else g_TD[mask.flatten().to(g_TD.device)]
+                sums[index] += (g_TD.T @ g_TD).float().cpu()
+                tokens[index] += len(g_TD)
+            outputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)]
+
+
+def _objective(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """A scalar, summed over tokens, whose gradient's covariance is the Fisher matrix."""
+    if batch.targets_BT is None and "pixel_values" not in batch.inputs:
+        size_T1 = output.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        drawn = torch.randn(output.shape, generator=generator).to(output.device)
+        projected: Tensor = 2**0.5 * drawn * output / size_T1
+        return projected.sum()
+    log_p = output.float().log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+    return log_p.gather(1, drawn.to(log_p.device)).sum()

@@ -1,0 +1,203 @@
+"""From the records of scripts/pareto.py: tables, ratios to the best peer, and a plot per model.
+
+python scripts/pareto_report.py                # writes docs/pareto.md and docs/pareto_*.png
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from moefy.tables import markdown
+
+RECORDS = Path("benchmarks/records")
+OURS = ("fast", "default", "best", "export")
+CONTROLS = ("pruning", "random")
+TRAINING_FREE = ("teal", "wina", "cats", "griffin", "cmoe", "expertweaver")
+INTRO = """# Recipes at equal active budgets
+
+Every recipe on the same model, the same captured activations and the same evaluation documents, which
+nothing was fitted on. *Active budget*: MLP weights read per token over the dense MLPs', in memory
+traffic of 16-bit weights, router, compensation and always-on parts included; a weight kept in 2 bits
+counts an eighth. *Computed*: multiplications over the dense MLPs', where a 2-bit weight counts whole.
+Peers stand at their best expert size of those tried, budget by budget. `n/a`: the method cannot go
+below that budget. Means over seeds (of shards and fits) with the half-width of a 95 % t-interval.
+Made by `scripts/pareto.py` and `scripts/pareto_report.py` from `benchmarks/records/pareto_*.json`.
+"""
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+Rows = dict[tuple[str, float], dict[int | None, list[dict[str, Any]]]]
+
+
+def load() -> dict[str, Rows]:
+    """Model -> (recipe, budget) -> expert size -> the rows of its seeds."""
+    models: dict[str, Rows] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for file in sorted(RECORDS.glob("pareto_*_seed*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for row in record["rows"]:
+            row = {**row, "seed": record["seed"]}
+            if metric(row) is not None:
+                models[record["model"]][row["recipe"], row["budget"]][row["expert_size"]].append(
+                    row
+                )
+    return models
+
+
+def metric(row: dict[str, Any]) -> float | None:
+    """KL to dense, or for encoders one minus the cosine."""
+    if "kl" in row:
+        return float(row["kl"])
+    return 1 - float(row["cosine"]) if "cosine" in row else None
+
+
+def mean(rows: list[dict[str, Any]], value: Any = metric) -> float:
+    return sum(value(row) for row in rows) / len(rows)
+
+
+def half_width(rows: list[dict[str, Any]]) -> float | None:
+    if len(rows) < 2:
+        return None
+    centre = mean(rows)
+    spread = math.sqrt(sum((metric(row) - centre) ** 2 for row in rows) / (len(rows) - 1))
+    return T95[len(rows)] * spread / math.sqrt(len(rows))
+
+
+def best_size(sizes: dict[int | None, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return min(sizes.values(), key=mean)
+
+
+def table(rows: Rows) -> str:
+    budgets = sorted({budget for _, budget in rows})
+    names = sorted({name for name, _ in rows}, key=lambda n: (n not in OURS, n in CONTROLS, n))
+    lines = []
+    for name in names:
+        line = [
+            f"**{name}**" if name in OURS else f"{name} (control)" if name in CONTROLS else name
+        ]
+        for budget in budgets:
+            sizes = rows.get((name, budget))
+            if not sizes:
+                line.append("n/a")
+                continue
+            found = best_size(sizes)
+            width = half_width(found)
+            line.append(f"{mean(found):.4f}" + (f" ± {width:.4f}" if width is not None else ""))
+        lines.append(line)
+    return markdown(["recipe", *(f"budget {b}" for b in budgets)], lines)
+
+
+def ratios(rows: Rows) -> str:
+    budgets = sorted({budget for _, budget in rows})
+    lines = []
+    for name in OURS:
+        line = [name]
+        for budget in budgets:
+            mine = rows.get((name, budget))
+            peers = {
+                other: mean(best_size(sizes))
+                for (other, b), sizes in rows.items()
+                if b == budget
+                and other not in (*OURS, *CONTROLS)
+                and (name != "fast" or other in TRAINING_FREE)
+                and (name != "export" or other == "moefication")
+            }
+            if not mine or not peers:
+                line.append("")
+                continue
+            best = min(peers, key=lambda other: peers[other])
+            line.append(f"{mean(best_size(mine)) / max(peers[best], 1e-12):.2f} x {best}")
+        lines.append(line)
+    return markdown(["recipe", *(f"budget {b}" for b in budgets)], lines)
+
+
+def computed(rows: Rows) -> str:
+    lines = []
+    for name in OURS:
+        for budget in sorted({budget for _, budget in rows}):
+            found = rows.get((name, budget))
+            if found:
+                chosen = best_size(found)
+                lines.append(
+                    [
+                        name, f"{budget}", f"{mean(chosen, lambda r: r['active_budget']):.3f}",
+                        f"{mean(chosen, lambda r: r['active_compute']):.3f}",
+                        f"{mean(chosen, lambda r: r['ffn_density']):.3f}",
+                        f"{mean(chosen, lambda r: r.get('ce_increase', float('nan'))):.4f}",
+                        f"{mean(chosen, lambda r: r['seconds']):.0f}",
+                    ]
+                )  # fmt: skip
+    header = [
+        "recipe",
+        "budget",
+        "read",
+        "computed",
+        "FFN density",
+        "CE increase",
+        "seconds to convert",
+    ]
+    return markdown(header, lines)
+
+
+def plot(model: str, rows: Rows) -> str:
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    names = sorted({name for name, _ in rows}, key=lambda n: (n in OURS, n))
+    for index, name in enumerate(names):
+        points = []
+        for budget in sorted({b for n, b in rows if n == name}):
+            found = best_size(rows[name, budget])
+            points.append(
+                (mean(found, lambda r: r["active_budget"]), mean(found), half_width(found) or 0.0)
+            )
+        x, y, width = zip(*points, strict=True)
+        ours, control = name in OURS, name in CONTROLS
+        colour = plt.get_cmap("tab20")(index % 20)
+        axes.plot(
+            x, y, label=name, color=colour, marker="o" if ours else "s" if not control else "x",
+            linewidth=2.4 if ours else 1.2, linestyle=":" if control else "-",
+        )  # fmt: skip
+        low = [max(a - b, 1e-7) for a, b in zip(y, width, strict=True)]
+        high = [a + b for a, b in zip(y, width, strict=True)]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15)
+    axes.set_yscale("log")
+    axes.set_xlabel("active budget (MLP weights read per token / dense)")
+    axes.set_ylabel(
+        "KL to dense, nats per token"
+        if "kl" in next(iter(best_size(next(iter(rows.values())))))
+        else "1 - cosine"
+    )
+    axes.set_title(f"{model}: quality against what is read")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    file = Path("docs") / f"pareto_{model}.png"
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file.name
+
+
+def main() -> None:
+    parts = [INTRO]
+    for model, rows in load().items():
+        seeds = {
+            row["seed"] for sizes in rows.values() for found in sizes.values() for row in found
+        }
+        parts += [
+            f"## {model}\n",
+            f"![{model}]({plot(model, rows)})\n",
+            f"Seeds: {', '.join(map(str, sorted(seeds)))}.\n",
+            table(rows) + "\n",
+            "Over the best peer (`fast`: the best training-free one; `export`: MoEfication):\n",
+            ratios(rows) + "\n",
+            computed(rows) + "\n",
+        ]
+    Path("docs/pareto.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

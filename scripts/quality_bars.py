@@ -1,0 +1,214 @@
+"""Checks of quality that are not on the Pareto axis; each writes benchmarks/records/bar_{name}.json.
+
+python scripts/quality_bars.py gap         # share of the gap from random to oracle that an MLP router closes
+python scripts/quality_bars.py relu        # cross-entropy increase of the ReLU demo model at density 0.2
+python scripts/quality_bars.py dynamic     # static top-k, dynamic k, allocated densities at equal mean density
+python scripts/quality_bars.py cost        # seconds to convert one 7B-shaped layer, and how it grows
+python scripts/quality_bars.py embeddings FOLDER   # a sentence encoder: cosine and nearest-centroid accuracy
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from moefy import recipe as recipes
+from moefy.checkpoint import Checkpoint
+from moefy.comparison import Comparison
+from moefy.convert import convert
+from moefy.data import load_corpus, split_shards
+from moefy.fitting import fit_layer
+from moefy.inputs import read_batches
+from moefy.mlp import DenseMlp
+from moefy.modeling import load
+from moefy.plan import Plan, layer_plan
+from moefy.provenance import machine
+from moefy.activations import run
+from moefy.sparse_mlp import all_experts
+
+DEMO = Path("moefy/demo")
+WORK = Path("runs/pareto")
+
+
+def gap() -> list[dict[str, Any]]:
+    rows = []
+    for name in ("llama", "opt"):
+        bench = Comparison(DEMO / name, WORK / name, documents=22)
+        for size in (32, 8):
+            for density in (0.25, 0.5):
+                recipe = recipes.from_dict(
+                    {
+                        "density": density,
+                        "partition": {"expert_size": size},
+                        "router": {"name": "mlp", "tokens": 32768},
+                        "compensation": {"name": "none"},
+                    }
+                )
+                row = bench.run(recipe)
+                fits = row["routers"]
+                closed = [fit["gap_closed"] for fit in fits]
+                rows.append(
+                    {
+                        "model": name, "expert_size": size, "density": density, "kl": row["kl"],
+                        "gap_closed": sum(closed) / len(closed), "least_layer": min(closed),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def relu() -> list[dict[str, Any]]:
+    bench = Comparison(DEMO / "opt", WORK / "opt", documents=44)
+    rows = []
+    for name in ("fast", "default"):
+        row = bench.run(recipes.override(recipes.load(name), {"density": 0.2}))
+        dense = float(bench.dense_nats())
+        rows.append(
+            {
+                "recipe": name, "ffn_density": row["ffn_density"],
+                "active_budget": row["active_budget"], "kl": row["kl"], "ce_dense": dense,
+                "ce_increase": row["ce_increase"], "relative": row["ce_increase"] / dense,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def dynamic() -> list[dict[str, Any]]:
+    rows = []
+    variants = {
+        "static top-k": {"selection.name": "topk", "budget.name": "uniform"},
+        "threshold": {"selection.name": "threshold", "budget.name": "uniform"},
+        "dynamic_k": {"selection.name": "dynamic_k", "budget.name": "uniform"},
+        "top_p": {"selection.name": "top_p", "budget.name": "uniform"},
+        "top-k, greedy": {"selection.name": "topk", "budget.name": "greedy"},
+        "threshold, greedy": {"selection.name": "threshold", "budget.name": "greedy"},
+        "threshold, solver": {"selection.name": "threshold", "budget.name": "solver"},
+    }
+    for name in ("llama", "opt"):
+        bench = Comparison(DEMO / name, WORK / name, documents=22)
+        for density in (0.2, 0.4):
+            for variant, chosen in variants.items():
+                recipe = recipes.override(recipes.load("fast"), {"density": density, **chosen})
+                row = bench.run(recipe)
+                kept = ("kl", "ce_increase", "ffn_density", "density_by_layer")
+                rows.append(
+                    {"model": name, "density": density, "variant": variant,
+                     **{key: row[key] for key in kept}}
+                )  # fmt: skip
+    return rows
+
+
+class _Synthetic:
+    """A captured sample that is drawn instead."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        self.x_TD = torch.randn(tokens, width)
+
+    def inputs(self, _: Any) -> Tensor:
+        return self.x_TD
+
+    def domains(self, _: Any) -> Tensor:
+        return torch.arange(len(self.x_TD)) % 11
+
+
+def cost() -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    rows = []
+    for width, neurons in ((1024, 2752), (2048, 5504), (4096, 11008)):
+        mlp = DenseMlp(
+            up_ND=torch.randn(neurons, width) / width**0.5,
+            gate_ND=torch.randn(neurons, width) / width**0.5,
+            down_ND=torch.randn(neurons, width) / neurons**0.5,
+            activation="silu",
+        )
+        for name in ("fast", "default"):
+            recipe = recipes.load(name)
+            todo, site = layer_plan_of(width, neurons, recipe)
+            samples: Any = {
+                key: _Synthetic(size, width)
+                for key, size in __import__("moefy.fitting", fromlist=["x"])
+                .sample_sizes(recipe)
+                .items()
+            }
+            began = time.perf_counter()
+            fit_layer(mlp, todo, site, recipe, samples)
+            rows.append(
+                {"recipe": name, "width": width, "neurons": neurons,
+                 "seconds": time.perf_counter() - began, "threads": torch.get_num_threads()}
+            )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def embeddings(folder: str) -> list[dict[str, Any]]:
+    """Mean-pooled sentence embeddings; centroids from documents of the router shard."""
+    rows = []
+    shards = split_shards(load_corpus(None), 0)
+    checkpoint = Checkpoint.open(folder)
+    batches = {
+        name: read_batches(checkpoint, "encoder", shards[name].take(176), 256)
+        for name in ("router", "evaluation")
+    }
+    with tempfile.TemporaryDirectory() as work:
+        for name in ("fast", "default"):
+            convert(
+                folder,
+                Path(work) / name,
+                recipe=recipes.override(recipes.load(name), {"density": 0.5}),
+            )
+            model = load(Path(work) / name, dtype=torch.float32)
+
+            def embed(which: str) -> tuple[Tensor, list[str]]:
+                found, domains = [], []
+                for batch in batches[which]:
+                    hidden = run(model, batch).last_hidden_state  # type: ignore[attr-defined]  # noqa: B023
+                    mask = batch.mask()[..., None].float()  # type: ignore[index]
+                    found.append(normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+                    domains += [sample.document.domain for sample in batch.samples]
+                return torch.cat(found), domains
+
+            def accuracy(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]]) -> float:
+                labels = sorted(set(train[1]))
+                centroid = torch.stack(
+                    [train[0][[d == label for d in train[1]]].mean(0) for label in labels]
+                )
+                guess = (test[0] @ normalize(centroid, dim=-1).T).argmax(1)
+                right = [labels[g] == d for g, d in zip(guess.tolist(), test[1], strict=True)]
+                return sum(right) / len(right)
+
+            sparse = {which: embed(which) for which in batches}
+            with all_experts(model):
+                dense = {which: embed(which) for which in batches}
+            cosine = (sparse["evaluation"][0] * dense["evaluation"][0]).sum(-1)
+            rows.append(
+                {
+                    "recipe": name, "density": 0.5, "cosine_mean": float(cosine.mean()),
+                    "cosine_p1": float(cosine.quantile(0.01)),
+                    "accuracy_dense": accuracy(dense["router"], dense["evaluation"]),
+                    "accuracy_moefied": accuracy(sparse["router"], sparse["evaluation"]),
+                    "documents": len(cosine),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bar", choices=["gap", "relu", "dynamic", "cost", "embeddings"])
+    parser.add_argument("folder", nargs="?")
+    args = parser.parse_args()
+    rows = embeddings(args.folder) if args.bar == "embeddings" else globals()[args.bar]()
+    record = {"kind": f"bar {args.bar}", "rows": rows, "machine": machine()}
+    file = Path(f"benchmarks/records/bar_{args.bar}.json")
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
