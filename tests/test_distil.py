@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moefy
+from moefy import tuning
 from moefy.activations import run
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.console import Reporter
@@ -82,8 +83,16 @@ def test_distil_model_comes_nearer_to_dense_and_leaves_the_rest(
     before, start = everything(model), naive_distance(model, batches)
     wanted = {n: p.requires_grad for n, p in model.named_parameters()}
     recipe = DistilRecipe(steps=30, tokens=150, learning_rate=0.03)
-    losses = distil_model(model, batches, recipe, report=QUIET)
+    made: set[str] = set()
+
+    def follow() -> None:
+        made.update(n for n, p in model.named_parameters() if p.grad is not None)
+
+    losses = distil_model(model, batches, recipe, follow=follow, report=QUIET)
     assert len(losses) == 30
+    # Gradients of what is frozen are not even made.
+    assert made
+    assert all(trained(n) for n in made)
     assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
     assert naive_distance(model, batches) < 0.97 * start
     for key, value in everything(model).items():
@@ -271,6 +280,19 @@ def test_every_compensation_leaves_the_dense_function_alone(
     settings |= {"distil.steps": "2", "distil.tokens": "60"}
     convert_tiny("opt", source, tmp_path / "out", settings=settings)
     check_invariant(moefy.load(tmp_path / "out"), tmp_path, "opt")
+
+
+def test_a_choice_that_measures_worse_than_uniform_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build("llama", tmp_path / "source")
+    monkeypatch.setattr(tuning, "solve", lambda costs, *_: [0] * len(costs))
+    settings = {"budget.name": "solver"}
+    record = convert_tiny("llama", source, tmp_path / "out", settings=settings)
+    budget = record["conversion"]["tuning"]["budget"]
+    assert budget["kept"] == "uniform"
+    assert budget["active"] == [4, 4]
+    assert budget["held_out_kl"] == budget["held_out_kl_uniform"]
 
 
 class Killed(BaseException):

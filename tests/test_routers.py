@@ -242,6 +242,61 @@ def test_representative_is_the_neuron_nearest_to_its_experts_markers(
     assert router.weights_read(routed) == E * D * (1 if routed.gate_ND is None else 2)
 
 
+def naive_quantised(row: list[float], bits: int) -> list[float]:
+    """One group of weights on the odd multiples of half the scale that errs least."""
+    top, best = (2**bits - 1) / 2, None
+    largest = max(abs(v) for v in row)
+    trials = [largest * clip / top for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
+    if bits == 1:
+        trials.insert(0, 2 * sum(abs(v) for v in row) / len(row))
+    for trial in trials:
+        scale = torch.tensor(trial).half().item()
+        levels = [(n + 0.5) * scale for n in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
+        rough = [min(levels, key=lambda level, v=v: abs(level - v)) for v in row]
+        error = sum((a - b) ** 2 for a, b in zip(rough, row, strict=True))
+        if best is None or error < best[0]:
+            best = (error, rough)
+    assert best is not None
+    return best[1]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [64, 70, 130])
+def test_low_bit_is_the_contribution_that_a_rough_gate_foretells(
+    bits: int, kind: str, width: int
+) -> None:
+    activation, gated = KINDS[kind]
+    g = torch.Generator().manual_seed(width)
+    rows = [torch.randn(N, width, generator=g) for _ in range(3)]
+    mlp = DenseMlp(
+        up_ND=rows[0],
+        down_ND=rows[1] * torch.rand(N, 1, generator=g),
+        gate_ND=rows[2] if gated else None,
+        activation=activation,
+    )
+    x_TD = torch.randn(30, width, generator=g)
+    router = ROUTERS["low_bit"].make(width, E, 0, N, bits)
+    router.initialise(mlp, x_TD, mlp)
+    gate, up = rows_of(mlp)
+    rough = [
+        [v for at in range(0, width, 64) for v in naive_quantised(row[at : at + 64], bits)]
+        for row in gate
+    ]
+    size = [d.norm().item() for d in mlp.down_ND.double()]
+    if gated:
+        for n in range(N):
+            squares = [dot(x, up[n]) ** 2 for x in x_TD.double().tolist()]
+            size[n] *= math.sqrt(sum(squares) / len(squares))
+    want = []
+    for x in x_TD.double().tolist():
+        each = [(act(kind, dot(x, row)) * c) ** 2 for row, c in zip(rough, size, strict=True)]
+        want.append([math.sqrt(sum(each[e * F : (e + 1) * F])) for e in range(E)])
+    check(router(x_TD, mlp), want, 1e-4)
+    groups = -(-width // 64)
+    assert router.weights_read(mlp) == N * groups * 64 * bits // 16 + N * groups + N
+
+
 # ---- self-gating inside a module
 
 

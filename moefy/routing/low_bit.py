@@ -109,17 +109,21 @@ def quantise(rows_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     neurons, width = rows_ND.shape
     groups_NGK = pad(rows_ND, (0, -width % GROUP)).view(neurons, -1, GROUP)
+    # What fills the last group up is never read: it must not draw the scale to itself.
+    real_GK = pad(rows_ND.new_ones(width), (0, -width % GROUP)).view(-1, GROUP)
     top = (2**bits - 1) / 2
     largest_NG1 = groups_NGK.abs().amax(-1, keepdim=True)
     best_NG1 = torch.full_like(largest_NG1, torch.inf)
     scale_NG1 = torch.ones_like(largest_NG1)
-    clips = (groups_NGK.abs().mean(-1, keepdim=True) * 2,) if bits == 1 else ()
+    mean_NG1 = (groups_NGK.abs().sum(-1) / real_GK.sum(-1))[..., None]
+    clips = (mean_NG1 * 2,) if bits == 1 else ()
     for trial_NG1 in (*clips, *(largest_NG1 * clip / top for clip in CLIPS)):
         # Scales are kept in 16 bits: what is compared is what will be read.
         trial_NG1 = trial_NG1.half().float()
         error_NG1 = (
             (_level(groups_NGK, trial_NG1, top) * trial_NG1 - groups_NGK)
             .square()
+            .mul(real_GK)
             .sum(-1, keepdim=True)
         )
         better = error_NG1 < best_NG1
