@@ -31,7 +31,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.distil import compared
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, RecipeError
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
 from moefy.fitting import HELD_OUT_SHARE, fit_layer, sample_sizes, split_layer
@@ -103,6 +103,11 @@ class Comparison:
             "seconds": round(seconds, 2),
         }
 
+    def dense_nats(self) -> float:
+        """Cross-entropy of the dense language model on the evaluation documents."""
+        nats = [dense.nats for dense in self._dense() if dense.nats is not None]
+        return float(torch.cat(nats).mean())
+
     def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
         """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
         try:
@@ -153,7 +158,7 @@ class Comparison:
         load = FfnLoad(model) if modules else None
         sums = dict.fromkeys(("kl", "ce_increase", "cosine", "agreement"), 0.0)
         tokens = 0
-        dense = self._dense(model)
+        dense = self._dense()
         for batch, want in zip(self._evaluation, dense, strict=True):
             if load is None:
                 got = compared(run(model, batch), batch).float()
@@ -181,6 +186,11 @@ class Comparison:
         return {"tokens": tokens, **found}
 
     def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if recipe.attention.density is not None:
+            raise RecipeError(
+                "attention.density: recipes are compared by what their MLPs read; leave it out here "
+                "and use moefy convert and moefy eval"
+            )
         todo = plan(self.checkpoint, recipe, self.corpus["name"])
         samples = self._samples(recipe, todo)
         model = self._load()
@@ -223,7 +233,7 @@ class Comparison:
             parameter.requires_grad_(False)
         return model
 
-    def _dense(self, model: PreTrainedModel) -> list[_Dense]:
+    def _dense(self) -> list[_Dense]:
         if not self._dense_outputs:
             stock = self._load()
             kind = sites(stock)[0].family.kind

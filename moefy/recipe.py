@@ -113,8 +113,6 @@ class AttentionRecipe:
     """A router that reads the input alone: see `moefy ls routers`."""
     hidden: int = 32
     """Hidden width of routers that have one, and the rank of `low_rank`."""
-    bits: int = 2
-    """Bits a weight of the `low_bit` router: 1, 2 or 4."""
     loss: str = "weighted_topk"
     """As `router.loss`; the target is always the head's contribution."""
     selection: str = "topk"

@@ -10,26 +10,23 @@ python scripts/quality_bars.py embeddings FOLDER   # a sentence encoder: cosine 
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import recipe as recipes
+from moefy.activations import run
 from moefy.checkpoint import Checkpoint
 from moefy.comparison import Comparison
 from moefy.convert import convert
 from moefy.data import load_corpus, split_shards
-from moefy.fitting import fit_layer
 from moefy.inputs import read_batches
-from moefy.mlp import DenseMlp
 from moefy.modeling import load
-from moefy.plan import Plan, layer_plan
 from moefy.provenance import machine
-from moefy.activations import run
 from moefy.sparse_mlp import all_experts
 
 DEMO = Path("moefy/demo")
@@ -103,44 +100,31 @@ def dynamic() -> list[dict[str, Any]]:
     return rows
 
 
-class _Synthetic:
-    """A captured sample that is drawn instead."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        self.x_TD = torch.randn(tokens, width)
-
-    def inputs(self, _: Any) -> Tensor:
-        return self.x_TD
-
-    def domains(self, _: Any) -> Tensor:
-        return torch.arange(len(self.x_TD)) % 11
-
-
 def cost() -> list[dict[str, Any]]:
-    torch.manual_seed(0)
+    """Whole conversions of one-layer models with random weights, stage by stage."""
+    documents = [torch.randint(3, 500, (256,)).tolist() for _ in range(160)]
     rows = []
     for width, neurons in ((1024, 2752), (2048, 5504), (4096, 11008)):
-        mlp = DenseMlp(
-            up_ND=torch.randn(neurons, width) / width**0.5,
-            gate_ND=torch.randn(neurons, width) / width**0.5,
-            down_ND=torch.randn(neurons, width) / neurons**0.5,
-            activation="silu",
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=neurons,
+            num_hidden_layers=1,
+            num_attention_heads=width // 128,
+            vocab_size=512,
         )
-        for name in ("fast", "default"):
-            recipe = recipes.load(name)
-            todo, site = layer_plan_of(width, neurons, recipe)
-            samples: Any = {
-                key: _Synthetic(size, width)
-                for key, size in __import__("moefy.fitting", fromlist=["x"])
-                .sample_sizes(recipe)
-                .items()
-            }
-            began = time.perf_counter()
-            fit_layer(mlp, todo, site, recipe, samples)
-            rows.append(
-                {"recipe": name, "width": width, "neurons": neurons,
-                 "seconds": time.perf_counter() - began, "threads": torch.get_num_threads()}
-            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as work:
+            source = Path(work) / "source"
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+            for name in ("fast", "default"):
+                record = convert(source, Path(work) / name, recipe=name, corpus=documents)
+                seconds = record["conversion"]["seconds"]
+                rows.append(
+                    {
+                        "recipe": name, "width": width, "neurons": neurons,
+                        "fit_and_tune": seconds["fit"] + seconds["tune"], "stages": seconds,
+                        "threads": torch.get_num_threads(),
+                    }
+                )  # fmt: skip
     return rows
 
 
@@ -207,7 +191,7 @@ def main() -> None:
     file = Path(f"benchmarks/records/bar_{args.bar}.json")
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for row in rows:
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})  # noqa: T201
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__ == "__main__":

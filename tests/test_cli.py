@@ -39,7 +39,7 @@ def test_dry_run_reads_the_config_only(folder, tmp_path):
     assert "64 neurons in 4 experts of 16" in text
     assert not (tmp_path / "out").exists()
     data = json.loads(say("convert", tmp_path, tmp_path / "out", "--dry-run", "--json"))
-    assert data["layers"][0]["experts"] == 2
+    assert data["layers"][0]["experts"] == 64
 
 
 def test_eval_prints_a_table_or_json(folder, tmp_path):
