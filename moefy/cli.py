@@ -147,10 +147,11 @@ def convert(
         "partition.expert_size": expert_size,
         "partition.experts": experts,
     }
-    chosen = recipes.override(
-        recipes.load(recipe),
-        {**{k: v for k, v in flags.items() if v is not None}, **_settings(set_ or [])},
-    )
+    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    if (experts is None) != (expert_size is None):
+        # One of them replaces whichever the recipe has.
+        given |= {"partition.expert_size": expert_size, "partition.experts": experts}
+    chosen = recipes.override(recipes.load(recipe), {**given, **_settings(set_ or [])})
     if dry_run:
         return _plan(model, chosen, corpus, adapter)
     from moefy.convert import convert as run

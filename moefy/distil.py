@@ -10,7 +10,7 @@ error of each MLP's output on captured inputs, for models whose backward pass do
 Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from moefy.training import Tokens
 
 WARMUP = 0.1
 CLIP = 1.0
+ROUTER_RATE = 0.1
+"""Learning rate of routers over that of compensations: their scores were fitted to the oracle, and the
+straight-through gradient is a rough one (docs/experiments.md)."""
+
 LEAST = 1e-3
 """Smallest root mean square that a learning rate is relative to: weights may start at zero."""
-
-SMOOTHING = 0.9
-"""Share of a threshold that stays at each step; the rest follows the scores of the batch."""
 
 
 def distil_model(
@@ -40,13 +41,10 @@ def distil_model(
     batches: list[Batch],
     recipe: DistilRecipe,
     *,
-    follow: Callable[[], None] | None = None,
     report: Reporter,
     seed: int = 0,
 ) -> list[float]:
     """Train routers and compensations of `model` in place, end to end; returns the losses.
-
-    `follow` is called after every step, to keep thresholds at their density.
 
     Raises `MoefyError` where a selection does not decide by scores, where there is nothing to train,
     or the loss is not finite.
@@ -64,7 +62,7 @@ def distil_model(
                 weights.append(len(dense))
             yield sum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)  # type: ignore[misc]
 
-    return _train(model, modules, losses(), recipe, report, follow)
+    return _train(model, modules, losses(), recipe, report)
 
 
 def distil_layer(
@@ -95,16 +93,14 @@ def _train(
     losses: Iterator[Tensor],
     recipe: DistilRecipe,
     report: Reporter,
-    follow: Callable[[], None] | None = None,
 ) -> list[float]:
-    """The loop of both scopes: AdamW, warm-up and cosine, thresholds that follow the scores.
+    """The loop of both scopes: AdamW with warm-up and cosine.
 
     All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
     would take as much time and memory as those that are wanted.
     """
-    parameters = [
-        p for m in modules for p in (*m.router.parameters(), *m.compensation.parameters())
-    ]
+    routers = [p for m in modules for p in m.router.parameters()]
+    parameters = [*routers, *(p for m in modules for p in m.compensation.parameters())]
     if not parameters:
         raise MoefyError(
             "distillation found nothing to train: neither the router nor the compensation has "
@@ -120,6 +116,7 @@ def _train(
         parameter.requires_grad_(True)
     # Adam's steps do not know how large a weight is: relative to its size they suit every matrix.
     rates = [recipe.learning_rate * max(p.square().mean().sqrt().item(), LEAST) for p in parameters]
+    rates[: len(routers)] = [ROUTER_RATE * rate for rate in rates[: len(routers)]]
     optimizer = torch.optim.AdamW(
         [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)],
         weight_decay=0.0,
@@ -141,8 +138,6 @@ def _train(
                 nn.utils.clip_grad_norm_(parameters, CLIP)
                 optimizer.step()
                 schedule.step()
-                if follow is not None:
-                    follow()
                 history.append(loss.item())
     finally:
         for parameter, before in learning:

@@ -9,9 +9,12 @@ import json
 import sys
 from pathlib import Path
 
+from pareto_report import CONTROLS, OURS, best_size, load, mean
+
 from moefy.tables import markdown
 
 RECORDS = Path("benchmarks/records")
+KINDS = {"llama": "llama, SwiGLU", "opt": "opt, ReLU"}
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 
 
@@ -20,26 +23,35 @@ def record(name: str) -> dict:
 
 
 def quality() -> str:
+    """Ours beside the best peer, from the records of scripts/pareto.py."""
     rows = []
-    for name in ("llama", "opt"):
-        for density in ("0.5", "0.25"):
-            found = record(f"eval_{name}_{density}")
-            total = found["total"]
+    for model, found in load().items():
+        for budget in (0.25, 0.5):
+            peers = {
+                name: mean(best_size(sizes))
+                for (name, at), sizes in found.items()
+                if at == budget and name not in (*OURS, *CONTROLS)
+            }
+            if not peers or ("default", budget) not in found:
+                continue
+            best = min(peers, key=lambda name: peers[name])
+            cells = []
+            for name in ("fast", "default", "best"):
+                mine = found.get((name, budget))
+                cells.append(f"{mean(best_size(mine)):.4f}" if mine else "not run")
+            chosen = best_size(found["default", budget])
             rows.append(
                 [
-                    f"{name}, {'SwiGLU' if name == 'llama' else 'ReLU'}",
-                    f"{found['ffn_density']:.2f}",
-                    f"{found['active_budget']:.3f}",
-                    f"{found['active_parameters']:.3f}",
-                    f"{total['ce_dense']['mean']:.3f}",
-                    f"{total['ce']['mean']:.3f}",
-                    f"{total['kl']['mean']:.3f}",
-                    f"{record(f'oracle_{name}_{density}')['total']['kl']['mean']:.3f}",
+                    KINDS.get(model, model), f"{budget}", f"{peers[best]:.4f} ({best})", *cells,
+                    f"{mean(chosen, lambda r: r['ffn_density']):.2f}",
+                    f"{mean(chosen, lambda r: r['active_compute']):.2f}",
+                    f"{mean(chosen, lambda r: r['ce_increase']):.4f}",
+                    str(min(len(best_size(found[n, budget])) for n in ("default", best))),
                 ]
-            )
+            )  # fmt: skip
     header = [
-        "model", "FFN density", "active budget", "active parameters", "CE dense", "CE moefied",
-        "KL to dense", "KL, oracle routing",
+        "model", "active budget", "best peer", "`fast`", "`default`", "`best`", "FFN density",
+        "computed", "CE increase", "seeds",
     ]  # fmt: skip
     return markdown(header, rows)
 

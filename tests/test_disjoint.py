@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def read(monkeypatch):
 
         return read_batches
 
-    for module in (moefy.convert, moefy.measure):
+    for module in (sys.modules["moefy.convert"], sys.modules["moefy.measure"]):
         monkeypatch.setattr(module, "read_batches", spy(module.read_batches))
     return found
 
@@ -49,7 +50,7 @@ def folder(tmp_path):
 
 
 def test_partition_router_hold_out_bigram_and_evaluation_share_no_document(folder, read):
-    moefy.convert.convert(
+    moefy.convert(
         build("llama", folder / "s"), folder / "o", recipe=RECIPE, corpus=folder / "ids.jsonl",
         quiet=True,
     )  # fmt: skip

@@ -309,7 +309,10 @@ def edited(exported: dict[str, Exported], name: str, out: Path, **changes: Any) 
     [
         ({"router": {"name": "mlp", "hidden": 8}}, ("router 'mlp'", "--recipe export")),
         ({"selection": {"name": "topk", "k": 4}}, ("selection 'topk'", "--recipe export")),
-        ({"compensation": "conditional_mean"}, ("'conditional_mean'", "--recipe export")),
+        (
+            {"compensation": {"name": "conditional_mean", "rank": 0}},
+            ("'conditional_mean'", "--recipe export"),
+        ),
         ({"experts": 8}, ("layer 1 has 8 experts, layer 0 has 16",)),
         (
             {"selection": {"name": "softmax_topk", "k": 2, "eps": 2.0**-14}},

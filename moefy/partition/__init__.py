@@ -129,7 +129,10 @@ def partition(
         first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
         owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
         routed_N = first_N[shared * size :].sort().values
-    if run is cmoe:
+    if size == 1:
+        # Single neurons leave nothing to group: they keep the order of the checkpoint.
+        found_N = order_N[routed_N].argsort().argsort()
+    elif run is cmoe:
         found_N = cmoe(mlp, x_TD, experts - shared, seed, routed_N)
     else:
         found_N = run(mlp.take(routed_N) if shared else mlp, x_TD, experts - shared, seed)

@@ -8,22 +8,26 @@ from collections.abc import Callable
 from torch import Tensor
 
 STEPS = 50
+SLACK = 1.0005
+"""How far the mean may exceed what is wanted."""
 
 
 def bisect(mask_of: Callable[[float], Tensor], active: float) -> float:
-    """The share in [0, 1] whose mask `[T, E]` has nearest to `active` experts on per token.
+    """The share in [0, 1] whose mask `[T, E]` has nearest to `active` experts on per token, not more.
 
-    `mask_of` turns on more experts the larger the share. Where even 1 turns on fewer, 1 it is.
+    `mask_of` turns on more experts the larger the share. Scores that tie (of ReLU neurons that are off)
+    come and go together: they then stay off. Where every share turns on more, the least does.
     """
     low, high = 0.0, 1.0
-    best, nearest = 1.0, abs(_mean(mask_of(1.0)) - active)
+    if _mean(mask_of(1.0)) <= active * SLACK:
+        return 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        got = _mean(mask_of(middle))
-        if abs(got - active) < nearest:
-            best, nearest = middle, abs(got - active)
-        low, high = (middle, high) if got < active else (low, middle)
-    return best
+        if _mean(mask_of(middle)) <= active * SLACK:
+            low = middle
+        else:
+            high = middle
+    return low if _mean(mask_of(low)) > 0 else high
 
 
 def _mean(mask_TE: Tensor) -> float:
