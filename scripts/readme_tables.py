@@ -74,7 +74,7 @@ def speed() -> str:
         for phase in ("prefill", "decode"):
             by = ", ".join(found["backends"][phase])
             rows.append(
-                [f"demo {name}, whole model, {phase}", "8 of 32", "1" if phase == "decode" else str(found["prompt"]),
+                [f"demo {name}, whole model, MLP router, {phase}", "8 of 32", "1" if phase == "decode" else str(found["prompt"]),
                  f"{found[phase]['speedup']:.2f}x", by]
             )  # fmt: skip
     return markdown(

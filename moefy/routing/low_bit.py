@@ -28,6 +28,9 @@ BITS = (1, 2, 4)
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of a group's largest weight that are tried as the largest level."""
 
+FLAT = frozenset({"relu", "relu2"})
+"""Activations that are zero for every negative gate."""
+
 ROWS = 4096
 """Neurons unpacked at a time."""
 
@@ -71,7 +74,7 @@ class LowBitRouter(Router):
         self.size_N.copy_(size_N)
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
-        """Scores `[T, E]`, never negative."""
+        """Scores `[T, E]`; negative only for single neurons that seem to be off."""
         act, x_TD = activation_function(mlp.activation), x_TD.float()
         bias_N = mlp.up_bias_N if mlp.gate_ND is None else mlp.gate_bias_N
         parts = []
@@ -79,8 +82,15 @@ class LowBitRouter(Router):
             rows = slice(first, first + ROWS)
             rough_ND = self.rough(rows)
             bias = None if bias_N is None else bias_N[rows].float()
-            parts.append(act(linear(x_TD, rough_ND, bias)) * self.size_N[rows].float())
+            gate_TN = linear(x_TD, rough_ND, bias)
+            value_TN = act(gate_TN)
+            if mlp.activation in FLAT and self.experts == len(self.codes_NP):
+                # Zero says nothing of how near a neuron is to being active: how negative it is, does.
+                value_TN = value_TN - act(-gate_TN)
+            parts.append(value_TN * self.size_N[rows].float())
         score_TN = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if self.experts == len(self.codes_NP):
+            return score_TN if mlp.activation in FLAT else score_TN.abs()
         score_TE: Tensor = vector_norm(score_TN.view(len(x_TD), self.experts, -1), dim=-1)
         return score_TE
 
