@@ -97,7 +97,7 @@ class Comparison:
         seconds = time.perf_counter() - began
         return {
             "seed": self.seed,
-            "recipe": recipes.to_dict(recipe),
+            "settings": recipes.to_dict(recipe),
             **self.quality(model),
             **fitted,
             "seconds": round(seconds, 2),

@@ -107,7 +107,7 @@ def one(
     row = bench.at(recipe, budget)
     if "n/a" in row:
         return row
-    row.pop("recipe")
+    row.pop("settings")
     fits = row.pop("routers", [])
     if fits:
         row["gap_closed"] = sum(fit["gap_closed"] for fit in fits) / len(fits)

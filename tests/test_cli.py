@@ -100,3 +100,18 @@ def test_generate_with_a_demo_model(name, tmp_path):
     assert len(text) > len("Question: What is") + 4
     dense = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8, "--dense")
     assert dense.startswith("Question: What is")
+
+
+def test_compare_shows_recipes_at_equal_budgets(folder, tmp_path):
+    options = ("--corpus", folder / "ids.jsonl", "--budgets", "0.5", "-q")
+    text = say("compare", folder / "source", "--recipes", "fast,wina,griffin", *options)
+    assert "fast" in text
+    assert "wina" in text
+    assert "n/a: cannot go below this budget" in text
+    data = json.loads(
+        say("compare", folder / "source", "--recipes", "fast,wina", *options, "--json")
+    )
+    found = {row["recipe"]: row for row in data["rows"]}
+    assert found["fast"]["active_budget"] <= 0.51
+    assert 0.4 < found["wina"]["active_budget"] < 0.55
+    assert found["fast"]["kl"] > 0
