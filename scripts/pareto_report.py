@@ -32,10 +32,13 @@ products are computed: what they save is memory traffic, which bounds decoding o
 bounds prefill. At equal multiplications they are about as good as WINA (llama: `default` computes 0.54 at budget
 0.25), and at budget 0.75 they compute as much as the dense model.
 Peers stand at their best expert size of those tried, budget by budget. `n/a`: the method cannot go
-below that budget. Means over seeds (of shards and fits) with the half-width of a 95 % t-interval.
+below that budget; `not run`: nobody has run it yet. Means over seeds (of shards and fits) with the half-width of a 95 % t-interval.
 Made by `scripts/pareto.py` and `scripts/pareto_report.py` from `benchmarks/records/pareto_*.json`.
 """
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+IMPOSSIBLE: set[tuple[str, str, float]] = set()
+"""(model, recipe, budget) at which a recipe said that it cannot serve."""
 
 Rows = dict[tuple[str, float], dict[int | None, list[dict[str, Any]]]]
 
@@ -77,7 +80,7 @@ def best_size(sizes: dict[int | None, list[dict[str, Any]]]) -> list[dict[str, A
     return min(sizes.values(), key=mean)
 
 
-def table(rows: Rows) -> str:
+def table(model: str, rows: Rows) -> str:
     budgets = sorted({budget for _, budget in rows})
     names = sorted({name for name, _ in rows}, key=lambda n: (n not in OURS, n in CONTROLS, n))
     lines = []
@@ -88,7 +91,7 @@ def table(rows: Rows) -> str:
         for budget in budgets:
             sizes = rows.get((name, budget))
             if not sizes:
-                line.append("n/a")
+                line.append("n/a" if (model, name, budget) in IMPOSSIBLE else "not run")
                 continue
             found = best_size(sizes)
             width = half_width(found)
@@ -208,7 +211,7 @@ def main() -> None:
             f"## {model}\n",
             f"![{model}]({plot(model, rows)})\n",
             f"Seeds: {', '.join(map(str, sorted(seeds)))}.\n",
-            table(rows) + "\n",
+            table(model, rows) + "\n",
             "Over the best peer (`fast`: the best training-free one; `export`: MoEfication):\n",
             ratios(rows) + "\n",
             computed(rows) + "\n",
