@@ -54,6 +54,8 @@ def load() -> dict[str, Rows]:
                 models[record["model"]][row["recipe"], row["budget"]][row["expert_size"]].append(
                     row
                 )
+            elif "n/a" in row:
+                IMPOSSIBLE.add((record["model"], row["recipe"], row["budget"]))
     return models
 
 
