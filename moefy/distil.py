@@ -11,6 +11,7 @@ Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,14 +107,10 @@ def _train(
             "distillation found nothing to train: neither the router nor the compensation has "
             "parameters; choose others or set distil.steps=0"
         )
-    learning = [(p, p.requires_grad) for p in whole.parameters()]
     for module in modules:
         if not module.selection.by_score:
             raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
         module.straight_through = True
-    whole.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     # Adam's steps do not know how large a weight is: relative to its size they suit every matrix.
     rates = [recipe.learning_rate * max(p.square().mean().sqrt().item(), LEAST) for p in parameters]
     rates[: len(routers)] = [ROUTER_RATE * rate for rate in rates[: len(routers)]]
@@ -126,7 +123,7 @@ def _train(
     )
     history: list[float] = []
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), only_training(whole, parameters):
             for _ in report.track(range(recipe.steps), "distil"):
                 loss = next(losses)
                 if not loss.isfinite():
@@ -140,13 +137,25 @@ def _train(
                 schedule.step()
                 history.append(loss.item())
     finally:
-        for parameter, before in learning:
-            parameter.requires_grad_(before)
-            parameter.grad = None
         for module in modules:
             module.straight_through = False
             module.scores_TE = None
     return history
+
+
+@contextmanager
+def only_training(whole: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients go to these parameters of `whole` and to no others; none is left behind."""
+    before = [(p, p.requires_grad) for p in whole.parameters()]
+    whole.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
 
 
 def _drawn(batches: list[Batch], tokens: int, seed: int) -> Iterator[list[Batch]]:

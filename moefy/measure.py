@@ -28,6 +28,9 @@ from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 BIGRAM_TOKENS = 10_000_000
 """Most tokens that the bigram is fitted on."""
 
+BITS = 2
+"""Bits a weight of a `low_bit` router that takes the place of another."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -135,7 +138,7 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
 def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
     mlp = module.weights.to(torch.float32)
     routed = mlp.take(slice(module.shared * module.expert_size, None))
-    router = kind(routed.width, module.experts - module.shared, 0)
+    router = kind.make(routed.width, module.experts - module.shared, 0, routed.neurons, BITS)
     router.initialise(routed, x_TD.float(), mlp)
     module.router = router.to(x_TD.device)
 

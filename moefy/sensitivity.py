@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moefy.activations import run
 from moefy.data import Batch
-from moefy.distil import compared
+from moefy.distil import compared, only_training
 from moefy.locate import Site, side_of
 from moefy.sparse_mlp import all_experts, sparse_mlps
 
@@ -41,7 +41,7 @@ def sensitivities(
     handles = [m.register_forward_hook(partial(keep, i)) for i, m in enumerate(modules)]
     try:
         for batch in batches:
-            with torch.enable_grad(), all_experts(model):
+            with torch.enable_grad(), all_experts(model), only_training(model, []):
                 _objective(compared(run(model, batch), batch), batch, generator).backward()
             for index, site in enumerate(found):
                 gradient = outputs[index].grad

@@ -249,8 +249,7 @@ def _candidates(
     factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
     actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
     tokens, held_tokens = (
-        _first(tokens_of(samples[name], todo, site), TRIAL_TOKENS)
-        for name in ("router", "held-out")
+        _some(tokens_of(samples[name], todo, site), TRIAL_TOKENS) for name in ("router", "held-out")
     )
     scores_TE = torch.cat([module.router(x, module.routed) for _, x in held_tokens.chunks()])
     found = []
@@ -278,8 +277,10 @@ def _planned(todo: Plan, index: int, module: SparseMlp) -> int:
     return todo.k[index] + todo.layers[index].shared - module.shared
 
 
-def _first(tokens: Tokens, most: int) -> Tokens:
-    return Tokens(tokens.mlp_TD[:most], tokens.router_TD[:most])
+def _some(tokens: Tokens, most: int) -> Tokens:
+    """At most so many tokens, evenly spaced: a sample stands in order of the documents' length."""
+    step = -(-len(tokens.mlp_TD) // most)
+    return Tokens(tokens.mlp_TD[::step], tokens.router_TD[::step])
 
 
 def _set(module: SparseMlp, candidate: Candidate) -> None:
