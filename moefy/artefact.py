@@ -37,7 +37,7 @@ class LayerEntry:
     """All experts, the shared ones first."""
     shared: int
     router: dict[str, Any]
-    """`name`, `hidden`, `bits` and `look_ahead`."""
+    """`name`, `look_ahead` and what that router is made with: `hidden`, `bits`, `inputs`."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
     compensation: dict[str, Any]

@@ -34,12 +34,12 @@ class Shares:
 class InputSparseMlp(nn.Module):
     """A dense MLP each of whose matrices reads only part of its input.
 
-    `kept` and `tokens` count what was read, for the active budget.
+    `read` and `tokens` count what was read, for the active budget.
     """
 
-    def __init__(self, mlp: DenseMlp, method: str) -> None:
+    def __init__(self, mlp: DenseMlp, method: str, side: str = "decoder") -> None:
         super().__init__()
-        self.mlp, self.method = mlp, method
+        self.mlp, self.method, self.side = mlp, method, side
         self.roles = ["gate", "up", "down"] if mlp.gate_ND is not None else ["up", "down"]
         # Norms of the weights that multiply one input: columns of up and gate, rows of down.
         self.norm = {"up": mlp.up_ND.norm(dim=0), "down": mlp.down_ND.norm(dim=1)}
@@ -48,6 +48,8 @@ class InputSparseMlp(nn.Module):
         self.shares = Shares(dict.fromkeys(self.roles, 1.0))
         self.read = dict.fromkeys(self.roles, 0.0)
         self.tokens = 0
+        self.counted: Tensor | None = None
+        """Positions `[B, T]` of the next pass that hold tokens; None where all do."""
 
     def calibrate(self, x_TD: Tensor, density: float) -> None:
         """Spread `density` over the matrices greedily by output error on a sample of inputs."""
@@ -87,22 +89,25 @@ class InputSparseMlp(nn.Module):
         `residual` is for families whose MLP module adds it itself.
         """
         x_TD = hidden.reshape(-1, hidden.shape[-1]).to(self.mlp.up_ND.dtype)
-        self.tokens += len(x_TD)
-        y = self._compute(x_TD, count=True).view(hidden.shape).to(hidden.dtype)
+        real_T = x_TD.new_ones(len(x_TD), dtype=torch.bool)
+        if self.counted is not None:
+            real_T = self.counted.flatten().to(x_TD.device)
+        self.tokens += int(real_T.sum())
+        y = self._compute(x_TD, real_T).view(hidden.shape).to(hidden.dtype)
         return y if residual is None else y + residual
 
-    def _compute(self, x_TD: Tensor, *, count: bool = False) -> Tensor:
+    def _compute(self, x_TD: Tensor, real_T: Tensor | None = None) -> Tensor:
         mlp, act = self.mlp, activation_function(self.mlp.activation)
-        h_TN = linear(self._keep("up", x_TD, count), mlp.up_ND, mlp.up_bias_N)
+        h_TN = linear(self._keep("up", x_TD, real_T), mlp.up_ND, mlp.up_bias_N)
         if mlp.gate_ND is None:
             h_TN = act(h_TN)
         else:
-            gate_TN = linear(self._keep("gate", x_TD, count), mlp.gate_ND, mlp.gate_bias_N)
+            gate_TN = linear(self._keep("gate", x_TD, real_T), mlp.gate_ND, mlp.gate_bias_N)
             h_TN = act(gate_TN) * h_TN
-        y_TD = self._keep("down", h_TN, count) @ mlp.down_ND
+        y_TD = self._keep("down", h_TN, real_T) @ mlp.down_ND
         return y_TD if mlp.down_bias_D is None else y_TD + mlp.down_bias_D
 
-    def _keep(self, role: str, x_TI: Tensor, count: bool) -> Tensor:
+    def _keep(self, role: str, x_TI: Tensor, real_T: Tensor | None) -> Tensor:
         share = self.shares.kept[role]
         if self.method == "teal":
             mask_TI = x_TI.abs() > self.shares.threshold.get(role, -1.0)
@@ -110,8 +115,8 @@ class InputSparseMlp(nn.Module):
             kept = round(share * x_TI.shape[1])
             ids = (x_TI.abs() * self.norm[role]).topk(kept, dim=1).indices
             mask_TI = torch.zeros_like(x_TI, dtype=torch.bool).scatter_(1, ids, True)
-        if count:
-            self.read[role] += float(mask_TI.float().mean(1).sum())
+        if real_T is not None:
+            self.read[role] += float(mask_TI[real_T].float().mean(1).sum())
         return x_TI * mask_TI
 
 

@@ -11,9 +11,9 @@ Shapes: B documents, T tokens, V vocabulary, D width.
 
 import hashlib
 import json
-import math
 import tempfile
 import time
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
 from moefy.fitting import HELD_OUT_SHARE, fit_layer, sample_sizes, split_layer
 from moefy.inputs import read_batches
-from moefy.locate import read_mlp, sites
+from moefy.locate import read_mlp, side_of, sites
 from moefy.mlp import DenseMlp
 from moefy.modeling import (
     build_compensation,
@@ -47,16 +47,19 @@ from moefy.modeling import (
     replace_module,
 )
 from moefy.partition import Partition
-from moefy.plan import Plan, plan
+from moefy.plan import Plan, inputs_read, plan
 from moefy.provenance import machine, versions
 from moefy.recipe import Recipe
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import needs_tuning, tune
 
+EXACT = 2**28
+"""Logits of the dense model that are kept in fp32; of more than these in 16 bits (KL to about 1e-6)."""
+
 
 @dataclass(frozen=True)
 class _Dense:
-    """What the dense model says at the positions of one evaluation batch, in 16 bits."""
+    """What the dense model says at the positions of one evaluation batch."""
 
     output: Tensor
     nats: Tensor | None
@@ -131,36 +134,44 @@ class Comparison:
             return budget
         todo = plan(self.checkpoint, replace(recipe, density=1.0), self.corpus["name"])
         site, entry = todo.sites[0], todo.layers[0]
+        if recipe.selection.name == "prompt_static":
+            # The prompt, half of every document, runs densely.
+            budget = 2 * budget - 1
         mlp = DenseMlp(
             up_ND=torch.empty(site.neurons, site.width, device="meta"),
             down_ND=torch.empty(site.neurons, site.width, device="meta"),
             gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
             activation=site.activation,
         )
-        router, compensation = build_router(entry), build_compensation(entry)
-        neuron = 1 - router.computes_gate / mlp.matrices
-        if recipe.selection.name == "prompt_static":
-            # The prompt, half of every document, runs densely.
-            density = 2 * budget - 1
-        else:
-            density = budget
-            for _ in range(50):
-                routed = max(0.0, density * entry.experts - entry.shared)
-                extra = router.weights_read(mlp) + compensation.weights_read(routed)
-                density = (budget - extra / (mlp.matrices * site.neurons * site.width)) / neuron
-        active = math.floor(density * entry.experts + 0.15)
-        return None if active <= entry.shared else active / entry.experts
+        weights = mlp.matrices * site.neurons * site.width
+        compensation = build_compensation(entry)
+
+        def read(active: float) -> float:
+            density = active / entry.experts
+            settings = {**entry.router, "inputs": inputs_read(site, recipe, density)}
+            router = build_router(replace(entry, router=settings))
+            run = density * (1 - router.computes_gate / mlp.matrices)
+            extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)
+            return run + extra / weights
+
+        # The most experts within the budget; what runs is whole ones, and .15 of one is forgiven.
+        active = bisect_right(
+            range(entry.shared + 1, entry.experts + 1), budget, key=lambda n: read(n - 0.15)
+        )
+        return (entry.shared + active) / entry.experts if active else None
 
     @torch.no_grad()
     def quality(self, model: PreTrainedModel) -> dict[str, Any]:
         """KL and cross-entropy increase (or cosine) and what was read, on the evaluation shard."""
-        modules = sparse_mlps(model)
-        load = FfnLoad(model) if modules else None
+        load = FfnLoad(model) if sparse_mlps(model) else None
+        baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
         sums = dict.fromkeys(("kl", "ce_increase", "cosine", "agreement"), 0.0)
         tokens = 0
         dense = self._dense()
         for batch, want in zip(self._evaluation, dense, strict=True):
             if load is None:
+                for module in baselines:
+                    module.counted = batch.mask(module.side)
                 got = compared(run(model, batch), batch).float()
             else:
                 with observing(model, batch, load):
@@ -181,7 +192,6 @@ class Comparison:
             found["active_compute"] = load.active_compute()
             found["density_by_layer"] = load.per_layer()
         else:
-            baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
             found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
         return {"tokens": tokens, **found}
 
@@ -222,7 +232,7 @@ class Comparison:
         model = self._load()
         for site in todo.sites:
             mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
-            module = InputSparseMlp(mlp.contiguous(), recipe.baseline)
+            module = InputSparseMlp(mlp.contiguous(), recipe.baseline, side_of(site))
             module.calibrate(samples["partition"].inputs(site).float(), recipe.density)
             replace_module(model, site, module)
         return model
@@ -240,9 +250,10 @@ class Comparison:
             text = self.shards["evaluation"].take(self.documents)
             self._evaluation = read_batches(self.checkpoint, kind, text, 512)
             for batch in self._evaluation:
-                output = compared(run(stock, batch), batch)
-                nats = None if batch.targets_BT is None else _nats(output.float(), batch)
-                self._dense_outputs.append(_Dense(output.half(), nats))
+                output = compared(run(stock, batch), batch).float()
+                nats = None if batch.targets_BT is None else _nats(output, batch)
+                few = nats is None or len(nats) * len(self._evaluation) * output.shape[1] < EXACT
+                self._dense_outputs.append(_Dense(output if few else output.half(), nats))
         return self._dense_outputs
 
     def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:

@@ -31,6 +31,9 @@ BIGRAM_TOKENS = 10_000_000
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""
 
+INPUTS = 0.25
+"""Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,7 +141,8 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
 def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
     mlp = module.weights.to(torch.float32)
     routed = mlp.take(slice(module.shared * module.expert_size, None))
-    router = kind.make(routed.width, module.experts - module.shared, 0, routed.neurons, BITS)
+    settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
+    router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
     router.initialise(routed, x_TD.float(), mlp)
     module.router = router.to(x_TD.device)
 

@@ -56,21 +56,23 @@ class DenseMlp:
         return self.up_ND if self.gate_ND is None else self.gate_ND
 
     @property
+    def deciding_bias_N(self) -> Tensor | None:
+        """The bias of those rows."""
+        return self.up_bias_N if self.gate_ND is None else self.gate_bias_N
+
+    @property
     def matrices(self) -> int:
         """Weight matrices: 3 with a gate, 2 without."""
         return 2 if self.gate_ND is None else 3
 
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `h` `[T, N]` of every neuron, or of a run of neurons (a view of the rows)."""
-        if self.gate_ND is None:
-            return activation_function(self.activation)(self.up(x_TD, rows))
-        return self.gates(x_TD, rows) * self.up(x_TD, rows)
+        active_TN = activation_function(self.activation)(self.deciding(x_TD, rows))
+        return active_TN if self.gate_ND is None else active_TN * self.up(x_TD, rows)
 
-    def gates(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Activated gates `[T, N]` of a gated MLP, or of a run of its neurons."""
-        assert self.gate_ND is not None
-        gate_TN = linear(x_TD, self.gate_ND[rows], _rows(self.gate_bias_N, rows))
-        return activation_function(self.activation)(gate_TN)
+    def deciding(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the activation is taken of `[T, N]`: the gates, or where there are none, up."""
+        return linear(x_TD, self.selecting_ND[rows], _rows(self.deciding_bias_N, rows))
 
     def up(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Outputs of the up projection `[T, N]`, or of a run of neurons."""
@@ -111,12 +113,12 @@ class DenseMlp:
 
 
 @dataclass(frozen=True)
-class GatedMlp:
-    """An MLP some of whose tokens have their gates computed already, by a router that reads them."""
+class DecidedMlp:
+    """An MLP whose deciding projection is computed already, by a router that reads it."""
 
     mlp: DenseMlp
-    gate_TN: Tensor
-    """Activated gates of the very tokens that `hidden` is asked for."""
+    active_TN: Tensor
+    """`act(deciding)` of the very tokens that `hidden` is asked for."""
 
     @property
     def up_ND(self) -> Tensor:
@@ -133,13 +135,14 @@ class GatedMlp:
         """The output bias."""
         return self.mlp.down_bias_D
 
-    def at(self, token_C: Tensor) -> "GatedMlp":
-        """The same MLP with the gates of these tokens."""
-        return GatedMlp(self.mlp, self.gate_TN[token_C])
+    def at(self, token_C: Tensor) -> "DecidedMlp":
+        """The same MLP with what is known of these tokens."""
+        return DecidedMlp(self.mlp, self.active_TN[token_C])
 
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Activations `[T, rows]`; only the up projection is computed."""
-        return self.gate_TN[:, rows] * self.mlp.up(x_TD, rows)
+        """Activations `[T, rows]`; of a gated MLP the up projection is computed."""
+        active_TN = self.active_TN[:, rows]
+        return active_TN if self.mlp.gate_ND is None else active_TN * self.mlp.up(x_TD, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

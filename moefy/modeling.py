@@ -56,8 +56,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def build_router(entry: LayerEntry | HeadEntry) -> Router:
     """The router that an entry names, without its tensors."""
     kind = choose(ROUTERS, "router", entry.router["name"])
-    hidden, bits = entry.router["hidden"], entry.router.get("bits", 0)
-    return kind.make(entry.width, entry.routed, hidden, entry.routed_neurons, bits)
+    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.router)
 
 
 def build_selection(entry: LayerEntry | HeadEntry) -> Selection:

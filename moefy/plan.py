@@ -205,12 +205,23 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
         shared=shared,
         router={
             "name": recipe.router.name, "hidden": recipe.router.hidden,
-            "bits": recipe.router.bits, "look_ahead": look_ahead,
+            "bits": recipe.router.bits, "inputs": inputs_read(site, recipe, (k + shared) / experts),
+            "look_ahead": look_ahead,
         },
         selection={"name": recipe.selection.name},
         compensation={"name": recipe.compensation.name, "rank": recipe.compensation.rank},
     )  # fmt: skip
     return entry, k
+
+
+def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
+    """Inputs of a token that `largest_inputs` reads: by default as large a share as the budget.
+
+    Of m matrices, a share s of the inputs of one and the density make a budget of `s/m + density`.
+    """
+    matrices = 3 if site.gated else 2
+    share = recipe.router.inputs or min(1.0, density * matrices / (matrices - 1))
+    return max(1, round(share * site.width))
 
 
 def _parameters(site: Site) -> int:

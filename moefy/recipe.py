@@ -60,6 +60,8 @@ class RouterRecipe:
     """Hidden width of routers that have one, and the rank of `low_rank`."""
     bits: int = 2
     """Bits a weight of the `low_bit` router: 1, 2 or 4."""
+    inputs: float | None = None
+    """Share of a token's inputs that `largest_inputs` reads, at most 1; None grows with the density."""
     target: str = "contribution"
     """What it predicts of an expert: `contribution`, `activation` or `deviation`."""
     loss: str = "weighted_topk"
@@ -72,6 +74,13 @@ class RouterRecipe:
     """Most passes over those tokens; fitting stops early on held-out documents."""
     learning_rate: float = 3e-3
     batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse a share of the inputs outside (0, 1]."""
+        if self.inputs is not None and not 0 < self.inputs <= 1:
+            raise RecipeError(
+                f"router.inputs: got {self.inputs}, must be above 0 and at most 1, or null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moefy.errors import MoefyError, unknown_choice
-from moefy.mlp import DenseMlp, GatedMlp
+from moefy.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy.routed import Routed
 from moefy.routed import all_experts as all_experts
 from moefy.routing.base import Compensation, Router, Selection
-from moefy.routing.self_gating import SelfGatingRouter
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
 
 Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
@@ -75,6 +74,11 @@ class SparseMlp(Routed):
         mlp = self.weights
         return mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
 
+    @property
+    def computes_gate(self) -> bool:
+        """Whether the router's own gates are those that the experts run with."""
+        return self.router.computes_gate and not self.look_ahead
+
     def mask(self, x_TD: Tensor) -> Tensor:
         """Which experts run `[T, S + E]`: bool, or in training a number that carries a gradient."""
         return self._route(x_TD)[0]
@@ -88,10 +92,11 @@ class SparseMlp(Routed):
         weights: ExpertWeights = mlp
         routed_TE = self.selection.remembered(self.context)
         if routed_TE is None:
-            if isinstance(self.router, SelfGatingRouter):
-                gate_TN = mlp.gates(x_TD)
-                scores_TE = self.router.scores(gate_TN[:, self.shared * self.expert_size :])
-                weights = GatedMlp(mlp, gate_TN)
+            if self.computes_gate:
+                gate_TN = mlp.deciding(x_TD)
+                routed_TN = gate_TN[:, self.shared * self.expert_size :]
+                scores_TE = self.router.scores(routed_TN, self.routed)
+                weights = DecidedMlp(mlp, activation_function(mlp.activation)(gate_TN))
             else:
                 scores_TE = self.router(self._read(x_TD), self.routed)
             routed_TE = self.select(scores_TE)
@@ -150,7 +155,7 @@ class SparseMlp(Routed):
             tuple(self.weights.up_ND.shape),
             self.experts,
             self.gate_ND is None,
-            isinstance(weights, GatedMlp),
+            isinstance(weights, DecidedMlp),
             x_TD.dtype,
             torch.get_num_threads(),
             x_TD.shape[0].bit_length(),

@@ -18,7 +18,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluate import outputs
 from moefy.locate import sites
-from moefy.mlp import DenseMlp, GatedMlp
+from moefy.mlp import DecidedMlp, DenseMlp
 from moefy.modeling import load_dense
 from moefy.routed import straight_through
 from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
@@ -276,7 +276,7 @@ def test_low_bit_is_the_contribution_that_a_rough_gate_foretells(
         activation=activation,
     )
     x_TD = torch.randn(30, width, generator=g)
-    router = ROUTERS["low_bit"].make(width, E, 0, N, bits)
+    router = ROUTERS["low_bit"].make(width, E, N, {"bits": bits})
     router.initialise(mlp, x_TD, mlp)
     gate, up = rows_of(mlp)
     rough = [
@@ -325,8 +325,8 @@ def test_self_gating_makes_gates_once_and_the_output_is_that_of_masking(
     module = sparse_module(mlp, shared)
     module.backend = backend
     calls = []
-    gates = DenseMlp.gates
-    monkeypatch.setattr(DenseMlp, "gates", lambda *a: calls.append(a[1].shape) or gates(*a))
+    gates = DenseMlp.deciding
+    monkeypatch.setattr(DenseMlp, "deciding", lambda *a: calls.append(a[1].shape) or gates(*a))
     got = module(x_TD)
     assert calls[0] == (tokens, D)
     # `auto` measures both backends, on gates that are known all the same.
@@ -349,7 +349,7 @@ def test_self_gating_makes_gates_once_and_the_output_is_that_of_masking(
 @torch.no_grad()
 def test_known_gates_go_with_their_tokens() -> None:
     mlp, x_TD = make_mlp(), inputs(6)
-    known = GatedMlp(mlp, mlp.gates(x_TD))
+    known = DecidedMlp(mlp, silu(mlp.deciding(x_TD)))
     token_C = torch.tensor([4, 1])
     got = known.at(token_C).hidden(x_TD[token_C], slice(3, 11))
     assert torch.allclose(got, mlp.hidden(x_TD)[token_C, 3:11])

@@ -107,9 +107,7 @@ class FfnLoad(Load):
         """Weights of the neurons that ran, per token; gates that the router computed not among them."""
         pairs = zip(self.modules.values(), self.per_layer(), strict=True)
         return sum(
-            density
-            * _matrices(module)
-            * (1 - module.router.computes_gate / module.weights.matrices)
+            density * _matrices(module) * (1 - module.computes_gate / module.weights.matrices)
             for module, density in pairs
         )
 

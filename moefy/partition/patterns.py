@@ -7,7 +7,6 @@ Shapes: T tokens, D model width, N neurons, R features.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from moefy.mlp import DenseMlp, activation_function
 from moefy.partition.balanced import balanced_kmeans
@@ -16,9 +15,7 @@ from moefy.partition.signals import MOST_FEATURES, principal, sample
 
 def gate_activity(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
     """Activated gates `[T, N]`, or activations where there is no gate."""
-    if mlp.gate_ND is not None:
-        return mlp.gates(x_TD)
-    return activation_function(mlp.activation)(linear(x_TD, mlp.up_ND, mlp.up_bias_N))
+    return activation_function(mlp.activation)(mlp.deciding(x_TD))
 
 
 def patterns(mlp: DenseMlp, x_TD: Tensor, num_experts: int, seed: int) -> Tensor:

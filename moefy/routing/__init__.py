@@ -16,6 +16,7 @@ from moefy.routing.base import Compensation, Context, Router, Selection
 from moefy.routing.centroid import CentroidRouter
 from moefy.routing.conditional_mean import ConditionalMean
 from moefy.routing.dynamic_k import DynamicK
+from moefy.routing.largest_inputs import LargestInputsRouter
 from moefy.routing.linear import LinearRouter
 from moefy.routing.losses import LOSSES
 from moefy.routing.low_bit import LowBitRouter
@@ -42,6 +43,7 @@ from moefy.routing.topk import TopK
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
+    "largest_inputs": LargestInputsRouter,
     "low_bit": LowBitRouter,
     "low_rank": LowRankRouter,
     "mlp": MlpRouter,

@@ -3,7 +3,7 @@
 Shapes: T tokens, D width, E routed experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,13 +42,23 @@ class Router(nn.Module):
     """False for routers that need the very work they are meant to save."""
     reads_input_alone: ClassVar[bool] = False
     """True where nothing is taken from gate and up rows, so that it can score attention heads."""
-    computes_gate: ClassVar[bool] = False
-    """True where the scores are made of every neuron's gate, which is then not computed again."""
 
     @classmethod
-    def make(cls, width: int, experts: int, hidden: int, neurons: int, bits: int) -> "Router":
-        """The router of a layer; `neurons` and `bits` matter to those that copy rows of weights."""
-        return cls(width, experts, hidden)
+    def make(cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]) -> "Router":
+        """The router of a layer of `neurons` routed neurons; `settings` is `router` of its entry."""
+        return cls(width, experts, settings["hidden"])
+
+    @property
+    def computes_gate(self) -> bool:
+        """True where scores are made of every neuron's gate, which is then not computed again.
+
+        Such a router defines `scores`.
+        """
+        return False
+
+    def scores(self, gate_TN: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]` from gates before their activation `[T, N]`, where `computes_gate`."""
+        raise TypeError(f"{type(self).__name__} does not score by gates")
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""

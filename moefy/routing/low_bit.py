@@ -1,100 +1,77 @@
 """Low-bit gate: every neuron's gate, read from a copy of very few bits, predicts its contribution.
 
-A router has to guess which neurons will matter; the gate nearly says it, and a rough copy of the gate
-is enough to rank neurons. The rows that decide (the gate, or up where there is none) are kept in
-`bits` bits with one scale per 64 weights. A neuron scores
+The rows that decide (the gate, or up where there is none) are kept in `bits` bits with one scale per
+64 weights: rough, and good enough to rank neurons by (ours; `moefy.routing.rough_gate` for the score).
+What is read for a token is `bits / 16` of the deciding matrix in memory traffic, though all of its
+products are computed: `weights_read` counts the former, `products` the latter.
 
-    |act(rough gate . x)| * c_j,    c_j = ||d_j|| * root mean square of u_j.x over a sample
-
-(without a gate `c_j = ||d_j||`), which estimates the norm of its contribution and is the same in every
-gauge; an expert scores the root of the sum of squares. Nothing is trained. What is read for a token is
-`bits / 16` of the deciding matrix in memory traffic, though all of its products are computed:
-`weights_read` counts the former, `products` the latter. CATS (Lee et al. 2024) reads the exact gate.
-
-Shapes: T tokens, D width (padded to whole groups), N neurons, E routed experts, G groups of 64.
+Shapes: T tokens, D width (padded to whole groups), N neurons, P bytes of a row, G groups of 64.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import linear, pad
 
 from moefy.errors import RecipeError
-from moefy.mlp import DenseMlp, activation_function
-from moefy.routing.base import Router
+from moefy.mlp import DenseMlp
+from moefy.routing.rough_gate import RoughGateRouter
 
 GROUP = 64
 BITS = (1, 2, 4)
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of a group's largest weight that are tried as the largest level."""
 
-FLAT = frozenset({"relu", "relu2"})
-"""Activations that are zero for every negative gate."""
-
 ROWS = 4096
 """Neurons unpacked at a time."""
 
 
-class LowBitRouter(Router):
+class LowBitRouter(RoughGateRouter):
     """Scores from a copy of the gate in 1, 2 or 4 bits a weight."""
 
-    trainable = False
     codes_NP: Tensor
     scale_NG: Tensor
-    size_N: Tensor
 
     def __init__(self, width: int, experts: int, neurons: int, bits: int) -> None:
-        super().__init__()
+        super().__init__(experts, neurons)
         if bits not in BITS:
             raise RecipeError(f"router.bits: got {bits}, must be one of 1, 2, 4")
         groups = -(-width // GROUP)
-        self.width, self.experts, self.bits = width, experts, bits
+        self.width, self.bits = width, bits
         packed = groups * GROUP * bits // 8
         self.register_buffer("codes_NP", torch.zeros(neurons, packed, dtype=torch.uint8))
         self.register_buffer("scale_NG", torch.zeros(neurons, groups, dtype=torch.float16))
-        self.register_buffer("size_N", torch.zeros(neurons))
 
     @classmethod
-    def make(cls, width: int, experts: int, hidden: int, neurons: int, bits: int) -> "LowBitRouter":
-        """A router for these neurons; there is no hidden layer."""
-        return cls(width, experts, neurons, bits)
+    def make(
+        cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]
+    ) -> "LowBitRouter":
+        """A router of `settings["bits"]` bits a weight."""
+        return cls(width, experts, neurons, settings["bits"])
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Quantise the rows and measure what their neurons carry on `x_TD`."""
+        super().initialise(mlp, x_TD, whole)
         for first in range(0, mlp.neurons, ROWS):
             rows = slice(first, first + ROWS)
             codes, scale = quantise(mlp.selecting_ND[rows].float(), self.bits)
             self.codes_NP[rows], self.scale_NG[rows] = codes, scale
-        size_N = vector_norm(mlp.down_ND.float(), dim=1)
-        if mlp.gate_ND is not None:
-            square_N = torch.zeros_like(size_N)
-            for x in x_TD.split(1024):
-                square_N += mlp.up(x).square().sum(0)
-            size_N = size_N * (square_N / max(len(x_TD), 1)).sqrt()
-        self.size_N.copy_(size_N)
 
-    def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
-        """Scores `[T, E]`; negative only for single neurons that seem to be off."""
-        act, x_TD = activation_function(mlp.activation), x_TD.float()
-        bias_N = mlp.up_bias_N if mlp.gate_ND is None else mlp.gate_bias_N
-        parts = []
-        for first in range(0, len(self.codes_NP), ROWS):
-            rows = slice(first, first + ROWS)
-            rough_ND = self.rough(rows)
-            bias = None if bias_N is None else bias_N[rows].float()
-            gate_TN = linear(x_TD, rough_ND, bias)
-            value_TN = act(gate_TN)
-            if mlp.activation in FLAT and self.experts == len(self.codes_NP):
-                # Zero says nothing of how near a neuron is to being active: how negative it is, does.
-                value_TN = value_TN - act(-gate_TN)
-            parts.append(value_TN * self.size_N[rows].float())
-        score_TN = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if self.experts == len(self.codes_NP):
-            return score_TN if mlp.activation in FLAT else score_TN.abs()
-        score_TE: Tensor = vector_norm(score_TN.view(len(x_TD), self.experts, -1), dim=-1)
-        return score_TE
+    def rough(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
+        """Gates of the rows that the codes stand for `[T, N]`, in fp32."""
+        x_TD, bias_N = x_TD.float(), mlp.deciding_bias_N
+        gate_TN = torch.cat(
+            [
+                linear(x_TD, self.rows(slice(first, first + ROWS)))
+                for first in range(0, len(self.codes_NP), ROWS)
+            ],
+            dim=1,
+        )
+        return gate_TN if bias_N is None else gate_TN + bias_N.float()
 
-    def rough(self, rows: slice = slice(None)) -> Tensor:
+    def rows(self, rows: slice = slice(None)) -> Tensor:
         """The rows that the codes stand for `[N, D]`, in fp32."""
         codes_NP, scale_NG = self.codes_NP[rows], self.scale_NG[rows]
         shifts = torch.arange(0, 8, self.bits, device=codes_NP.device, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from moefy.errors import RecipeError
-from moefy.mlp import DenseMlp
+from moefy.mlp import DenseMlp, activation_function
 from moefy.routing.base import Router
 
 
@@ -19,11 +19,15 @@ class SelfGatingRouter(Router):
     """Scores `||act(gate of the expert's neurons)||`; the gates are handed on, not made twice."""
 
     trainable = False
-    computes_gate = True
 
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
         self.experts = experts
+
+    @property
+    def computes_gate(self) -> bool:
+        """Always."""
+        return True
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Nothing to set. Raises `RecipeError` for an MLP without a gate."""
@@ -35,11 +39,12 @@ class SelfGatingRouter(Router):
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`, never negative."""
-        return self.scores(mlp.gates(x_TD))
+        return self.scores(mlp.deciding(x_TD), mlp)
 
-    def scores(self, gate_TN: Tensor) -> Tensor:
-        """Scores `[T, E]` from the gates' activations `[T, N]`."""
-        score_TE: Tensor = vector_norm(gate_TN.float().view(len(gate_TN), self.experts, -1), dim=-1)
+    def scores(self, gate_TN: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]` from the gates before their activation `[T, N]`."""
+        value_TN = activation_function(mlp.activation)(gate_TN).float()
+        score_TE: Tensor = vector_norm(value_TN.view(len(value_TN), self.experts, -1), dim=-1)
         return score_TE
 
     def weights_read(self, mlp: DenseMlp) -> int:
