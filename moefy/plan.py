@@ -217,10 +217,13 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
 def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
     """Inputs of a token that `largest_inputs` reads: by default as large a share as the budget.
 
-    Of m matrices, a share s of the inputs of one and the density make a budget of `s/m + density`.
+    Of m matrices, a share s of the inputs of one and the density d make a budget of `s/m + d`. All
+    are read once that costs no more: the gates are then exact, and the budget `1/m + d(m - 1)/m`.
     """
-    matrices = 3 if site.gated else 2
-    share = recipe.router.inputs or min(1.0, density * matrices / (matrices - 1))
+    m = 3 if site.gated else 2
+    share = recipe.router.inputs
+    if share is None:
+        share = 1.0 if density >= (m - 1) / (2 * m - 1) else density * m / (m - 1)
     return max(1, round(share * site.width))
 
 

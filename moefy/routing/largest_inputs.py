@@ -4,8 +4,7 @@ The residual stream is far from even: a fraction of a token's inputs makes up mo
 input sparsity of TEAL, Liu et al. 2024). What they make up is too rough to compute with, and good enough
 to choose by: the neurons that are chosen then run exactly (ours; `moefy.routing.rough_gate` for the
 score). Inputs count by `|x_i| ||G_i||`, with the column of the gate that they meet (WINA, Chen et al.
-2025). Router and neurons both grow with the budget: of `m` weight matrices, reading a share `s` of the
-inputs of one costs `s/m`, and by default it is as large as the budget `s/m + density` itself.
+2025). Router and neurons grow together: `moefy.plan.inputs_read` sets how many are read by default.
 
 With all inputs it is the exact gate, weighed by what the neuron carries; that gate is handed on.
 
