@@ -35,8 +35,9 @@ SIZES: dict[str, tuple[int | None, ...]] = {
     "deja_vu": (None,),
     "fast": (None,),
     "default": (None,),
-    "export": (None,),
+    "export": (None, 8),
     "best": (None,),
+    "low_bit": (None,),
 }
 # Shared experts that cover about an eighth of the neurons, as CMoE's own 2 of 16 do.
 CMOE_SHARED = 1 / 8

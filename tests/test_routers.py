@@ -4,6 +4,7 @@ Shapes: T tokens, D width, N neurons, S shared and E routed experts, F neurons p
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,47 @@ def test_low_bit_is_the_contribution_that_a_rough_gate_foretells(
     assert router.weights_read(mlp) == N * groups * 64 * bits // 16 + N * groups + N
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads", [1, 4, D])
+def test_largest_inputs_is_the_contribution_that_a_part_of_the_gate_foretells(
+    reads: int, kind: str
+) -> None:
+    mlp, x_TD = make_mlp(kind), inputs()
+    router = ROUTERS["largest_inputs"].make(D, E, N, {"inputs": reads})
+    router.initialise(mlp, x_TD, mlp)
+    gate, up = rows_of(mlp)
+    tokens = x_TD.double().tolist()
+    column = [math.sqrt(sum(row[d] ** 2 for row in gate)) for d in range(D)]
+    size = [d.norm().item() for d in mlp.down_ND.double()]
+    if mlp.gate_ND is not None:
+        for n in range(N):
+            size[n] *= math.sqrt(sum(dot(x, up[n]) ** 2 for x in tokens) / len(tokens))
+    want = []
+    for x in tokens:
+        largest = sorted(range(D), key=lambda d, x=x: -abs(x[d]) * column[d])[:reads]
+        kept = [x[d] if d in largest else 0.0 for d in range(D)]
+        each = [(act(kind, dot(kept, row)) * c) ** 2 for row, c in zip(gate, size, strict=True)]
+        want.append([math.sqrt(sum(each[e * F : (e + 1) * F])) for e in range(E)])
+    check(router(x_TD, mlp), want, 1e-4)
+    assert router.computes_gate == (reads == D)
+    assert router.weights_read(mlp) == N * reads + N + (0 if reads == D else D)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_single_neurons_that_are_off_score_by_how_far_they_are(activation: str) -> None:
+    mlp = replace(make_mlp("relu"), activation=activation)
+    x_TD = inputs()
+    router = ROUTERS["largest_inputs"].make(D, N, N, {"inputs": D})
+    router.initialise(mlp, x_TD, mlp)
+    gate_TN, size_N = x_TD.double() @ mlp.up_ND.double().T, mlp.down_ND.double().norm(dim=1)
+    power = 2 if activation == "relu2" else 1
+    want_TN = gate_TN.sign() * gate_TN.abs() ** power * size_N
+    got_TN = router(x_TD, mlp).double()
+    assert ((got_TN - want_TN).norm() / want_TN.norm()) < 1e-5
+    assert (got_TN < 0).any()
+
+
 # ---- self-gating inside a module
 
 
@@ -344,6 +386,35 @@ def test_self_gating_makes_gates_once_and_the_output_is_that_of_masking(
     with all_experts(module):
         dense = module(x_TD).double()
         assert ((dense - h_TN @ down).norm() / dense.norm()) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [0, S])
+def test_an_exact_gate_is_handed_on_with_and_without_up(
+    backend: str, kind: str, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp, x_TD = make_mlp(kind, neurons=(shared + E) * F), inputs(5)
+    routed = mlp.take(slice(shared * F, None))
+    router = ROUTERS["largest_inputs"].make(D, E, E * F, {"inputs": D})
+    router.initialise(routed, inputs(), mlp)
+    module = SparseMlp(
+        mlp, experts=shared + E, shared=shared, router=router,
+        selection=SELECTIONS["topk"](3), compensation=COMPENSATIONS["none"](D, E, 0),
+    ).eval()  # fmt: skip
+    module.backend = backend
+    calls: list[int] = []
+    deciding = DenseMlp.deciding
+    monkeypatch.setattr(DenseMlp, "deciding", lambda *a: calls.append(1) or deciding(*a))
+    got = module(x_TD)
+    assert len(calls) == 1
+    mask_TE = top_mask(router(x_TD, routed), 3)
+    mask_TN = torch.cat([mask_TE.new_ones(5, shared), mask_TE], 1).repeat_interleave(F, 1)
+    want = (mlp.hidden(x_TD) * mask_TN).double() @ mlp.down_ND.double()
+    assert ((got.double() - want).norm() / want.norm()) < 1e-5
+    dense = mlp(x_TD).double()
+    assert ((got.double() - dense).norm() / dense.norm()) > 0.05
 
 
 @torch.no_grad()
