@@ -22,26 +22,41 @@ WITHOUT_HEADS = 2
 META, SIDE = "moefy.json", "moefy.safetensors"
 FULL, ADAPTER = "full", "adapter"
 
-T = TypeVar("T", "LayerEntry", "HeadEntry")
+T = TypeVar("T", bound="Entry")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerEntry:
-    """One converted MLP, as `moefy.json` has it."""
+class Entry:
+    """What `moefy.json` has of everything that is routed."""
 
-    layer: str
-    """Module path of the layer in the transformers model."""
-    neurons: int
     width: int
     experts: int
-    """All experts, the shared ones first."""
-    shared: int
     router: dict[str, Any]
-    """`name`, `look_ahead` and what that router is made with: `hidden`, `bits`, `inputs`."""
+    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
     compensation: dict[str, Any]
     """`name` and `rank`."""
+
+    @property
+    def routed(self) -> int:
+        """Experts that the router scores."""
+        return self.experts
+
+    @property
+    def routed_neurons(self) -> int:
+        """What they have together: neurons, or outputs of heads."""
+        raise TypeError(f"{type(self).__name__} does not say how many neurons it routes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEntry(Entry):
+    """One converted MLP; its experts begin with the shared ones."""
+
+    layer: str
+    """Module path of the layer in the transformers model."""
+    neurons: int
+    shared: int
 
     @property
     def routed(self) -> int:
@@ -61,31 +76,17 @@ class LayerEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadEntry:
-    """One attention block whose heads are routed, as `moefy.json` has it."""
+class HeadEntry(Entry):
+    """One attention block whose heads are routed: experts of `heads / experts` that follow each other."""
 
     block: str
     """Module path of the attention module in the transformers model."""
     heads: int
     head_dim: int
-    width: int
-    experts: int
-    """Heads, or groups of `heads / experts` heads that follow each other."""
-    router: dict[str, Any]
-    """`name` and `hidden`."""
-    selection: dict[str, Any]
-    """`name` and the settings of that selection."""
-    compensation: dict[str, Any]
-    """`name` and `rank`."""
-
-    @property
-    def routed(self) -> int:
-        """Experts that the router scores: all of them."""
-        return self.experts
 
     @property
     def routed_neurons(self) -> int:
-        """Outputs of the heads that the router scores."""
+        """Outputs of all heads."""
         return self.heads * self.head_dim
 
 

@@ -38,8 +38,8 @@ from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
-from moefy.fitting import HELD_OUT_SHARE, FittedLayer, fit_layer, sample_sizes
-from moefy.head_fitting import FittedHeads, fit_heads
+from moefy.fitting import HELD_OUT_SHARE, Fitted, fit_layer, sample_sizes
+from moefy.head_fitting import fit_heads
 from moefy.heads import HeadSite, read_heads
 from moefy.inputs import read_batches, read_config
 from moefy.locate import Place, Site, disk_names, meta_model, read_mlp
@@ -243,7 +243,7 @@ def _fit(
     return work
 
 
-def _keep(at: Path, fitted: FittedLayer | FittedHeads) -> None:
+def _keep(at: Path, fitted: Fitted[Any]) -> None:
     save_file(fitted.tensors, at.with_suffix(".safetensors"))
     # Written last and by rename: its presence says that the layer is finished.
     unfinished = at.with_suffix(".part")

@@ -4,12 +4,13 @@ Shapes: T tokens, D width, N neurons, E experts.
 """
 
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from moefy.activations import Captured
-from moefy.artefact import LayerEntry
+from moefy.artefact import Entry, LayerEntry
 from moefy.locate import Site
 from moefy.mlp import DenseMlp
 from moefy.modeling import build_compensation, build_router
@@ -17,6 +18,7 @@ from moefy.partition import Partition, partition
 from moefy.plan import Plan
 from moefy.recipe import Recipe
 from moefy.routing import SELECTIONS, choose
+from moefy.routing.base import stored
 from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
 
 HELD_OUT_SHARE = 0.15
@@ -35,11 +37,14 @@ def sample_sizes(recipe: Recipe) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True)
-class FittedLayer:
-    """What `moefy.json` and `moefy.safetensors` hold of one layer, and how its router came out."""
+E = TypeVar("E", bound=Entry)
 
-    entry: LayerEntry
+
+@dataclass(frozen=True)
+class Fitted(Generic[E]):
+    """What the side files hold of one layer or attention block, and how its router came out."""
+
+    entry: E
     tensors: dict[str, Tensor]
     fit: RouterFit
 
@@ -69,7 +74,7 @@ def fit_layer(
     recipe: Recipe,
     samples: dict[str, Captured],
     split: Partition | None = None,
-) -> FittedLayer:
+) -> Fitted[LayerEntry]:
     """Partition one layer, unless `split` is given, and fit its routing.
 
     `mlp` has the weights in fp32 as stored. The same seed gives the same bytes.
@@ -93,10 +98,8 @@ def fit_layer(
     entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
     fit_compensation(compensation, router, selection, routed, tokens)
 
-    tensors = {"permutation": split.permutation.to(torch.int32)}
-    for part, module in (("router", router), ("compensation", compensation)):
-        tensors |= {f"{part}.{n}": v.detach().contiguous() for n, v in module.state_dict().items()}
-    return FittedLayer(entry, tensors, fit)
+    permutation = {"permutation": split.permutation.to(torch.int32)}
+    return Fitted(entry, permutation | stored(router, compensation), fit)
 
 
 def tokens_of(sample: Captured, todo: Plan, site: Site) -> Tokens:

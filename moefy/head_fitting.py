@@ -6,34 +6,26 @@ of the neurons' activations, the output projection that of the down projection.
 Shapes: T tokens, D width, E experts (heads or groups of them), N = width of all heads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from moefy.activations import Captured
 from moefy.artefact import HeadEntry
+from moefy.fitting import Fitted
 from moefy.heads import HeadSite
 from moefy.mlp import HeadOutputs
 from moefy.modeling import build_compensation, build_router
 from moefy.plan import Plan
 from moefy.recipe import Recipe
 from moefy.routing import SELECTIONS, choose
-from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
-
-
-@dataclass(frozen=True)
-class FittedHeads:
-    """What the side files hold of one attention block, and how its router came out."""
-
-    entry: HeadEntry
-    tensors: dict[str, Tensor]
-    fit: RouterFit
+from moefy.routing.base import stored
+from moefy.training import Tokens, fit_compensation, fit_router, fit_selection
 
 
 def fit_heads(
     heads: HeadOutputs, todo: Plan, site: HeadSite, recipe: Recipe, samples: dict[str, Captured]
-) -> FittedHeads:
+) -> Fitted[HeadEntry]:
     """Fit the routing of one block; `heads` has the output projection in fp32.
 
     The same seed gives the same bytes.
@@ -55,12 +47,7 @@ def fit_heads(
     selection = fit_selection(kind, router, heads, seen["held-out"], k)
     fit_compensation(compensation, router, selection, heads, seen["router"])
     entry = replace(entry, selection={"name": wanted.selection, **selection.settings()})
-    tensors = {
-        f"{part}.{name}": value.detach().contiguous()
-        for part, module in (("router", router), ("compensation", compensation))
-        for name, value in module.state_dict().items()
-    }
-    return FittedHeads(entry, tensors, fit)
+    return Fitted(entry, stored(router, compensation), fit)
 
 
 def _tokens(sample: Captured, todo: Plan, site: HeadSite) -> Tokens:

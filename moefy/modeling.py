@@ -22,6 +22,7 @@ from moefy.artefact import (
     META,
     SIDE,
     Artefact,
+    Entry,
     HeadEntry,
     LayerEntry,
     read_artefact,
@@ -35,7 +36,7 @@ from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
-from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.routing.base import Compensation, Context, Router, Selection, stored
 from moefy.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
@@ -53,19 +54,19 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def build_router(entry: LayerEntry | HeadEntry) -> Router:
+def build_router(entry: Entry) -> Router:
     """The router that an entry names, without its tensors."""
     kind = choose(ROUTERS, "router", entry.router["name"])
     return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.router)
 
 
-def build_selection(entry: LayerEntry | HeadEntry) -> Selection:
+def build_selection(entry: Entry) -> Selection:
     """The selection that an entry names, with its settings."""
     settings = {key: value for key, value in entry.selection.items() if key != "name"}
     return choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
 
 
-def build_compensation(entry: LayerEntry | HeadEntry) -> Compensation:
+def build_compensation(entry: Entry) -> Compensation:
     """The compensation that an entry names, without its tensors."""
     kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
     return kind(entry.width, entry.routed, entry.compensation["rank"])
@@ -273,14 +274,11 @@ def with_routing_of(model: PreTrainedModel) -> Artefact:
 
 
 def _routing(prefix: str, module: Routed) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{part}.{key}": value.detach().cpu().contiguous()
-        for part in ("router", "compensation")
-        for key, value in getattr(module, part).state_dict().items()
-    }
+    tensors = stored(module.router, module.compensation)
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def _selection(entry: LayerEntry | HeadEntry, module: Routed) -> dict[str, Any]:
+def _selection(entry: Entry, module: Routed) -> dict[str, Any]:
     return {"name": entry.selection["name"], **module.selection.settings()}
 
 

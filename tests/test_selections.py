@@ -227,17 +227,20 @@ def test_a_prompt_of_another_batch_or_of_nowhere_is_refused() -> None:
 # ---- prompt_static in models
 
 
-@pytest.fixture(scope="module")
-def griffin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("griffin")
+def prompt_static(name: str, folder: Path) -> Path:
     settings = {
         "router.name": "activation",
         "selection.name": "prompt_static",
         "compensation.name": "none",
         "partition.expert_size": 4,
     }
-    convert_tiny("llama", build("llama", folder / "source"), folder / "out", settings=settings)
+    convert_tiny(name, build(name, folder / "source"), folder / "out", settings=settings)
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def griffin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prompt_static("llama", tmp_path_factory.mktemp("griffin"))
 
 
 class Watch:
@@ -356,15 +359,7 @@ def test_compiling_is_refused(griffin: Path) -> None:
 
 @pytest.fixture(scope="module")
 def griffin_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("griffin_t5")
-    settings = {
-        "router.name": "activation",
-        "selection.name": "prompt_static",
-        "compensation.name": "none",
-        "partition.expert_size": 4,
-    }
-    convert_tiny("t5", build("t5", folder / "source"), folder / "out", settings=settings)
-    return folder / "out"
+    return prompt_static("t5", tmp_path_factory.mktemp("griffin_t5"))
 
 
 @torch.no_grad()

@@ -10,18 +10,11 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from moefy.mlp import DenseMlp
-from moefy.routing.base import Router
+from moefy.routing.oracle import OracleRouter
 
 
-class ActivationRouter(Router):
+class ActivationRouter(OracleRouter):
     """Scores `||h_e||`, which needs every neuron of the token that is scored."""
-
-    trainable = False
-    deployable = False
-
-    def __init__(self, width: int, experts: int, hidden: int) -> None:
-        super().__init__()
-        self.experts = experts
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`, never negative."""

@@ -131,6 +131,15 @@ class Compensation(nn.Module):
         return 0
 
 
+def stored(router: Router, compensation: Compensation) -> dict[str, Tensor]:
+    """Their tensors, by the names that the side file gives them within a layer."""
+    return {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part, module in (("router", router), ("compensation", compensation))
+        for name, value in module.state_dict().items()
+    }
+
+
 def frozen(*shape: int) -> nn.Parameter:
     """A parameter of zeros without a gradient."""
     return nn.Parameter(torch.zeros(*shape), requires_grad=False)
