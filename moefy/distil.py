@@ -79,7 +79,9 @@ def distil_layer(
     def losses() -> Iterator[Tensor]:
         while True:
             rows = torch.randint(len(tokens.mlp_TD), (recipe.tokens,), generator=generator)
-            x_TD, read_TD = tokens.mlp_TD[rows].float(), tokens.router_TD[rows].float()
+            x_TD, read_TD = (
+                t[rows].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+            )
             want_TD = routed.hidden(x_TD) @ routed.down_ND
             module.context.previous_TD = read_TD
             error_TD = module(x_TD) - module.weights(x_TD)

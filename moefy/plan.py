@@ -125,7 +125,11 @@ def describe(todo: Plan, recipe: Recipe) -> str:
             f"of {first.neurons // first.experts}"
             + (" (as many shared as the rule says)" if recipe.partition.shared is None else "")
             + (f" ({first.shared} shared)" if first.shared else "")
-            + f", {k + first.shared} run: FFN density {active:.3f}",
+            + (
+                f", {k + first.shared} run: FFN density {active:.3f}"
+                if recipe.budget.target_kl is None
+                else f", as many run as a KL of {recipe.budget.target_kl:g} takes"
+            ),
             f"partition {recipe.partition.method}, router {recipe.router.name}, selection "
             f"{recipe.selection.name}, compensation {recipe.compensation.name}"
             + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")

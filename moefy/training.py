@@ -8,7 +8,7 @@ Shapes: T tokens, D width, N routed neurons, E routed experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,12 +39,19 @@ class Tokens:
     """The same tensor, or for a router that looks ahead the input of the MLP before."""
     hidden_TN: Tensor | None = None
     """Activations, where they were captured; else the MLP gives them."""
+    device: torch.device | None = None
+    """Where `chunks` are handed out; None leaves them where they are."""
+
+    def some(self, most: int) -> "Tokens":
+        """At most so many, evenly spaced: a sample stands in the order of its documents' lengths."""
+        step = -(-len(self.mlp_TD) // most)
+        return replace(self, mlp_TD=self.mlp_TD[::step], router_TD=self.router_TD[::step])
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Both in fp32, a few thousand tokens at a time."""
         pairs = zip(self.mlp_TD.split(_CHUNK), self.router_TD.split(_CHUNK), strict=True)
         for mlp_TD, router_TD in pairs:
-            yield mlp_TD.float(), router_TD.float()
+            yield mlp_TD.to(self.device, torch.float32), router_TD.to(self.device, torch.float32)
 
     def activations(self, mlp: DenseMlp) -> Iterator[Tensor]:
         """Activations `[T, N]` of the neurons in fp32, for the tokens of each of `chunks`."""

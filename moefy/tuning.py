@@ -8,11 +8,11 @@ better than the same density everywhere. `tune` does that and then trains router
 Shapes: T tokens, D width, E routed experts, K experts that run.
 """
 
-import functools
 import os
 import time
+from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from moefy.activations import Captured, run
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
+from moefy.evaluate.observing import Heard, observing
 from moefy.fitting import cap, tokens_of
-from moefy.locate import side_of
 from moefy.plan import Plan
 from moefy.recipe import Recipe
 from moefy.routed import Routed
@@ -91,7 +91,7 @@ def tune(
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
         active = dict(enumerate(record["budget"]["active"]))
     if varies(recipe):
-        settle(model, todo, recipe, check, active)
+        settle(model, recipe, check, active)
     if recipe.distil.steps:
         before = check.distance()
         scope = recipe.distil.scope
@@ -100,17 +100,21 @@ def tune(
         if scope == "model":
             distil_model(model, training, recipe.distil, report=report, seed=recipe.seed)
         else:
-            for site, module in zip(todo.sites, sparse_mlps(model).values(), strict=True):
-                tokens = tokens_of(samples["router"], todo, site)
+            for index, module in sparse_mlps(model).items():
+                tokens = _tokens(samples["router"], todo, index, module)
                 distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
         if varies(recipe):
-            settle(model, todo, recipe, check, active)
+            settle(model, recipe, check, active)
         record["distillation"] = {
             "scope": scope,
             "steps": recipe.distil.steps,
             "held_out_before": before,
             "held_out_after": check.distance(),
         }
+    record["held_out_kl"] = reached = check.distance()
+    target = recipe.budget.target_kl
+    if target is not None and reached > target:
+        report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
     return record
 
 
@@ -137,35 +141,37 @@ class HeldOut:
         return total / tokens
 
 
+class _Inputs:
+    """Keeps what every MLP reads."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[Tensor]] = defaultdict(list)
+
+    def hear(self, heard: Heard) -> None:
+        self.seen[heard.layer].append(heard.x_TD)
+
+    def of(self, index: int) -> Tensor:
+        return torch.cat(self.seen[index])
+
+
 @torch.no_grad()
-def settle(
-    model: PreTrainedModel, todo: Plan, recipe: Recipe, held: HeldOut, active: dict[int, int]
-) -> None:
+def settle(model: PreTrainedModel, recipe: Recipe, held: HeldOut, active: dict[int, int]) -> None:
     """Set selections that vary so that `active` experts run on what the sparse model sees.
 
     They were fitted on the inputs of the dense model, which are a little different.
     """
-    modules = sparse_mlps(model)
     for _ in range(SETTLING_PASSES):
-        seen: dict[int, list[Tensor]] = {index: [] for index in modules}
-        current: list[Batch] = []
-
-        def keep(index: int, x_TD: Tensor, _: Tensor) -> None:
-            mask = current[0].mask(side_of(todo.sites[index]))  # noqa: B023 - one batch at a time
-            seen[index].append(x_TD if mask is None else x_TD[mask.flatten().to(x_TD.device)])  # noqa: B023
-
-        for index, module in modules.items():
-            module.observer = functools.partial(keep, index)
+        inputs = _Inputs()
         for batch in held.batches:
-            current[:] = [batch]
-            run(model, batch)
-        for index, module in modules.items():
-            module.observer = None
-            own = torch.cat(seen[index])
-            before = torch.cat(seen[index - 1]) if module.look_ahead else own
+            with observing(model, batch, inputs):
+                run(model, batch)
+        for index, module in sparse_mlps(model).items():
+            own_TD = inputs.of(index)
+            read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
             module.selection = fit_selection(
-                type(module.selection), module.router, module.routed, Tokens(own, before),
-                active[index], cap(recipe, active[index]),
+                type(module.selection), module.router, module.routed.to(torch.float32),
+                Tokens(own_TD, read_TD, device=own_TD.device), active[index],
+                cap(recipe, active[index]),
             )  # fmt: skip
 
 
@@ -191,16 +197,19 @@ def allocate(
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]
     pick = greedy if recipe.budget.name == "greedy" else solve
+    target = recipe.budget.target_kl
 
     def measured(chosen: list[int]) -> float:
         for module, row, at in zip(modules.values(), rows, chosen, strict=True):
             _set(module, row[at])
+        if target is not None and varies(recipe):
+            # A promise is measured on what will run.
+            settle(model, recipe, held, {i: rows[i][at].active for i, at in enumerate(chosen)})
         return held.distance()
 
     def total(chosen: list[int]) -> float:
         return sum(row[at] for row, at in zip(costs, chosen, strict=True))
 
-    target = recipe.budget.target_kl
     if target is None:
         chosen = pick(costs, losses, total(uniform) * (1 + 1e-9))
         kl, kl_uniform = measured(chosen), measured(uniform)
@@ -219,7 +228,7 @@ def allocate(
                 low = middle
     kl = measured(chosen)
     for index, module in modules.items():
-        tokens = tokens_of(samples["router"], todo, todo.sites[index])
+        tokens = _tokens(samples["router"], todo, index, module)
         fit_compensation(
             module.compensation, module.router, module.selection, module.routed, tokens
         )
@@ -243,19 +252,20 @@ def _candidates(
     metric_DD: Tensor | None,
 ) -> list[Candidate]:
     """One layer at several densities, cheapest first, each with its own selection and means."""
-    site, experts = todo.sites[index], module.experts - module.shared
+    experts, routed = module.experts - module.shared, module.routed.to(torch.float32)
     planned = _planned(todo, index, module)
     # A target for KL may need every expert of a layer, a mean density never does.
     factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
     actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
     tokens, held_tokens = (
-        _some(tokens_of(samples[name], todo, site), TRIAL_TOKENS) for name in ("router", "held-out")
+        _tokens(samples[name], todo, index, module).some(TRIAL_TOKENS)
+        for name in ("router", "held-out")
     )
-    scores_TE = torch.cat([module.router(x, module.routed) for _, x in held_tokens.chunks()])
+    scores_TE = torch.cat([module.router(x, routed) for _, x in held_tokens.chunks()])
     found = []
     for active in actives:
         selection = type(module.selection).fit(scores_TE, active, cap(recipe, active))
-        fit_compensation(module.compensation, module.router, selection, module.routed, tokens)
+        fit_compensation(module.compensation, module.router, selection, routed, tokens)
         state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
         module.selection = selection
         share = (active + module.shared) / module.experts
@@ -277,10 +287,10 @@ def _planned(todo: Plan, index: int, module: SparseMlp) -> int:
     return todo.k[index] + todo.layers[index].shared - module.shared
 
 
-def _some(tokens: Tokens, most: int) -> Tokens:
-    """At most so many tokens, evenly spaced: a sample stands in order of the documents' length."""
-    step = -(-len(tokens.mlp_TD) // most)
-    return Tokens(tokens.mlp_TD[::step], tokens.router_TD[::step])
+def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Tokens:
+    """A layer's tokens, handed out where its weights are."""
+    tokens = tokens_of(sample, todo, todo.sites[index])
+    return replace(tokens, device=module.weights.down_ND.device)
 
 
 def _set(module: SparseMlp, candidate: Candidate) -> None:
@@ -316,9 +326,14 @@ def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
     times = []
     for row in range(samples):
         at = row % len(tokens.mlp_TD)
-        module.context.previous_TD = tokens.router_TD[at : at + 1].float()
+        x_TD, read_TD = (
+            t[at : at + 1].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+        )
+        module.context.previous_TD = read_TD
         begin = time.perf_counter()
-        module(tokens.mlp_TD[at : at + 1].float())
+        module(x_TD)
+        if x_TD.is_cuda:
+            torch.cuda.synchronize(x_TD.device)
         times.append(time.perf_counter() - begin)
     return sorted(times)[samples // 2]
 

@@ -234,21 +234,25 @@ def test_solver_and_distillation_end_to_end(name: str, tmp_path: Path) -> None:
     check_invariant(model, tmp_path, name)
 
 
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_target_kl_is_met_on_held_out_documents_with_no_more_than_it_takes(
-    name: str, tmp_path: Path
+    name: str, selection: str, tmp_path: Path
 ) -> None:
     source = build(name, tmp_path / "source")
     densities = []
     for target in ("1.0", "0.05", "0.001"):
         out = tmp_path / target
         settings = {"budget.target_kl": target, "budget.name": "solver", "density": "0.3"}
+        settings["selection.name"] = selection
         record = convert_tiny(name, source, out, settings=settings)
-        budget = record["conversion"]["tuning"]["budget"]
-        assert budget["held_out_kl"] <= float(target)
+        tuning = record["conversion"]["tuning"]
+        assert tuning["budget"]["held_out_kl"] <= float(target)
         model = moefy.load(out)
         measured = naive_distance(model, held_out(model, source, name))
-        assert measured == pytest.approx(budget["held_out_kl"], rel=0.02, abs=1e-5)
+        assert measured == pytest.approx(tuning["held_out_kl"], rel=0.02, abs=1e-5)
+        # Thresholds that are set once more move it a little.
+        assert measured <= float(target) * (1.02 if selection == "topk" else 1.2)
         densities.append(record["evaluation"]["ffn_density"])
     assert densities == sorted(densities)
     assert densities[0] < densities[-1]

@@ -1,6 +1,7 @@
 """Every shipped recipe, made as small as the model, converts one and gives what it promises."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,28 @@ def test_methods_that_need_a_gate_or_domains_say_so(tmp_path: Path) -> None:
         )  # fmt: skip
     for name in ("a", "b"):
         assert not (tmp_path / name).exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["default", "best"])
+def test_layers_are_tuned_together_in_sixteen_bits(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs and on CPUs with such arithmetic: samples in fp32 meet weights in bf16."""
+    monkeypatch.setattr("moefy.modeling._has_bf16", lambda: True)
+    source = build("llama", tmp_path / "source")
+    load_dense(Checkpoint.open(source), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    shutil.copytree(source, tmp_path / "half", dirs_exist_ok=True, ignore=ignore_weights)
+    settings = {"budget.per": "time", "distil.scope": "layer", "budget.name": "solver"}
+    for density in (0.25, 0.75):  # some of the gate, and all of it
+        recipe = recipes.override(small(name), {**settings, "density": density})
+        out = tmp_path / f"{density}"
+        record = convert(tmp_path / "half", out, recipe=recipe, corpus=corpus, quiet=True)
+        assert record["conversion"]["tuning"]["held_out_kl"] < 1
+        model = moefy.load(out)
+        assert {m.up_ND.dtype for m in sparse_mlps(model).values()} == {torch.bfloat16}
+        assert outputs(model(**example_inputs("llama"))).isfinite().all()
+
+
+def ignore_weights(_: str, names: list[str]) -> set[str]:
+    return {name for name in names if name.endswith(".safetensors") or name == "config.json"}
