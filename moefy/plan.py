@@ -16,6 +16,7 @@ from moefy.locate import Site, meta_model, side_of, sites
 from moefy.partition import SHARED_BY, expert_count, find_method
 from moefy.recipe import Recipe
 from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
+from moefy.routing.rough_gate import FLAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,6 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
             unknown_choice("partition.shared_by", recipe.partition.shared_by, SHARED_BY)
         )
     selection = choose(SELECTIONS, "selection", recipe.selection.name)
-    choose(COMPENSATIONS, "compensation", recipe.compensation.name)
     choose(TARGETS, "router.target", recipe.router.target)
     choose(LOSSES, "router.loss", recipe.router.loss)
     if recipe.distil.steps and not selection.by_score:
@@ -131,7 +131,7 @@ def describe(todo: Plan, recipe: Recipe) -> str:
                 else f", as many run as a KL of {recipe.budget.target_kl:g} takes"
             ),
             f"partition {recipe.partition.method}, router {recipe.router.name}, selection "
-            f"{recipe.selection.name}, compensation {recipe.compensation.name}"
+            f"{recipe.selection.name}, compensation {first.compensation['name']}"
             + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
             + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
             *_describe_heads(todo, recipe),
@@ -213,9 +213,18 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
             "look_ahead": look_ahead,
         },
         selection={"name": recipe.selection.name},
-        compensation={"name": recipe.compensation.name, "rank": recipe.compensation.rank},
+        compensation={"name": compensation_of(site, recipe), "rank": recipe.compensation.rank},
     )  # fmt: skip
     return entry, k
+
+
+def compensation_of(site: Site, recipe: Recipe) -> str:
+    """The compensation of one MLP, with `auto` decided by its activation."""
+    name = recipe.compensation.name
+    if name == "auto":
+        name = "none" if site.activation in FLAT else "residual"
+    choose(COMPENSATIONS, "compensation", name)
+    return name
 
 
 def inputs_read(site: Site, recipe: Recipe, density: float) -> int:

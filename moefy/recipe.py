@@ -105,7 +105,8 @@ class CompensationRecipe:
     """What stands in for the experts that did not run."""
 
     name: str = "conditional_mean"
-    """A name of `moefy ls compensations`."""
+    """A name of `moefy ls compensations`, or `auto`: `none` after ReLU, which leaves most neurons at
+    exactly zero and so little to stand in for, and else `residual`."""
     rank: int = 16
     """Rank of the low-rank residual; other compensations have none."""
 

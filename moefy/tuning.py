@@ -68,6 +68,13 @@ def allocates(recipe: Recipe) -> bool:
     return recipe.budget.name != "uniform" or recipe.budget.target_kl is not None
 
 
+def learnable(model: PreTrainedModel) -> bool:
+    """Whether distillation has anything to train."""
+    modules = sparse_mlps(model).values()
+    parts = (part for m in modules for part in (m.router, m.compensation))
+    return any(True for part in parts for _ in part.parameters())
+
+
 def varies(recipe: Recipe) -> bool:
     """Whether tokens may get different numbers of experts."""
     kind = choose(SELECTIONS, "selection", recipe.selection.name)
@@ -92,7 +99,9 @@ def tune(
         active = dict(enumerate(record["budget"]["active"]))
     if varies(recipe):
         settle(model, recipe, check, active)
-    if recipe.distil.steps:
+    if recipe.distil.steps and not learnable(model):
+        report.say("nothing to distil: neither routers nor compensations have parameters")
+    elif recipe.distil.steps:
         before = check.distance()
         scope = recipe.distil.scope
         if scope == "auto":
