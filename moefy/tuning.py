@@ -25,12 +25,14 @@ from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
 from moefy.evaluate.observing import Heard, observing
 from moefy.fitting import cap, tokens_of
+from moefy.mlp import DenseMlp
 from moefy.plan import Plan
 from moefy.recipe import Recipe
 from moefy.routed import Routed
 from moefy.routing import SELECTIONS, choose
 from moefy.routing.base import Selection
 from moefy.routing.budget import greedy, solve
+from moefy.routing.residual import missing
 from moefy.sensitivity import sensitivities
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens, fit_compensation, fit_selection
@@ -120,10 +122,11 @@ def tune(
             "held_out_before": before,
             "held_out_after": check.distance(),
         }
-    record["held_out_kl"] = reached = check.distance()
     target = recipe.budget.target_kl
-    if target is not None and reached > target:
-        report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+    if target is not None:
+        record["held_out_kl"] = reached = check.distance()
+        if reached > target:
+            report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
     return record
 
 
@@ -270,10 +273,10 @@ def _candidates(
         _tokens(samples[name], todo, index, module).some(TRIAL_TOKENS)
         for name in ("router", "held-out")
     )
-    scores_TE = torch.cat([module.router(x, routed) for _, x in held_tokens.chunks()])
+    seen = _Seen(module, routed, held_tokens)
     found = []
     for active in actives:
-        selection = type(module.selection).fit(scores_TE, active, cap(recipe, active))
+        selection = type(module.selection).fit(seen.scores_TE, active, cap(recipe, active))
         fit_compensation(module.compensation, module.router, selection, routed, tokens)
         state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
         module.selection = selection
@@ -284,7 +287,7 @@ def _candidates(
             weights = module.weights
             cost = share * weights.matrices * weights.neurons * weights.width
         if recipe.budget.name == "greedy":
-            loss = _output_error(module, held_tokens, metric_DD)
+            loss = seen.output_error(module, metric_DD)
         else:
             loss = held.distance(only=module)
         found.append(Candidate(active, selection, state, cost, loss))
@@ -311,23 +314,29 @@ def _nearest(row: list[Candidate], active: int) -> int:
     return min(range(len(row)), key=lambda at: abs(row[at].active - active))
 
 
-def _output_error(module: SparseMlp, tokens: Tokens, metric_DD: Tensor | None) -> float:
-    """What the layer's output error costs per token: in KL as `metric_DD` (`moefy.sensitivity`)
-    estimates it, or without one the squared error over the squared norm of the dense output.
-    """
-    error, energy, weights = 0.0, 0.0, module.weights
-    for x_TD, read_TD in tokens.chunks():
-        x_TD, read_TD = (x.to(weights.up_ND) for x in (x_TD, read_TD))
-        module.context.previous_TD = read_TD
-        dense_TD = weights(x_TD)
-        error_TD = (module(x_TD) - dense_TD).float()
+class _Seen:
+    """What is the same for every density of a layer: activations and scores of held-out tokens."""
+
+    def __init__(self, module: SparseMlp, routed: DenseMlp, tokens: Tokens) -> None:
+        self.routed = routed
+        self.x_TD = torch.cat([x_TD for x_TD, _ in tokens.chunks()])
+        self.h_TN = torch.cat(list(tokens.activations(routed)))
+        self.scores_TE = torch.cat([module.router(x, routed) for _, x in tokens.chunks()])
+        self.energy = module.weights.to(torch.float32)(self.x_TD).square().sum().item()
+
+    def output_error(self, module: SparseMlp, metric_DD: Tensor | None) -> float:
+        """What the layer's output error costs: per token in KL as `metric_DD` estimates it
+        (`moefy.sensitivity`), or without one the squared error over the squared norm of the output.
+        """
+        mask_TE = module.selection(self.scores_TE, module.context)
+        error_TD = -missing(self.h_TN, mask_TE, self.routed)
+        extra_TD = module.compensation(self.x_TD, mask_TE)
+        if extra_TD is not None:
+            error_TD += extra_TD
         if metric_DD is None:
-            error += error_TD.square().sum().item()
-            energy += dense_TD.float().square().sum().item()
-        else:
-            error += ((error_TD @ metric_DD.to(error_TD.device)) * error_TD).sum().item()
-            energy += len(x_TD)
-    return error / max(energy, 1e-30)
+            return error_TD.square().sum().item() / max(self.energy, 1e-30)
+        weighed_TD = error_TD @ metric_DD.to(error_TD.device)
+        return (weighed_TD * error_TD).sum().item() / len(error_TD)
 
 
 def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:

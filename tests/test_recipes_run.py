@@ -122,7 +122,7 @@ def test_layers_are_tuned_together_in_sixteen_bits(
         recipe = recipes.override(small(name), {**settings, "density": density})
         out = tmp_path / f"{density}"
         record = convert(tmp_path / "half", out, recipe=recipe, corpus=corpus, quiet=True)
-        assert record["conversion"]["tuning"]["held_out_kl"] < 1
+        assert record["conversion"]["tuning"]["budget"]["held_out_kl"] < 1
         model = moefy.load(out)
         assert {m.up_ND.dtype for m in sparse_mlps(model).values()} == {torch.bfloat16}
         assert outputs(model(**example_inputs("llama"))).isfinite().all()
