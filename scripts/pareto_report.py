@@ -35,6 +35,9 @@ between documents, so a budget is met within 0.01. The best of all recipes but o
 peer*, whichever it is at that budget.
 Made by `scripts/pareto.py` and `scripts/pareto_report.py` from `benchmarks/records/pareto_*.json`.
 """
+EXACT = 1e-7
+"""KL below which a model is the dense one, rounding aside."""
+
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 IMPOSSIBLE: set[tuple[str, str, float]] = set()
@@ -62,7 +65,8 @@ def load() -> dict[str, Rows]:
 def metric(row: dict[str, Any]) -> float | None:
     """KL to dense, or for encoders one minus the cosine."""
     if "kl" in row:
-        return float(row["kl"])
+        # Of equal distributions rounding may leave less than nothing.
+        return max(0.0, float(row["kl"]))
     return 1 - float(row["cosine"]) if "cosine" in row else None
 
 
@@ -121,7 +125,9 @@ def ratios(rows: Rows) -> str:
                 line.append("")
                 continue
             best = min(peers, key=lambda other: peers[other])
-            line.append(f"{mean(best_size(mine)) / max(peers[best], 1e-12):.2f} x {best}")
+            value = mean(best_size(mine))
+            both = value < EXACT and peers[best] < EXACT
+            line.append(f"both 0 ({best})" if both else f"{value / peers[best]:.2f} x {best}")
         lines.append(line)
     return markdown(["recipe", *(f"budget {b}" for b in budgets)], lines)
 

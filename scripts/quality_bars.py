@@ -10,6 +10,7 @@ python scripts/quality_bars.py embeddings FOLDER   # a sentence encoder: cosine 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from moefy.sparse_mlp import all_experts
 
 DEMO = Path("moefy/demo")
 WORK = Path("runs/pareto")
+LAYERS = ((4096, 11008), (2048, 5504), (1024, 2752))
+"""Width and neurons of the layers whose conversion `cost` times."""
 
 
 def gap() -> list[dict[str, Any]]:
@@ -75,8 +78,7 @@ def relu() -> list[dict[str, Any]]:
     return rows
 
 
-def dynamic() -> list[dict[str, Any]]:
-    rows = []
+def dynamic() -> Iterator[dict[str, Any]]:
     variants = {
         "static top-k": {"selection.name": "topk", "budget.name": "uniform"},
         "threshold": {"selection.name": "threshold", "budget.name": "uniform"},
@@ -93,18 +95,16 @@ def dynamic() -> list[dict[str, Any]]:
                 recipe = recipes.override(recipes.load("fast"), {"density": density, **chosen})
                 row = bench.run(recipe)
                 kept = ("kl", "ce_increase", "ffn_density", "density_by_layer")
-                rows.append(
-                    {"model": name, "density": density, "variant": variant,
-                     **{key: row[key] for key in kept}}
-                )  # fmt: skip
-    return rows
+                yield {
+                    "model": name, "density": density, "variant": variant,
+                    **{key: row[key] for key in kept},
+                }  # fmt: skip
 
 
-def cost() -> list[dict[str, Any]]:
+def cost() -> Iterator[dict[str, Any]]:
     """Whole conversions of one-layer models with random weights, stage by stage."""
     documents = [torch.randint(3, 500, (256,)).tolist() for _ in range(160)]
-    rows = []
-    for width, neurons in ((1024, 2752), (2048, 5504), (4096, 11008)):
+    for width, neurons in LAYERS:
         config = LlamaConfig(
             hidden_size=width,
             intermediate_size=neurons,
@@ -118,14 +118,11 @@ def cost() -> list[dict[str, Any]]:
             for name in ("fast", "default"):
                 record = convert(source, Path(work) / name, recipe=name, corpus=documents)
                 seconds = record["conversion"]["seconds"]
-                rows.append(
-                    {
-                        "recipe": name, "width": width, "neurons": neurons,
-                        "fit_and_tune": seconds["fit"] + seconds["tune"], "stages": seconds,
-                        "threads": torch.get_num_threads(),
-                    }
-                )  # fmt: skip
-    return rows
+                yield {
+                    "recipe": name, "width": width, "neurons": neurons,
+                    "fit_and_tune": seconds["fit"] + seconds["tune"], "stages": seconds,
+                    "threads": torch.get_num_threads(),
+                }  # fmt: skip
 
 
 @torch.no_grad()
@@ -186,12 +183,13 @@ def main() -> None:
     parser.add_argument("bar", choices=["gap", "relu", "dynamic", "cost", "embeddings"])
     parser.add_argument("folder", nargs="?")
     args = parser.parse_args()
-    rows = embeddings(args.folder) if args.bar == "embeddings" else globals()[args.bar]()
-    record = {"kind": f"bar {args.bar}", "rows": rows, "machine": machine()}
-    file = Path(f"benchmarks/records/bar_{args.bar}.json")
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    found = embeddings(args.folder) if args.bar == "embeddings" else globals()[args.bar]()
+    record = {"kind": f"bar {args.bar}", "rows": [], "machine": machine()}
+    for row in found:
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        record["rows"].append(row)
+        file = Path(f"benchmarks/records/bar_{args.bar}.json")
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
