@@ -193,6 +193,7 @@ class Comparison:
             found["density_by_layer"] = load.per_layer()
         else:
             found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
+            found["active_compute"] = found["active_budget"]
         return {"tokens": tokens, **found}
 
     def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
