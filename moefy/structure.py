@@ -231,12 +231,18 @@ def _record(probed: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, _
     return output, {name: made[0] for name, made in seen.items() if len(made) == 1}
 
 
+_REFUSALS = (
+    AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""How a forward pass says that its arguments do not suit it: wrong type, shape, number or content."""
+
+
 def _run(run: Callable[[], Any]) -> tuple[Any, bool]:
-    """The output of a run, and whether it failed: the code of an unknown layer, given arguments by
-    guess, may refuse them in any way, which only says that this is not how it is called."""
+    """The output of a run, and whether the layer refused arguments that were guessed for it: this is
+    then not how it is called. Any other error is one, and passes."""
     try:
         return run(), False
-    except Exception:
+    except _REFUSALS:
         return None, True
 
 

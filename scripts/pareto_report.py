@@ -31,7 +31,7 @@ of 16-bit weights) and whole in what is computed, so the second panel is where i
 Peers stand at their best expert size of those tried, budget by budget. `n/a`: the method cannot go
 below that budget; `not run`: nobody has run it yet. Means over seeds (of shards and fits) with the half-width of a
 95 % t-interval; how many seeds stands in the last table. Documents of the evaluation shard: 22. Thresholds drift
-between documents, so a budget is met within 0.01. The best of all recipes but ours and the controls is *the best
+between documents, so a budget is met within 0.02. The best of all recipes but ours and the controls is *the best
 peer*, whichever it is at that budget.
 Made by `scripts/pareto.py` and `scripts/pareto_report.py` from `benchmarks/records/pareto_*.json`.
 """

