@@ -157,6 +157,10 @@ class BudgetRecipe:
         """Refuse budgets that there are not."""
         if self.name not in BUDGETS:
             raise RecipeError(unknown_choice("budget.name", self.name, BUDGETS))
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise RecipeError(
+                f"budget.target_kl: got {self.target_kl}, must be above 0 nats per token, or null"
+            )
         if self.per not in ("weights", "time"):
             raise RecipeError(unknown_choice("budget.per", self.per, ("weights", "time")))
 

@@ -51,6 +51,8 @@ def test_override_reads_strings_as_yaml():
         ({"partition.experts": "2.5"}, "expected int or null"),
         ({"partition.experts": "4", "partition.expert_size": "8"}, "exclude each other"),
         ({"partition.shared": "-1"}, "at least 0"),
+        ({"router.inputs": "1.5"}, "at most 1, or null"),
+        ({"budget.target_kl": "-1"}, "above 0 nats per token"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
