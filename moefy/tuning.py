@@ -226,7 +226,7 @@ def allocate(
         chosen = pick(costs, losses, total(uniform) * (1 + 1e-9))
         kl, kl_uniform = measured(chosen), measured(uniform)
         if kl_uniform < kl:
-            chosen = uniform
+            chosen, kl = uniform, kl_uniform
     else:
         kl_uniform = measured(uniform)
         low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
@@ -238,7 +238,9 @@ def allocate(
                 chosen, high = trial, middle
             else:
                 low = middle
-    kl = measured(chosen)
+        kl = measured(chosen)
+    for module, row, at in zip(modules.values(), rows, chosen, strict=True):
+        _set(module, row[at])
     for index, module in modules.items():
         tokens = _tokens(samples["router"], todo, index, module)
         fit_compensation(
@@ -322,7 +324,6 @@ class _Seen:
         self.x_TD = torch.cat([x_TD for x_TD, _ in tokens.chunks()])
         self.h_TN = torch.cat(list(tokens.activations(routed)))
         self.scores_TE = torch.cat([module.router(x, routed) for _, x in tokens.chunks()])
-        self.energy = module.weights.to(torch.float32)(self.x_TD).square().sum().item()
 
     def output_error(self, module: SparseMlp, metric_DD: Tensor | None) -> float:
         """What the layer's output error costs: per token in KL as `metric_DD` estimates it
@@ -334,7 +335,8 @@ class _Seen:
         if extra_TD is not None:
             error_TD += extra_TD
         if metric_DD is None:
-            return error_TD.square().sum().item() / max(self.energy, 1e-30)
+            dense_TD = module.weights.to(torch.float32)(self.x_TD)
+            return (error_TD.square().sum() / dense_TD.square().sum().clamp_min(1e-30)).item()
         weighed_TD = error_TD @ metric_DD.to(error_TD.device)
         return (weighed_TD * error_TD).sum().item() / len(error_TD)
 
