@@ -24,7 +24,7 @@ from moefy.training import RouterFit, Tokens, fit_compensation, fit_router, fit_
 HELD_OUT_SHARE = 0.15
 """Share of the router shard that is not fitted on: it stops fitting, sets thresholds and densities."""
 
-LEAST_HELD_OUT = 4096
+LEAST_HELD_OUT = 2048
 """Tokens of it that are read at least."""
 
 

@@ -41,11 +41,10 @@ FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""
 
 BISECTIONS = 8
-SETTLING_PASSES = 2
 SENSITIVITY_TOKENS = 4096
 """Most tokens of a batch through which the sensitivities are backpropagated."""
 
-TRIAL_TOKENS = 2048
+TRIAL_TOKENS = 1024
 """Tokens on which the compensation of a candidate is fitted and its output error measured."""
 
 
@@ -172,19 +171,18 @@ def settle(model: PreTrainedModel, recipe: Recipe, held: HeldOut, active: dict[i
 
     They were fitted on the inputs of the dense model, which are a little different.
     """
-    for _ in range(SETTLING_PASSES):
-        inputs = _Inputs()
-        for batch in held.batches:
-            with observing(model, batch, inputs):
-                run(model, batch)
-        for index, module in sparse_mlps(model).items():
-            own_TD = inputs.of(index)
-            read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
-            module.selection = fit_selection(
-                type(module.selection), module.router, module.routed.to(torch.float32),
-                Tokens(own_TD, read_TD, device=own_TD.device), active[index],
-                cap(recipe, active[index]),
-            )  # fmt: skip
+    inputs = _Inputs()
+    for batch in held.batches:
+        with observing(model, batch, inputs):
+            run(model, batch)
+    for index, module in sparse_mlps(model).items():
+        own_TD = inputs.of(index)
+        read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
+        module.selection = fit_selection(
+            type(module.selection), module.router, module.routed.to(torch.float32),
+            Tokens(own_TD, read_TD, device=own_TD.device), active[index],
+            cap(recipe, active[index]),
+        )  # fmt: skip
 
 
 @torch.no_grad()
