@@ -88,7 +88,10 @@ def fit_layer(
     tokens, held = (tokens_of(samples[name], todo, site) for name in ("router", "held-out"))
 
     router, compensation = build_router(entry), build_compensation(entry)
-    router.initialise(routed, samples["partition"].inputs(site).float(), whole)
+    x_TD = samples["partition"].inputs(site).float()
+    compensation.initialise(routed, x_TD, k)
+    routed = compensation.centred(routed)
+    router.initialise(routed, x_TD, whole)
     fit = fit_router(
         router, routed, tokens, held, experts=entry.experts - split.shared, k=k,
         recipe=recipe.router, seed=recipe.seed,

@@ -139,11 +139,10 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
 
 
 def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
-    mlp = module.weights.to(torch.float32)
-    routed = mlp.take(slice(module.shared * module.expert_size, None))
+    routed = module.routed.to(torch.float32)
     settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
     router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
-    router.initialise(routed, x_TD.float(), mlp)
+    router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
     module.router = router.to(x_TD.device)
 
 

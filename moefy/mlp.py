@@ -39,6 +39,8 @@ class DenseMlp:
     up_bias_N: Tensor | None = None
     gate_bias_N: Tensor | None = None
     down_bias_D: Tensor | None = None
+    centre_N: Tensor | None = None
+    """Where neurons stand that are off; `hidden` counts from it, the rest is in `down_bias_D`."""
 
     @property
     def neurons(self) -> int:
@@ -68,7 +70,12 @@ class DenseMlp:
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `h` `[T, N]` of every neuron, or of a run of neurons (a view of the rows)."""
         active_TN = activation_function(self.activation)(self.deciding(x_TD, rows))
-        return active_TN if self.gate_ND is None else active_TN * self.up(x_TD, rows)
+        return self.finish(active_TN, x_TD, rows)
+
+    def finish(self, active_TN: Tensor, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Activations `h` of a run of neurons, from `act(deciding)` of theirs."""
+        h_TN = active_TN if self.gate_ND is None else active_TN * self.up(x_TD, rows)
+        return h_TN if self.centre_N is None else h_TN - self.centre_N[rows].to(h_TN.dtype)
 
     def deciding(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the activation is taken of `[T, N]`: the gates, or where there are none, up."""
@@ -84,17 +91,26 @@ class DenseMlp:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The dense output `[T, D]`."""
-        y_TD = self.hidden(x_TD).to(self.down_ND.dtype) @ self.down_ND
+        return self.output(self.hidden(x_TD))
+
+    def output(self, h_TN: Tensor) -> Tensor:
+        """The output `[T, D]` that activations make."""
+        y_TD = h_TN.to(self.down_ND.dtype) @ self.down_ND
         return y_TD if self.down_bias_D is None else y_TD + self.down_bias_D
 
     def take(self, neurons: Tensor | slice) -> "DenseMlp":
         """The MLP of these neurons, in this order (a slice gives views); the output bias stays."""
         rows = {
             name: value[neurons]
-            for name in ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N")
+            for name in ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "centre_N")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **rows)
+
+    def centred(self, centre_N: Tensor, constant_D: Tensor) -> "DenseMlp":
+        """The same function counted from `centre_N`, with `constant_D = sum_j centre_j d_j`."""
+        bias_D = constant_D if self.down_bias_D is None else constant_D + self.down_bias_D
+        return replace(self, centre_N=centre_N, down_bias_D=bias_D.to(self.down_ND.dtype))
 
     def contiguous(self) -> "DenseMlp":
         """The same MLP with every matrix laid out row by row; what is so already is not copied."""
@@ -141,8 +157,7 @@ class DecidedMlp:
 
     def hidden(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
         """Activations `[T, rows]`; of a gated MLP the up projection is computed."""
-        active_TN = self.active_TN[:, rows]
-        return active_TN if self.mlp.gate_ND is None else active_TN * self.mlp.up(x_TD, rows)
+        return self.mlp.finish(self.active_TN[:, rows], x_TD, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ def build_selection(entry: Entry) -> Selection:
 def build_compensation(entry: Entry) -> Compensation:
     """The compensation that an entry names, without its tensors."""
     kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
-    return kind(entry.width, entry.routed, entry.compensation["rank"])
+    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.compensation["rank"])
 
 
 def placement() -> dict[str, Any]:

@@ -170,7 +170,11 @@ def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
             f"attention.selection '{wanted.selection}' does not decide by one token's scores; "
             "choose topk, threshold, dynamic_k or top_p"
         )
-    choose(COMPENSATIONS, "attention.compensation", wanted.compensation)
+    if choose(COMPENSATIONS, "attention.compensation", wanted.compensation).centres:
+        raise RecipeError(
+            f"attention.compensation '{wanted.compensation}' is made for neurons; choose "
+            "conditional_mean or mean_residual"
+        )
     choose(LOSSES, "attention.loss", wanted.loss)
     experts = site.heads if wanted.group == "head" else site.groups
     entry = HeadEntry(
@@ -218,11 +222,20 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
     return entry, k
 
 
+_AUTO = {
+    "flat": ("none", "none"),
+    "gated": ("none", "residual"),
+    "plain": ("centred", "centred_residual"),
+}
+"""The compensation `auto`, without a residual and with one."""
+
+
 def compensation_of(site: Site, recipe: Recipe) -> str:
     """The compensation of one MLP, with `auto` decided by its activation."""
     name = recipe.compensation.name
     if name == "auto":
-        name = "none" if site.activation in FLAT else "residual"
+        kind = "flat" if site.activation in FLAT else "gated" if site.gated else "plain"
+        name = _AUTO[kind][recipe.compensation.rank > 0]
     choose(COMPENSATIONS, "compensation", name)
     return name
 

@@ -106,9 +106,9 @@ class CompensationRecipe:
 
     name: str = "conditional_mean"
     """A name of `moefy ls compensations`, or `auto`: `none` after ReLU, which leaves most neurons at
-    exactly zero and so little to stand in for, and else `residual`."""
+    exactly zero and so little to stand in for, `residual` with a gate, else `centred_residual`."""
     rank: int = 16
-    """Rank of the low-rank residual; other compensations have none."""
+    """Rank of the low-rank residual; 0 makes `auto` leave it out. Other compensations have none."""
 
 
 @dataclass(frozen=True, kw_only=True)

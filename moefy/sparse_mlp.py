@@ -69,9 +69,14 @@ class SparseMlp(Routed):
         return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
 
     @property
+    def running(self) -> DenseMlp:
+        """`weights` as they run under a mask: counted from the centres of the compensation, if any."""
+        return self.compensation.centred(self.weights)
+
+    @property
     def routed(self) -> DenseMlp:
-        """The routed neurons in expert order, as views of the parameters."""
-        mlp = self.weights
+        """The routed neurons in expert order, as they run."""
+        mlp = self.running
         return mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
 
     @property
@@ -85,10 +90,10 @@ class SparseMlp(Routed):
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, ExpertWeights]:
         """The mask, and the weights to compute it with."""
-        mlp = self.weights
         if self.all_on:
             shape = (x_TD.shape[0], self.experts)
-            return torch.ones(shape, dtype=torch.bool, device=x_TD.device), mlp
+            return torch.ones(shape, dtype=torch.bool, device=x_TD.device), self.weights
+        mlp = self.running
         weights: ExpertWeights = mlp
         routed_TE = self.selection.remembered(self.context)
         if routed_TE is None:

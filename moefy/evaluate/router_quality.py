@@ -10,6 +10,7 @@ Shapes: T tokens, D width, N neurons, E routed experts, F neurons per expert.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class RouterQuality:
             chosen = torch.randperm(len(x_TD), generator=self.generator)[:due].to(x_TD.device)
             x_TD, mask_TE = x_TD[chosen], mask_TE[chosen]
         module = self.modules[layer]
-        mlp = module.weights.to(torch.float32)
+        # The output bias is no part of what experts put out, the constant of centred neurons is.
+        mlp = replace(module.weights, down_bias_D=None).to(torch.float32)
+        mlp = module.compensation.centred(mlp)
         for x, mask in zip(x_TD.split(_CHUNK), mask_TE.split(_CHUNK), strict=True):
             for name, value in _sums(module, mlp, x, mask).items():
                 self.sums[layer][name] += value
@@ -99,7 +102,7 @@ def _sums(module: SparseMlp, mlp: DenseMlp, x_TD: Tensor, mask_TE: Tensor) -> di
         "tokens": float(len(x_TD)),
         "hits": float((oracle_TE & ran_TE).sum()),
         "ran": float(ran_TE.sum()),
-        "energy": _energy(h_TN @ mlp.down_ND),
+        "energy": _energy(mlp.output(h_TN)),
     }
     for name, on_TE in (("model", ran_TE), ("oracle", oracle_TE)):
         off_TN = (~on_TE).repeat_interleave(module.expert_size, dim=1)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from moefy.errors import RecipeError, unknown_choice
 from moefy.routing.activation import ActivationRouter
 from moefy.routing.base import Compensation, Context, Router, Selection
+from moefy.routing.centred import Centred
+from moefy.routing.centred_residual import CentredResidual
 from moefy.routing.centroid import CentroidRouter
 from moefy.routing.conditional_mean import ConditionalMean
 from moefy.routing.dynamic_k import DynamicK
@@ -72,6 +74,8 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "conditional_mean": ConditionalMean,
     "residual": Residual,
     "mean_residual": MeanResidual,
+    "centred": Centred,
+    "centred_residual": CentredResidual,
 }
 
 T = TypeVar("T")

@@ -108,9 +108,27 @@ class Selection:
 class Compensation(nn.Module):
     """What is added for the experts that did not run; zero where every expert runs.
 
-    Subclasses take `(width, experts, rank)`. Their parameters are what is saved; none needs a
-    gradient unless distillation asks for it.
+    Subclasses take `(width, experts, rank)`, or define `make`. Their parameters and buffers are what is saved; no
+    parameter needs a gradient unless distillation asks for it.
     """
+
+    centres: ClassVar[bool] = False
+    """Whether neurons that are off stand at a constant of their own, from which all is counted."""
+
+    @classmethod
+    def make(cls, width: int, experts: int, neurons: int, rank: int) -> "Compensation":
+        """The compensation of a layer of `neurons` routed neurons."""
+        return cls(width, experts, rank)
+
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, active: int) -> None:
+        """Find, from a sample of inputs, what has to be known before anything is routed.
+
+        `mlp` has the routed neurons in fp32 and expert order; `active` experts are going to run.
+        """
+
+    def centred(self, mlp: DenseMlp) -> DenseMlp:
+        """The same function counted from where its neurons stand when off; or `mlp` itself."""
+        return mlp
 
     def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
         """Set the parameters from inputs `[T, D]`, activations `[T, N]` and masks `[T, E]`.

@@ -6,7 +6,8 @@ the exact one). From whatever estimate of the gate a subclass makes, a neuron sc
     |act(rough gate)| * c_j,    c_j = ||d_j|| * root mean square of u_j.x over a sample
 
 (without a gate the up projection decides, and `c_j = ||d_j||`), which estimates the norm of its
-contribution and is the same in every gauge; an expert scores the root of the sum of squares.
+contribution and is the same in every gauge; an expert scores the root of the sum of squares. Where an
+MLP without a gate counts from centres (`moefy.routing.centred`), so does the score: `|act - centre| c_j`.
 
 Shapes: T tokens, D width, N neurons, E routed experts.
 """
@@ -54,13 +55,16 @@ class RoughGateRouter(Router):
     def scores(self, gate_TN: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]` from gates before their activation `[T, N]`."""
         act, single = activation_function(mlp.activation), self.experts == len(self.size_N)
+        signed = single and mlp.activation in FLAT and mlp.centre_N is None
         gate_TN = gate_TN.float()
         value_TN = act(gate_TN)
-        if mlp.activation in FLAT and single:
+        if signed:
             # Zero says nothing of how near a neuron is to being active: how negative it is, does.
             value_TN = value_TN - act(-gate_TN)
+        elif mlp.centre_N is not None and mlp.gate_ND is None:
+            value_TN = value_TN - mlp.centre_N
         value_TN = value_TN * self.size_N
         if single:
-            return value_TN if mlp.activation in FLAT else value_TN.abs()
+            return value_TN if signed else value_TN.abs()
         score_TE: Tensor = vector_norm(value_TN.view(len(value_TN), self.experts, -1), dim=-1)
         return score_TE

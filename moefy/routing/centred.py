@@ -1,0 +1,66 @@
+"""Centred: a neuron that is off stands at its mean over the tokens on which it is off, not at zero.
+
+`h_j(x) = c_j + (h_j(x) - c_j)`, so `y = (b + sum_j c_j d_j) + sum_j (h_j - c_j) d_j` is the same function.
+Leaving a neuron out of the second sum puts it at `c_j` (mean ablation); the first is paid once,
+whatever is off. Centres say as well which neurons matter: those far from theirs. Under GELU that is
+another set than the largest ones, since a neuron at rest is a little below zero.
+
+Which neurons are off depends on the centres and the centres on that: both are found in turn, as in
+Lloyd's k-means, from the mean over all tokens (ours). `conditional_mean` differs in that it is fitted
+after the routing, as one vector for each expert, which moves the choice of experts nowhere.
+
+Shapes: T tokens, D width, N routed neurons, E routed experts.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moefy.mlp import DenseMlp
+from moefy.routing.base import Compensation
+from moefy.routing.oracle import expert_norms
+from moefy.routing.threshold import Threshold
+
+ROUNDS = 4
+
+
+class Centred(Compensation):
+    """Adds nothing to the output: what runs is the MLP that counts from `centre_N`."""
+
+    centres = True
+    centre_N: Tensor
+    constant_D: Tensor
+
+    def __init__(self, width: int, experts: int, neurons: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.register_buffer("centre_N", torch.zeros(neurons))
+        self.register_buffer("constant_D", torch.zeros(width))
+
+    @classmethod
+    def make(cls, width: int, experts: int, neurons: int, rank: int) -> "Compensation":
+        """A compensation of `neurons` centres."""
+        return cls(width, experts, neurons)
+
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, active: int) -> None:
+        """Find the centres: from the mean, choose `active` experts a token and average the others."""
+        h_TN = torch.cat([mlp.hidden(x) for x in x_TD.split(1024)])
+        centre_N = h_TN.mean(0)
+        for _ in range(ROUNDS):
+            score_TE = expert_norms(h_TN - centre_N, mlp.down_ND, self.experts)
+            off_TE = ~Threshold.fit(score_TE, active)(score_TE)
+            off_TN = off_TE.repeat_interleave(mlp.neurons // self.experts, 1)
+            # An expert that is always on keeps its centre.
+            count_N, sum_N = off_TN.sum(0), (h_TN * off_TN).sum(0)
+            centre_N = torch.where(count_N > 0, sum_N / count_N.clamp_min(1), centre_N)
+        self.centre_N.copy_(centre_N)
+        self.constant_D.copy_(centre_N @ mlp.down_ND)
+
+    def centred(self, mlp: DenseMlp) -> DenseMlp:
+        """The same function counted from the centres; shared neurons, which come first, from zero."""
+        centre_N = pad(self.centre_N, (mlp.neurons - len(self.centre_N), 0))
+        return mlp.centred(centre_N, self.constant_D)
+
+    def weights_read(self, active: float) -> float:
+        """The centres and the constant."""
+        return self.centre_N.numel() + self.constant_D.numel()
