@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from moefy.convert import convert as convert
     from moefy.modeling import load as load
     from moefy.recipe import Recipe as Recipe
+    from moefy.recover import recover as recover
+    from moefy.training_recipe import RecoverRecipe as RecoverRecipe
 
 __version__ = "0.1.0"
 
 _HOME = {
     "convert": "moefy.convert",
     "load": "moefy.modeling",
+    "recover": "moefy.recover",
     "Recipe": "moefy.recipe",
+    "RecoverRecipe": "moefy.training_recipe",
 }
-__all__ = ["Recipe", "__version__", "convert", "load"]
+__all__ = ["Recipe", "RecoverRecipe", "__version__", "convert", "load", "recover"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,12 +56,17 @@ class Captured:
 
 def run(model: PreTrainedModel, batch: Batch) -> object:
     """One forward pass without a cache, on the device of the model."""
-    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    return model(**inputs_of(model, batch))
+
+
+def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What a model is called with: the batch on its device, without a cache."""
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     elif model.config.is_encoder_decoder or model.can_generate():
-        inputs["use_cache"] = False  # type: ignore[assignment]
-    return model(**inputs)
+        inputs["use_cache"] = False
+    return inputs
 
 
 def listen(

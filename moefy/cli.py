@@ -221,6 +221,61 @@ def eval_(
 
 
 @verb
+def recover(
+    model: Moefied,
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="By comma: experts, routers, compensations, rest. [all but rest]"),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train through adapters of this rank. [0: in full]")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (mixed). [fp32]")] = None,
+    corpus: Text = None,
+    against: Annotated[
+        str | None, typer.Option(help="Dense model that teaches, if MODEL was trained before.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the dense model on the same tokens too.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting a=b of the training; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    quiet: bool = False,
+) -> Shown:
+    """Train a moefied model towards its dense model; `accelerate launch -m moefy recover` on many.
+
+    Example: moefy recover ./llama-moefied ./llama-recovered --tokens 2000000 --corpus ./text
+    """
+    from moefy import recipe as recipes
+    from moefy.recover import recover as run
+    from moefy.tables import recovery_rows, terminal
+    from moefy.training_recipe import RecoverRecipe
+
+    given = {"tokens": tokens, "train": train, "lora_rank": lora_rank, "precision": precision}
+    settings = {**_settings(set_ or []), **{k: v for k, v in given.items() if v is not None}}
+    record = run(
+        model,
+        out,
+        recipe=recipes.override(RecoverRecipe(), settings),
+        corpus=corpus,
+        against=against,
+        control=control,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if not record:  # another process has it
+        return Shown({})
+    return Shown(record, [terminal(*recovery_rows(record)), f"written to {out}"])
+
+
+@verb
 def compare(
     model: Model,
     recipe_names: Annotated[

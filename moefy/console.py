@@ -1,12 +1,20 @@
 """What a person sees while a long job runs: progress on stderr, silent where nobody looks."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+
+_COLUMNS = (
+    TextColumn("{task.description:28}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(elapsed_when_finished=True),
+)
 
 
 class Reporter:
@@ -19,6 +27,24 @@ class Reporter:
         """One line."""
         self.console.print(text, soft_wrap=True)
 
+    @contextmanager
+    def progress(self, total: int, what: str, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar that says something at every step; off a terminal, a line every tenth of the way."""
+        if not self.console.is_terminal:
+            every, step = max(1, total // 10), done
+
+            def line(text: str) -> None:
+                nonlocal step
+                step += 1
+                if step % every == 0 or step == total:
+                    self.say(f"{what} {step}/{total}: {text}")
+
+            yield line
+            return
+        with Progress(*_COLUMNS, TextColumn("{task.fields[text]}"), console=self.console) as bar:
+            task = bar.add_task(what, total=total, completed=done, text="")
+            yield lambda text: bar.update(task, advance=1, text=text)
+
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         """Yield the items with a bar called `what`; off a terminal, one line at the start."""
         total = len(items) if isinstance(items, Sized) else None
@@ -26,11 +52,5 @@ class Reporter:
             self.say(f"{what} ({total})" if total else what)
             yield from items
             return
-        columns = (
-            TextColumn("{task.description:28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(*columns, console=self.console) as progress:
+        with Progress(*_COLUMNS, console=self.console) as progress:
             yield from progress.track(items, total=total, description=what)

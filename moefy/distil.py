@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from moefy.activations import run
 from moefy.console import Reporter
-from moefy.data import IGNORED, Batch, Sample, make_batches, sample_length
+from moefy.data import IGNORED, Batch, make_batches
+from moefy.draws import draws
 from moefy.errors import MoefyError
 from moefy.recipe import DistilRecipe
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -51,12 +52,12 @@ def distil_model(
     or the loss is not finite.
     """
     modules = list(sparse_mlps(model).values())
-    draws = _drawn(batches, recipe.tokens, seed)
+    samples = [sample for batch in batches for sample in batch.samples]
 
     def losses() -> Iterator[Tensor]:
-        for group in draws:
+        for group in draws(samples, recipe.tokens, seed):
             parts, weights = [], []
-            for batch in group:
+            for batch in make_batches(group, tokens=recipe.tokens):
                 with torch.no_grad(), all_experts(model):
                     dense = compared(run(model, batch), batch)
                 parts.append(distance(dense, compared(run(model, batch), batch), batch))
@@ -158,21 +159,6 @@ def only_training(whole: nn.Module, parameters: list[nn.Parameter]) -> Iterator[
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
             parameter.grad = None
-
-
-def _drawn(batches: list[Batch], tokens: int, seed: int) -> Iterator[list[Batch]]:
-    """Batches that hold about so many tokens together, of documents drawn anew at every round."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = [sample for batch in batches for sample in batch.samples]
-    group: list[Sample] = []
-    size = 0
-    while True:
-        for index in torch.randperm(len(samples), generator=generator).tolist():
-            group.append(samples[index])
-            size += sample_length(samples[index])
-            if size >= tokens:
-                yield make_batches(group, tokens=tokens)
-                group, size = [], 0
 
 
 def compared(result: Any, batch: Batch) -> Tensor:

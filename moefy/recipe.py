@@ -12,13 +12,18 @@ import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from moefy.errors import RecipeError, unknown_choice
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 BUDGETS = ("uniform", "greedy", "solver")
+
+R = TypeVar("R", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +272,12 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def override(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """A copy with dotted keys replaced: `{"router.name": "linear", "density": "0.5"}`.
+def override(recipe: R, settings: dict[str, Any]) -> R:
+    """A copy with dotted keys replaced, of a recipe of any kind: `{"router.name": "linear", "density": "0.5"}`.
 
     Values may be strings as they come from a command line; they are read as YAML.
     """
-    data = to_dict(recipe)
+    data = dataclasses.asdict(recipe)
     for key, value in settings.items():
         *parents, last = key.split(".")
         node = data
@@ -284,7 +289,8 @@ def override(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         if last not in node or isinstance(node[last], dict):
             raise RecipeError(unknown_choice("recipe key", key, _keys(data)))
         node[last] = yaml.safe_load(value) if isinstance(value, str) else value
-    return from_dict(data, where="--set")
+    changed: R = _build(type(recipe), data, "--set")
+    return changed
 
 
 def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:

@@ -177,3 +177,20 @@ def comparison_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         rows.append([f"{row['budget']:.2f}", row["recipe"], *cells])
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def recovery_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a recovery: the model before and after, the dense model, its control."""
+    before, after = record["before"], record["after"]
+    names = [name for name in ("ce", "ce_increase", "kl", "agreement", "cosine") if name in before]
+    header = ["model", *(_COLUMNS[name] for name in names), "gap closed"]
+    rows = [["moefied", *(_cell(name, before[name]) for name in names), ""]]
+    closed = [f"{record['gap_closed']:.0%}"] if "gap_closed" in record else [""]
+    rows.append(["recovered", *(_cell(name, after[name]) for name in names), *closed])
+    blank = [""] * (len(names) - 1)
+    if "ce" in names:
+        rows.append(["dense", f"{before['ce_dense']['mean']:.3f}", *blank, ""])
+    if "control" in record:
+        share = f"{record['gap_closed_of_control']:.0%} to here"
+        rows.append(["dense, same tokens", f"{record['control']['ce']:.3f}", *blank, share])
+    return header, rows

@@ -11,6 +11,7 @@ Shapes: T tokens, D width, E routed experts, K experts that run.
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,7 @@ def tune(
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
         active = dict(enumerate(record["budget"]["active"]))
     if varies(recipe):
-        settle(model, recipe, check, active)
+        settle(model, recipe, held, active)
     if recipe.distil.steps and not learnable(model):
         report.say("nothing to distil: neither routers nor compensations have parameters")
     elif recipe.distil.steps:
@@ -114,7 +115,7 @@ def tune(
                 tokens = _tokens(samples["router"], todo, index, module)
                 distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
         if varies(recipe):
-            settle(model, recipe, check, active)
+            settle(model, recipe, held, active)
         record["distillation"] = {
             "scope": scope,
             "steps": recipe.distil.steps,
@@ -166,13 +167,15 @@ class _Inputs:
 
 
 @torch.no_grad()
-def settle(model: PreTrainedModel, recipe: Recipe, held: HeldOut, active: dict[int, int]) -> None:
+def settle(
+    model: PreTrainedModel, recipe: Recipe, batches: list[Batch], active: Mapping[int, float]
+) -> None:
     """Set selections that vary so that `active` experts run on what the sparse model sees.
 
     They were fitted on the inputs of the dense model, which are a little different.
     """
     inputs = _Inputs()
-    for batch in held.batches:
+    for batch in batches:
         with observing(model, batch, inputs):
             run(model, batch)
     for index, module in sparse_mlps(model).items():
@@ -214,7 +217,8 @@ def allocate(
             _set(module, row[at])
         if target is not None and varies(recipe):
             # A promise is measured on what will run.
-            settle(model, recipe, held, {i: rows[i][at].active for i, at in enumerate(chosen)})
+            wanted = {i: rows[i][at].active for i, at in enumerate(chosen)}
+            settle(model, recipe, held.batches, wanted)
         return held.distance()
 
     def total(chosen: list[int]) -> float:

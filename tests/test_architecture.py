@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 # A module or package of moefy imports from strictly lower rows only. A new file gets a place here.
 LAYERS = (
     {"errors"},
-    {"recipe", "families", "mlp", "console", "provenance", "tables"},
+    {"recipe", "training_recipe", "families", "mlp", "console", "provenance", "tables", "curves"},
     {"checkpoint", "data", "partition", "structure", "baselines"},
-    {"routing"},
+    {"routing", "draws"},
     {"routed"},
     {"locate", "artefact", "inputs", "listing", "sparse_mlp", "sparse_heads"},
     {"heads"},
@@ -30,7 +30,8 @@ LAYERS = (
     {"distil", "fitting"},
     {"sensitivity", "head_fitting"},
     {"tuning"},
-    {"convert", "comparison", "export", "report", "measure"},
+    {"finetuning"},
+    {"convert", "recover", "comparison", "export", "report", "measure"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

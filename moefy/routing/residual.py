@@ -9,7 +9,9 @@ Shapes: T tokens, D width, N neurons, E routed experts, R rank.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from moefy.mlp import DenseMlp
@@ -49,11 +51,11 @@ class Residual(Compensation):
         left_DD = square[:-1, :-1] - along_D[:, None] * along_D / size
         wanted_DD = cross[:-1] - along_D[:, None] * cross[-1] / size
         left_DD.diagonal().add_(RIDGE * square.diagonal()[:-1].mean())
-        weight_DD = torch.linalg.solve(left_DD, wanted_DD)
+        factor_DD = torch.linalg.cholesky(left_DD)
         # Directions of the output in which the predictions vary most.
-        ranked_DD = torch.linalg.eigh(weight_DD.T @ wanted_DD).eigenvectors
-        kept_DR = ranked_DD[:, -len(self.down_RD) :]
-        down_DR = weight_DD @ kept_DR
+        seen_DD = torch.linalg.solve_triangular(factor_DD, wanted_DD, upper=False)
+        kept_DR = _strongest(seen_DD, len(self.down_RD))
+        down_DR = torch.cholesky_solve(wanted_DD @ kept_DR, factor_DD)
         bias_D = (cross[-1] - along_D @ down_DR @ kept_DR.T) / size
         with torch.no_grad():
             self.up_RD.copy_(kept_DR.T)
@@ -69,6 +71,19 @@ class Residual(Compensation):
     def weights_read(self, active: float) -> float:
         """Both matrices and the bias, for every token."""
         return self.down_RD.numel() + self.up_RD.numel() + self.bias_D.numel()
+
+
+def _strongest(matrix_DD: Tensor, rank: int) -> Tensor:
+    """The right singular vectors `[D, R]` of the `rank` largest singular values."""
+    width = len(matrix_DD)
+    if not matrix_DD.any():
+        return torch.zeros(width, rank, dtype=matrix_DD.dtype)
+    if 2 * rank > width:
+        kept_RD = torch.linalg.svd(matrix_DD).Vh[:rank]
+        return torch.nn.functional.pad(kept_RD, (0, 0, 0, rank - len(kept_RD))).T
+    # A few of thousands: Lanczos, from a fixed start, so that the same sample gives the same bytes.
+    _, _, kept_RD = svds(matrix_DD.numpy(), k=rank, v0=np.ones(width))
+    return torch.from_numpy(kept_RD.copy()).T
 
 
 def missing(h_TN: Tensor, mask_TE: Tensor, mlp: DenseMlp) -> Tensor:

@@ -1,0 +1,49 @@
+"""A picture of a training log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+PANELS = (
+    ("loss", "loss", "held_out_loss", None),
+    ("KL to dense, nats per token", "kl", "held_out_kl", "log"),
+    ("FFN density, experts", None, "density", None),
+)
+"""Title, what every step logs, what every check logs, scale."""
+
+
+def draw_curves(log: Path, picture: Path) -> bool:
+    """Write a PNG of a `log.jsonl`; False where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return False
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    panels = [p for p in PANELS if _series(rows, p[1])[0] or _series(rows, p[2])[0]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (title, step, check, scale) in zip(axes[0], panels, strict=True):
+        for name, style in ((step, {"alpha": 0.5}), (check, {"marker": "o", "markersize": 3})):
+            x, y = _series(rows, name)
+            if x:
+                axis.plot(x, y, label=name.replace("_", " "), **style)  # type: ignore[union-attr]
+        if check == "density":
+            x, y = _series(rows, "effective_experts")
+            axis.plot(x, y, label="effective experts", marker="s", markersize=3)
+        axis.set_title(title)
+        axis.set_xlabel("tokens")
+        if scale:
+            axis.set_yscale(scale)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _series(rows: list[dict[str, Any]], name: str | None) -> tuple[list[int], list[float]]:
+    found = [(row["tokens"], row[name]) for row in rows if name in row]
+    return [x for x, _ in found], [y for _, y in found]

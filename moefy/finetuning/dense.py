@@ -1,0 +1,61 @@
+"""Training a dense model on text: the control of recovery, and what sparsifying does."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.activations import run
+from moefy.console import Reporter
+from moefy.data import Batch, Sample
+from moefy.distil import compared
+from moefy.errors import MoefyError
+from moefy.finetuning.loop import Objective, Outcome, fine_tune, make_accelerator
+from moefy.finetuning.objectives import nats
+from moefy.finetuning.parts import in_training, matched
+from moefy.training_recipe import TrainingRecipe
+
+
+@torch.no_grad()
+def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Mean cross-entropy of the predicted tokens, in nats."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        got: Tensor = compared(run(model, batch), batch)
+        found = nats(got, batch)
+        if found is None:
+            raise MoefyError("a model that predicts no tokens has no cross-entropy to train on")
+        total, tokens = total + float(found), tokens + len(got)
+    return total / tokens
+
+
+def train_dense(
+    model: PreTrainedModel,
+    objective: Objective,
+    train: list[Sample],
+    held: list[Batch],
+    recipe: TrainingRecipe,
+    *,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train all parameters of `model` in place."""
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(recipe)
+    nn.Module.to(model, accelerator.device)
+    in_training(model, recipe.gradient_checkpointing)
+    model.requires_grad_(True)
+
+    def check() -> dict[str, Any]:
+        return {"held_out_loss": cross_entropy(model, held)}
+
+    outcome = fine_tune(
+        model, matched(model.parameters(), recipe.learning_rate), objective, train, recipe,
+        accelerator=accelerator, check=check, folder=folder, report=report, what=what,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    accelerator.free_memory()
+    return outcome

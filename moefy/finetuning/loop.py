@@ -1,0 +1,263 @@
+"""The training loop: steps, checks on held-out text, checkpoints, a log, and a stop where it diverges.
+
+Accelerate runs it in one process or in many (`accelerate launch`); each process takes its share of the
+documents of a step, and gradients are those of the mean over all of the step's tokens.
+
+Files in the work folder: `checkpoint` (what `Accelerator.save_state` writes, replaced by rename) and
+`log.jsonl`, one line a step. Shapes: none of its own.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from moefy.console import Reporter
+from moefy.data import IGNORED, Batch, Sample, make_batches
+from moefy.draws import draws
+from moefy.errors import MoefyError
+from moefy.training_recipe import TrainingRecipe
+
+WARMUP = 0.05
+CLIP = 1.0
+WORSE = 1.5
+"""Held-out loss over that before training at which a check does not pass."""
+
+PATIENCE = 2
+"""Checks in a row that do not pass after which training stops."""
+
+Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""Sums over the tokens of a batch by name; `loss` among them is what is minimised."""
+
+Check = Callable[[], dict[str, Any]]
+"""Figures on held-out text; `held_out_loss` among them decides whether training goes well."""
+
+
+@dataclass
+class Outcome:
+    """How a training went."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Predicted tokens that were trained on."""
+    stopped: str | None = None
+    """Why it ended early; the model is then that of the last checkpoint."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """The check before the first step."""
+    after: dict[str, Any] = field(default_factory=dict)
+    """The last check that passed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint kept."""
+        vars(self).update(state)
+
+
+def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
+    """Accelerate as the environment says (`accelerate launch`), in the recipe's precision.
+
+    Without a GPU it runs on CPUs. Routers and compensations may go unused in a step.
+    """
+    # Accelerate keeps the precision of the first run of a process; each of ours has its own.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def fine_tune(
+    model: PreTrainedModel | nn.Module,
+    groups: list[dict[str, Any]],
+    objective: Objective,
+    samples: list[Sample],
+    recipe: TrainingRecipe,
+    *,
+    accelerator: Accelerator,
+    check: Check,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train `model` in place, or go on from the checkpoint in `folder`.
+
+    `groups` are the optimiser's parameter groups. Raises `MoefyError` where the loss is not finite
+    before there is a checkpoint to go back to.
+    """
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    outcome = Outcome()
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, round(WARMUP * recipe.steps), recipe.steps
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule, outcome)
+    parameters = [p for group in groups for p in group["params"]]
+    store = _Store(accelerator, folder)
+    if store.exists:
+        store.load()
+    else:
+        outcome.before = outcome.after = check()
+        store.save()
+    log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
+    failed = 0
+    steps = draws(samples, recipe.batch_tokens, recipe.seed, least=processes)
+    remaining = islice(steps, outcome.steps, recipe.steps)
+    with report.progress(recipe.steps, what, outcome.steps) as progress:
+        for documents in remaining:
+            began = time.perf_counter()
+            counted = sum(_predicted(sample) for sample in documents)
+            micro = make_batches(documents[rank::processes], tokens=recipe.micro_tokens)
+            sums: dict[str, Tensor] = {}
+            for number, batch in enumerate(micro, 1):
+                last = number == len(micro)
+                with nullcontext() if last else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        found = objective(wrapped, batch)
+                    # Processes average their gradients; the mean is to be over tokens.
+                    accelerator.backward(found["loss"] * processes / counted)
+                for name, value in found.items():
+                    sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+            norm = accelerator.clip_grad_norm_(parameters, CLIP)
+            row = _means(accelerator, sums, counted)
+            row |= {"gradient_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
+            finite = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
+            if not finite:
+                outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
+                break
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            outcome.steps += 1
+            outcome.tokens += counted
+            row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
+            if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
+                checked = check()
+                row |= checked
+                if _passes(checked, outcome.before):
+                    outcome.after, failed = checked, 0
+                    store.save()
+                else:
+                    failed += 1
+            log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
+            progress(_shown(row))
+            if failed == PATIENCE or (failed and outcome.steps == recipe.steps):
+                outcome.stopped = (
+                    f"the held-out loss rose to {checked['held_out_loss']:.4g} at step "
+                    f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
+                )
+                break
+    if outcome.stopped:
+        reason = outcome.stopped
+        store.load()
+        if not outcome.steps:
+            raise MoefyError(
+                f"{what}: {reason}, before there was a checkpoint to go back to; lower "
+                "learning_rate"
+            )
+        outcome.stopped = reason
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+class _Store:
+    """The checkpoint in a work folder: always a whole one, replaced by rename."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator = accelerator
+        self.place, self.part = folder / "checkpoint", folder / "checkpoint.part"
+        self.old = folder / "checkpoint.old"
+
+    @property
+    def exists(self) -> bool:
+        return self._newest() is not None
+
+    def _newest(self) -> Path | None:
+        # Killed between the two renames of `save`, the one before is the newest.
+        return next((place for place in (self.place, self.old) if place.exists()), None)
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(self.part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if self.place.exists():
+                shutil.rmtree(self.old, ignore_errors=True)
+                self.place.replace(self.old)
+            self.part.replace(self.place)
+            shutil.rmtree(self.old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        self.accelerator.load_state(str(self._newest()))
+
+
+class _Log:
+    """One JSON line a step; steps after the checkpoint that a run goes on from are dropped."""
+
+    def __init__(self, file: Path, steps: int, writes: bool) -> None:
+        self.file, self.writes = file, writes
+        if writes and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= steps]
+            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # cut off where the run was killed
+        return math.inf
+
+
+def _predicted(sample: Sample) -> int:
+    """Tokens that a document asks to predict; where it asks for none, its positions."""
+    if sample.targets_T is not None:
+        return int((sample.targets_T != IGNORED).sum())
+    if "pixel_values" in sample.inputs:
+        return 1
+    return max(len(value) for value in sample.inputs.values())
+
+
+def _means(accelerator: Accelerator, sums: dict[str, Tensor], counted: int) -> dict[str, float]:
+    names = sorted(sums)
+    total = torch.stack([sums[name] for name in names]).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
+    return dict(zip(names, (total / counted).tolist(), strict=True))
+
+
+def _passes(checked: dict[str, Any], before: dict[str, Any]) -> bool:
+    loss = checked["held_out_loss"]
+    return math.isfinite(loss) and loss <= WORSE * before["held_out_loss"]
+
+
+def _shown(row: dict[str, float]) -> str:
+    names = {"loss": "loss", "kl": "KL", "held_out_kl": "held-out KL"}
+    parts = [f"{label} {row[name]:.4f}" for name, label in names.items() if name in row]
+    return ", ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])

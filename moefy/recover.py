@@ -1,0 +1,282 @@
+"""Recovery: train a moefied model on text until it is as good as the dense one again.
+
+    record = recover("moefied", "recovered")
+
+The dense model teaches; experts, routers and compensations (or any of them) learn. Selection stays
+hard: what does not run gets no gradient, but for routers with parameters, which learn through a
+straight-through sigmoid. docs/training.md says what to expect.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from moefy import recipe as recipes
+from moefy.artefact import ADAPTER, Artefact, read_artefact
+from moefy.card import model_card
+from moefy.checkpoint import Checkpoint, OutputFolder
+from moefy.console import Reporter
+from moefy.curves import draw_curves
+from moefy.data import Batch, Corpus, Sample, hold_out, load_corpus, split_shards
+from moefy.errors import CorpusError, MoefyError
+from moefy.evaluate import evaluate
+from moefy.finetuning.dense import cross_entropy, train_dense
+from moefy.finetuning.held_out import HeldOut
+from moefy.finetuning.loop import Outcome, fine_tune, make_accelerator
+from moefy.finetuning.objectives import language, towards
+from moefy.finetuning.parts import in_training, trained
+from moefy.fitting import HELD_OUT_SHARE
+from moefy.inputs import read_batches, read_config
+from moefy.locate import meta_model, sites
+from moefy.modeling import load, load_dense, save, weights_of
+from moefy.provenance import machine, versions
+from moefy.sparse_mlp import sparse_mlps
+from moefy.training_recipe import RecoverRecipe
+
+HELD_OUT_TOKENS = 4096
+EVALUATED_DOCUMENTS = 44
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: RecoverRecipe | None = None,
+    corpus: Any = None,
+    against: str | Path | None = None,
+    control: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train the moefied folder `model` towards its dense model; the result is the folder `out`.
+
+    `corpus` is anything `load_corpus` reads, split as conversion splits it: training reads the shards
+    that conversion fits on, never that of evaluation. `against` is the dense model where the folder
+    does not hold it any more (it was trained before). `control` trains the dense model on the same
+    tokens as well, to compare with. `resume` takes up a run that was killed and ends with the same
+    tensors.
+
+    Returns the record of the run, which is also in `out/records.json` as `recovery`. Raises
+    `MoefyError` for anything that is the user's to mend; `out` then is as it was.
+    """
+    recipe = recipe or RecoverRecipe()
+    accelerator = make_accelerator(recipe)
+    main = accelerator.is_main_process
+    report = Reporter(quiet=quiet or not main)
+    folder = Path(model)
+    artefact = read_artefact(folder)
+    source = _dense_source(artefact, folder, against)
+    converted = recipes.from_dict(artefact.recipe)
+    text = load_corpus(corpus)
+    texts = _texts(text, source, recipe, converted.seed)
+    output = OutputFolder(Path(out))
+    if main:
+        output.begin(
+            _fingerprint(artefact, recipe, text, control), resume=resume, overwrite=overwrite
+        )
+    accelerator.wait_for_everyone()
+    report.say(
+        f"{folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, {recipe.steps} steps "
+        f"of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
+    )
+    with output.full_disk():
+        dense = _frozen(source, accelerator)
+        student = load(folder, dtype=torch.float32, verify=False)
+        before = _evaluated(student, dense, texts, output.work / "before.json", accelerator, report)
+        outcome = _train(student, dense, texts, recipe, converted, accelerator, output, report)
+        controlled = None
+        if control:
+            controlled = _control(source, texts, recipe, output, report)
+        if not main:
+            return {}
+        finished = output.work / "model"
+        save(student, finished)
+        after = evaluate(student, texts.evaluated, against=dense, report=report)
+        record = {
+            "kind": "recovery",
+            "recipe": asdict(recipe),
+            "corpus": {"name": text.name, "sha256": text.sha256},
+            "training": vars(outcome),
+            "processes": accelerator.num_processes,
+            "before": before["total"],
+            "after": after["total"],
+            **_closed(before["total"], after["total"], controlled),
+            "machine": machine(),
+        }
+        _finish(folder, finished, output.work, record, after, report)
+    output.commit(finished)
+    if outcome.stopped:
+        report.say(
+            f"stopped: {outcome.stopped}; {out} holds the model of step {outcome.steps}, the last "
+            "one that was good; lower learning_rate"
+        )
+    return record
+
+
+class _Texts:
+    """Token batches of the shards; no document is in two of them."""
+
+    def __init__(self, train: list[Sample], held: list[Batch], evaluated: list[Batch]) -> None:
+        self.train, self.held, self.evaluated = train, held, evaluated
+
+
+def _texts(text: Corpus, source: Checkpoint, recipe: RecoverRecipe, seed: int) -> _Texts:
+    shards = split_shards(text, seed)
+    train, held = hold_out(shards["router"], HELD_OUT_SHARE, seed)
+    train = replace(train, documents=train.documents + shards["partition"].documents)
+    kind = sites(meta_model(read_config(source)))[0].family.kind
+    read = read_batches(source, kind, train, recipe.context)
+    samples = [sample for batch in read for sample in batch.samples]
+    positions = sum(max(len(v) for v in s.inputs.values()) for s in samples)
+    if positions < recipe.batch_tokens:
+        raise CorpusError(
+            f"corpus {text.name}: {positions} tokens to train on, one step takes "
+            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
+        )
+    return _Texts(
+        samples,
+        read_batches(source, kind, held, recipe.context, HELD_OUT_TOKENS),
+        read_batches(source, kind, shards["evaluation"].take(EVALUATED_DOCUMENTS), recipe.context),
+    )
+
+
+def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) -> Checkpoint:
+    """Where the dense model lies that teaches."""
+    if artefact.form == ADAPTER:
+        raise MoefyError(
+            f"{folder}: an adapter cannot hold trained weights; convert without --adapter first"
+        )
+    if against is not None:
+        return Checkpoint.open(against)
+    if artefact.weights_modified:
+        raise MoefyError(
+            f"{folder}: its weights were trained already, the dense model is no longer in it; give it "
+            f"with --against (it was made from '{artefact.source['name']}')"
+        )
+    return weights_of(artefact, folder, verify=False)
+
+
+def _fingerprint(artefact: Artefact, recipe: RecoverRecipe, corpus: Corpus, control: bool) -> str:
+    """Digest of all that decides the result: an unfinished run is only resumed with the same."""
+    settings = [artefact.sha256, asdict(recipe), corpus.sha256, control, versions()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:
+    dense = load_dense(source, dtype=torch.float32)
+    dense.requires_grad_(False)
+    nn.Module.to(dense, accelerator.device)
+    return dense
+
+
+def _evaluated(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    texts: _Texts,
+    kept: Path,
+    accelerator: Accelerator,
+    report: Reporter,
+) -> dict[str, Any]:
+    """The evaluation before training, made once."""
+    if accelerator.is_main_process and not kept.exists():
+        nn.Module.to(student, accelerator.device)
+        found = evaluate(student, texts.evaluated, against=dense, report=report)
+        kept.with_suffix(".part").write_text(json.dumps(found))
+        kept.with_suffix(".part").replace(kept)
+    accelerator.wait_for_everyone()
+    found = json.loads(kept.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def _train(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    texts: _Texts,
+    recipe: RecoverRecipe,
+    converted: recipes.Recipe,
+    accelerator: Accelerator,
+    output: OutputFolder,
+    report: Reporter,
+) -> Outcome:
+    """The loop on the moefied model; leaves the trained weights in `student`."""
+    nn.Module.to(student, accelerator.device)
+    modules = sparse_mlps(student).values()
+    routers = [p for m in modules for p in m.router.parameters()]
+    learns = bool(routers) and "routers" in recipe.parts
+    check = HeldOut(student, dense, texts.held, converted, recipe.distil)
+    accelerator.register_for_checkpointing(check)
+    in_training(student, recipe.gradient_checkpointing)
+    with trained(student, recipe) as (wrapped, groups):
+        for module in modules:
+            module.straight_through = learns and module.selection.by_score
+        outcome = fine_tune(
+            wrapped, groups, towards(student, dense, recipe.distil), texts.train, recipe,
+            accelerator=accelerator, check=check, folder=output.work, report=report, what="recover",
+        )  # fmt: skip
+    for module in modules:
+        module.straight_through, module.scores_TE = False, None
+    collapsed = outcome.after.get("collapsed_layers", [])
+    if collapsed:
+        report.say(
+            f"warning: in layers {', '.join(map(str, collapsed))} the load has gathered on few experts "
+            f"(effective experts below half of what they were); see {output.out}/log.jsonl"
+        )
+    accelerator.free_memory()
+    return outcome
+
+
+def _control(
+    source: Checkpoint, texts: _Texts, recipe: RecoverRecipe, output: OutputFolder, report: Reporter
+) -> dict[str, Any]:
+    """The dense model trained on the same tokens, in the same order, on the text alone."""
+    model = load_dense(source, dtype=torch.float32)
+    outcome = train_dense(
+        model, language(model), texts.train, texts.held, recipe,
+        folder=output.work / "control", report=report, what="control",
+    )  # fmt: skip
+    return {"ce": cross_entropy(model, texts.evaluated), "training": vars(outcome)}
+
+
+def _closed(
+    before: dict[str, Any], after: dict[str, Any], control: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Share of the gap in cross-entropy that training closed, against the dense model as it was and,
+    where there is one, against the dense model trained on the same tokens."""
+    if "ce" not in before:
+        return {}
+    first, last = before["ce"]["mean"], after["ce"]["mean"]
+    found: dict[str, Any] = {"gap_closed": (first - last) / (first - before["ce_dense"]["mean"])}
+    if control is not None:
+        found["control"] = control
+        found["gap_closed_of_control"] = (first - last) / (first - control["ce"])
+    return found
+
+
+def _finish(
+    folder: Path,
+    finished: Path,
+    work: Path,
+    record: dict[str, Any],
+    evaluation: dict[str, Any],
+    report: Reporter,
+) -> None:
+    """Records, card, log and curves beside the weights."""
+    earlier = folder / "records.json"
+    records = json.loads(earlier.read_text()) if earlier.exists() else {}
+    records |= {"recovery": record, "evaluation": evaluation}
+    (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+    if "conversion" in records:
+        card = model_card(read_artefact(finished, verify=False), records)
+        (finished / "README.md").write_text(card, encoding="utf-8")
+    (work / "log.jsonl").replace(finished / "log.jsonl")
+    if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
+        report.say("no picture of the curves: pip install moefy[plots]")

@@ -1,0 +1,263 @@
+"""Recovery: what learns, what stays, and that a run is the same however it is cut up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_conversion import convert_tiny, corpus_for
+from tiny_models import build, example_inputs
+from torch import Tensor
+
+import moefy
+from moefy.artefact import read_artefact
+from moefy.checkpoint import Checkpoint
+from moefy.errors import CorpusError, MoefyError, OutputError, RecipeError
+from moefy.evaluate import outputs
+from moefy.modeling import load_dense
+from moefy.recover import recover
+from moefy.sparse_mlp import sparse_mlps
+from moefy.training_recipe import RecoverRecipe
+
+RECIPE = RecoverRecipe(
+    tokens=1200,
+    batch_tokens=200,
+    micro_tokens=200,
+    context=32,
+    check_every=2,
+    learning_rate=0.03,
+    distil=1.0,
+)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def moefied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with trainable routers, compensations and thresholds."""
+    folder = tmp_path_factory.mktemp("recover")
+    settings = {"selection.name": "threshold", "compensation.name": "mean_residual"}
+    convert_tiny("llama", build("llama", folder / "source"), folder / "out", settings=settings)
+    return folder / "out"
+
+
+def run(moefied: Path, out: Path, **options: Any) -> dict[str, Any]:
+    recipe = replace(RECIPE, **options.pop("settings", {}))
+    corpus = options.pop("corpus", corpus_for("llama"))
+    return recover(moefied, out, recipe=recipe, corpus=corpus, quiet=True, **options)
+
+
+def much_text() -> list[list[int]]:
+    """Too much to be learned by heart."""
+    g = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 90, (30,), generator=g).tolist() for _ in range(800)]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All that a folder holds: weights and side file."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def kind(name: str) -> str:
+    if ".mlp." in name:
+        return "experts"
+    if name.startswith("layers."):
+        return name.split(".")[2] + "s"
+    return "rest"
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    return {kind(name) for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_training_closes_the_gap_and_says_so(moefied: Path, tmp_path: Path) -> None:
+    settings = {"tokens": 20000, "learning_rate": 0.01}
+    record = run(moefied, tmp_path / "out", settings=settings, corpus=much_text(), control=True)
+    assert record["after"]["kl"]["mean"] < 0.8 * record["before"]["kl"]["mean"]
+    assert record["training"]["tokens"] >= 20000
+    assert record["training"]["stopped"] is None
+    first, last = record["before"]["ce"]["mean"], record["after"]["ce"]["mean"]
+    gap = first - record["before"]["ce_dense"]["mean"]
+    assert record["gap_closed"] == pytest.approx((first - last) / gap)
+    assert record["gap_closed_of_control"] == pytest.approx(
+        (first - last) / (first - record["control"]["ce"])
+    )
+    kept = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert kept["recovery"] == json.loads(json.dumps(record))
+    assert kept["evaluation"]["dense"] == "another checkpoint"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert {"loss", "kl", "ce", "tokens_per_second", "gradient_norm"} <= rows[0].keys()
+    assert {"held_out_kl", "density", "effective_experts", "dead_experts"} <= rows[-1].keys()
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    # The density is that of before: thresholds follow the weights.
+    before = record["training"]["before"]["density"]
+    assert record["training"]["after"]["density"] == pytest.approx(before, abs=0.02)
+    # The folder loads, and knows that its weights are no longer the source's.
+    assert read_artefact(tmp_path / "out").weights_modified
+    model = moefy.load(tmp_path / "out")
+    assert outputs(model(**example_inputs("llama"))).isfinite().all()
+
+
+@pytest.mark.parametrize("train", ["experts", "routers", "compensations", "rest", "routers,rest"])
+def test_only_what_is_named_learns(train: str, moefied: Path, tmp_path: Path) -> None:
+    run(moefied, tmp_path / "out", settings={"train": train})
+    assert changed(moefied, tmp_path / "out") == set(train.split(","))
+
+
+@pytest.mark.parametrize("train", ["experts", "rest", "experts,routers,compensations,rest"])
+def test_adapters_are_of_low_rank_and_merged(train: str, moefied: Path, tmp_path: Path) -> None:
+    run(moefied, tmp_path / "out", settings={"train": train, "lora_rank": 2})
+    assert changed(moefied, tmp_path / "out") == set(train.split(","))
+    old, new = tensors(moefied), tensors(tmp_path / "out")
+    moved = [n for n in old if not n.startswith("layers.") and not torch.equal(old[n], new[n])]
+    for name in moved:
+        assert torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-3) <= 2
+    assert len(moved) == 2 * (3 * ("experts" in train) + 4 * ("rest" in train))
+
+
+def test_cutting_a_step_up_or_computing_it_twice_changes_nothing(
+    moefied: Path, tmp_path: Path
+) -> None:
+    run(moefied, tmp_path / "whole")
+    want = tensors(tmp_path / "whole")
+    for name, settings in {
+        "pieces": {"micro_tokens": 40},
+        "checkpointing": {"gradient_checkpointing": True},
+    }.items():
+        run(moefied, tmp_path / name, settings=settings)
+        got = tensors(tmp_path / name)
+        moved = torch.cat([(want[n] - v).flatten() for n, v in tensors(moefied).items()])
+        error = torch.cat([(got[n] - want[n]).flatten() for n in want])
+        assert error.float().norm() < 2e-2 * moved.float().norm()
+    run(moefied, tmp_path / "seed", settings={"seed": 1})
+    other = torch.cat([(v - want[n]).flatten() for n, v in tensors(tmp_path / "seed").items()])
+    assert other.float().norm() > 0.2 * moved.float().norm()
+
+
+def test_sixteen_bits(moefied: Path, tmp_path: Path) -> None:
+    settings = {"precision": "bf16", "tokens": 20000, "learning_rate": 0.01}
+    record = run(moefied, tmp_path / "out", settings=settings, corpus=much_text())
+    assert record["after"]["kl"]["mean"] < 0.8 * record["before"]["kl"]["mean"]
+    assert {v.dtype for v in tensors(tmp_path / "out").values()} <= {torch.float32, torch.int32}
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_recover as t
+from moefy.finetuning import loop
+die, add = int(sys.argv[3]), loop._Log.add
+def add_or_die(self, row):
+    add(self, row)
+    if row["step"] == die:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop._Log.add = add_or_die
+t.run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
+"""
+
+
+def launch(
+    moefied: Path, out: Path, die: int = 0, before: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    script = out.parent / "train.py"
+    script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]))
+    return subprocess.run(
+        [sys.executable, *before, str(script), str(moefied), str(out), str(die)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_path: Path) -> None:
+    for name, deaths in {"whole": [], "killed": [1, 5]}.items():
+        for step in deaths:
+            assert launch(moefied, tmp_path / name, step).returncode == -signal.SIGKILL
+            assert not (tmp_path / name).exists()
+        done = launch(moefied, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    want, got = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("whole", "killed")
+    ]
+    for log in logs:
+        for row in log:
+            row.pop("tokens_per_second")
+    assert logs[0] == logs[1]
+
+
+def test_two_processes_train_as_one(moefied: Path, tmp_path: Path) -> None:
+    # `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they
+    # run on its CPUs.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    rest = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    port = ("--main_process_port", "0")
+    done = launch(moefied, tmp_path / "two", before=(*launcher, *rest, *port))
+    assert done.returncode == 0, done.stderr
+    assert launch(moefied, tmp_path / "one").returncode == 0
+    record = json.loads((tmp_path / "two" / "records.json").read_text())["recovery"]
+    assert record["processes"] == 2
+    start, one, two = tensors(moefied), tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    moved = torch.cat([(one[n] - start[n]).flatten() for n in start]).float().norm()
+    apart = torch.cat([(one[n] - two[n]).flatten() for n in start]).float().norm()
+    assert apart < 2e-2 * moved
+
+
+def test_a_run_that_diverges_gives_the_last_good_model(moefied: Path, tmp_path: Path) -> None:
+    with pytest.raises(MoefyError, match="before there was a checkpoint to go back to; lower"):
+        run(moefied, tmp_path / "out", settings={"learning_rate": 30.0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is_made(
+    moefied: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CorpusError, match="tokens to train on, one step takes 100000"):
+        run(moefied, out, settings={"batch_tokens": 100_000})
+    with pytest.raises(RecipeError, match="did you mean 'experts'"):
+        run(moefied, out, settings={"train": "expert"})
+    run(moefied, tmp_path / "first")
+    with pytest.raises(MoefyError, match="trained already, the dense model is no longer in it"):
+        run(tmp_path / "first", out)
+    again = run(tmp_path / "first", out, against=moefied)
+    first = json.loads((tmp_path / "first" / "records.json").read_text())["recovery"]
+    assert again["before"]["kl"]["mean"] == pytest.approx(first["after"]["kl"]["mean"], rel=1e-3)
+    with pytest.raises(OutputError, match="exists already"):
+        run(moefied, out)
+
+
+def test_a_killed_run_is_not_resumed_with_other_settings(moefied: Path, tmp_path: Path) -> None:
+    assert launch(moefied, tmp_path / "out", die=3).returncode == -signal.SIGKILL
+    with pytest.raises(OutputError, match="started with another model, recipe or corpus"):
+        run(moefied, tmp_path / "out", settings={"learning_rate": 0.01}, resume=True)
+    with pytest.raises(OutputError, match="pass --resume"):
+        run(moefied, tmp_path / "out")
+
+
+def test_all_experts_of_a_trained_model_are_the_trained_dense_model(
+    moefied: Path, tmp_path: Path
+) -> None:
+    run(moefied, tmp_path / "out")
+    model, given = moefy.load(tmp_path / "out"), example_inputs("llama")
+    for module in sparse_mlps(model).values():
+        module.all_on = True
+    dense = outputs(load_dense(Checkpoint.open(tmp_path / "out"))(**given))
+    got = outputs(model(**given))
+    assert (got - dense).norm() < 1e-5 * dense.norm()
