@@ -24,7 +24,7 @@ from moefy.activations import Captured, run
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
-from moefy.evaluate.observing import Heard, observing
+from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import cap, tokens_of
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
@@ -99,7 +99,7 @@ def tune(
     if allocates(recipe):
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
         active = dict(enumerate(record["budget"]["active"]))
-    if varies(recipe):
+    elif varies(recipe):
         settle(model, recipe, held, active)
     if recipe.distil.steps and not learnable(model):
         report.say("nothing to distil: neither routers nor compensations have parameters")
@@ -140,14 +140,15 @@ class HeldOut:
             self.dense = [compared(run(model, batch), batch).half() for batch in batches]
 
     @torch.no_grad()
-    def distance(self, only: Routed | None = None) -> float:
+    def distance(self, *listeners: Listener, only: Routed | None = None) -> float:
         """What `moefy.distil` minimises, per token; with `only`, every other layer is dense."""
         total = tokens = 0.0
         with nullcontext() if only is None else all_experts(self.model):
             if only is not None:
                 only.all_on = False
             for batch, dense in zip(self.batches, self.dense, strict=True):
-                sparse = compared(run(self.model, batch), batch)
+                with observing(self.model, batch, *listeners):
+                    sparse = compared(run(self.model, batch), batch)
                 total += distance(dense.float(), sparse, batch).item() * len(dense)
                 tokens += len(dense)
         return total / tokens
@@ -178,6 +179,12 @@ def settle(
     for batch in batches:
         with observing(model, batch, inputs):
             run(model, batch)
+    _settle_on(inputs, model, recipe, active)
+
+
+def _settle_on(
+    inputs: _Inputs, model: PreTrainedModel, recipe: Recipe, active: Mapping[int, float]
+) -> None:
     for index, module in sparse_mlps(model).items():
         own_TD = inputs.of(index)
         read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
@@ -212,13 +219,16 @@ def allocate(
     pick = greedy if recipe.budget.name == "greedy" else solve
     target = recipe.budget.target_kl
 
-    def measured(chosen: list[int]) -> float:
+    def put(chosen: list[int]) -> dict[int, float]:
         for module, row, at in zip(modules.values(), rows, chosen, strict=True):
             _set(module, row[at])
-        if target is not None and varies(recipe):
-            # A promise is measured on what will run.
-            wanted = {i: rows[i][at].active for i, at in enumerate(chosen)}
-            settle(model, recipe, held.batches, wanted)
+        return {i: rows[i][at].active for i, at in enumerate(chosen)}
+
+    def settled(chosen: list[int]) -> float:
+        # A promise is measured on what will run.
+        active = put(chosen)
+        if varies(recipe):
+            settle(model, recipe, held.batches, active)
         return held.distance()
 
     def total(chosen: list[int]) -> float:
@@ -226,23 +236,28 @@ def allocate(
 
     if target is None:
         chosen = pick(costs, losses, total(uniform) * (1 + 1e-9))
-        kl, kl_uniform = measured(chosen), measured(uniform)
+        seen, seen_uniform = _Inputs(), _Inputs()
+        put(chosen)
+        kl = held.distance(seen)
+        put(uniform)
+        kl_uniform = held.distance(seen_uniform)
         if kl_uniform < kl:
-            chosen, kl = uniform, kl_uniform
+            chosen, kl, seen = uniform, kl_uniform, seen_uniform
+        active = put(chosen)
+        if varies(recipe):
+            _settle_on(seen, model, recipe, active)
     else:
-        kl_uniform = measured(uniform)
+        kl_uniform = settled(uniform)
         low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
         chosen = [len(row) - 1 for row in rows]
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             trial = pick(costs, losses, middle)
-            if measured(trial) <= target:
+            if settled(trial) <= target:
                 chosen, high = trial, middle
             else:
                 low = middle
-        kl = measured(chosen)
-    for module, row, at in zip(modules.values(), rows, chosen, strict=True):
-        _set(module, row[at])
+        kl = settled(chosen)
     for index, module in modules.items():
         tokens = _tokens(samples["router"], todo, index, module)
         fit_compensation(
