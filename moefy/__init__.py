@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from moefy.modeling import load as load
     from moefy.recipe import Recipe as Recipe
     from moefy.recover import recover as recover
+    from moefy.sparsify import sparsify as sparsify
     from moefy.training_recipe import RecoverRecipe as RecoverRecipe
+    from moefy.training_recipe import SparsifyRecipe as SparsifyRecipe
 
 __version__ = "0.1.0"
 
@@ -27,8 +29,10 @@ _HOME = {
     "recover": "moefy.recover",
     "Recipe": "moefy.recipe",
     "RecoverRecipe": "moefy.training_recipe",
+    "sparsify": "moefy.sparsify",
+    "SparsifyRecipe": "moefy.training_recipe",
 }
-__all__ = ["Recipe", "RecoverRecipe", "__version__", "convert", "load", "recover"]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -276,6 +276,55 @@ def recover(
 
 
 @verb
+def sparsify(
+    model: Model,
+    out: Out,
+    relu: Annotated[bool, typer.Option("--relu", help="Replace the activation by ReLU.")] = False,
+    penalty: Annotated[str | None, typer.Option(help="hoyer, l1 or none. [hoyer]")] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the penalty. [0.3]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (mixed). [fp32]")] = None,
+    corpus: Text = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the unchanged model on the same tokens too.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting a=b of the training; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    quiet: bool = False,
+) -> Shown:
+    """Train a dense model towards sparse activations, before it is converted.
+
+    Example: moefy sparsify ./llama ./llama-relu --relu --tokens 2000000 --corpus ./text
+    """
+    from moefy import recipe as recipes
+    from moefy.sparsify import sparsify as run
+    from moefy.tables import sparsify_rows, terminal
+    from moefy.training_recipe import SparsifyRecipe
+
+    given = {"penalty": penalty, "weight": weight, "tokens": tokens, "precision": precision}
+    settings = {**_settings(set_ or []), **{k: v for k, v in given.items() if v is not None}}
+    if relu:
+        settings["relu"] = True
+    record = run(
+        model,
+        out,
+        recipe=recipes.override(SparsifyRecipe(), settings),
+        corpus=corpus,
+        control=control,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if not record:  # another process has it
+        return Shown({})
+    return Shown(record, [terminal(*sparsify_rows(record)), f"written to {out}"])
+
+
+@verb
 def compare(
     model: Model,
     recipe_names: Annotated[

@@ -27,6 +27,9 @@ HELD_OUT_SHARE = 0.15
 LEAST_HELD_OUT = 2048
 """Tokens of it that are read at least."""
 
+PROVISIONAL = 256
+"""Tokens that set a selection which is going to be set anew."""
+
 
 def sample_sizes(recipe: Recipe) -> dict[str, int]:
     """Tokens that a conversion reads: for the partition, for routers, and held out from those."""
@@ -97,9 +100,12 @@ def fit_layer(
         recipe=recipe.router, seed=recipe.seed,
     )  # fmt: skip
     kind = choose(SELECTIONS, "selection", recipe.selection.name)
-    selection = fit_selection(kind, router, routed, held, k, cap(recipe, k))
+    # Where densities are allocated, both are fitted there, for every density that is considered.
+    sample = held.some(PROVISIONAL) if recipe.allocates else held
+    selection = fit_selection(kind, router, routed, sample, k, cap(recipe, k))
     entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
-    fit_compensation(compensation, router, selection, routed, tokens)
+    if not recipe.allocates:
+        fit_compensation(compensation, router, selection, routed, tokens)
 
     permutation = {"permutation": split.permutation.to(torch.int32)}
     return Fitted(entry, permutation | stored(router, compensation), fit)

@@ -221,6 +221,11 @@ class Recipe:
         """
         return override(load(name), {**(settings or {}), **top})
 
+    @property
+    def allocates(self) -> bool:
+        """Whether layers may get different densities, which is decided with all of them at hand."""
+        return self.budget.name != "uniform" or self.budget.target_kl is not None
+
     def __post_init__(self) -> None:
         """Refuse a density outside (0, 1]."""
         if not 0 < self.density <= 1:

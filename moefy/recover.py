@@ -9,7 +9,7 @@ straight-through sigmoid. docs/training.md says what to expect.
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,19 @@ from moefy.card import model_card
 from moefy.checkpoint import Checkpoint, OutputFolder
 from moefy.console import Reporter
 from moefy.curves import draw_curves
-from moefy.data import Batch, Corpus, Sample, hold_out, load_corpus, split_shards
-from moefy.errors import CorpusError, MoefyError
+from moefy.data import Corpus, load_corpus
+from moefy.errors import MoefyError
 from moefy.evaluate import evaluate
 from moefy.finetuning.dense import cross_entropy, train_dense
 from moefy.finetuning.held_out import HeldOut
 from moefy.finetuning.loop import Outcome, fine_tune, make_accelerator
 from moefy.finetuning.objectives import language, towards
 from moefy.finetuning.parts import in_training, trained
-from moefy.fitting import HELD_OUT_SHARE
-from moefy.inputs import read_batches, read_config
-from moefy.locate import meta_model, sites
+from moefy.finetuning.texts import Texts, read_texts
 from moefy.modeling import load, load_dense, save, weights_of
 from moefy.provenance import machine, versions
 from moefy.sparse_mlp import sparse_mlps
 from moefy.training_recipe import RecoverRecipe
-
-HELD_OUT_TOKENS = 4096
-EVALUATED_DOCUMENTS = 44
 
 
 def recover(
@@ -76,7 +71,7 @@ def recover(
     source = _dense_source(artefact, folder, against)
     converted = recipes.from_dict(artefact.recipe)
     text = load_corpus(corpus)
-    texts = _texts(text, source, recipe, converted.seed)
+    texts = read_texts(source, text, recipe, converted.seed)
     output = OutputFolder(Path(out))
     if main:
         output.begin(
@@ -121,33 +116,6 @@ def recover(
     return record
 
 
-class _Texts:
-    """Token batches of the shards; no document is in two of them."""
-
-    def __init__(self, train: list[Sample], held: list[Batch], evaluated: list[Batch]) -> None:
-        self.train, self.held, self.evaluated = train, held, evaluated
-
-
-def _texts(text: Corpus, source: Checkpoint, recipe: RecoverRecipe, seed: int) -> _Texts:
-    shards = split_shards(text, seed)
-    train, held = hold_out(shards["router"], HELD_OUT_SHARE, seed)
-    train = replace(train, documents=train.documents + shards["partition"].documents)
-    kind = sites(meta_model(read_config(source)))[0].family.kind
-    read = read_batches(source, kind, train, recipe.context)
-    samples = [sample for batch in read for sample in batch.samples]
-    positions = sum(max(len(v) for v in s.inputs.values()) for s in samples)
-    if positions < recipe.batch_tokens:
-        raise CorpusError(
-            f"corpus {text.name}: {positions} tokens to train on, one step takes "
-            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
-        )
-    return _Texts(
-        samples,
-        read_batches(source, kind, held, recipe.context, HELD_OUT_TOKENS),
-        read_batches(source, kind, shards["evaluation"].take(EVALUATED_DOCUMENTS), recipe.context),
-    )
-
-
 def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) -> Checkpoint:
     """Where the dense model lies that teaches."""
     if artefact.form == ADAPTER:
@@ -180,7 +148,7 @@ def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:
 def _evaluated(
     student: PreTrainedModel,
     dense: PreTrainedModel,
-    texts: _Texts,
+    texts: Texts,
     kept: Path,
     accelerator: Accelerator,
     report: Reporter,
@@ -200,7 +168,7 @@ def _evaluated(
 def _train(
     student: PreTrainedModel,
     dense: PreTrainedModel,
-    texts: _Texts,
+    texts: Texts,
     recipe: RecoverRecipe,
     converted: recipes.Recipe,
     accelerator: Accelerator,
@@ -235,7 +203,7 @@ def _train(
 
 
 def _control(
-    source: Checkpoint, texts: _Texts, recipe: RecoverRecipe, output: OutputFolder, report: Reporter
+    source: Checkpoint, texts: Texts, recipe: RecoverRecipe, output: OutputFolder, report: Reporter
 ) -> dict[str, Any]:
     """The dense model trained on the same tokens, in the same order, on the text alone."""
     model = load_dense(source, dtype=torch.float32)

@@ -194,3 +194,15 @@ def recovery_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         share = f"{record['gap_closed_of_control']:.0%} to here"
         rows.append(["dense, same tokens", f"{record['control']['ce']:.3f}", *blank, share])
     return header, rows
+
+
+def sparsify_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sparsifying: the model before and after, and its control."""
+    names = {"before": "as it was", "after": "sparsified", "control": "control, same tokens"}
+    header = ["model", "CE", "active neurons", "square Hoyer / N"]
+    rows = [
+        [label, f"{row['ce']:.3f}", f"{row['active']:.3f}", f"{row['hoyer']:.3f}"]
+        for name, label in names.items()
+        if (row := record.get(name)) is not None
+    ]
+    return header, rows

@@ -80,3 +80,24 @@ class RecoverRecipe(TrainingRecipe):
     def parts(self) -> tuple[str, ...]:
         """`train` as names."""
         return tuple(part.strip() for part in self.train.split(",") if part.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyRecipe(TrainingRecipe):
+    """Training a dense model towards sparse activations, before it is converted."""
+
+    relu: bool = False
+    """Put ReLU in the place of the model's own activation first (ReLUfication)."""
+    penalty: str = "hoyer"
+    """`hoyer` (square Hoyer over N: about the share of neurons that carry the output), `l1` (mean size
+    of the activations), or `none`."""
+    weight: float = 0.3
+    """What the penalty counts beside the cross-entropy."""
+
+    def __post_init__(self) -> None:
+        """Refuse penalties that there are not."""
+        super().__post_init__()
+        if self.penalty not in PENALTIES:
+            raise RecipeError(unknown_choice("penalty", self.penalty, PENALTIES))
+        if self.weight < 0:
+            raise RecipeError(f"weight: got {self.weight}, must be at least 0")

@@ -62,12 +62,7 @@ class Candidate:
 
 def needs_tuning(recipe: Recipe) -> bool:
     """Whether the recipe asks for more than layer by layer fitting."""
-    return allocates(recipe) or recipe.distil.steps > 0 or varies(recipe)
-
-
-def allocates(recipe: Recipe) -> bool:
-    """Whether layers may get different densities."""
-    return recipe.budget.name != "uniform" or recipe.budget.target_kl is not None
+    return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
 
 
 def learnable(model: PreTrainedModel) -> bool:
@@ -96,7 +91,7 @@ def tune(
     record: dict[str, Any] = {}
     check = HeldOut(model, held)
     active = {i: _planned(todo, i, m) for i, m in sparse_mlps(model).items()}
-    if allocates(recipe):
+    if recipe.allocates:
         record["budget"] = allocate(model, todo, recipe, samples, check, report)
         active = dict(enumerate(record["budget"]["active"]))
     elif varies(recipe):

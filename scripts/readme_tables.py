@@ -14,7 +14,15 @@ from pareto_report import CONTROLS, OURS, best_size, load, mean
 from moefy.tables import markdown
 
 RECORDS = Path("benchmarks/records")
-KINDS = {"llama": "llama, SwiGLU", "opt": "opt, ReLU"}
+KINDS = {
+    "llama": "llama, SwiGLU",
+    "opt": "opt, ReLU",
+    "minilm": "MiniLM, GELU (1 - cosine)",
+    "babyllama": "BabyLlama, SwiGLU",
+    "stories260K": "stories260K, SwiGLU",
+    "relu-stories": "a character GPT-2, ReLU",
+    "sort": "a minGPT that sorts, GELU",
+}
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 
 
@@ -45,7 +53,7 @@ def quality() -> str:
                     KINDS.get(model, model), f"{budget}", f"{peers[best]:.4f} ({best})", *cells,
                     f"{mean(chosen, lambda r: r['ffn_density']):.2f}",
                     f"{mean(chosen, lambda r: r['active_compute']):.2f}",
-                    f"{mean(chosen, lambda r: r['ce_increase']):.4f}",
+                    f"{mean(chosen, lambda r: r['ce_increase']):.4f}" if "ce_increase" in chosen[0] else "",
                     str(min(len(best_size(found[n, budget])) for n in ("default", best))),
                 ]
             )  # fmt: skip

@@ -31,7 +31,7 @@ LAYERS = (
     {"sensitivity", "head_fitting"},
     {"tuning"},
     {"finetuning"},
-    {"convert", "recover", "comparison", "export", "report", "measure"},
+    {"convert", "recover", "sparsify", "comparison", "export", "report", "measure"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

@@ -49,7 +49,10 @@ def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
     """
     tokens, experts = mask_TE.shape
     h_TEF = weights.hidden(x_TD).view(tokens, experts, -1)
-    h_TN = (h_TEF * mask_TE[:, :, None].to(h_TEF.dtype)).view(tokens, -1)
+    if mask_TE.dtype == torch.bool:
+        h_TN = torch.where(mask_TE[:, :, None], h_TEF, 0).reshape(tokens, -1)
+    else:  # in training, a number that carries a gradient
+        h_TN = (h_TEF * mask_TE[:, :, None].to(h_TEF.dtype)).view(tokens, -1)
     h_TN = h_TN.to(weights.down_ND.dtype)
     if tokens == 1 and not (h_TN.is_cuda or torch.is_grad_enabled()):
         every_N = torch.arange(h_TN.shape[1])

@@ -66,6 +66,7 @@ class HeldOut:
         training = [module.straight_through for module in modules.values()]
         for module in modules.values():
             module.straight_through = False
+            module.compensation.follow(module.weights)
         if varies(self.recipe) and self.active:
             settle(self.model, self.recipe, self.batches, self.active)
         shares = _Shares()

@@ -83,6 +83,7 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
     )
 
 
+@torch.enable_grad()
 def fine_tune(
     model: PreTrainedModel | nn.Module,
     groups: list[dict[str, Any]],

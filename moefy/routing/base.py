@@ -130,6 +130,9 @@ class Compensation(nn.Module):
         """The same function counted from where its neurons stand when off; or `mlp` itself."""
         return mlp
 
+    def follow(self, mlp: DenseMlp) -> None:
+        """Take note that training has changed the weights of the layer."""
+
     def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
         """Set the parameters from inputs `[T, D]`, activations `[T, N]` and masks `[T, E]`.
 

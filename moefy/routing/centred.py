@@ -54,12 +54,20 @@ class Centred(Compensation):
             count_N, sum_N = off_TN.sum(0), (h_TN * off_TN).sum(0)
             centre_N = torch.where(count_N > 0, sum_N / count_N.clamp_min(1), centre_N)
         self.centre_N.copy_(centre_N)
-        self.constant_D.copy_(centre_N @ mlp.down_ND)
+        self.follow(mlp)
 
     def centred(self, mlp: DenseMlp) -> DenseMlp:
         """The same function counted from the centres; shared neurons, which come first, from zero."""
         centre_N = pad(self.centre_N, (mlp.neurons - len(self.centre_N), 0))
-        return mlp.centred(centre_N, self.constant_D)
+        learns = torch.is_grad_enabled() and mlp.down_ND.requires_grad
+        return mlp.centred(centre_N, self._constant(mlp) if learns else self.constant_D)
+
+    def follow(self, mlp: DenseMlp) -> None:
+        """Keep `constant_D` what the centres make of the down projection."""
+        self.constant_D.copy_(self._constant(mlp))
+
+    def _constant(self, mlp: DenseMlp) -> Tensor:
+        return self.centre_N @ mlp.down_ND[mlp.neurons - len(self.centre_N) :].float()
 
     def weights_read(self, active: float) -> float:
         """The centres and the constant."""

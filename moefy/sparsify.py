@@ -1,0 +1,187 @@
+"""Sparsifying: train a dense model on text so that fewer of its neurons are active, before converting.
+
+    record = sparsify("model", "sparser", recipe=SparsifyRecipe(relu=True))
+    convert("sparser", "moefied")
+
+What comes out is an ordinary checkpoint of the same architecture: with `relu` its config names another
+activation. Beside it `control` trains the unchanged model on the same tokens: what training on this
+text does by itself is not to be mistaken for what sparsity costs.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, PreTrainedModel
+
+from moefy.activations import run
+from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, overwrite
+from moefy.console import Reporter
+from moefy.curves import draw_curves
+from moefy.data import Batch, load_corpus
+from moefy.errors import UnsupportedModel
+from moefy.finetuning.dense import cross_entropy, train_dense
+from moefy.finetuning.loop import Outcome
+from moefy.finetuning.objectives import Activations, sparse
+from moefy.finetuning.texts import Texts, read_texts
+from moefy.inputs import read_config
+from moefy.locate import Site, disk_names, meta_model, sites
+from moefy.modeling import load_dense
+from moefy.provenance import machine, versions
+from moefy.training_recipe import SparsifyRecipe
+
+
+def sparsify(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: SparsifyRecipe | None = None,
+    corpus: Any = None,
+    control: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train the checkpoint `model` towards sparse activations; the result is the folder `out`.
+
+    `corpus` is anything `load_corpus` reads, split as conversion with seed `recipe.seed` splits it:
+    what conversion will evaluate on is not trained on. `control` trains the unchanged model on the
+    same tokens as well. `resume` takes up a run that was killed and ends with the same tensors.
+
+    Returns the record of the run, which is also in `out/sparsify.json`. Raises `MoefyError` for
+    anything that is the user's to mend; `out` then is as it was.
+    """
+    recipe = recipe or SparsifyRecipe()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    main = processes.is_main_process
+    report = Reporter(quiet=quiet or not main)
+    source = Checkpoint.open(model)
+    found = sites(meta_model(read_config(source)))
+    key = _activation_key(source, found) if recipe.relu else None
+    text = load_corpus(corpus)
+    texts = read_texts(source, text, recipe, recipe.seed)
+    output = OutputFolder(Path(out))
+    settings = [source.hashes(), asdict(recipe), text.sha256, control, versions()]
+    stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if main:
+        output.begin(stamp, resume=resume, overwrite=overwrite)
+    processes.wait_for_everyone()
+    report.say(
+        f"{source.folder}: {'ReLU, ' if key else ''}penalty {recipe.penalty} x {recipe.weight:g}, "
+        f"{recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
+    )
+    with output.full_disk():
+        plain = load_dense(source, dtype=torch.float32)
+        before = _figures(plain, found, texts)
+        finished = output.work / "model"
+        if main:
+            copy_folder(source.folder, finished)
+            if key:
+                _rename_activation(finished, key)
+        processes.wait_for_everyone()
+        sparser = load_dense(Checkpoint.open(finished), dtype=torch.float32) if key else plain
+        outcome = _train(sparser, found, texts, recipe, output.work, report, "sparsify")
+        after = _figures(sparser, found, texts)
+        record: dict[str, Any] = {
+            "kind": "sparsify",
+            "recipe": asdict(recipe),
+            "corpus": {"name": text.name, "sha256": text.sha256},
+            "training": vars(outcome),
+            "before": before,
+            "after": after,
+        }
+        if control:
+            same = load_dense(source, dtype=torch.float32)
+            without = replace(recipe, penalty="none", weight=0.0)
+            trained = _train(
+                same, found, texts, without, output.work / "control", report, "control"
+            )
+            record["control"] = {**_figures(same, found, texts), "training": vars(trained)}
+        if not main:
+            return {}
+        record["machine"] = machine()
+        _write(sparser, finished)
+        (finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
+        (output.work / "log.jsonl").replace(finished / "log.jsonl")
+        if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
+            report.say("no picture of the curves: pip install moefy[plots]")
+    output.commit(finished)
+    if outcome.stopped:
+        report.say(
+            f"stopped: {outcome.stopped}; {out} holds the model of step {outcome.steps}, the last "
+            "one that was good; lower learning_rate or weight"
+        )
+    return record
+
+
+def _activation_key(source: Checkpoint, found: list[Site]) -> str:
+    """The key of config.json that names the activation."""
+    key = found[0].family.activation
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if "." in key or key not in config:
+        raise UnsupportedModel(
+            f"{source.folder}: relu=true: the activation of model_type '{config.get('model_type')}' "
+            "cannot be changed by a key of its config.json; sparsify without relu"
+        )
+    return key
+
+
+def _rename_activation(folder: Path, key: str) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, key: "relu"}, indent=2) + "\n", encoding="utf-8")
+
+
+def _train(
+    model: PreTrainedModel,
+    found: list[Site],
+    texts: Texts,
+    recipe: SparsifyRecipe,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    activations = Activations(model, found, recipe.penalty)
+    try:
+        return train_dense(
+            model, sparse(model, activations, recipe.weight), texts.train, texts.held, recipe,
+            folder=folder, report=report, what=what,
+        )  # fmt: skip
+    finally:
+        activations.remove()
+
+
+@torch.no_grad()
+def _figures(model: PreTrainedModel, found: list[Site], texts: Texts) -> dict[str, float]:
+    """Cross-entropy, and how sparse the activations are, on the evaluation shard."""
+    return {"ce": cross_entropy(model, texts.evaluated), **_sparsity(model, found, texts.evaluated)}
+
+
+def _sparsity(model: PreTrainedModel, found: list[Site], batches: list[Batch]) -> dict[str, float]:
+    """Share of activations that are not zero, and square Hoyer over N, over tokens and layers."""
+    activations = Activations(model, found, "hoyer")
+    sums, tokens = {"active": 0.0, "hoyer": 0.0}, 0
+    for batch in batches:
+        with activations.over(batch):
+            run(model, batch)
+        mask = batch.mask()
+        count = len(batch.samples) if mask is None else int(mask.sum())
+        sums["active"] += float(activations.density()) * count
+        sums["hoyer"] += float(activations.mean()) * count
+        tokens += count
+    activations.remove()
+    return {name: value / tokens for name, value in sums.items()}
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    """Put the trained weights in the place of those that were copied, in their dtype."""
+    stored = Checkpoint.open(folder)
+    meta = meta_model(AutoConfig.from_pretrained(folder))
+    state = model.state_dict()
+    for disk, name in disk_names(meta, stored.tensors).items():
+        now = state[name].detach().cpu().to(stored.read(disk).dtype)
+        overwrite(stored.tensors[disk], now)
