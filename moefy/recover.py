@@ -29,7 +29,7 @@ from moefy.errors import MoefyError
 from moefy.evaluate import evaluate
 from moefy.finetuning.dense import cross_entropy, train_dense
 from moefy.finetuning.held_out import HeldOut
-from moefy.finetuning.loop import Outcome, fine_tune, make_accelerator
+from moefy.finetuning.loop import Outcome, disk_needed, fine_tune, make_accelerator
 from moefy.finetuning.objectives import language, towards
 from moefy.finetuning.parts import in_training, trained
 from moefy.finetuning.texts import Texts, read_texts
@@ -73,10 +73,9 @@ def recover(
     text = load_corpus(corpus)
     texts = read_texts(source, text, recipe, converted.seed)
     output = OutputFolder(Path(out))
-    if main:
-        output.begin(
-            _fingerprint(artefact, recipe, text, control), resume=resume, overwrite=overwrite
-        )
+    stamp = _fingerprint(artefact, recipe, text, control)
+    if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
+        output.need(disk_needed(source) + source.bytes)
     accelerator.wait_for_everyone()
     report.say(
         f"{folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, {recipe.steps} steps "

@@ -25,7 +25,7 @@ from moefy.curves import draw_curves
 from moefy.data import Batch, load_corpus
 from moefy.errors import UnsupportedModel
 from moefy.finetuning.dense import cross_entropy, train_dense
-from moefy.finetuning.loop import Outcome
+from moefy.finetuning.loop import Outcome, disk_needed
 from moefy.finetuning.objectives import Activations, sparse
 from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
@@ -67,8 +67,8 @@ def sparsify(
     output = OutputFolder(Path(out))
     settings = [source.hashes(), asdict(recipe), text.sha256, control, versions()]
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if main:
-        output.begin(stamp, resume=resume, overwrite=overwrite)
+    if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
+        output.need(disk_needed(source) + source.bytes)
     processes.wait_for_everyone()
     report.say(
         f"{source.folder}: {'ReLU, ' if key else ''}penalty {recipe.penalty} x {recipe.weight:g}, "

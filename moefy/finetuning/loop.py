@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Sample, make_batches
 from moefy.draws import draws
@@ -124,23 +125,12 @@ def fine_tune(
     with report.progress(recipe.steps, what, outcome.steps) as progress:
         for documents in remaining:
             began = time.perf_counter()
-            counted = sum(_predicted(sample) for sample in documents)
-            micro = make_batches(documents[rank::processes], tokens=recipe.micro_tokens)
-            sums: dict[str, Tensor] = {}
-            for number, batch in enumerate(micro, 1):
-                last = number == len(micro)
-                with nullcontext() if last else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        found = objective(wrapped, batch)
-                    # Processes average their gradients; the mean is to be over tokens.
-                    accelerator.backward(found["loss"] * processes / counted)
-                for name, value in found.items():
-                    sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-            norm = accelerator.clip_grad_norm_(parameters, CLIP)
-            row = _means(accelerator, sums, counted)
-            row |= {"gradient_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
-            finite = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
-            if not finite:
+            counted = sum(map(_predicted, documents))
+            share = documents[rank::processes]
+            row = _backward(wrapped, objective, share, counted, recipe, accelerator)
+            norm = float(accelerator.clip_grad_norm_(parameters, CLIP))
+            row |= {"gradient_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            if not math.isfinite(row["loss"] + norm):
                 outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
                 break
             optimizer.step()
@@ -177,6 +167,36 @@ def fine_tune(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.wait_for_everyone()
     return outcome
+
+
+def _backward(
+    wrapped: nn.Module,
+    objective: Objective,
+    documents: list[Sample],
+    counted: int,
+    recipe: TrainingRecipe,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
+    sums: dict[str, Tensor] = {}
+    batches = make_batches(documents, tokens=recipe.micro_tokens)
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                found = objective(wrapped, batch)
+            # Processes average their gradients; the mean is to be over tokens.
+            accelerator.backward(found["loss"] * accelerator.num_processes / counted)
+        for name, value in found.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+    return _means(accelerator, sums, counted)
+
+
+def disk_needed(source: Checkpoint) -> int:
+    """Bytes that training takes on disk: two checkpoints, one being written beside the other, each the
+    weights and both moments of Adam in fp32."""
+    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    return 2 * 3 * 4 * parameters
 
 
 class _Store:
