@@ -26,6 +26,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.comparison import Comparison
 from moefy.convert import convert
 from moefy.data import load_corpus, split_shards
+from moefy.errors import MoefyError
 from moefy.inputs import read_batches
 from moefy.modeling import load
 from moefy.provenance import machine
@@ -95,12 +96,14 @@ def dynamic() -> Iterator[dict[str, Any]]:
         for density in (0.2, 0.4):
             for variant, chosen in variants.items():
                 recipe = recipes.override(recipes.load("fast"), {"density": density, **chosen})
-                row = bench.run(recipe)
+                key = {"model": name, "density": density, "variant": variant}
+                try:
+                    row = bench.run(recipe)
+                except MoefyError as error:  # scores after ReLU are signed, which some cannot take
+                    yield {**key, "n/a": str(error)}
+                    continue
                 kept = ("kl", "ce_increase", "ffn_density", "density_by_layer")
-                yield {
-                    "model": name, "density": density, "variant": variant,
-                    **{key: row[key] for key in kept},
-                }  # fmt: skip
+                yield {**key, **{name: row[name] for name in kept}}
 
 
 def cost() -> Iterator[dict[str, Any]]:
