@@ -27,13 +27,22 @@ router and compensation included, over the dense MLPs'), active parameters {para
 
 {table}
 
-With every expert on, outputs equal the source up to a relative error of {error:.1e}.
+{exact}
 """
 _FORM = {
     "full": "The weights are the source's, their neurons in expert order: plain `transformers` "
     "loads this folder as the dense model.",
+    "trained": "The weights were trained after conversion (`moefy recover`): plain `transformers` loads "
+    "this folder as a dense model, but not as the source.",
     "adapter": "This folder holds the side files only; the weights stay in the source.",
 }
+
+
+_EXACT = (
+    "With every expert on, outputs equal the source up to a relative error of "
+    "{all_experts_relative_error:.1e}."
+)
+_TRAINED = "With every expert on it is a dense model of its own, not the source."
 
 
 def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
@@ -41,6 +50,8 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
     first, quality = artefact.layers[0], records["evaluation"]
     active = first.active
     share = artefact.recipe["density"] if active is None else active / first.experts
+    trained = records.get("recovery") if artefact.weights_modified else None
+    corpus = trained["corpus"]["name"] if trained else artefact.corpus["name"]
     return _CARD.format(
         name=artefact.source["name"],
         version=artefact.versions["moefy"],
@@ -48,17 +59,17 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         experts=first.experts,
         active="a varying number" if active is None else active,
         density=share,
-        form=_FORM[artefact.form],
+        form=_FORM["trained" if trained else artefact.form],
         documents=quality["documents"],
         tokens=quality["tokens"],
-        corpus=artefact.corpus["name"],
+        corpus=corpus,
         dense=quality["dense"],
         measured=quality["ffn_density"],
         budget=quality["active_budget"],
         parameters=quality["active_parameters"],
         heads=_heads(quality),
         table=domain_table(quality),
-        error=records["conversion"]["all_experts_relative_error"],
+        exact=_TRAINED if trained else _EXACT.format(**records["conversion"]),
     )
 
 

@@ -304,6 +304,10 @@ class OutputFolder:
                 f"{self.out}: the disk is full; free some room and pass --resume, nothing is lost"
             ) from None
 
+    def discard(self) -> None:
+        """Drop the work of a run that left nothing to go on with."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
     def commit(self, finished: Path) -> None:
         """Put the finished folder in its place by rename and drop the rest of the work."""
         old = self.out.parent / f".{self.out.name}.moefy-old"

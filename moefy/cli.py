@@ -72,7 +72,7 @@ def verb(run: Callable[..., Shown]) -> None:
         except KeyboardInterrupt:
             typer.echo("moefy: interrupted; nothing is lost, --resume continues", err=True)
             raise typer.Exit(130) from None
-        if as_json:
+        if as_json and shown.data is not None:
             typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
             return
         console = Console(
@@ -271,7 +271,7 @@ def recover(
         quiet=quiet,
     )
     if not record:  # another process has it
-        return Shown({})
+        return Shown(None)
     return Shown(record, [terminal(*recovery_rows(record)), f"written to {out}"])
 
 
@@ -320,7 +320,7 @@ def sparsify(
         quiet=quiet,
     )
     if not record:  # another process has it
-        return Shown({})
+        return Shown(None)
     return Shown(record, [terminal(*sparsify_rows(record)), f"written to {out}"])
 
 

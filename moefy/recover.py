@@ -9,6 +9,7 @@ straight-through sigmoid. docs/training.md says what to expect.
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from moefy.errors import MoefyError
 from moefy.evaluate import evaluate
 from moefy.finetuning.dense import cross_entropy, train_dense
 from moefy.finetuning.held_out import HeldOut
-from moefy.finetuning.loop import Outcome, disk_needed, fine_tune, make_accelerator
+from moefy.finetuning.loop import Diverged, Outcome, disk_needed, fine_tune, make_accelerator
 from moefy.finetuning.objectives import language, towards
 from moefy.finetuning.parts import in_training, trained
 from moefy.finetuning.texts import Texts, read_texts
+from moefy.inputs import read_config
+from moefy.locate import meta_model, sites
 from moefy.modeling import load, load_dense, save, weights_of
 from moefy.provenance import machine, versions
-from moefy.sparse_mlp import sparse_mlps
+from moefy.routed import Routed
 from moefy.training_recipe import RecoverRecipe
 
 
@@ -72,8 +75,10 @@ def recover(
     converted = recipes.from_dict(artefact.recipe)
     text = load_corpus(corpus)
     texts = read_texts(source, text, recipe, converted.seed)
+    if control and texts.held[0].targets_BT is None:
+        raise MoefyError("--control trains on cross-entropy, and this model predicts no tokens")
     output = OutputFolder(Path(out))
-    stamp = _fingerprint(artefact, recipe, text, control)
+    stamp = _fingerprint(artefact, source, recipe, text, accelerator.num_processes)
     if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
         output.need(disk_needed(source) + source.bytes)
     accelerator.wait_for_everyone()
@@ -85,7 +90,12 @@ def recover(
         dense = _frozen(source, accelerator)
         student = load(folder, dtype=torch.float32, verify=False)
         before = _evaluated(student, dense, texts, output.work / "before.json", accelerator, report)
-        outcome = _train(student, dense, texts, recipe, converted, accelerator, output, report)
+        try:
+            outcome = _train(student, dense, texts, recipe, converted, accelerator, output, report)
+        except Diverged:
+            if main:
+                output.discard()
+            raise
         controlled = None
         if control:
             controlled = _control(source, texts, recipe, output, report)
@@ -93,7 +103,10 @@ def recover(
             return {}
         finished = output.work / "model"
         save(student, finished)
-        after = evaluate(student, texts.evaluated, against=dense, report=report)
+        # What is written may be rounded to 16 bits: that is what is evaluated.
+        written = load(finished, dtype=torch.float32, verify=False)
+        nn.Module.to(written, accelerator.device)
+        after = evaluate(written, texts.evaluated, against=dense, report=report)
         record = {
             "kind": "recovery",
             "recipe": asdict(recipe),
@@ -122,7 +135,14 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
             f"{folder}: an adapter cannot hold trained weights; convert without --adapter first"
         )
     if against is not None:
-        return Checkpoint.open(against)
+        source = Checkpoint.open(against)
+        found = [(s.layer, s.neurons, s.width) for s in sites(meta_model(read_config(source)))]
+        if found != [(entry.layer, entry.neurons, entry.width) for entry in artefact.layers]:
+            raise MoefyError(
+                f"{against}: its MLPs are not those of {folder}; --against takes the dense model that "
+                f"it was made from, '{artefact.source['name']}'"
+            )
+        return source
     if artefact.weights_modified:
         raise MoefyError(
             f"{folder}: its weights were trained already, the dense model is no longer in it; give it "
@@ -131,9 +151,13 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
     return weights_of(artefact, folder, verify=False)
 
 
-def _fingerprint(artefact: Artefact, recipe: RecoverRecipe, corpus: Corpus, control: bool) -> str:
+def _fingerprint(
+    artefact: Artefact, source: Checkpoint, recipe: RecoverRecipe, corpus: Corpus, processes: int
+) -> str:
     """Digest of all that decides the result: an unfinished run is only resumed with the same."""
-    settings = [artefact.sha256, asdict(recipe), corpus.sha256, control, versions()]
+    settings = [
+        artefact.sha256, source.hashes(), asdict(recipe), corpus.sha256, processes, versions()
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -176,17 +200,22 @@ def _train(
 ) -> Outcome:
     """The loop on the moefied model; leaves the trained weights in `student`."""
     nn.Module.to(student, accelerator.device)
-    modules = sparse_mlps(student).values()
-    routers = [p for m in modules for p in m.router.parameters()]
-    learns = bool(routers) and "routers" in recipe.parts
+    modules = [m for m in student.modules() if isinstance(m, Routed)]
+    learns = "routers" in recipe.parts
+    if learns and not all(m.selection.by_score for m in modules):
+        raise MoefyError(
+            "train=routers: this model's selection does not decide by one token's scores, its routers "
+            "cannot learn; name the other parts with --train"
+        )
     check = HeldOut(student, dense, texts.held, converted, recipe.distil)
     accelerator.register_for_checkpointing(check)
     in_training(student, recipe.gradient_checkpointing)
-    with trained(student, recipe) as (wrapped, groups):
+    with trained(student, recipe) as learning:
+        check.merged = learning.merged
         for module in modules:
-            module.straight_through = learns and module.selection.by_score
+            module.straight_through = learns and any(True for _ in module.router.parameters())
         outcome = fine_tune(
-            wrapped, groups, towards(student, dense, recipe.distil), texts.train, recipe,
+            learning.wrapped, learning.groups, towards(student, dense, recipe.distil), texts.train, recipe,
             accelerator=accelerator, check=check, folder=output.work, report=report, what="recover",
         )  # fmt: skip
     for module in modules:
@@ -217,14 +246,17 @@ def _closed(
     before: dict[str, Any], after: dict[str, Any], control: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Share of the gap in cross-entropy that training closed, against the dense model as it was and,
-    where there is one, against the dense model trained on the same tokens."""
+    where there is one, against the dense model trained on the same tokens; None without a gap."""
     if "ce" not in before:
         return {}
     first, last = before["ce"]["mean"], after["ce"]["mean"]
-    found: dict[str, Any] = {"gap_closed": (first - last) / (first - before["ce_dense"]["mean"])}
+
+    def share(goal: float) -> float | None:
+        return (first - last) / (first - goal) if first > goal else None
+
+    found: dict[str, Any] = {"gap_closed": share(before["ce_dense"]["mean"])}
     if control is not None:
-        found["control"] = control
-        found["gap_closed_of_control"] = (first - last) / (first - control["ce"])
+        found |= {"control": control, "gap_closed_of_control": share(control["ce"])}
     return found
 
 
@@ -244,6 +276,6 @@ def _finish(
     if "conversion" in records:
         card = model_card(read_artefact(finished, verify=False), records)
         (finished / "README.md").write_text(card, encoding="utf-8")
-    (work / "log.jsonl").replace(finished / "log.jsonl")
+    shutil.copy(work / "log.jsonl", finished / "log.jsonl")
     if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
         report.say("no picture of the curves: pip install moefy[plots]")

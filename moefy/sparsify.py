@@ -10,23 +10,26 @@ text does by itself is not to be mistaken for what sparsity costs.
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moefy.activations import run
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, overwrite
 from moefy.console import Reporter
 from moefy.curves import draw_curves
-from moefy.data import Batch, load_corpus
+from moefy.data import load_corpus
+from moefy.distil import compared
 from moefy.errors import UnsupportedModel
-from moefy.finetuning.dense import cross_entropy, train_dense
-from moefy.finetuning.loop import Outcome, disk_needed
-from moefy.finetuning.objectives import Activations, sparse
+from moefy.finetuning.dense import train_dense
+from moefy.finetuning.loop import Diverged, Outcome, disk_needed
+from moefy.finetuning.objectives import Activations, nats, sparse
 from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import Site, disk_names, meta_model, sites
@@ -64,8 +67,14 @@ def sparsify(
     key = _activation_key(source, found) if recipe.relu else None
     text = load_corpus(corpus)
     texts = read_texts(source, text, recipe, recipe.seed)
+    if texts.held[0].targets_BT is None:
+        raise UnsupportedModel(
+            f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
+        )
     output = OutputFolder(Path(out))
-    settings = [source.hashes(), asdict(recipe), text.sha256, control, versions()]
+    settings = [
+        source.hashes(), asdict(recipe), text.sha256, processes.num_processes, versions()
+    ]  # fmt: skip
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
         output.need(disk_needed(source) + source.bytes)
@@ -76,6 +85,7 @@ def sparsify(
     )
     with output.full_disk():
         plain = load_dense(source, dtype=torch.float32)
+        nn.Module.to(plain, processes.device)
         before = _figures(plain, found, texts)
         finished = output.work / "model"
         if main:
@@ -84,8 +94,20 @@ def sparsify(
                 _rename_activation(finished, key)
         processes.wait_for_everyone()
         sparser = load_dense(Checkpoint.open(finished), dtype=torch.float32) if key else plain
-        outcome = _train(sparser, found, texts, recipe, output.work, report, "sparsify")
-        after = _figures(sparser, found, texts)
+        del plain
+        try:
+            outcome = _train(sparser, found, texts, recipe, output.work, report, "sparsify")
+        except Diverged:
+            if main:
+                output.discard()
+            raise
+        if main:
+            _write(sparser, finished)
+        processes.wait_for_everyone()
+        # What is written may be rounded to 16 bits: that is what is evaluated.
+        written = load_dense(Checkpoint.open(finished), dtype=torch.float32)
+        nn.Module.to(written, processes.device)
+        after = _figures(written, found, texts)
         record: dict[str, Any] = {
             "kind": "sparsify",
             "recipe": asdict(recipe),
@@ -104,9 +126,8 @@ def sparsify(
         if not main:
             return {}
         record["machine"] = machine()
-        _write(sparser, finished)
         (finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
-        (output.work / "log.jsonl").replace(finished / "log.jsonl")
+        shutil.copy(output.work / "log.jsonl", finished / "log.jsonl")
         if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
             report.say("no picture of the curves: pip install moefy[plots]")
     output.commit(finished)
@@ -157,19 +178,16 @@ def _train(
 
 @torch.no_grad()
 def _figures(model: PreTrainedModel, found: list[Site], texts: Texts) -> dict[str, float]:
-    """Cross-entropy, and how sparse the activations are, on the evaluation shard."""
-    return {"ce": cross_entropy(model, texts.evaluated), **_sparsity(model, found, texts.evaluated)}
-
-
-def _sparsity(model: PreTrainedModel, found: list[Site], batches: list[Batch]) -> dict[str, float]:
-    """Share of activations that are not zero, and square Hoyer over N, over tokens and layers."""
+    """On the evaluation shard: cross-entropy, share of the activations that are not zero and square
+    Hoyer over N, over tokens and layers."""
     activations = Activations(model, found, "hoyer")
-    sums, tokens = {"active": 0.0, "hoyer": 0.0}, 0
-    for batch in batches:
+    sums, tokens = {"ce": 0.0, "active": 0.0, "hoyer": 0.0}, 0
+    for batch in texts.evaluated:
         with activations.over(batch):
-            run(model, batch)
-        mask = batch.mask()
-        count = len(batch.samples) if mask is None else int(mask.sum())
+            got = compared(run(model, batch), batch)
+        ce, count = nats(got, batch), len(got)
+        assert ce is not None
+        sums["ce"] += float(ce)
         sums["active"] += float(activations.density()) * count
         sums["hoyer"] += float(activations.mean()) * count
         tokens += count

@@ -185,15 +185,19 @@ def recovery_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = [name for name in ("ce", "ce_increase", "kl", "agreement", "cosine") if name in before]
     header = ["model", *(_COLUMNS[name] for name in names), "gap closed"]
     rows = [["moefied", *(_cell(name, before[name]) for name in names), ""]]
-    closed = [f"{record['gap_closed']:.0%}"] if "gap_closed" in record else [""]
+    closed = [_share(record.get("gap_closed"))]
     rows.append(["recovered", *(_cell(name, after[name]) for name in names), *closed])
     blank = [""] * (len(names) - 1)
     if "ce" in names:
         rows.append(["dense", f"{before['ce_dense']['mean']:.3f}", *blank, ""])
     if "control" in record:
-        share = f"{record['gap_closed_of_control']:.0%} to here"
+        share = _share(record["gap_closed_of_control"], " to here")
         rows.append(["dense, same tokens", f"{record['control']['ce']:.3f}", *blank, share])
     return header, rows
+
+
+def _share(value: float | None, after: str = "") -> str:
+    return "no gap" if value is None else f"{value:.0%}{after}"
 
 
 def sparsify_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -97,6 +97,11 @@ class SparsifyRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         """Refuse penalties that there are not."""
         super().__post_init__()
+        if self.gradient_checkpointing:
+            raise RecipeError(
+                "gradient_checkpointing: the penalty reads activations, which are to be kept; leave it "
+                "off, or lower micro_tokens"
+            )
         if self.penalty not in PENALTIES:
             raise RecipeError(unknown_choice("penalty", self.penalty, PENALTIES))
         if self.weight < 0:

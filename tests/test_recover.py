@@ -17,10 +17,16 @@ from tiny_models import build, example_inputs
 from torch import Tensor
 
 import moefy
+from moefy import recipe as recipes
+from moefy.activations import run as forward
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint
+from moefy.distil import compared, distance
 from moefy.errors import CorpusError, MoefyError, OutputError, RecipeError
 from moefy.evaluate import outputs
+from moefy.finetuning import loop
+from moefy.finetuning.held_out import HeldOut
+from moefy.finetuning.loop import Diverged
 from moefy.modeling import load_dense
 from moefy.recover import recover
 from moefy.sparse_mlp import sparse_mlps
@@ -219,10 +225,40 @@ def test_two_processes_train_as_one(moefied: Path, tmp_path: Path) -> None:
     assert apart < 2e-2 * moved
 
 
-def test_a_run_that_diverges_gives_the_last_good_model(moefied: Path, tmp_path: Path) -> None:
-    with pytest.raises(MoefyError, match="before there was a checkpoint to go back to; lower"):
+def test_a_run_that_goes_wrong_at_once_leaves_nothing(moefied: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="before there was a checkpoint to go back to; lower"):
         run(moefied, tmp_path / "out", settings={"learning_rate": 30.0})
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+    run(moefied, tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["nan", "worse"])
+def test_a_run_that_goes_wrong_later_gives_the_last_good_model(
+    how: str, moefied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = run(moefied, tmp_path / "good", settings={"tokens": 800})
+    assert good["training"]["steps"] == 4
+    passes, calls = loop._passes, []
+
+    def spoilt(*given: Any) -> dict[str, float]:
+        calls.append(1)
+        row = backward(*given)
+        return row | {"loss": float("nan")} if how == "nan" and len(calls) == 6 else row
+
+    backward = loop._backward
+    monkeypatch.setattr(loop, "_backward", spoilt)
+    if how == "worse":
+        monkeypatch.setattr(loop, "_passes", lambda *a: len(calls) < 5 and passes(*a))
+    # The same schedule for the first four steps, of a longer run.
+    record = run(moefied, tmp_path / "out", settings={"tokens": 2400})
+    assert record["training"]["steps"] == 4
+    reason = "not finite at step 6" if how == "nan" else "the held-out loss rose to"
+    assert reason in record["training"]["stopped"]
+    assert (
+        record["training"]["after"]["held_out_loss"] < record["training"]["before"]["held_out_loss"]
+    )
+    model = moefy.load(tmp_path / "out")
+    assert outputs(model(**example_inputs("llama"))).isfinite().all()
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_made(
@@ -249,6 +285,47 @@ def test_a_killed_run_is_not_resumed_with_other_settings(moefied: Path, tmp_path
         run(moefied, tmp_path / "out", settings={"learning_rate": 0.01}, resume=True)
     with pytest.raises(OutputError, match="pass --resume"):
         run(moefied, tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("model", ["gpt2", "phi3", "t5", "bert", "vit", "bloom"])
+def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path: Path) -> None:
+    """Thresholds, centres and weights belong together; single neurons chosen by their own weights."""
+    settings = {"context": 32, "partition.tokens": 128, "router.tokens": 256, "density": 0.5}
+    wanted = recipes.override(recipes.load("default"), settings)
+    moefy.convert(
+        build(model, tmp_path / "source"), tmp_path / "moefied", recipe=wanted,
+        corpus=corpus_for(model), quiet=True,
+    )  # fmt: skip
+    recipe = replace(RECIPE, lora_rank=lora_rank, learning_rate=0.1, distil=1.0, batch_tokens=100)
+    found: list[dict[str, Any]] = []
+    figures = HeldOut._figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOut, "_figures", lambda self: found.append(figures(self)) or found[-1])
+        patch.setattr(loop, "WORSE", float("inf"))  # whether it is better is not asked here
+        checks: list[HeldOut] = []
+        begin = HeldOut.__init__
+        patch.setattr(HeldOut, "__init__", lambda self, *a: checks.append(self) or begin(self, *a))
+        recover(
+            tmp_path / "moefied",
+            tmp_path / "out",
+            recipe=recipe,
+            corpus=corpus_for(model),
+            quiet=True,
+        )
+    (check,) = checks
+    loaded = moefy.load(tmp_path / "out", dtype=torch.float32)
+    kl = tokens = 0.0
+    for batch, want in zip(check.batches, check.want, strict=True):
+        got = compared(forward(loaded, batch), batch)
+        kl, tokens = kl + float(distance(want.float(), got, batch)) * len(got), tokens + len(got)
+    assert kl / tokens == pytest.approx(found[-1]["held_out_kl"], rel=1e-3)
+    assert abs(found[-1]["held_out_kl"] / found[0]["held_out_kl"] - 1) > 0.01
+    for module in sparse_mlps(loaded).values():
+        if module.compensation.centres:
+            constant = module.compensation.centre_N @ module.weights.down_ND
+            assert torch.allclose(module.compensation.constant_D, constant, atol=1e-4)
 
 
 def test_all_experts_of_a_trained_model_are_the_trained_dense_model(

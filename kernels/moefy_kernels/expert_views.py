@@ -37,7 +37,9 @@ def expert_views_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> T
             if token_C.numel():
                 rows = slice(expert * size, (expert + 1) * size)
                 h_CF = weights.at(token_C).hidden(x_TD[token_C], rows).to(weights.down_ND.dtype)
-                y_TD.index_add_(0, token_C, h_CF @ weights.down_ND[rows])
+                # Under autocast the product is of another dtype.
+                part_CD = h_CF @ weights.down_ND[rows]
+                y_TD.index_add_(0, token_C, part_CD.to(y_TD.dtype))
     return y_TD if weights.down_bias_D is None else y_TD + weights.down_bias_D
 
 

@@ -6,9 +6,12 @@ change, and with them the scores. What is set travels with the checkpoints.
 Shapes: T tokens, E experts of a layer.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +43,8 @@ class HeldOut:
         self.model, self.batches, self.recipe, self.weight = model, batches, recipe, weight
         self.want = [compared(run(dense, batch), batch).half() for batch in batches]
         self.active: dict[int, float] = {}
+        self.merged: Callable[[], AbstractContextManager[None]] = nullcontext
+        """While it lasts the model has the weights that have been learned (`parts.Learning`)."""
         self.effective: list[float] = []
         """Effective experts of every layer before training."""
 
@@ -59,9 +64,13 @@ class HeldOut:
             module.selection = type(module.selection)(**settings)
         self.active, self.effective = state["active"], state["effective"]
 
-    @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
         """Held-out KL, cross-entropy and loss; density, dead and effective experts, collapsed layers."""
+        with self.merged():
+            return self._figures()
+
+    @torch.no_grad()
+    def _figures(self) -> dict[str, Any]:
         modules = sparse_mlps(self.model)
         training = [module.straight_through for module in modules.values()]
         for module in modules.values():
@@ -69,6 +78,8 @@ class HeldOut:
             module.compensation.follow(module.weights)
         if varies(self.recipe) and self.active:
             settle(self.model, self.recipe, self.batches, self.active)
+            # Processes may differ in the last bit; they are to run the same experts.
+            self.load_state_dict(broadcast_object_list([self.state_dict()])[0])
         shares = _Shares()
         sums = {"kl": 0.0, "ce": 0.0}
         tokens = 0

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
@@ -39,6 +39,11 @@ WORSE = 1.5
 
 PATIENCE = 2
 """Checks in a row that do not pass after which training stops."""
+
+
+class Diverged(MoefyError):
+    """Training went wrong before there was anything good to keep."""
+
 
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Sums over the tokens of a batch by name; `loss` among them is what is minimised."""
@@ -86,7 +91,7 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
 
 @torch.enable_grad()
 def fine_tune(
-    model: PreTrainedModel | nn.Module,
+    model: nn.Module,
     groups: list[dict[str, Any]],
     objective: Objective,
     samples: list[Sample],
@@ -100,7 +105,7 @@ def fine_tune(
 ) -> Outcome:
     """Train `model` in place, or go on from the checkpoint in `folder`.
 
-    `groups` are the optimiser's parameter groups. Raises `MoefyError` where the loss is not finite
+    `groups` are the optimiser's parameter groups. Raises `Diverged` where the loss is not finite
     before there is a checkpoint to go back to.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -140,14 +145,15 @@ def fine_tune(
             outcome.tokens += counted
             row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
             if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
-                checked = check()
+                # All processes are to decide alike.
+                checked = broadcast_object_list([check()])[0]
                 row |= checked
-                if _passes(checked, outcome.before):
-                    outcome.after, failed = checked, 0
-                    store.save()
-                else:
-                    failed += 1
+                good = _passes(checked, outcome.before)
+                outcome.after, failed = (checked, 0) if good else (outcome.after, failed + 1)
+            # Before the checkpoint: lines after the newest one are dropped when a run goes on.
             log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
+            if "held_out_loss" in row and not failed:
+                store.save()
             progress(_shown(row))
             if failed == PATIENCE or (failed and outcome.steps == recipe.steps):
                 outcome.stopped = (
@@ -159,7 +165,7 @@ def fine_tune(
         reason = outcome.stopped
         store.load()
         if not outcome.steps:
-            raise MoefyError(
+            raise Diverged(
                 f"{what}: {reason}, before there was a checkpoint to go back to; lower "
                 "learning_rate"
             )
@@ -241,7 +247,9 @@ class _Log:
         if writes and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= steps]
-            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            part = file.with_suffix(".part")
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            part.replace(file)
 
     def add(self, row: dict[str, Any]) -> None:
         if self.writes:

@@ -1,6 +1,6 @@
 """What is trained: experts, routers, compensations, the rest; in full or through low-rank adapters.
 
-    with trained(model, recipe) as (wrapped, groups):    # adapters are merged on the way out
+    with trained(model, recipe) as learning:    # adapters are merged on the way out
         ...
 
 Learning rates are relative to the root mean square of each matrix, so that one number suits all of
@@ -8,10 +8,13 @@ them. An adapter's matrices start anew and take a rate of their own.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -45,15 +48,21 @@ def parameters_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-@contextmanager
-def trained(
-    model: PreTrainedModel, recipe: RecoverRecipe
-) -> Iterator[tuple[nn.Module, list[dict[str, Any]]]]:
-    """The model with gradients where the recipe trains, and the optimiser's parameter groups.
+@dataclass(frozen=True)
+class Learning:
+    """A model that is being trained."""
 
-    What is yielded to call is the model itself, or, with adapters, what they are wrapped in. Raises
-    `MoefyError` where the model has nothing of what is to be trained.
-    """
+    wrapped: nn.Module
+    """What to call: the model itself, or, with adapters, what they are wrapped in."""
+    groups: list[dict[str, Any]]
+    """The optimiser's parameter groups."""
+    merged: Callable[[], AbstractContextManager[None]]
+    """While it lasts the model's own weights are those that have been learned."""
+
+
+@contextmanager
+def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]:
+    """Gradients where the recipe trains. Raises `MoefyError` where the model has nothing of that."""
     found = parameters_of(model)
     before = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
@@ -62,8 +71,12 @@ def trained(
     groups = matched((p for part in whole for p in found[part]), recipe.learning_rate)
     low_rank = [part for part in recipe.parts if part not in whole]
     wrapped: Any = model
+    merged: Callable[[], AbstractContextManager[None]] = nullcontext
     if low_rank:
-        wrapped = _adapters(model, low_rank, recipe.lora_rank)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            wrapped = _adapters(model, low_rank, recipe.lora_rank)
+        merged = partial(_merged, wrapped)
         rate = recipe.learning_rate * ADAPTER_RATE
         new = [p for n, p in wrapped.named_parameters() if "lora_" in n]
         groups += [{"params": [p], "lr": rate} for p in new]
@@ -76,13 +89,28 @@ def trained(
         for parameter in group["params"]:
             parameter.requires_grad_(True)
     try:
-        yield wrapped, groups
+        yield Learning(wrapped, groups, merged)
     finally:
         if low_rank:
             wrapped.merge_and_unload()
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
             parameter.grad = None
+
+
+@contextmanager
+def _merged(wrapped: Any) -> Iterator[None]:
+    """Adapters are added to the weights for a while; taking them out again would leave rounding."""
+    weights = {n: p for n, p in wrapped.named_parameters() if "lora_" not in n}
+    kept = {name: value.detach().clone() for name, value in weights.items()}
+    wrapped.merge_adapter()
+    try:
+        yield
+    finally:
+        wrapped.unmerge_adapter()
+        with torch.no_grad():
+            for name, value in weights.items():
+                value.copy_(kept[name])
 
 
 def matched(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -126,10 +154,22 @@ def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
 
 
 def in_training(model: nn.Module, checkpointing: bool) -> None:
-    """Dropout stays off: steps are to be the same when a run goes on. Layers may be recomputed."""
+    """Dropout stays off: steps are to be the same when a run goes on. Layers may be recomputed.
+
+    Raises `MoefyError` where recomputing a layer would not give what it gave.
+    """
     model.eval()
+    for parameter in model.parameters():
+        # Halves of one fused tensor: a checkpoint would keep only one of them.
+        if parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size():
+            parameter.data = parameter.data.clone()
     if not checkpointing:
         return
+    if any(isinstance(m, SparseMlp) and m.look_ahead for m in model.modules()):
+        raise MoefyError(
+            "gradient_checkpointing: routers that look ahead read the layer before, which is not at "
+            "hand when a layer is computed again; leave it off"
+        )
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -137,5 +177,6 @@ def in_training(model: nn.Module, checkpointing: bool) -> None:
         if isinstance(module, GradientCheckpointingLayer):
             # The layer alone is put into training: that is what makes it recompute.
             module.training = True
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # type: ignore[assignment]
+            for name, value in vars(module).items():
+                if name.endswith("dropout") and isinstance(value, float):
+                    setattr(module, name, 0.0)
