@@ -50,6 +50,7 @@ from moefy.partition import Partition
 from moefy.plan import Plan, inputs_read, plan
 from moefy.provenance import machine, versions
 from moefy.recipe import Recipe
+from moefy.routing.oracle import OracleRouter
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import needs_tuning, tune
 
@@ -120,6 +121,24 @@ class Comparison:
             return self.run(replace(recipe, density=density))
         except MoefyError as error:
             return {"n/a": str(error)}
+
+    def oracle(self, density: float) -> dict[str, Any]:
+        """Single neurons chosen by their true contribution, the same number for every token.
+
+        A bound, not a method: what choosing takes is not counted, so its budget is its density.
+        """
+        single = recipes.from_dict(
+            {
+                "density": density,
+                "partition": {"expert_size": 1},
+                "router": {"name": "random"},
+                "compensation": {"name": "none"},
+            }
+        )
+        model, _ = self._moefied(replace(single, seed=self.seed))
+        for module in sparse_mlps(model).values():
+            module.router = OracleRouter(module.weights.width, module.experts, 0)
+        return {"seed": self.seed, **self.quality(model), "seconds": 0.0}
 
     def neurons(self) -> int:
         """Neurons of the first MLP."""

@@ -23,13 +23,15 @@ from moefy.sparse_mlp import all_experts, sparse_mlps
 
 def sensitivities(
     model: PreTrainedModel, found: list[Site], batches: list[Batch], *, seed: int = 0
-) -> list[Tensor]:
-    """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on; and what that says of
+    each batch (`moefy.distil.compared`)."""
     modules = list(sparse_mlps(model).values())
     sums = [torch.zeros(site.width, site.width) for site in found]
     tokens = [0] * len(found)
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[int, Tensor] = {}
+    said: list[Tensor] = []
 
     def keep(index: int, _: nn.Module, __: object, output: Tensor) -> Tensor:
         # The first layer's output depends on nothing that is trained.
@@ -42,7 +44,9 @@ def sensitivities(
     try:
         for batch in batches:
             with torch.enable_grad(), all_experts(model), only_training(model, []):
-                _objective(compared(run(model, batch), batch), batch, generator).backward()
+                said.append(compared(run(model, batch), batch))
+                _objective(said[-1], batch, generator).backward()
+            said[-1] = said[-1].detach().half()
             for index, site in enumerate(found):
                 gradient = outputs[index].grad
                 assert gradient is not None
@@ -55,7 +59,7 @@ def sensitivities(
     finally:
         for handle in handles:
             handle.remove()
-    return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)]
+    return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)], said
 
 
 def _objective(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,9 @@ from moefy.routing.targets import Target, deviation
 from moefy.routing.topk import top_mask
 
 _CHUNK = 4096
+MEASURED = 1024
+"""Held-out tokens on which a router is measured that is not fitted."""
+
 _PATIENCE = 4
 """Passes without a better router after which fitting stops."""
 
@@ -106,9 +109,9 @@ def fit_router(
 
     `mlp` has the routed neurons in expert order. A router with nothing to fit is only measured.
     """
-    quality = _Quality(mlp, held, experts, k)
     if not router.trainable or k == experts:
-        return quality.of(router, 0)
+        return _Quality(mlp, held.some(MEASURED), experts, k).of(router, 0)
+    quality = _Quality(mlp, held, experts, k)
     target = choose(TARGETS, "router.target", recipe.target)
     loss_of = choose(LOSSES, "router.loss", recipe.loss)
     target_TE = predicted(target, mlp, tokens, experts)

@@ -89,10 +89,14 @@ def tune(
 ) -> dict[str, Any]:
     """Allocate and distil as the recipe says, in place; returns what was measured."""
     record: dict[str, Any] = {}
-    check = HeldOut(model, held)
+    metric: list[Tensor] | None = None
+    said: list[Tensor] | None = None
+    if recipe.allocates and recipe.budget.name == "greedy" and _fits(model, SENSITIVITY_TOKENS):
+        metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
+    check = HeldOut(model, held, said)
     active = {i: _planned(todo, i, m) for i, m in sparse_mlps(model).items()}
     if recipe.allocates:
-        record["budget"] = allocate(model, todo, recipe, samples, check, report)
+        record["budget"] = allocate(model, todo, recipe, samples, check, metric, report)
         active = dict(enumerate(record["budget"]["active"]))
     elif varies(recipe):
         settle(model, recipe, held, active)
@@ -129,10 +133,14 @@ class HeldOut:
     """Held-out documents and what the dense model says of them, in 16 bits."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, batches: list[Batch]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: list[Batch], dense: list[Tensor] | None = None
+    ) -> None:
         self.model, self.batches = model, batches
-        with all_experts(model):
-            self.dense = [compared(run(model, batch), batch).half() for batch in batches]
+        if dense is None:
+            with all_experts(model):
+                dense = [compared(run(model, batch), batch).half() for batch in batches]
+        self.dense = dense
 
     @torch.no_grad()
     def distance(self, *listeners: Listener, only: Routed | None = None) -> float:
@@ -197,16 +205,21 @@ def allocate(
     recipe: Recipe,
     samples: dict[str, Captured],
     held: HeldOut,
+    metric: list[Tensor] | None,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Choose the density of every layer and set it; returns densities and measured KL."""
+    """Choose the density of every layer and set it; returns densities and measured KL.
+
+    `metric`, of every layer, is what its output error costs (`moefy.sensitivity`), where it is known.
+    """
     modules = sparse_mlps(model)
     rows: list[list[Candidate]] = []
-    metric: list[Tensor | None] = [None] * len(modules)
-    if recipe.budget.name == "greedy" and _fits(model, SENSITIVITY_TOKENS):
-        metric = list(sensitivities(model, todo.sites, held.batches, seed=recipe.seed))
     for index, module in report.track(modules.items(), "measure densities"):
-        rows.append(_candidates(module, index, todo, recipe, samples, held, metric[index]))
+        rows.append(
+            _candidates(
+                module, index, todo, recipe, samples, held, metric[index] if metric else None
+            )
+        )
     planned = [_planned(todo, index, module) for index, module in modules.items()]
     uniform = [_nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]

@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[int | None, ...]] = {
     "griffin": (None,),
     "pruning": (None,),
     "random": (32,),
+    "oracle": (None,),
     "cmoe": (None, 32, 8),
     "expertweaver": (None, 8),
     "moefication": (32, 8),
@@ -102,6 +103,8 @@ def main() -> None:
 def one(
     bench: Comparison, name: str, chosen: dict[str, Any], budget: float, extra: list[str]
 ) -> dict[str, Any]:
+    if name == "oracle":
+        return bench.oracle(budget)
     recipe = recipes.override(
         recipes.load(name), {**chosen, **dict(pair.split("=", 1) for pair in extra)}
     )

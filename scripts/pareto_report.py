@@ -18,7 +18,7 @@ from moefy.tables import markdown
 
 RECORDS = Path("benchmarks/records")
 OURS = ("fast", "default", "best", "low_bit", "export")
-CONTROLS = ("pruning", "random")
+CONTROLS = ("oracle", "pruning", "random")
 TRAINING_FREE = ("teal", "wina", "cats", "griffin", "cmoe", "expertweaver")
 INTRO = """# Recipes at equal active budgets
 
@@ -33,6 +33,8 @@ below that budget; `not run`: nobody has run it yet. Means over seeds (of shards
 95 % t-interval; how many seeds stands in the last table. Documents of the evaluation shard: 22 for the demo models,
 44 for the others. Thresholds drift between documents, so a budget is met within 0.02. The best of all recipes but ours and the controls is *the best
 peer*, whichever it is at that budget.
+*Oracle*: single neurons chosen by their true contribution, nothing for the others; choosing is not counted, so it is a
+bound and no method. *pruning*, *random*: static pruning at equal size; random experts chosen at random.
 Made by `scripts/pareto.py` and `scripts/pareto_report.py` from `benchmarks/records/pareto_*.json`.
 """
 ABOUT = {

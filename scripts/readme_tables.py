@@ -33,7 +33,8 @@ def record(name: str) -> dict:
 def quality() -> str:
     """Ours beside the best peer, from the records of scripts/pareto.py."""
     rows = []
-    for model, found in load().items():
+    known = [*KINDS]
+    for model, found in sorted(load().items(), key=lambda item: known.index(item[0])):
         for budget in (0.25, 0.5):
             peers = {
                 name: mean(best_size(sizes))
@@ -50,7 +51,7 @@ def quality() -> str:
             chosen = best_size(found["default", budget])
             rows.append(
                 [
-                    KINDS.get(model, model), f"{budget}", f"{peers[best]:.4f} ({best})", *cells,
+                    KINDS[model], f"{budget}", f"{peers[best]:.4f} ({best})", *cells,
                     f"{mean(chosen, lambda r: r['ffn_density']):.2f}",
                     f"{mean(chosen, lambda r: r['active_compute']):.2f}",
                     f"{mean(chosen, lambda r: r['ce_increase']):.4f}" if "ce_increase" in chosen[0] else "",

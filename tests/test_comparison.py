@@ -81,3 +81,18 @@ def test_a_share_of_the_inputs_that_was_asked_for_is_kept(first: dict[bool, Site
     recipe = override(RECIPE, {"router.inputs": 0.5})
     for site in first.values():
         assert inputs_read(site, recipe, 0.1) == round(0.5 * site.width)
+
+
+def test_the_oracle_is_a_bound(bench: Comparison) -> None:
+    """Of what single neurons can reach without anything in place of the others."""
+    oracle = bench.oracle(0.5)
+    single = {"partition.expert_size": 1, "compensation.name": "none"}
+    routed, drawn = (
+        bench.run(override(RECIPE, {"router.name": name, **single}))
+        for name in ("largest_inputs", "random")
+    )
+    assert oracle["ffn_density"] == pytest.approx(0.5, abs=0.01)
+    assert oracle["active_budget"] == pytest.approx(oracle["ffn_density"])
+    # Without a gate and with all inputs read, the router is the oracle.
+    assert 0 < oracle["kl"] <= routed["kl"] * (1 + 1e-6)
+    assert oracle["kl"] < 0.7 * drawn["kl"]

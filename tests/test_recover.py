@@ -298,7 +298,8 @@ def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path:
         build(model, tmp_path / "source"), tmp_path / "moefied", recipe=wanted,
         corpus=corpus_for(model), quiet=True,
     )  # fmt: skip
-    recipe = replace(RECIPE, lora_rank=lora_rank, learning_rate=0.1, distil=1.0, batch_tokens=100)
+    rate = 1.0 if lora_rank else 0.1
+    recipe = replace(RECIPE, lora_rank=lora_rank, learning_rate=rate, batch_tokens=100)
     found: list[dict[str, Any]] = []
     figures = HeldOut._figures
     with pytest.MonkeyPatch.context() as patch:
