@@ -224,15 +224,15 @@ def eval_(
 def recover(
     model: Moefied,
     out: Out,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")] = None,
     train: Annotated[
         str | None,
-        typer.Option(help="By comma: experts, routers, compensations, rest. [all but rest]"),
+        typer.Option(help="By comma: experts, routers, compensations, rest (all but rest)."),
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="Train through adapters of this rank. [0: in full]")
+        int | None, typer.Option(help="Train through adapters of this rank (0: in full).")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (mixed). [fp32]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")] = None,
     corpus: Text = None,
     against: Annotated[
         str | None, typer.Option(help="Dense model that teaches, if MODEL was trained before.")
@@ -280,10 +280,10 @@ def sparsify(
     model: Model,
     out: Out,
     relu: Annotated[bool, typer.Option("--relu", help="Replace the activation by ReLU.")] = False,
-    penalty: Annotated[str | None, typer.Option(help="hoyer, l1 or none. [hoyer]")] = None,
-    weight: Annotated[float | None, typer.Option(help="Weight of the penalty. [0.3]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. [1000000]")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (mixed). [fp32]")] = None,
+    penalty: Annotated[str | None, typer.Option(help="hoyer, l1 or none (hoyer).")] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the penalty (0.3).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")] = None,
     corpus: Text = None,
     control: Annotated[
         bool, typer.Option("--control", help="Train the unchanged model on the same tokens too.")
