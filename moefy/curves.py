@@ -7,6 +7,7 @@ from typing import Any
 PANELS = (
     ("loss", "loss", "held_out_loss", None),
     ("KL to dense, nats per token", "kl", "held_out_kl", "log"),
+    ("active neurons", "active", None, None),
     ("FFN density, experts", None, "density", None),
 )
 """Title, what every step logs, what every check logs, scale."""

@@ -7,7 +7,6 @@ hard: what does not run gets no gradient, but for routers with parameters, which
 straight-through sigmoid. docs/training.md says what to expect.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -25,19 +24,19 @@ from moefy.card import model_card
 from moefy.checkpoint import Checkpoint, OutputFolder
 from moefy.console import Reporter
 from moefy.curves import draw_curves
-from moefy.data import Corpus, load_corpus
+from moefy.data import load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluate import evaluate
 from moefy.finetuning.dense import cross_entropy, train_dense
 from moefy.finetuning.held_out import HeldOut
-from moefy.finetuning.loop import Diverged, Outcome, disk_needed, fine_tune, make_accelerator
+from moefy.finetuning.loop import Diverged, Outcome, begin, fine_tune, make_accelerator
 from moefy.finetuning.objectives import language, towards
 from moefy.finetuning.parts import in_training, trained
 from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import meta_model, sites
 from moefy.modeling import load, load_dense, save, weights_of
-from moefy.provenance import machine, versions
+from moefy.provenance import machine
 from moefy.routed import Routed
 from moefy.training_recipe import RecoverRecipe
 
@@ -78,10 +77,10 @@ def recover(
     if control and texts.held[0].targets_BT is None:
         raise MoefyError("--control trains on cross-entropy, and this model predicts no tokens")
     output = OutputFolder(Path(out))
-    stamp = _fingerprint(artefact, source, recipe, text, accelerator.num_processes)
-    if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
-        output.need(disk_needed(source) + source.bytes)
-    accelerator.wait_for_everyone()
+    begin(
+        output, source, [artefact.sha256, asdict(recipe), text.sha256],
+        resume=resume, overwrite=overwrite,
+    )  # fmt: skip
     report.say(
         f"{folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, {recipe.steps} steps "
         f"of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
@@ -149,16 +148,6 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
             f"with --against (it was made from '{artefact.source['name']}')"
         )
     return weights_of(artefact, folder, verify=False)
-
-
-def _fingerprint(
-    artefact: Artefact, source: Checkpoint, recipe: RecoverRecipe, corpus: Corpus, processes: int
-) -> str:
-    """Digest of all that decides the result: an unfinished run is only resumed with the same."""
-    settings = [
-        artefact.sha256, source.hashes(), asdict(recipe), corpus.sha256, processes, versions()
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:

@@ -8,7 +8,6 @@ activation. Beside it `control` trains the unchanged model on the same tokens: w
 text does by itself is not to be mistaken for what sparsity costs.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -28,13 +27,13 @@ from moefy.data import load_corpus
 from moefy.distil import compared
 from moefy.errors import UnsupportedModel
 from moefy.finetuning.dense import train_dense
-from moefy.finetuning.loop import Diverged, Outcome, disk_needed
+from moefy.finetuning.loop import Diverged, Outcome, begin
 from moefy.finetuning.objectives import Activations, nats, sparse
 from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import Site, disk_names, meta_model, sites
 from moefy.modeling import load_dense
-from moefy.provenance import machine, versions
+from moefy.provenance import machine
 from moefy.training_recipe import SparsifyRecipe
 
 
@@ -72,13 +71,7 @@ def sparsify(
             f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
         )
     output = OutputFolder(Path(out))
-    settings = [
-        source.hashes(), asdict(recipe), text.sha256, processes.num_processes, versions()
-    ]  # fmt: skip
-    stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if main and not output.begin(stamp, resume=resume, overwrite=overwrite):
-        output.need(disk_needed(source) + source.bytes)
-    processes.wait_for_everyone()
+    begin(output, source, [asdict(recipe), text.sha256], resume=resume, overwrite=overwrite)
     report.say(
         f"{source.folder}: {'ReLU, ' if key else ''}penalty {recipe.penalty} x {recipe.weight:g}, "
         f"{recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"

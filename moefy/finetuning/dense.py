@@ -11,7 +11,6 @@ from moefy.activations import run
 from moefy.console import Reporter
 from moefy.data import Batch, Sample
 from moefy.distil import compared
-from moefy.errors import MoefyError
 from moefy.finetuning.loop import Objective, Outcome, fine_tune, make_accelerator
 from moefy.finetuning.objectives import nats
 from moefy.finetuning.parts import in_training, matched
@@ -25,8 +24,7 @@ def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
     for batch in batches:
         got: Tensor = compared(run(model, batch), batch)
         found = nats(got, batch)
-        if found is None:
-            raise MoefyError("a model that predicts no tokens has no cross-entropy to train on")
+        assert found is not None, "callers refuse models that predict no tokens"
         total, tokens = total + float(found), tokens + len(got)
     return total / tokens
 

@@ -7,6 +7,7 @@ Files in the work folder: `checkpoint` (what `Accelerator.save_state` writes, re
 `log.jsonl`, one line a step. Shapes: none of its own.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from moefy.checkpoint import Checkpoint
+from moefy.checkpoint import Checkpoint, OutputFolder
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Sample, make_batches
 from moefy.draws import draws
 from moefy.errors import MoefyError
+from moefy.provenance import versions
 from moefy.training_recipe import TrainingRecipe
 
 WARMUP = 0.05
@@ -198,11 +200,22 @@ def _backward(
     return _means(accelerator, sums, counted)
 
 
-def disk_needed(source: Checkpoint) -> int:
-    """Bytes that training takes on disk: two checkpoints, one being written beside the other, each the
-    weights and both moments of Adam in fp32."""
-    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    return 2 * 3 * 4 * parameters
+def begin(
+    output: OutputFolder, source: Checkpoint, settings: list[Any], *, resume: bool, overwrite: bool
+) -> None:
+    """Make the work folder of a run, or take up the one that `source` and `settings` have decided.
+
+    Raises `OutputError` where something is in the way, or the disk is too small for two checkpoints,
+    one written beside the other (weights and both moments of Adam in fp32), and the result.
+    """
+    processes = PartialState()
+    if processes.is_main_process:
+        decided = [source.hashes(), *settings, processes.num_processes, versions()]
+        stamp = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+        if not output.begin(stamp, resume=resume, overwrite=overwrite):
+            parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+            output.need(2 * 3 * 4 * parameters + source.bytes)
+    processes.wait_for_everyone()
 
 
 class _Store:
