@@ -33,6 +33,12 @@ Text = Annotated[
     str | None,
     typer.Option(help="Text: file, folder with a sub-folder per domain, .jsonl, or dataset name."),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Setting a=b of the training; may be repeated.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
@@ -102,14 +108,15 @@ def _hush(verbose: bool) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _settings(pairs: list[str]) -> dict[str, str]:
-    found = {}
+def _settings(pairs: list[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `--set` says, and the options of their own that were given."""
+    found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair}: expected key=value, such as router.name=linear")
         found[key] = value
-    return found
+    return found | {key: value for key, value in (given or {}).items() if value is not None}
 
 
 @verb
@@ -131,7 +138,7 @@ def convert(
         list[str] | None, typer.Option("--set", help="Recipe setting a.b=c; may be repeated.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: bool = False,
 ) -> Shown:
@@ -220,11 +227,20 @@ def eval_(
     return Shown(record, view)
 
 
+def _trained(record: dict[str, Any], rows: Callable[..., Any], out: Path) -> Shown:
+    """The record of a training run; of many processes only the first has one."""
+    from moefy.tables import terminal
+
+    if not record:
+        return Shown(None)
+    return Shown(record, [terminal(*rows(record)), f"written to {out}"])
+
+
 @verb
 def recover(
     model: Moefied,
     out: Out,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")] = None,
+    tokens: Tokens = None,
     train: Annotated[
         str | None,
         typer.Option(help="By comma: experts, routers, compensations, rest (all but rest)."),
@@ -232,7 +248,7 @@ def recover(
     lora_rank: Annotated[
         int | None, typer.Option(help="Train through adapters of this rank (0: in full).")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")] = None,
+    precision: Precision = None,
     corpus: Text = None,
     against: Annotated[
         str | None, typer.Option(help="Dense model that teaches, if MODEL was trained before.")
@@ -240,11 +256,8 @@ def recover(
     control: Annotated[
         bool, typer.Option("--control", help="Train the dense model on the same tokens too.")
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Setting a=b of the training; may be repeated."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    set_: Settings = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: bool = False,
 ) -> Shown:
@@ -254,15 +267,14 @@ def recover(
     """
     from moefy import recipe as recipes
     from moefy.recover import recover as run
-    from moefy.tables import recovery_rows, terminal
+    from moefy.tables import recovery_rows
     from moefy.training_recipe import RecoverRecipe
 
     given = {"tokens": tokens, "train": train, "lora_rank": lora_rank, "precision": precision}
-    settings = {**_settings(set_ or []), **{k: v for k, v in given.items() if v is not None}}
     record = run(
         model,
         out,
-        recipe=recipes.override(RecoverRecipe(), settings),
+        recipe=recipes.override(RecoverRecipe(), _settings(set_ or [], given)),
         corpus=corpus,
         against=against,
         control=control,
@@ -270,9 +282,7 @@ def recover(
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not record:  # another process has it
-        return Shown(None)
-    return Shown(record, [terminal(*recovery_rows(record)), f"written to {out}"])
+    return _trained(record, recovery_rows, out)
 
 
 @verb
@@ -282,17 +292,14 @@ def sparsify(
     relu: Annotated[bool, typer.Option("--relu", help="Replace the activation by ReLU.")] = False,
     penalty: Annotated[str | None, typer.Option(help="hoyer, l1 or none (hoyer).")] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the penalty (0.3).")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")] = None,
+    tokens: Tokens = None,
+    precision: Precision = None,
     corpus: Text = None,
     control: Annotated[
         bool, typer.Option("--control", help="Train the unchanged model on the same tokens too.")
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Setting a=b of the training; may be repeated."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")] = False,
+    set_: Settings = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: bool = False,
 ) -> Shown:
@@ -302,26 +309,24 @@ def sparsify(
     """
     from moefy import recipe as recipes
     from moefy.sparsify import sparsify as run
-    from moefy.tables import sparsify_rows, terminal
+    from moefy.tables import sparsify_rows
     from moefy.training_recipe import SparsifyRecipe
 
-    given = {"penalty": penalty, "weight": weight, "tokens": tokens, "precision": precision}
-    settings = {**_settings(set_ or []), **{k: v for k, v in given.items() if v is not None}}
-    if relu:
-        settings["relu"] = True
+    given = {
+        "relu": relu or None, "penalty": penalty, "weight": weight, "tokens": tokens,
+        "precision": precision,
+    }  # fmt: skip
     record = run(
         model,
         out,
-        recipe=recipes.override(SparsifyRecipe(), settings),
+        recipe=recipes.override(SparsifyRecipe(), _settings(set_ or [], given)),
         corpus=corpus,
         control=control,
         resume=resume,
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not record:  # another process has it
-        return Shown(None)
-    return Shown(record, [terminal(*sparsify_rows(record)), f"written to {out}"])
+    return _trained(record, sparsify_rows, out)
 
 
 @verb
