@@ -1,8 +1,8 @@
-"""Sharded safetensors on disk: opened, checked, read one tensor at a time, copied and permuted.
+"""Sharded safetensors on disk: opened, checked, read and written one tensor at a time.
 
-A converted checkpoint is its source, copied file by file, with the bytes of some tensors put into
-another order *in place*. Headers, names, dtypes, shards and every file that holds no weights stay
-as they were, whatever the size of the model, and `revert` is the same with the inverse order.
+A converted checkpoint is its source with the neurons of some tensors in another order. Headers, names,
+dtypes, shards and every file that holds no weights stay as they were: `outline` makes a weight file
+that lacks nothing but its tensors, `overwrite` puts each of them in.
 
 It knows nothing of layers, experts or recipes.
 """
@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 
 from moefy.errors import CheckpointError, OutputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Little-endian storage of a tensor's elements, by safetensors dtype; only order matters here.
-_STORAGE = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,27 @@ class Checkpoint:
         return found
 
     def read(self, name: str) -> Tensor:
-        """One tensor, alone in memory."""
-        with safe_open(str(self.tensors[name].file), "pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        """One tensor, alone in memory, and read once: no file is mapped."""
+        stored = self.tensors[name]
+        if stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{stored.file}: {name} is stored as {stored.dtype}, which is not read here"
+            )
+        tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
+        raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+        try:
+            with stored.file.open("rb") as stream:
+                stream.seek(stored.begin)
+                got = stream.readinto(raw)
+        except OSError as error:
+            raise CheckpointError(
+                f"{stored.file}: cannot be read ({error.strerror}); put it back in its place"
+            ) from None
+        if got != len(raw):
+            raise CheckpointError(
+                f"{stored.file}: {name} is cut short, {got} of {len(raw)} bytes; copy it again"
+            )
+        return tensor
 
     @cached_property
     def bytes(self) -> int:
@@ -207,29 +227,18 @@ def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> 
         part.replace(copy)
 
 
-def permute_in_place(
-    tensor: StoredTensor, order: NDArray[np.int64], axis: int, parts: int = 1
-) -> None:
-    """Reorder the neurons of a stored tensor: slot `i` along `axis` gets what was at `order[i]`.
-
-    `parts` neuron blocks lie side by side along the axis (2 for a fused gate and up projection) and
-    all get the same order.
-    """
-    shape = [*tensor.shape[:axis], parts, len(order), *tensor.shape[axis + 1 :]]
-    if tensor.dtype not in _STORAGE or parts * len(order) != tensor.shape[axis]:
-        raise CheckpointError(
-            f"{tensor.file}: cannot reorder a {tensor.dtype} tensor of shape {list(tensor.shape)} "
-            f"in {parts} x {len(order)} neurons; fp32, fp16 and bf16 are supported"
-        )
-    data = np.memmap(tensor.file, _STORAGE[tensor.dtype], "r+", tensor.begin, tuple(shape))
-    data[...] = np.take(np.asarray(data), order, axis + 1)
-    data.flush()
+def outline(source: Path, target: Path) -> None:
+    """Make a weight file with the header and the size of another; its tensors are still to be put in."""
+    with source.open("rb") as stream:
+        prefix = stream.read(8)
+        header = stream.read(struct.unpack("<Q", prefix)[0])
+    with target.open("wb") as made:
+        made.write(prefix + header)
+        made.truncate(source.stat().st_size)
 
 
 def overwrite(tensor: StoredTensor, values: Tensor) -> None:
     """Replace the bytes of a stored tensor; `values` has its shape and dtype."""
-    import torch
-
     raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     if raw.nbytes != tensor.end - tensor.begin:
         raise CheckpointError(

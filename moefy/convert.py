@@ -346,9 +346,8 @@ def _write(
     finished.mkdir()
     hashes = {}
     if artefact.form == FULL:
-        copy_folder(checkpoint.folder, finished)
-        written = Checkpoint.open(finished)
-        reorder(written, found, artefact, report)
+        copy_folder(checkpoint.folder, finished, skip={file.name for file in checkpoint.files})
+        written = reorder(checkpoint, finished, found, artefact, report)
         hashes = {file.name: sha256(file) for file in written.files}
     write_side_files(finished, replace(artefact, sha256=hashes))
 

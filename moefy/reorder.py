@@ -3,33 +3,47 @@
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from moefy.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
-from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, permute_in_place
+from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, outline, overwrite
 from moefy.console import Reporter
 from moefy.errors import MoefyError
 from moefy.inputs import read_config
-from moefy.locate import Site, disk_names, meta_model, sites
+from moefy.locate import Site, disk_names, meta_model, permute, sites
 
 
 def reorder(
-    written: Checkpoint,
+    source: Checkpoint,
+    target: Path,
     found: list[Site],
     artefact: Artefact,
     report: Reporter,
     *,
     inverse: bool = False,
-) -> None:
-    """Permute every MLP tensor of a checkpoint in place, one tensor at a time."""
-    names: dict[str, list[str]] = {}
-    for disk, name in disk_names(meta_model(read_config(written)), written.tensors).items():
-        names.setdefault(name, []).append(disk)
-    for site in report.track(found, "restore layers" if inverse else "write layers"):
-        order_N = artefact.permutation(site.index)
-        order_N = order_N.argsort() if inverse else order_N
-        for name, axis in site.neuron_axes.items():
-            for disk in names[name]:
-                tensor = written.tensors[disk]
-                permute_in_place(tensor, order_N.numpy(), axis, tensor.shape[axis] // site.neurons)
+) -> Checkpoint:
+    """Write the weights of `source` into the folder `target`, the neurons of every MLP in expert order.
+
+    One tensor is in memory at a time; each is read once and written once. Files that hold no weights
+    are the caller's to copy.
+    """
+    written = outlined(source, target)
+    names = disk_names(meta_model(read_config(source)), source.tensors)
+    owners = {name: site for site in found for name in site.neuron_axes}
+    for disk in report.track(source.tensors, "restore tensors" if inverse else "write tensors"):
+        tensor, name = source.read(disk), names.get(disk, "")
+        if site := owners.get(name):
+            order_N = artefact.permutation(site.index)
+            tensor = permute(site, name, tensor, order_N.argsort() if inverse else order_N)
+        overwrite(written.tensors[disk], tensor)
+    return written
+
+
+def outlined(source: Checkpoint, target: Path) -> Checkpoint:
+    """`target` with the weight files of `source`, which lack nothing but their tensors."""
+    for file in source.files:
+        outline(file, target / file.name)
+    return Checkpoint.open(target)
 
 
 def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
@@ -53,11 +67,12 @@ def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> N
     output.begin("revert", resume=False, overwrite=overwrite)
     finished = output.work / "model"
     with output.full_disk():
-        output.need(Checkpoint.open(folder).bytes)
-        copy_folder(folder, finished, skip={META, SIDE, "records.json", "README.md"})
+        source = Checkpoint.open(folder)
+        output.need(source.bytes)
+        weights = {file.name for file in source.files}
+        copy_folder(folder, finished, skip={META, SIDE, "records.json", "README.md", *weights})
         if (finished / "README.source.md").exists():
             shutil.move(finished / "README.source.md", finished / "README.md")
-        written = Checkpoint.open(finished)
-        found = sites(meta_model(read_config(written)))
-        reorder(written, found, artefact, report, inverse=True)
+        found = sites(meta_model(read_config(source)))
+        reorder(source, finished, found, artefact, report, inverse=True)
     output.commit(finished)

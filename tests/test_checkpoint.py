@@ -7,38 +7,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moefy.checkpoint import Checkpoint, OutputFolder, overwrite, permute_in_place, read_header
+from moefy.checkpoint import Checkpoint, OutputFolder, outline, overwrite, read_header
 from moefy.errors import CheckpointError, OutputError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    neurons=st.integers(1, 12),
-    width=st.integers(1, 9),
-    axis=st.integers(0, 1),
-    parts=st.integers(1, 2),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 10**6),
-)
-def test_permuting_in_place_is_indexing(tmp_path_factory, neurons, width, axis, parts, dtype, seed):
-    file = tmp_path_factory.mktemp("p") / "model.safetensors"
-    g = torch.Generator().manual_seed(seed)
-    shape = (parts * neurons, width) if axis == 0 else (width, parts * neurons)
-    first, second = torch.randn(shape, generator=g).to(dtype), torch.randn(3, generator=g)
-    save_file({"a": first, "b": second}, file, metadata={"format": "pt"})
-    whole = file.read_bytes()
-    order = torch.randperm(neurons, generator=g)
-
-    permute_in_place(read_header(file)["a"], order.numpy(), axis, parts)
-    index = torch.cat([order + part * neurons for part in range(parts)])
-    got = load_file(file)
-    assert torch.equal(got["a"], first.index_select(axis, index))
-    assert torch.equal(got["b"], second)
-
-    permute_in_place(read_header(file)["a"], order.argsort().numpy(), axis, parts)
-    assert file.read_bytes() == whole
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outline_and_overwrite_rebuild_a_file(tmp_path, dtype):
+    source, target = tmp_path / "model.safetensors", tmp_path / "made.safetensors"
+    tensors = {"a": torch.randn(4, 3).to(dtype), "b": torch.arange(5), "empty": torch.zeros(0, 2)}
+    save_file(tensors, source, metadata={"format": "pt", "of": "a user"})
+    outline(source, target)
+    assert target.stat().st_size == source.stat().st_size
+    assert target.read_bytes() != source.read_bytes()
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, value in tensors.items():
+        assert torch.equal(checkpoint.read(name), value)
+        overwrite(read_header(target)[name], checkpoint.read(name))
+    assert target.read_bytes() == source.read_bytes()
 
 
 def test_overwrite_replaces_one_tensor(tmp_path):
@@ -51,11 +39,19 @@ def test_overwrite_replaces_one_tensor(tmp_path):
         overwrite(read_header(file)["a"], torch.zeros(3, 2))
 
 
-def test_unsupported_dtypes_are_named(tmp_path):
-    save_file({"a": torch.zeros(4, 2, dtype=torch.int8)}, tmp_path / "m.safetensors")
-    tensor = read_header(tmp_path / "m.safetensors")["a"]
-    with pytest.raises(CheckpointError, match="I8"):
-        permute_in_place(tensor, np.arange(4), 0)
+def test_what_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4, 2), "c": torch.zeros(2, dtype=torch.complex64)}, file)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match="C64"):
+        checkpoint.read("c")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="cut short"):
+        checkpoint.read("a")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read("a")
 
 
 def test_index_and_shards_must_agree(tmp_path):

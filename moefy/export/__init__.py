@@ -131,11 +131,12 @@ def _dense(
     """Write and verify the source's own architecture, its neurons in expert order."""
     output.need(checkpoint.bytes)
     adapter = artefact.form == ADAPTER
-    copy_folder(checkpoint.folder, finished, skip=set() if adapter else {*_SIDE_FILES, CARD})
+    weights = {file.name for file in checkpoint.files} if adapter else {*_SIDE_FILES, CARD}
+    copy_folder(checkpoint.folder, finished, skip=weights)
     if not adapter and (finished / SOURCE_CARD).exists():
         shutil.move(finished / SOURCE_CARD, finished / CARD)
     if adapter:
-        reorder(Checkpoint.open(finished), found, artefact, Reporter(quiet=True))
+        reorder(checkpoint, finished, found, artefact, Reporter(quiet=True))
     config = read_config(checkpoint)
     record: dict[str, Any] = {
         "architecture": type(meta_model(config)).__name__,
