@@ -59,9 +59,12 @@ def run(model: PreTrainedModel, batch: Batch) -> object:
     return model(**inputs_of(model, batch))
 
 
-def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What a model is called with: the batch on its device, without a cache."""
-    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
+def inputs_of(
+    model: PreTrainedModel, batch: Batch, device: torch.device | None = None
+) -> dict[str, Any]:
+    """What a model is called with: the batch on its device, or on `device`, without a cache."""
+    where = device or model.device
+    inputs: dict[str, Any] = {name: value.to(where) for name, value in batch.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     elif model.config.is_encoder_decoder or model.can_generate():

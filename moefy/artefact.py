@@ -113,20 +113,19 @@ class Artefact:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
-    def of_layer(self, index: int, part: str) -> dict[str, Tensor]:
-        """The tensors `layers.{index}.{part}.*`, by what follows."""
-        return self._below(f"layers.{index}.{part}.")
-
-    def of_heads(self, index: int, part: str) -> dict[str, Tensor]:
-        """The tensors `heads.{index}.{part}.*`, by what follows."""
-        return self._below(f"heads.{index}.{part}.")
-
-    def _below(self, prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+    def tensors_of(self, index: int, what: str = "layers") -> dict[str, Tensor]:
+        """The tensors of one layer, or of one of the `heads`, by what follows `{what}.{index}.`."""
+        return part_of(self.tensors, f"{what}.{index}")
 
     def permutation(self, index: int) -> Tensor:
         """Neurons of layer `index` in expert order `[N]`: slot `i` holds source neuron `p[i]`."""
         return self.tensors[f"layers.{index}.permutation"].long()
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, by what follows it and a dot."""
+    cut = f"{prefix}."
+    return {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)}
 
 
 def write_side_files(folder: Path, artefact: Artefact) -> None:

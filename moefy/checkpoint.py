@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.errors import CheckpointError, OutputError
@@ -161,16 +162,14 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, alone in memory, and read once: no file is mapped."""
         stored = self.tensors[name]
-        if stored.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{stored.file}: {name} is stored as {stored.dtype}, which is not read here"
-            )
-        tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-        raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+        tensor = torch.empty(stored.shape, dtype=self.dtype_of(name))
+        raw: NDArray[np.uint8] = np.empty(0, np.uint8)
+        if tensor.numel():
+            raw = tensor.view(-1).view(torch.uint8).numpy()
         try:
             with stored.file.open("rb") as stream:
                 stream.seek(stored.begin)
-                got = stream.readinto(raw)
+                got = stream.readinto(raw.data)
         except OSError as error:
             raise CheckpointError(
                 f"{stored.file}: cannot be read ({error.strerror}); put it back in its place"
@@ -180,6 +179,21 @@ class Checkpoint:
                 f"{stored.file}: {name} is cut short, {got} of {len(raw)} bytes; copy it again"
             )
         return tensor
+
+    def map(self, name: str) -> Tensor:
+        """One tensor, mapped: only the parts that are touched come into memory. Not to be changed."""
+        stored = self.tensors[name]
+        raw = np.memmap(stored.file, np.uint8, "c", stored.begin, (stored.end - stored.begin,))
+        return torch.from_numpy(raw).view(self.dtype_of(name)).view(stored.shape)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of one tensor; `CheckpointError` for one that torch does not have."""
+        stored = self.tensors[name]
+        if stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{stored.file}: {name} is stored as {stored.dtype}, which is not read here"
+            )
+        return _DTYPES[stored.dtype]
 
     @cached_property
     def bytes(self) -> int:

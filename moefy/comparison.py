@@ -34,7 +34,7 @@ from moefy.distil import compared
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
-from moefy.fitting import HELD_OUT_SHARE, fit_layer, sample_sizes, split_layer
+from moefy.fitting import HELD_OUT_SHARE, fit_layer, layer_sample, sample_sizes, split_layer
 from moefy.inputs import read_batches
 from moefy.locate import read_mlp, side_of, sites
 from moefy.mlp import DenseMlp
@@ -229,7 +229,7 @@ class Comparison:
         for site in todo.sites:
             mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
             split = self._partition(mlp, todo, site.index, recipe, samples)
-            fitted = fit_layer(mlp, todo, site, recipe, samples, split)
+            fitted = fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site), split)
             layers.append(fitted.entry)
             fits.append(fitted.fit.record())
             tensors |= {f"layers.{site.index}.{n}": v for n, v in fitted.tensors.items()}
@@ -315,7 +315,9 @@ class Comparison:
         if file.exists():
             kept = json.loads(file.read_text())
             return Partition(torch.tensor(kept["owner"]), kept["experts"], kept["shared"])
-        split = split_layer(mlp, todo, todo.sites[index], recipe, samples)
+        split = split_layer(
+            mlp, todo, todo.sites[index], recipe, layer_sample(samples, todo, todo.sites[index])
+        )
         kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
         file.write_text(json.dumps(kept))
         return split

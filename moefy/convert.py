@@ -38,7 +38,7 @@ from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
-from moefy.fitting import HELD_OUT_SHARE, Fitted, fit_layer, sample_sizes
+from moefy.fitting import HELD_OUT_SHARE, Fitted, fit_layer, layer_sample, sample_sizes
 from moefy.head_fitting import fit_heads
 from moefy.heads import HeadSite, read_heads
 from moefy.inputs import read_batches, read_config
@@ -234,7 +234,7 @@ def _fit(
         at = work / "layers" / str(site.index)
         if not at.with_suffix(".json").exists():
             mlp = read_mlp(site, get).to(torch.float32)
-            _keep(at, fit_layer(mlp, todo, site, recipe, samples))
+            _keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
     for block in report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
         at = work / "heads" / str(block.index)
         if not at.with_suffix(".json").exists():

@@ -52,19 +52,42 @@ class Fitted(Generic[E]):
     fit: RouterFit
 
 
+@dataclass(frozen=True)
+class LayerSample:
+    """What one layer sees of the tokens that a conversion reads."""
+
+    partition_TD: Tensor
+    domain_T: Tensor
+    """The domains of those."""
+    router: Tokens
+    held: Tokens
+
+    def on(self, device: torch.device) -> "LayerSample":
+        """The same, its tokens handed out on this device."""
+        router, held = (replace(t, device=device) for t in (self.router, self.held))
+        return replace(self, router=router, held=held)
+
+
+def layer_sample(samples: dict[str, Captured], todo: Plan, site: Site) -> LayerSample:
+    """What was captured of one layer."""
+    first = samples["partition"]
+    router, held = (tokens_of(samples[name], todo, site) for name in ("router", "held-out"))
+    return LayerSample(first.inputs(site), first.domains(site), router, held)
+
+
 def split_layer(
-    mlp: DenseMlp, todo: Plan, site: Site, recipe: Recipe, samples: dict[str, Captured]
+    mlp: DenseMlp, todo: Plan, site: Site, recipe: Recipe, sample: LayerSample
 ) -> Partition:
     """The partition of one layer."""
     return partition(
         mlp,
-        samples["partition"].inputs(site).float(),
+        sample.partition_TD.float(),
         experts=todo.layers[site.index].experts,
         method=recipe.partition.method,
         shared=recipe.partition.shared,
         shared_by=recipe.partition.shared_by,
         most_shared=_active(todo, site) - 1,
-        domain_T=samples["partition"].domains(site),
+        domain_T=sample.domain_T,
         seed=recipe.seed,
         where=f"layer {site.index}",
     )
@@ -75,23 +98,23 @@ def fit_layer(
     todo: Plan,
     site: Site,
     recipe: Recipe,
-    samples: dict[str, Captured],
+    sample: LayerSample,
     split: Partition | None = None,
 ) -> Fitted[LayerEntry]:
     """Partition one layer, unless `split` is given, and fit its routing.
 
     `mlp` has the weights in fp32 as stored. The same seed gives the same bytes.
     """
-    split = split or split_layer(mlp, todo, site, recipe, samples)
+    split = split or split_layer(mlp, todo, site, recipe, sample)
     entry = replace(todo.layers[site.index], shared=split.shared)
     k = _active(todo, site) - split.shared
     torch.manual_seed(recipe.seed + site.index)
-    whole = mlp.take(split.permutation)
+    whole = mlp if split.as_stored else mlp.take(split.permutation)
     routed = whole.take(slice(split.shared * split.expert_size, None))
-    tokens, held = (tokens_of(samples[name], todo, site) for name in ("router", "held-out"))
+    tokens, held = sample.router, sample.held
 
     router, compensation = build_router(entry), build_compensation(entry)
-    x_TD = samples["partition"].inputs(site).float()
+    x_TD = sample.partition_TD.float()
     compensation.initialise(routed, x_TD, k)
     routed = compensation.centred(routed)
     router.initialise(routed, x_TD, whole)
@@ -101,8 +124,8 @@ def fit_layer(
     )  # fmt: skip
     kind = choose(SELECTIONS, "selection", recipe.selection.name)
     # Where densities are allocated, both are fitted there, for every density that is considered.
-    sample = held.some(PROVISIONAL) if recipe.allocates else held
-    selection = fit_selection(kind, router, routed, sample, k, cap(recipe, k))
+    seen = held.some(PROVISIONAL) if recipe.allocates else held
+    selection = fit_selection(kind, router, routed, seen, k, cap(recipe, k))
     entry = replace(entry, selection={"name": recipe.selection.name, **selection.settings()})
     if not recipe.allocates:
         fit_compensation(compensation, router, selection, routed, tokens)

@@ -25,6 +25,7 @@ from moefy.artefact import (
     Entry,
     HeadEntry,
     LayerEntry,
+    part_of,
     read_artefact,
     verify_source,
     write_side_files,
@@ -34,6 +35,7 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.heads import HeadSite, head_sites
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
+from moefy.offload import StoredMlp, offload, offloaded, stored_names
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Context, Router, Selection, stored
@@ -109,8 +111,8 @@ def load(
     """Load a moefied checkpoint as a transformers model whose MLPs are SparseMlps.
 
     `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
-    the weights. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; weights
-    that are offloaded to CPU or disk by `device_map` are refused.
+    the weights. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
+    `device_map` offloads are read from disk whenever they run.
 
     Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
     """
@@ -122,20 +124,32 @@ def load(
         raise CheckpointError(
             f"{folder}: {len(artefact.layers)} layers in {META}, {len(sites(model))} in the model"
         )
-    moefied(model, artefact, permute=artefact.form == ADAPTER)
+    moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
     model.moefy_checkpoint = checkpoint  # type: ignore[assignment]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     return model
 
 
-def moefied(model: PreTrainedModel, artefact: Artefact, *, permute: bool) -> None:
+def moefied(
+    model: PreTrainedModel,
+    artefact: Artefact,
+    *,
+    permute: bool,
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """Turn a dense model into the moefied one that `artefact` describes, in place.
 
-    `permute` puts the neurons into expert order; without it they stand so already.
+    `permute` puts the neurons into expert order; without it they stand so already. `checkpoint`
+    holds the weights of layers that are offloaded.
     """
     found = sites(model)
-    for site, entry in zip(found, artefact.layers, strict=True):
-        replace_module(model, site, _sparse(model, site, entry, artefact, permute))
+    devices = [offloaded(model.get_submodule(site.path("up"))) for site in found]
+    names = stored_names(model, checkpoint) if checkpoint and any(devices) else {}
+    for site, entry, device in zip(found, artefact.layers, devices, strict=True):
+        sparse = install(model, site, entry, artefact.tensors_of(site.index), permute, device)
+        if device is not None and checkpoint is not None:
+            order_N = artefact.permutation(site.index) if permute else None
+            offload(sparse, StoredMlp(checkpoint, names, site, order_N), device)
     blocks = head_sites(model) if artefact.heads else []
     if [(s.block, s.heads, s.head_dim) for s in blocks] != [
         (entry.block, entry.heads, entry.head_dim) for entry in artefact.heads
@@ -201,25 +215,31 @@ def weights_of(
     return checkpoint
 
 
-def _sparse(
-    model: PreTrainedModel, site: Site, entry: LayerEntry, artefact: Artefact, permute: bool
+def install(
+    model: PreTrainedModel,
+    site: Site,
+    entry: LayerEntry,
+    tensors: dict[str, Tensor],
+    permute: bool,
+    device: torch.device | None = None,
 ) -> SparseMlp:
-    """Take the weights out of the dense modules; only the down projection is copied (transposed)."""
-    device = model.get_parameter(site.path("up") + ".weight").device
-    if device.type == "meta":
-        raise MoefyError(
-            f"{site.layer}: its weights are offloaded by device_map; give a device_map that keeps "
-            "every layer on a device"
-        )
+    """Put a SparseMlp in the place of one MLP; `tensors` are those of the side file for this layer.
+
+    The weights are taken out of the dense modules; only the down projection is copied (transposed).
+    `device` is where a layer runs whose weights are not in memory.
+    """
+    here = model.get_parameter(site.path("up") + ".weight").device
+    if here.type == "meta":
+        permute, here = False, device or torch.device("cpu")
     mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
     if permute:
-        mlp = mlp.take(artefact.permutation(site.index).to(device))
+        mlp = mlp.take(tensors["permutation"].long().to(here))
     mlp = mlp.contiguous()
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
-        _fill(module, artefact.of_layer(site.index, part), f"layers.{site.index}.{part}")
-        module.to(device=device)
-    return SparseMlp(
+        _fill(module, part_of(tensors, part), f"layers.{site.index}.{part}")
+        module.to(device=here)
+    sparse = SparseMlp(
         mlp,
         experts=entry.experts,
         shared=entry.shared,
@@ -228,6 +248,8 @@ def _sparse(
         compensation=compensation,
         look_ahead=entry.router["look_ahead"],
     )
+    replace_module(model, site, sparse)
+    return sparse
 
 
 def _install_heads(
@@ -235,9 +257,18 @@ def _install_heads(
 ) -> None:
     """Put SparseHeads in the place of the output projection; its parameters stay the same ones."""
     projection: Any = model.get_submodule(site.projection)
+    if offloaded(projection) is not None:
+        raise MoefyError(
+            f"{site.block}: offloaded by device_map, which attention in experts cannot be; give a "
+            "device_map that keeps every block on a device"
+        )
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
-        _fill(module, artefact.of_heads(site.index, part), f"heads.{site.index}.{part}")
+        _fill(
+            module,
+            part_of(artefact.tensors_of(site.index, "heads"), part),
+            f"heads.{site.index}.{part}",
+        )
         module.to(device=projection.weight.device)
     heads = SparseHeads(
         projection.weight,
@@ -318,6 +349,10 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         copy_folder(checkpoint.folder, folder)
     stored = Checkpoint.open(folder if not adapter else checkpoint.folder)
     state, modules = model.state_dict(), sparse_mlps(model)
+    if any(value.is_meta for value in state.values()):
+        raise MoefyError(
+            f"{folder}: some layers are offloaded; load the model without offloading to save it"
+        )
     changed = False
     for disk, name in disk_names(meta, stored.tensors).items():
         site = owners.get(name)

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from torch import Tensor
-
 from moefy.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, outline, overwrite
 from moefy.console import Reporter

@@ -5,10 +5,15 @@ For a small error `e` of one layer's output, KL(dense || disturbed) is about `e^
 model's own prediction (Amari 1998). One backward pass gives the matrices of all layers. Where there
 are no logits, `g` is the gradient of a random projection of the last hidden states, over their size.
 
+Where a backward pass does not fit, one number per layer has to do: the inverse of the residual
+stream's squared norm, `|e|^2 / |h|^2`. Normalisation makes later layers see an error in proportion to
+the stream that it is added to.
+
 Shapes: T tokens, D width, V vocabulary.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +65,42 @@ def sensitivities(
         for handle in handles:
             handle.remove()
     return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)], said
+
+
+@torch.no_grad()
+def stream_metric(model: PreTrainedModel, found: list[Site], batches: list[Batch]) -> list[Tensor]:
+    """The inverse of the residual stream's squared norm behind every layer, with every expert on."""
+    powers: list[list[Tensor]] = [[] for _ in found]
+    current: list[Batch] = []
+
+    def heard(site: Site, _: nn.Module, __: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        powers[site.index].append(squared_norms(hidden, current[0].mask(side_of(site))))
+
+    layers = [(model.get_submodule(site.layer), site) for site in found]
+    handles = [layer.register_forward_hook(partial(heard, site)) for layer, site in layers]
+    try:
+        with all_experts(model):
+            for batch in batches:
+                current[:] = [batch]
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [inverse_power(torch.cat(rows)) for rows in powers]
+
+
+def squared_norms(hidden: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Squared norm of every real token's hidden state `[T]`."""
+    rows_TD = hidden.detach().reshape(-1, hidden.shape[-1]).float()
+    if mask_BT is not None:
+        rows_TD = rows_TD[mask_BT.flatten().to(rows_TD.device)]
+    return rows_TD.square().sum(1).cpu()
+
+
+def inverse_power(power_T: Tensor) -> Tensor:
+    """One over the median: a few attention sinks would make the mean."""
+    return 1 / power_T.median().clamp_min(1e-30)
 
 
 def _objective(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:

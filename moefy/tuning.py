@@ -11,9 +11,10 @@ Shapes: T tokens, D width, E routed experts, K experts that run.
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
 from moefy.evaluate.observing import Heard, Listener, observing
-from moefy.fitting import cap, tokens_of
+from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
 from moefy.recipe import Recipe
@@ -34,7 +35,7 @@ from moefy.routing import SELECTIONS, choose
 from moefy.routing.base import Selection
 from moefy.routing.budget import greedy, solve
 from moefy.routing.residual import missing
-from moefy.sensitivity import sensitivities
+from moefy.sensitivity import sensitivities, stream_metric
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens, fit_compensation, fit_selection
 
@@ -210,17 +211,22 @@ def allocate(
 ) -> dict[str, Any]:
     """Choose the density of every layer and set it; returns densities and measured KL.
 
-    `metric`, of every layer, is what its output error costs (`moefy.sensitivity`), where it is known.
+    `metric`, of every layer, is what its output error costs (`moefy.sensitivity`); the greedy budget
+    takes the residual stream's where there is none.
     """
     modules = sparse_mlps(model)
     rows: list[list[Candidate]] = []
-    for index, module in report.track(modules.items(), "measure densities"):
-        rows.append(
-            _candidates(
-                module, index, todo, recipe, samples, held, metric[index] if metric else None
-            )
-        )
     planned = [_planned(todo, index, module) for index, module in modules.items()]
+    if recipe.budget.name == "greedy" and metric is None:
+        metric = stream_metric(model, todo.sites, held.batches)
+    for index, module in report.track(modules.items(), "measure densities"):
+        sample = layer_sample(samples, todo, todo.sites[index]).on(module.weights.down_ND.device)
+        rows.append(
+            candidates(
+                module, planned[index], recipe, sample,
+                partial(_loss, held=held, metric=None if metric is None else metric[index]),
+            )
+        )  # fmt: skip
     uniform = [_nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]
@@ -281,44 +287,43 @@ def allocate(
     }
 
 
-def _candidates(
+def candidates(
     module: SparseMlp,
-    index: int,
-    todo: Plan,
+    planned: int,
     recipe: Recipe,
-    samples: dict[str, Captured],
-    held: HeldOut,
-    metric_DD: Tensor | None,
+    sample: LayerSample,
+    loss_of: Callable[[SparseMlp, "Trial"], float],
 ) -> list[Candidate]:
-    """One layer at several densities, cheapest first, each with its own selection and means."""
+    """One layer at several densities, cheapest first, each with its own selection and means.
+
+    `planned` routed experts run at the mean density; `loss_of` says what the module, as it is set,
+    costs the model.
+    """
     experts, routed = module.experts - module.shared, module.routed.to(torch.float32)
-    planned = _planned(todo, index, module)
     # A target for KL may need every expert of a layer, a mean density never does.
     factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
     actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
-    tokens, held_tokens = (
-        _tokens(samples[name], todo, index, module).some(TRIAL_TOKENS)
-        for name in ("router", "held-out")
-    )
-    seen = _Seen(module, routed, held_tokens)
+    tokens, held = (t.some(TRIAL_TOKENS) for t in (sample.router, sample.held))
+    trial = Trial(module, routed, held)
     found = []
     for active in actives:
-        selection = type(module.selection).fit(seen.scores_TE, active, cap(recipe, active))
+        selection = type(module.selection).fit(trial.scores_TE, active, cap(recipe, active))
         fit_compensation(module.compensation, module.router, selection, routed, tokens)
         state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
         module.selection = selection
         share = (active + module.shared) / module.experts
         if recipe.budget.per == "time":
-            cost = _seconds(module, held_tokens)
+            cost = _seconds(module, held)
         else:
             weights = module.weights
             cost = share * weights.matrices * weights.neurons * weights.width
-        if recipe.budget.name == "greedy":
-            loss = seen.output_error(module, metric_DD)
-        else:
-            loss = held.distance(only=module)
-        found.append(Candidate(active, selection, state, cost, loss))
+        found.append(Candidate(active, selection, state, cost, loss_of(module, trial)))
     return found
+
+
+def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | None) -> float:
+    """By measurement on the whole model, or as the metric of the layer's output error says."""
+    return held.distance(only=module) if metric is None else trial.output_error(module, metric)
 
 
 def _planned(todo: Plan, index: int, module: SparseMlp) -> int:
@@ -341,7 +346,7 @@ def _nearest(row: list[Candidate], active: int) -> int:
     return min(range(len(row)), key=lambda at: abs(row[at].active - active))
 
 
-class _Seen:
+class Trial:
     """What is the same for every density of a layer: activations and scores of held-out tokens."""
 
     def __init__(self, module: SparseMlp, routed: DenseMlp, tokens: Tokens) -> None:
@@ -350,19 +355,16 @@ class _Seen:
         self.h_TN = torch.cat(list(tokens.activations(routed)))
         self.scores_TE = torch.cat([module.router(x, routed) for _, x in tokens.chunks()])
 
-    def output_error(self, module: SparseMlp, metric_DD: Tensor | None) -> float:
-        """What the layer's output error costs: per token in KL as `metric_DD` estimates it
-        (`moefy.sensitivity`), or without one the squared error over the squared norm of the output.
-        """
+    def output_error(self, module: SparseMlp, metric: Tensor) -> float:
+        """What the layer's output error `e` costs per token: `e^T G e` for a metric `[D, D]`, or
+        `w |e|^2` for a number (`moefy.sensitivity`)."""
         mask_TE = module.selection(self.scores_TE, module.context)
         error_TD = -missing(self.h_TN, mask_TE, self.routed)
         extra_TD = module.compensation(self.x_TD, mask_TE)
         if extra_TD is not None:
             error_TD += extra_TD
-        if metric_DD is None:
-            dense_TD = module.weights.to(torch.float32)(self.x_TD)
-            return (error_TD.square().sum() / dense_TD.square().sum().clamp_min(1e-30)).item()
-        weighed_TD = error_TD @ metric_DD.to(error_TD.device)
+        metric = metric.to(error_TD.device)
+        weighed_TD = error_TD @ metric if metric.ndim else error_TD * metric
         return (weighed_TD * error_TD).sum().item() / len(error_TD)
 
 

@@ -23,7 +23,7 @@ from moefy.console import Reporter
 from moefy.convert import EVALUATED_DOCUMENTS, HELD_OUT_SHARE
 from moefy.data import hold_out, load_corpus, split_shards
 from moefy.evaluate import evaluate
-from moefy.fitting import fit_layer
+from moefy.fitting import fit_layer, layer_sample
 from moefy.head_fitting import fit_heads
 from moefy.heads import read_heads
 from moefy.inputs import read_batches
@@ -128,7 +128,9 @@ def convert(checkpoint: Checkpoint, todo: Plan, recipe: Recipe, samples: dict[st
 
     tensors, layers, heads, fits = {}, [], [], []
     for site in todo.sites:
-        layer = fit_layer(read_mlp(site, get), todo, site, recipe, samples)
+        layer = fit_layer(
+            read_mlp(site, get), todo, site, recipe, layer_sample(samples, todo, site)
+        )
         layers.append(layer.entry)
         tensors |= {f"layers.{site.index}.{key}": value for key, value in layer.tensors.items()}
     for site in todo.head_sites:

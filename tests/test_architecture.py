@@ -24,7 +24,7 @@ LAYERS = (
     {"routing", "draws"},
     {"routed"},
     {"locate", "artefact", "inputs", "listing", "sparse_mlp", "sparse_heads"},
-    {"heads"},
+    {"heads", "offload"},
     {"activations", "modeling", "plan", "reorder"},
     {"training", "evaluate", "interpret", "benchmark", "card"},
     {"distil", "fitting"},

@@ -1,10 +1,7 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moefy.checkpoint import Checkpoint, OutputFolder, outline, overwrite, read_header

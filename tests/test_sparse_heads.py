@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig
 
 import moefy
-from moefy.artefact import read_artefact
+from moefy.artefact import part_of, read_artefact
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.data import load_corpus, make_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
@@ -75,8 +75,9 @@ def naive(source: Path, out: Path, *, rolled: int = 0):
     artefact = read_artefact(out)
     modules = dict(model.named_modules())
     for index, (entry, site) in enumerate(zip(artefact.heads, head_sites(model), strict=True)):
-        router = {k: v.double() for k, v in artefact.of_heads(index, "router").items()}
-        means = artefact.of_heads(index, "compensation").get("mean_ED")
+        tensors = artefact.tensors_of(index, "heads")
+        router = {k: v.double() for k, v in part_of(tensors, "router").items()}
+        means = tensors.get("compensation.mean_ED")
         seen = {}
 
         def before(_, args, kwargs, seen=seen):

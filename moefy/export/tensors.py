@@ -128,7 +128,7 @@ def _experts(target: Target, source: Source, site: Site, artefact: Artefact) -> 
     entry = artefact.layers[site.index]
     k, eps, shared = entry.selection["k"], entry.selection["eps"], entry.shared
     size, block = entry.neurons // entry.experts, f"{site.layer}.{target.block}"
-    scaled_ED = artefact.of_layer(site.index, "router")["weight"].float() * eps
+    scaled_ED = artefact.tensors_of(site.index)["router.weight"].float() * eps
     # In fp32 whatever the rest: engines that route in fp32 then have the very router fitted.
     yield Planned(f"{block}.gate.weight", tuple(scaled_ED.shape), torch.float32, lambda: scaled_ED)
     for number in range(entry.experts - shared):

@@ -76,6 +76,11 @@ class Partition:
         """Neurons `[N]` in expert order; within an expert they keep the checkpoint's order."""
         return self.owner_N.argsort(stable=True)
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether the neurons stand in expert order in the checkpoint already."""
+        return bool((self.owner_N.diff() >= 0).all())
+
 
 def partition(
     mlp: DenseMlp,
@@ -117,9 +122,12 @@ def partition(
             "got 0 tokens; give a corpus"
         )
     _require_finite(mlp, x_TD, where)
+    size = neurons // experts
+    if size == 1 and shared == 0:
+        # Single neurons leave nothing to group: they keep the order of the checkpoint.
+        return Partition(owner_N=torch.arange(neurons), experts=experts, shared=0)
     order_N = torch.arange(neurons) if method in AS_STORED else canonical_order(mlp)
     mlp = canonical_gauge(mlp, order_N)
-    size = neurons // experts
     if shared is None:
         wanted = round(shared_share(variation(mlp, x_TD, domain_T)) * experts)
         shared = min(wanted, experts - 1, experts - 1 if most_shared is None else most_shared)
@@ -130,7 +138,6 @@ def partition(
         owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
         routed_N = first_N[shared * size :].sort().values
     if size == 1:
-        # Single neurons leave nothing to group: they keep the order of the checkpoint.
         found_N = order_N[routed_N].argsort().argsort()
     elif run is cmoe:
         found_N = cmoe(mlp, x_TD, experts - shared, seed, routed_N)
