@@ -109,7 +109,7 @@ def capture(
     Raises `MoefyError` where an activation is not finite.
     """
     keep = {
-        side: _drawn(_sizes(model, found, batches, side), limit, seed)
+        side: drawn(_sizes(model, found, batches, side), limit, seed)
         for side in sorted({side_of(site) for site in found})
     }
     current: list[tuple[Batch, dict[str, Tensor]]] = []
@@ -158,8 +158,8 @@ def capture(
     into._index.write_text(json.dumps(index))
 
 
-def _drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:
-    """For each batch, which of its tokens are kept: an even draw without replacement."""
+def drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:
+    """For each batch of so many tokens, which are kept `[T]`: an even draw without replacement."""
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     chosen[torch.randperm(sum(sizes), generator=generator)[:limit]] = True

@@ -17,10 +17,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,35 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.activations import Captured, capture, run
-from moefy.artefact import ADAPTER, FULL, Artefact, HeadEntry, LayerEntry, write_side_files
+from moefy.artefact import FULL, Artefact, write_side_files
 from moefy.card import model_card
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, sha256
 from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluate import evaluate, outputs
-from moefy.fitting import HELD_OUT_SHARE, Fitted, fit_layer, layer_sample, sample_sizes
+from moefy.fitted import collect, keep
+from moefy.fitting import HELD_OUT_SHARE, fit_layer, layer_sample, sample_sizes
 from moefy.head_fitting import fit_heads
-from moefy.heads import HeadSite, read_heads
+from moefy.heads import read_heads
 from moefy.inputs import read_batches, read_config
-from moefy.locate import Place, Site, disk_names, meta_model, read_mlp
+from moefy.job import Clock, Converted, Job, Reading
+from moefy.locate import Place, disk_names, meta_model, read_mlp
 from moefy.mlp import HeadOutputs
-from moefy.modeling import load, load_dense, moefied, placement, with_routing_of
+from moefy.modeling import (
+    load,
+    load_dense,
+    moefied,
+    placement,
+    running_dtype,
+    with_routing_of,
+)
 from moefy.plan import Plan, describe, plan
-from moefy.provenance import machine, versions
+from moefy.provenance import machine, peak_memory, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
 from moefy.sparse_mlp import all_experts
+from moefy.streaming import EVALUATED_TOKENS, refuse, stream
 from moefy.tuning import needs_tuning, tune
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,6 +74,7 @@ def convert(
     recipe: Recipe | str | Path = "default",
     corpus: Any = None,
     adapter: bool = False,
+    streamed: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
@@ -72,84 +82,72 @@ def convert(
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
 
     `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
-    With `adapter` only the side files are written and the source stays where it is. `resume` takes
-    up a run that was interrupted and ends with the same tensors; `overwrite` replaces `out`.
+    With `adapter` only the side files are written and the source stays where it is. `streamed` holds
+    one layer in memory at a time (`moefy.streaming`, docs/streaming.md). `resume` takes up a run that
+    was interrupted and ends with the same tensors; `overwrite` replaces `out`.
 
     Returns the records that are also in `out/records.json`: `conversion` and `evaluation`. Raises
     `MoefyError` for anything that is the user's to mend; `out` then is as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    report = Reporter(quiet=quiet)
-    clock = _Clock()
+    report, clock = Reporter(quiet=quiet), Clock()
     with _on_disk(model, adapter) as folder:
         with clock.stage("plan"):
             checkpoint = Checkpoint.open(folder)
             text = load_corpus(corpus)
             shards = split_shards(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
+            if streamed:
+                refuse(todo, recipe, adapter)
             report.say(describe(todo, recipe))
             reading = _reading(checkpoint, todo, recipe, shards)
+            held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+            limit = EVALUATED_TOKENS if streamed else None
+            evaluated = read_batches(checkpoint, todo.kind, held, recipe.context, limit)
+        with clock.stage("hash the source"):
             source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
         output = OutputFolder(Path(out))
-        output.begin(
-            _fingerprint(recipe, source, text, adapter), resume=resume, overwrite=overwrite
-        )
+        fingerprint = _fingerprint(recipe, source, text, adapter, streamed)
+        output.begin(fingerprint, resume=resume, overwrite=overwrite)
         output.need(todo.disk)
+        job = Job(
+            checkpoint, todo, recipe, text, source, adapter, reading, evaluated, output.work, report,
+            clock,
+        )  # fmt: skip
 
         with output.full_disk():
-            with clock.stage("measure"):
-                samples = _measure(checkpoint, reading, todo, recipe.seed, output.work, report)
-
-            with clock.stage("fit"):
-                fitted = _fit(checkpoint, todo, recipe, samples, output.work, report)
-
-            with clock.stage("tune"):
-                artefact, fits, head_fits = _collect(fitted, todo, recipe, source, text, adapter)
-                artefact, tuning = _tune(
-                    checkpoint, todo, recipe, artefact, samples, reading, output.work, report
-                )
-
-            with clock.stage("write"):
-                finished = output.work / "model"
-                _write(checkpoint, finished, artefact, todo.sites, report)
-
-            with clock.stage("verify"):
-                held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
-                batches = read_batches(checkpoint, todo.kind, held, recipe.context)
-                sparse = load(finished, verify=False, **placement())
-                error = _verify(checkpoint, sparse, batches)
-                report.say(f"with every expert on, equal to the dense model up to {error:.1e}")
-                quality = evaluate(sparse, batches, report=report)
-
-            conversion = {
-                "kind": "conversion",
-                "source": source["name"],
-                "model_class": todo.model_class,
-                "form": artefact.form,
-                "all_experts_relative_error": error,
-                "routers": fits,
-                "head_routers": head_fits,
-                "tuning": tuning,
-                "seconds": clock.seconds,
-                "machine": machine(),
-            }
-            records = {"conversion": conversion, "evaluation": quality}
-            _describe_output(finished, artefact, records)
-    output.commit(finished)
+            made = stream(job) if streamed else _in_memory(job)
+            _require_equal(made.error, running_dtype(checkpoint))
+            report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
+            with clock.stage("hash the result"):
+                _seal(job.finished, made.artefact)
+            records = {"conversion": _record(job, made, streamed), "evaluation": made.evaluation}
+            _describe_output(job.finished, made.artefact, records)
+    output.commit(job.finished)
     return records
 
 
-class _Clock:
-    """Wall-clock seconds of every stage."""
+def _in_memory(job: Job) -> Converted:
+    """Every stage on the whole model, one after the other."""
+    clock = job.clock
+    with clock.stage("measure"):
+        samples = _measure(job)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    with clock.stage("fit"):
+        _fit(job, samples)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+    with clock.stage("tune"):
+        artefact, fits, head_fits = collect(job)
+        artefact, tuning = _tune(job, artefact, samples)
+
+    with clock.stage("write"):
+        _write(job, artefact)
+
+    with clock.stage("verify"):
+        sparse = load(job.finished, verify=False, **placement())
+        error = _verify(job.checkpoint, sparse, job.evaluated)
+        quality = evaluate(sparse, job.evaluated, report=job.report)
+    return Converted(artefact, error, quality, tuning, fits, head_fits)
 
 
 @contextmanager
@@ -165,9 +163,11 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
         yield folder
 
 
-def _fingerprint(recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool) -> str:
+def _fingerprint(
+    recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool, streamed: bool
+) -> str:
     """Digest of all that decides the result: an unfinished run is only resumed with the same."""
-    settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, versions()]
+    settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, streamed, versions()]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -181,7 +181,7 @@ def _lasting_name(folder: str | Path, adapter: bool) -> str:
 
 def _reading(
     checkpoint: Checkpoint, todo: Plan, recipe: Recipe, shards: dict[str, Corpus]
-) -> dict[str, tuple[list[Batch], int]]:
+) -> Reading:
     """Batches, and how many of their tokens to keep: for the partition, for the router, and for the
     router's early stopping. A corpus the model cannot read is found here, before anything is made.
     """
@@ -193,63 +193,43 @@ def _reading(
     }
 
 
-def _measure(
-    checkpoint: Checkpoint,
-    reading: dict[str, tuple[list[Batch], int]],
-    todo: Plan,
-    seed: int,
-    work: Path,
-    report: Reporter,
-) -> dict[str, Captured]:
+def _measure(job: Job) -> dict[str, Captured]:
     """Run the dense model once over all that is to be read and keep a sample of what layers see."""
-    folder = work / "activations"
+    folder, todo = job.work / "activations", job.todo
     folder.mkdir(exist_ok=True)
-    samples = {name: Captured(folder, name) for name in reading}
-    missing = [name for name in reading if not samples[name].complete]
-    model = load_dense(checkpoint, **placement()) if missing else None
+    samples = {name: Captured(folder, name) for name in job.reading}
+    missing = [name for name in job.reading if not samples[name].complete]
+    model = load_dense(job.checkpoint, **placement()) if missing else None
     places: list[Place] = [*todo.sites]
     for site in todo.head_sites:
         places += site.places(len(todo.sites))
     for name in missing:
         assert model is not None
-        batches, limit = reading[name]
-        capture(model, places, batches, samples[name], limit=limit, seed=seed, report=report)
+        batches, limit = job.reading[name]
+        capture(
+            model, places, batches, samples[name],
+            limit=limit, seed=job.recipe.seed, report=job.report,
+        )  # fmt: skip
     return samples
 
 
-def _fit(
-    checkpoint: Checkpoint,
-    todo: Plan,
-    recipe: Recipe,
-    samples: dict[str, Captured],
-    work: Path,
-    report: Reporter,
-) -> Path:
+def _fit(job: Job, samples: dict[str, Captured]) -> None:
     """Fit every layer that is not there yet, each from its own weights and sample alone."""
+    checkpoint, todo, recipe = job.checkpoint, job.todo, job.recipe
     for what in ("layers", "heads"):
-        (work / what).mkdir(exist_ok=True)
+        (job.work / what).mkdir(exist_ok=True)
     stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
     get = _reader(checkpoint, {name: disk for disk, name in stored.items()})
-    for site in report.track(todo.sites, "fit layers"):
-        at = work / "layers" / str(site.index)
+    for site in job.report.track(todo.sites, "fit layers"):
+        at = job.work / "layers" / str(site.index)
         if not at.with_suffix(".json").exists():
             mlp = read_mlp(site, get).to(torch.float32)
-            _keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
-    for block in report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
-        at = work / "heads" / str(block.index)
+            keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
+    for block in job.report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
+        at = job.work / "heads" / str(block.index)
         if not at.with_suffix(".json").exists():
             heads = HeadOutputs.behind(read_heads(block, get).down_ND.float())
-            _keep(at, fit_heads(heads, todo, block, recipe, samples))
-    return work
-
-
-def _keep(at: Path, fitted: Fitted[Any]) -> None:
-    save_file(fitted.tensors, at.with_suffix(".safetensors"))
-    # Written last and by rename: its presence says that the layer is finished.
-    unfinished = at.with_suffix(".part")
-    kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record()}
-    unfinished.write_text(json.dumps(kept))
-    unfinished.replace(at.with_suffix(".json"))
+            keep(at, fit_heads(heads, todo, block, recipe, samples))
 
 
 def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Tensor]:
@@ -268,61 +248,18 @@ def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Te
     return get
 
 
-def _collect(
-    fitted: Path, todo: Plan, recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool
-) -> tuple[Artefact, list[dict[str, Any]], list[dict[str, Any]]]:
-    """All that was fitted as one artefact, and how well the routers of MLPs and of heads came out."""
-    tensors: dict[str, Tensor] = {}
-    layers, fits = _fitted(fitted, "layers", todo.sites, tensors)
-    heads, head_fits = _fitted(fitted, "heads", todo.head_sites, tensors)
-    artefact = Artefact(
-        form=ADAPTER if adapter else FULL,
-        source=source,
-        recipe=recipes.to_dict(recipe),
-        corpus={"name": corpus.name, "sha256": corpus.sha256},
-        layers=[LayerEntry(**entry) for entry in layers],
-        heads=[HeadEntry(**entry) for entry in heads],
-        tensors=tensors,
-        versions=versions(),
-    )
-    return artefact, fits, head_fits
-
-
-def _fitted(
-    work: Path, what: str, found: Sequence[Site | HeadSite], tensors: dict[str, Tensor]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Entries and fits of all that is of one kind; adds what they fitted to `tensors`."""
-    entries, fits = [], []
-    for site in found:
-        at = work / what / str(site.index)
-        kept = json.loads(at.with_suffix(".json").read_text())
-        entries.append(kept["entry"])
-        fits.append({"layer": site.layer, **kept["fit"]})
-        for name, value in load_file(at.with_suffix(".safetensors")).items():
-            tensors[f"{what}.{site.index}.{name}"] = value
-    return entries, fits
-
-
 def _tune(
-    checkpoint: Checkpoint,
-    todo: Plan,
-    recipe: Recipe,
-    artefact: Artefact,
-    samples: dict[str, Captured],
-    reading: dict[str, tuple[list[Batch], int]],
-    work: Path,
-    report: Reporter,
+    job: Job, artefact: Artefact, samples: dict[str, Captured]
 ) -> tuple[Artefact, dict[str, Any]]:
     """Tune the moefied model in memory, where the recipe asks for it, and take back its routing."""
-    if not needs_tuning(recipe):
+    if not needs_tuning(job.recipe):
         return artefact, {}
-    kept = work / "tuned"
+    kept = job.work / "tuned"
     if not (kept / "record.json").exists():
-        model = load_dense(checkpoint, **placement())
+        model = load_dense(job.checkpoint, **placement())
         moefied(model, artefact, permute=True)
-        record = tune(
-            model, todo, recipe, samples, reading["router"][0], reading["held-out"][0], report
-        )
+        training, held = (job.reading[name][0] for name in ("router", "held-out"))
+        record = tune(model, job.todo, job.recipe, samples, training, held, job.report)
         artefact = with_routing_of(model)
         kept.mkdir(exist_ok=True)
         save_file(artefact.tensors, kept / "tensors.safetensors")
@@ -338,17 +275,22 @@ def _tune(
     return replace(artefact, layers=layers, tensors=tensors), record
 
 
-def _write(
-    checkpoint: Checkpoint, finished: Path, artefact: Artefact, found: list[Site], report: Reporter
-) -> None:
+def _write(job: Job, artefact: Artefact) -> None:
     """Write the result; a folder from a run that was killed here is made anew."""
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
+    shutil.rmtree(job.finished, ignore_errors=True)
+    job.finished.mkdir()
+    if artefact.form == FULL:
+        weights = {file.name for file in job.checkpoint.files}
+        copy_folder(job.checkpoint.folder, job.finished, skip=weights)
+        reorder(job.checkpoint, job.finished, job.todo.sites, artefact, job.report)
+    write_side_files(job.finished, artefact)
+
+
+def _seal(finished: Path, artefact: Artefact) -> None:
+    """Write the side files with the hashes of the weights that lie beside them."""
     hashes = {}
     if artefact.form == FULL:
-        copy_folder(checkpoint.folder, finished, skip={file.name for file in checkpoint.files})
-        written = reorder(checkpoint, finished, found, artefact, report)
-        hashes = {file.name: sha256(file) for file in written.files}
+        hashes = {file.name: sha256(file) for file in Checkpoint.open(finished).files}
     write_side_files(finished, replace(artefact, sha256=hashes))
 
 
@@ -361,15 +303,37 @@ def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batches: list[Batch
     mask = batches[0].mask()
     keep = torch.ones(want.shape[:2], dtype=torch.bool) if mask is None else mask
     got, want = got[keep].double(), want[keep].double()
-    error = float((got - want).norm() / want.norm())
-    limit = TOLERANCE[sparse.dtype]
+    return float((got - want).norm() / want.norm())
+
+
+def _require_equal(error: float, dtype: torch.dtype) -> None:
+    limit = TOLERANCE[dtype]
     if not error <= limit:
         raise MoefyError(
             f"verification failed: with every expert on the outputs differ by {error:.1e} "
-            f"(relative; at most {limit:.0e} for {sparse.dtype}); nothing was written; please "
+            f"(relative; at most {limit:.0e} for {dtype}); nothing was written; please "
             "report this with the model's config.json"
         )
-    return error
+
+
+def _record(job: Job, made: Converted, streamed: bool) -> dict[str, Any]:
+    """What is told of a conversion afterwards."""
+    return {
+        "kind": "conversion",
+        "source": job.source["name"],
+        "model_class": job.todo.model_class,
+        "form": made.artefact.form,
+        "streamed": streamed,
+        "all_experts_relative_error": made.error,
+        "routers": made.fits,
+        "head_routers": made.head_fits,
+        "tuning": made.tuning,
+        "seconds": job.clock.seconds,
+        "bytes_read": job.clock.read,
+        "bytes_written": job.clock.written,
+        "peak_memory": peak_memory(),
+        "machine": machine(),
+    }
 
 
 def _describe_output(finished: Path, artefact: Artefact, records: dict[str, Any]) -> None:

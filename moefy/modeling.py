@@ -85,6 +85,12 @@ def placement() -> dict[str, Any]:
     return {} if _has_bf16() else {"dtype": torch.float32}
 
 
+def running_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that `placement` runs a checkpoint in."""
+    given: torch.dtype | None = placement().get("dtype")
+    return given or checkpoint.dtype_of(next(iter(checkpoint.tensors)))
+
+
 def _has_bf16() -> bool:
     flags = Path("/proc/cpuinfo")
     text = flags.read_text() if flags.exists() else ""

@@ -2,7 +2,10 @@
 
 import os
 import platform
+import resource
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,3 +35,18 @@ def machine() -> dict[str, Any]:
         "versions": versions(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def read_and_written() -> tuple[int, int] | None:
+    """Bytes that this process has read and written by system calls so far; None where nobody counts."""
+    counts = Path("/proc/self/io")
+    if not counts.exists():
+        return None
+    lines = dict(line.split(": ") for line in counts.read_text().splitlines())
+    return int(lines["rchar"]), int(lines["wchar"])
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

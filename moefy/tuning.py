@@ -95,7 +95,7 @@ def tune(
     if recipe.allocates and recipe.budget.name == "greedy" and _fits(model, SENSITIVITY_TOKENS):
         metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
     check = HeldOut(model, held, said)
-    active = {i: _planned(todo, i, m) for i, m in sparse_mlps(model).items()}
+    active = {i: planned_active(todo, i, m) for i, m in sparse_mlps(model).items()}
     if recipe.allocates:
         record["budget"] = allocate(model, todo, recipe, samples, check, metric, report)
         active = dict(enumerate(record["budget"]["active"]))
@@ -216,7 +216,7 @@ def allocate(
     """
     modules = sparse_mlps(model)
     rows: list[list[Candidate]] = []
-    planned = [_planned(todo, index, module) for index, module in modules.items()]
+    planned = [planned_active(todo, index, module) for index, module in modules.items()]
     if recipe.budget.name == "greedy" and metric is None:
         metric = stream_metric(model, todo.sites, held.batches)
     for index, module in report.track(modules.items(), "measure densities"):
@@ -227,7 +227,7 @@ def allocate(
                 partial(_loss, held=held, metric=None if metric is None else metric[index]),
             )
         )  # fmt: skip
-    uniform = [_nearest(row, k) for row, k in zip(rows, planned, strict=True)]
+    uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]
     pick = greedy if recipe.budget.name == "greedy" else solve
@@ -235,7 +235,7 @@ def allocate(
 
     def put(chosen: list[int]) -> dict[int, float]:
         for module, row, at in zip(modules.values(), rows, chosen, strict=True):
-            _set(module, row[at])
+            set_density(module, row[at])
         return {i: rows[i][at].active for i, at in enumerate(chosen)}
 
     def settled(chosen: list[int]) -> float:
@@ -326,7 +326,7 @@ def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | 
     return held.distance(only=module) if metric is None else trial.output_error(module, metric)
 
 
-def _planned(todo: Plan, index: int, module: SparseMlp) -> int:
+def planned_active(todo: Plan, index: int, module: SparseMlp) -> int:
     """Routed experts that run where every layer has the same density."""
     return todo.k[index] + todo.layers[index].shared - module.shared
 
@@ -337,12 +337,14 @@ def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Toke
     return replace(tokens, device=module.weights.down_ND.device)
 
 
-def _set(module: SparseMlp, candidate: Candidate) -> None:
+def set_density(module: SparseMlp, candidate: Candidate) -> None:
+    """Let a layer run at the density of one of its candidates."""
     module.selection = candidate.selection
     module.compensation.load_state_dict(candidate.compensation)
 
 
-def _nearest(row: list[Candidate], active: int) -> int:
+def nearest(row: list[Candidate], active: int) -> int:
+    """The candidate whose number of experts is nearest to `active`."""
     return min(range(len(row)), key=lambda at: abs(row[at].active - active))
 
 

@@ -98,12 +98,28 @@ def evaluate(
             dense = _result(against if against is not None else model, batch)
         with observing(model, batch, load, quality, heads=heads):
             sparse = _result(model, batch)
-        documents += _compare(batch, dense.float(), sparse.float(), sinks, bigram, kl)
+        marked_BT = None if sinks is None else sinks.marked_BT
+        documents += compare(batch, dense.float(), sparse.float(), marked_BT, bigram, kl)
+    record = summarise(documents, kl, load, quality, heads, seed)
+    if against is not None:
+        record["dense"] = "another checkpoint"
+    if bigram is not None:
+        record["bigram"] = bigram.record()
+    return record
+
+
+def summarise(
+    documents: list[DocumentSums],
+    kl: list[Tensor],
+    load: FfnLoad,
+    quality: RouterQuality,
+    heads: HeadLoad,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of what was compared and heard: sums of every document, KL of every token."""
     record: dict[str, Any] = {
         "kind": "evaluation",
-        "dense": "another checkpoint"
-        if against is not None
-        else "the same weights, all experts on",
+        "dense": "the same weights, all experts on",
         "documents": len(documents),
         "tokens": int(sum(doc.sums[ALL]["tokens"] for doc in documents)),
         "first_token": "included",
@@ -122,8 +138,6 @@ def evaluate(
     if kl:
         record["total"]["kl_tail"] = tail(torch.cat(kl).numpy())
         record["total"]["kl_p99"] = record["total"]["kl_tail"]["p99"]
-    if bigram is not None:
-        record["bigram"] = bigram.record()
     for domain in sorted({doc.domain for doc in documents}):
         record["domains"][domain] = _summary([d for d in documents if d.domain == domain], seed)
     return record
@@ -154,15 +168,18 @@ def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
     return outputs(run(model, batch)).cpu()
 
 
-def _compare(
+def compare(
     batch: Batch,
     dense: Tensor,
     sparse: Tensor,
-    sinks: Sinks | None,
+    sinks_BT: Tensor | None,
     bigram: Bigram | None,
     kl: list[Tensor],
 ) -> list[DocumentSums]:
-    """Sums of every metric over every group of tokens of each document."""
+    """Sums of every metric over every group of tokens of each document; adds to `kl` that of tokens.
+
+    `dense` and `sparse` are `outputs`, or last hidden states, in fp32; `sinks_BT` marks sinks.
+    """
     values: dict[str, Tensor] = {}
     rank_BT = None
     if batch.targets_BT is not None:
@@ -181,7 +198,7 @@ def _compare(
         kl.append(values["kl"][keep])
     else:
         values["cosine"] = cosine_similarity(dense, sparse, dim=-1)
-    marks = groups(keep, None if sinks is None else sinks.marked_BT, rank_BT)
+    marks = groups(keep, sinks_BT, rank_BT)
     return [
         DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
         for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)

@@ -14,7 +14,7 @@ every layer turns hidden states into hidden states and nothing else passes betwe
 Shapes: B documents, T positions, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -70,12 +70,12 @@ class Skeleton:
         if artefact is not None:
             moefied(self.model, artefact, permute=False)
         self.layers = [self.model.get_submodule(site.layer) for site in self.sites]
-        self._tuple = False
+        self.in_tuple = False
         """Whether layers return their hidden states in a tuple."""
         self._entered: Tensor | None = None
         self._stop: int | None = None
         for index, layer in enumerate(self.layers):
-            layer.forward = partial(self._pass, index)  # type: ignore[method-assign]
+            layer.forward = partial(self._pass, index)
         self._load_rest()
 
     def _require_a_chain(self) -> None:
@@ -157,7 +157,7 @@ class Skeleton:
         hidden = args[0] if args else kwargs["hidden_states"]
         if index == 0 and self._entered is not None:
             hidden = self._entered
-        return (hidden,) if self._tuple else hidden
+        return (hidden,) if self.in_tuple else hidden
 
     def _call(self, index: int, batch: Batch) -> _Reached:
         self._stop = index
@@ -187,7 +187,7 @@ class Skeleton:
             result = type(layer).forward(layer, hidden, *reached.args_[1:], **reached.kwargs)
         else:
             result = type(layer).forward(layer, **{**reached.kwargs, "hidden_states": hidden})
-        self._tuple = isinstance(result, tuple)
+        self.in_tuple = isinstance(result, tuple)
         found = result[0] if isinstance(result, tuple) else result
         assert isinstance(found, Tensor)
         return found
@@ -202,15 +202,25 @@ class Skeleton:
             self._entered = None
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """The weights of one layer in memory; after that it has none any more."""
+    def layer(
+        self, index: int, seen: Callable[[str, Tensor], None] = lambda name, value: None
+    ) -> Iterator[None]:
+        """The weights of one layer in memory; what was fitted of it stays there.
+
+        `seen` is told the name of every parameter, and its value as it is stored.
+        """
         site, layer = self.sites[index], self.layers[index]
         for name, value in self._weights(site, layer):
+            seen(f"{site.layer}.{name}", value)
             self._set(layer, name, value)
         try:
-            yield layer
+            yield
         finally:
-            nn.Module.to(layer, torch.device("meta"))
+            routed = (module for module in layer.modules() if isinstance(module, SparseMlp))
+            parts = (part for module in routed for part in (module.router, module.compensation))
+            kept = {id(value) for part in parts for value in part.parameters()}
+            for name in [n for n, value in layer.named_parameters() if id(value) not in kept]:
+                set_module_tensor_to_device(layer, name, "meta")
 
     def _weights(self, site: Site, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names in the layer and values of all that it has on disk, each read once."""

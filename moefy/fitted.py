@@ -1,0 +1,61 @@
+"""What was fitted of every layer, kept in the work folder until all of it becomes one artefact."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moefy import recipe as recipes
+from moefy.artefact import ADAPTER, FULL, Artefact, HeadEntry, LayerEntry
+from moefy.fitting import Fitted
+from moefy.heads import HeadSite
+from moefy.job import Job
+from moefy.locate import Site
+from moefy.provenance import versions
+
+
+def keep(at: Path, fitted: Fitted[Any], extra: dict[str, Any] | None = None) -> None:
+    """Write one layer; once its `.json` is there, the layer is finished."""
+    save_file(fitted.tensors, at.with_suffix(".safetensors"))
+    # Written last and by rename: its presence says that the layer is finished.
+    unfinished = at.with_suffix(".part")
+    kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record(), **(extra or {})}
+    unfinished.write_text(json.dumps(kept))
+    unfinished.replace(at.with_suffix(".json"))
+
+
+def collect(job: Job) -> tuple[Artefact, list[dict[str, Any]], list[dict[str, Any]]]:
+    """All that was fitted as one artefact, and how well the routers of MLPs and of heads came out."""
+    tensors: dict[str, Tensor] = {}
+    layers, fits = _fitted(job.work, "layers", job.todo.sites, tensors)
+    heads, head_fits = _fitted(job.work, "heads", job.todo.head_sites, tensors)
+    artefact = Artefact(
+        form=ADAPTER if job.adapter else FULL,
+        source=job.source,
+        recipe=recipes.to_dict(job.recipe),
+        corpus={"name": job.corpus.name, "sha256": job.corpus.sha256},
+        layers=[LayerEntry(**entry) for entry in layers],
+        heads=[HeadEntry(**entry) for entry in heads],
+        tensors=tensors,
+        versions=versions(),
+    )
+    return artefact, fits, head_fits
+
+
+def _fitted(
+    work: Path, what: str, found: Sequence[Site | HeadSite], tensors: dict[str, Tensor]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Entries and fits of all that is of one kind; adds what they fitted to `tensors`."""
+    entries, fits = [], []
+    for site in found:
+        at = work / what / str(site.index)
+        kept = json.loads(at.with_suffix(".json").read_text())
+        entries.append(kept["entry"])
+        fits.append({"layer": site.layer, **kept["fit"]})
+        for name, value in load_file(at.with_suffix(".safetensors")).items():
+            tensors[f"{what}.{site.index}.{name}"] = value
+    return entries, fits

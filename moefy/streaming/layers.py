@@ -1,0 +1,298 @@
+"""The first pass: every layer is read once, measured, fitted and written.
+
+All calibration tokens are carried through the model twice: densely, which says what experts should
+have done, and through the experts fitted so far, which is what routers and thresholds will read.
+
+Shapes: B documents, T tokens, D width.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.activations import drawn, listen
+from moefy.checkpoint import Checkpoint, copy_folder, overwrite
+from moefy.data import Batch
+from moefy.errors import CheckpointError, MoefyError
+from moefy.fitted import keep
+from moefy.fitting import Fitted, LayerSample, cap, fit_layer
+from moefy.job import Job, Reading
+from moefy.locate import Place, Site, permute, read_mlp
+from moefy.modeling import install, running_dtype
+from moefy.reorder import outlined
+from moefy.routing.base import stored
+from moefy.sensitivity import inverse_power, squared_norms
+from moefy.sparse_mlp import SparseMlp
+from moefy.streaming.skeleton import Skeleton
+from moefy.streaming.states import States
+from moefy.training import Tokens, fit_selection
+from moefy.tuning import Trial, candidates, nearest, planned_active, set_density, varies
+
+
+class _Enough(Exception):
+    """The MLP was reached, what comes after it is not needed."""
+
+
+@dataclass
+class Carried:
+    """The states of one group of documents, and which of its tokens are looked at."""
+
+    states: States
+    chosen: list[Tensor]
+    """For each batch, whether a token that is no padding is kept `[T]` (bool)."""
+
+    def pick(self, number: int, x_TD: Tensor, batch: Batch) -> Tensor:
+        """The rows of batch `number` that are kept, of an input `[T, D]` with padding."""
+        mask = batch.mask()
+        if mask is not None:
+            x_TD = x_TD[mask.flatten().to(x_TD.device)]
+        return x_TD[self.chosen[number].to(x_TD.device)].cpu()
+
+
+def carry(
+    name: str, folder: Path, skeleton: Skeleton, batches: list[Batch], limit: int, seed: int
+) -> Carried:
+    """Make `name` ready to be carried through `skeleton`."""
+    masks = [batch.mask() for batch in batches]
+    sizes = [int(mask.sum()) for mask in masks if mask is not None]
+    dtype = skeleton.checkpoint.dtype_of(next(iter(skeleton.names.values())))
+    states = States(folder, name, batches, skeleton.sites[0].width, dtype)
+    return Carried(states, drawn(sizes, limit, seed))
+
+
+def through(
+    skeleton: Skeleton,
+    index: int,
+    carried: Carried,
+    kept: list[Tensor] | None = None,
+    *,
+    to_mlp: bool = False,
+) -> Iterator[Tensor]:
+    """What layer `index` makes of every batch; adds to `kept` what its MLP reads, where it is given.
+
+    With `to_mlp` batches go as far as the MLP, and nothing comes out.
+    """
+    current: list[tuple[int, Batch]] = []
+
+    def heard(_: Place, x_TD: Tensor) -> None:
+        number, batch = current[0]
+        if kept is not None:
+            kept.append(carried.pick(number, x_TD, batch))
+        if to_mlp:
+            raise _Enough
+
+    handles = listen(skeleton.model, [skeleton.sites[index]], heard)
+    try:
+        for number, (batch, hidden) in enumerate(carried.states.before(index)):
+            current[:] = [(number, batch)]
+            with suppress(_Enough):
+                yield skeleton.run(index, batch, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reads(skeleton: Skeleton, index: int, carried: Carried) -> Tensor:
+    """What the MLP of layer `index` reads of the tokens that are looked at `[T, D]`."""
+    kept: list[Tensor] = []
+    for _ in through(skeleton, index, carried, kept, to_mlp=True):
+        pass
+    return torch.cat(kept)
+
+
+class FirstPass:
+    """Everything that the first pass carries from layer to layer."""
+
+    def __init__(self, job: Job, reading: Reading, *, follow: bool = True) -> None:
+        """`reading` is what is to be carried; `follow` lets routers be fitted on what the experts
+        before them leave, in place of what the dense layers do."""
+        self.job, self.todo, self.recipe, self.follow = job, job.todo, job.recipe, follow
+        self.checkpoint = job.checkpoint
+        self.skeleton = Skeleton(self.checkpoint, running_dtype(self.checkpoint))
+        recipe, probe = job.recipe, job.evaluated[:1]
+        self.done, states = job.work / "layers", job.work / "states"
+        for folder in (self.done, states):
+            folder.mkdir(exist_ok=True)
+        groups = {**reading, "probe": (probe, 0)}
+        self.dense, self.sparse = (
+            {
+                name: carry(f"{name}-{kind}", states, self.skeleton, *groups[name], recipe.seed)
+                for name in names
+            }
+            for kind, names in (
+                ("dense", groups),
+                ("sparse", [n for n in groups if n not in ("partition", "probe")]),
+            )
+        )
+        names = sorted({s.document.domain for b in reading["partition"][0] for s in b.samples})
+        first = self.dense["partition"]
+        rows = [
+            torch.tensor([names.index(s.document.domain) for s in batch.samples])[:, None]
+            .expand(batch.inputs["input_ids"].shape).reshape(-1, 1)
+            for batch in reading["partition"][0]
+        ]  # fmt: skip
+        self.domain_T = torch.cat(
+            [
+                first.pick(number, row, batch)[:, 0]
+                for number, (row, batch) in enumerate(zip(rows, first.states.batches, strict=True))
+            ]
+        )
+        self.raw: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Fit and write all layers that are not there yet."""
+        report = self.job.report
+        written = self._prepared(self.job.finished)
+        count = len(self.skeleton.sites)
+        first = sum((self.done / f"{i}.json").exists() for i in range(count))
+        if first:
+            kept = json.loads((self.done / f"{first - 1}.json").read_text())
+            self.skeleton.in_tuple = kept["in_tuple"]
+            report.say(f"{first} of {count} layers are there already")
+        else:
+            self._enter()
+        for site in report.track(self.skeleton.sites[first:], "stream layers"):
+            self.raw = {}
+            with self.skeleton.layer(site.index, self._seen(site, written)):
+                self._layer(site, written)
+            for carried in (*self.dense.values(), *self.sparse.values()):
+                carried.states.drop(site.index)
+
+    def _prepared(self, finished: Path) -> Checkpoint:
+        """The folder to write, with all in it that belongs to no layer."""
+        ready = self.done / "others"
+        if ready.exists():
+            return Checkpoint.open(finished)
+        finished.mkdir(exist_ok=True)
+        weights = {file.name for file in self.checkpoint.files}
+        copy_folder(self.checkpoint.folder, finished, skip=weights)
+        written = outlined(self.checkpoint, finished)
+        below = tuple(f"{site.layer}." for site in self.skeleton.sites)
+        inside = {d for name, d in self.skeleton.names.items() if name.startswith(below)}
+        for disk in written.tensors:
+            if disk not in inside:
+                overwrite(written.tensors[disk], self.checkpoint.read(disk))
+        ready.touch()
+        return written
+
+    def _enter(self) -> None:
+        for group in (self.dense, self.sparse):
+            for carried in group.values():
+                states = carried.states
+                states.write(0, (self.skeleton.enter(batch) for batch in states.batches))
+
+    def _seen(self, site: Site, written: Checkpoint) -> Callable[[str, Tensor], None]:
+        """What is done with every tensor of a layer as it is read."""
+
+        def seen(name: str, value: Tensor) -> None:
+            if not value.isfinite().all():
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} holds NaN or infinity; the checkpoint is damaged"
+                )
+            if name in site.neuron_axes:
+                self.raw[name] = value
+            else:
+                overwrite(written.tensors[self.skeleton.names[name]], value)
+
+        return seen
+
+    def _layer(self, site: Site, written: Checkpoint) -> None:
+        """One layer, whose weights are in memory: measure, fit, write, go on."""
+        index, recipe, model = site.index, self.recipe, self.skeleton.model
+        seen: dict[str, Tensor] = {}
+        powers: list[Tensor] = []
+        for name, carried in self.dense.items():
+            kept: list[Tensor] = []
+            out = through(self.skeleton, index, carried, kept)
+            if name == "held-out":
+                out = _measured(out, carried, powers)
+            carried.states.write(index + 1, out)
+            seen[name] = torch.cat(kept)
+            if not seen[name].isfinite().all():
+                raise MoefyError(
+                    f"{site.layer}: the input of {site.module} is not finite for some document of "
+                    f"{name}; the weights overflow {self.skeleton.dtype}"
+                )
+        read = {name: reads(self.skeleton, index, c) for name, c in self.sparse.items()}
+        sample = self._sample(seen, read)
+
+        mlp = read_mlp(site, lambda name: model.get_parameter(name).detach().cpu())
+        fitted = fit_layer(mlp.to(torch.float32), self.todo, site, recipe, sample)
+        del mlp
+        order_N = fitted.tensors["permutation"].long()
+        for name, value in self.raw.items():
+            overwrite(
+                written.tensors[self.skeleton.names[name]], permute(site, name, value, order_N)
+            )
+        self.raw = {}
+
+        moved = bool((order_N.diff() < 0).any())
+        module = install(model, site, fitted.entry, fitted.tensors, permute=moved)
+        rows = self._choose(module, index, sample, inverse_power(torch.cat(powers)))
+        if varies(recipe):
+            # Thresholds hold for what arrives here, not for what the dense layers would send.
+            here = Tokens(read["held-out"], read["held-out"], device=module.weights.down_ND.device)
+            active = planned_active(self.todo, index, module)
+            module.selection = fit_selection(
+                type(module.selection), module.router, module.routed.to(torch.float32), here,
+                active, cap(recipe, active),
+            )  # fmt: skip
+        for carried in self.sparse.values():
+            carried.states.write(index + 1, through(self.skeleton, index, carried))
+        selection = {"name": recipe.selection.name, **module.selection.settings()}
+        tensors = {"permutation": fitted.tensors["permutation"]}
+        result = Fitted(
+            replace(fitted.entry, selection=selection),
+            tensors | stored(module.router, module.compensation),
+            fitted.fit,
+        )
+        keep(
+            self.done / str(index), result, {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
+        )
+
+    def _sample(self, seen: dict[str, Tensor], read: dict[str, Tensor]) -> LayerSample:
+        """Targets are those of the dense model; what routers read may be what arrives."""
+        router, held = (
+            Tokens(seen[name], read[name] if self.follow else seen[name])
+            # Where nothing is fitted on tokens for routers, none are carried.
+            for name in ("router" if "router" in seen else "held-out", "held-out")
+        )
+        return LayerSample(seen["partition"], self.domain_T, router, held)
+
+    def _choose(
+        self, module: SparseMlp, index: int, sample: LayerSample, metric: Tensor
+    ) -> list[dict[str, Any]]:
+        """What each density of this layer costs, where densities are going to be allocated; the one
+        that is planned is set, and is what the next layers see."""
+        if not self.recipe.allocates:
+            return []
+        planned = planned_active(self.todo, index, module)
+
+        def loss(module: SparseMlp, trial: Trial) -> float:
+            return trial.output_error(module, metric)
+
+        here = sample.on(module.weights.down_ND.device)
+        rows = candidates(module, planned, self.recipe, here, loss)
+        set_density(module, rows[nearest(rows, planned)])
+        return [
+            {
+                "active": c.active,
+                "cost": c.cost,
+                "loss": c.loss,
+                "selection": c.selection.settings(),
+            }
+            for c in rows
+        ]
+
+
+def _measured(states: Iterator[Tensor], carried: Carried, powers: list[Tensor]) -> Iterator[Tensor]:
+    """The same states; adds what the residual stream's tokens measure to `powers`."""
+    for batch, hidden in zip(carried.states.batches, states, strict=True):
+        powers.append(squared_norms(hidden, batch.mask()))
+        yield hidden
