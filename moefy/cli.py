@@ -133,6 +133,9 @@ def convert(
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One layer in memory at a time, for large models.")
+    ] = False,
     corpus: Text = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Recipe setting a.b=c; may be repeated.")
@@ -165,7 +168,7 @@ def convert(
     from moefy.tables import domain_rows, terminal
 
     records = run(
-        model, out, recipe=chosen, corpus=corpus, adapter=adapter, resume=resume,
+        model, out, recipe=chosen, corpus=corpus, adapter=adapter, stream=stream, resume=resume,
         overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     table = terminal(*domain_rows(records["evaluation"]))

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
+from moefy import streaming
 from moefy.activations import Captured, capture, run
 from moefy.artefact import FULL, Artefact, write_side_files
 from moefy.card import model_card
@@ -48,17 +49,18 @@ from moefy.mlp import HeadOutputs
 from moefy.modeling import (
     load,
     load_dense,
+    memory_of,
     moefied,
     placement,
     running_dtype,
+    stored_dtype,
     with_routing_of,
 )
 from moefy.plan import Plan, describe, plan
-from moefy.provenance import machine, peak_memory, versions
+from moefy.provenance import free_memory, machine, peak_memory, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
 from moefy.sparse_mlp import all_experts
-from moefy.streaming import EVALUATED_TOKENS, refuse, stream
 from moefy.tuning import needs_tuning, tune
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -74,7 +76,7 @@ def convert(
     recipe: Recipe | str | Path = "default",
     corpus: Any = None,
     adapter: bool = False,
-    streamed: bool = False,
+    stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
@@ -82,7 +84,7 @@ def convert(
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
 
     `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
-    With `adapter` only the side files are written and the source stays where it is. `streamed` holds
+    With `adapter` only the side files are written and the source stays where it is. `stream` holds
     one layer in memory at a time (`moefy.streaming`, docs/streaming.md). `resume` takes up a run that
     was interrupted and ends with the same tensors; `overwrite` replaces `out`.
 
@@ -97,17 +99,19 @@ def convert(
             text = load_corpus(corpus)
             shards = split_shards(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
-            if streamed:
-                refuse(todo, recipe, adapter)
+            if stream:
+                streaming.refuse(todo, recipe, adapter)
+            else:
+                _require_memory(checkpoint)
             report.say(describe(todo, recipe))
             reading = _reading(checkpoint, todo, recipe, shards)
             held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
-            limit = EVALUATED_TOKENS if streamed else None
+            limit = streaming.EVALUATED_TOKENS if stream else None
             evaluated = read_batches(checkpoint, todo.kind, held, recipe.context, limit)
         with clock.stage("hash the source"):
             source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
         output = OutputFolder(Path(out))
-        fingerprint = _fingerprint(recipe, source, text, adapter, streamed)
+        fingerprint = _fingerprint(recipe, source, text, adapter, stream)
         output.begin(fingerprint, resume=resume, overwrite=overwrite)
         output.need(todo.disk)
         job = Job(
@@ -116,12 +120,14 @@ def convert(
         )  # fmt: skip
 
         with output.full_disk():
-            made = stream(job) if streamed else _in_memory(job)
-            _require_equal(made.error, running_dtype(checkpoint))
+            made = streaming.stream(job) if stream else _in_memory(job)
+            # Streamed states are rounded to what the weights are stored in.
+            dtype = stored_dtype(checkpoint) if stream else running_dtype(checkpoint)
+            _require_equal(made.error, dtype)
             report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
             with clock.stage("hash the result"):
                 _seal(job.finished, made.artefact)
-            records = {"conversion": _record(job, made, streamed), "evaluation": made.evaluation}
+            records = {"conversion": _record(job, made, stream), "evaluation": made.evaluation}
             _describe_output(job.finished, made.artefact, records)
     output.commit(job.finished)
     return records
@@ -161,6 +167,16 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         yield folder
+
+
+def _require_memory(checkpoint: Checkpoint) -> None:
+    """Raise `MoefyError` where running the whole model is hopeless."""
+    needed, free = memory_of(checkpoint), free_memory()
+    if needed > free and not torch.cuda.is_available():
+        raise MoefyError(
+            f"{checkpoint.folder}: takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+            "free; pass --stream, which holds one layer at a time"
+        )
 
 
 def _fingerprint(

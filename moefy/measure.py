@@ -53,11 +53,11 @@ def evaluate_folder(
     where another one is evaluated. `router` puts another router that needs no fitting in the place
     of the fitted one.
     """
-    model = load(folder, **placement())
     artefact = read_artefact(folder, verify=False)
+    weights = weights_of(artefact, folder, verify=False)
+    model = load(folder, **placement(weights))
     recipe = from_dict(artefact.recipe)
     texts = _texts(load_corpus(corpus), artefact, recipe.seed)
-    weights = weights_of(artefact, folder, verify=False)
     kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
     evaluated = texts.evaluated.take(documents)
     batches = read_batches(weights, kind, evaluated, recipe.context)
@@ -70,7 +70,10 @@ def evaluate_folder(
             why = str(error)
     if router is not None:
         _replace_routers(model, router, batches)
-    dense = None if against is None else load_dense(Checkpoint.open(against), **placement())
+    dense = None
+    if against is not None:
+        other = Checkpoint.open(against)
+        dense = load_dense(other, **placement(other))
     record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
     if bigram is None:
         record["bigram"] = {"tokens": 0, "why": why}
@@ -150,8 +153,8 @@ def bench_folder(
     folder: Path, prompt: int, generated: int, samples: int, *, quiet: bool = False
 ) -> dict[str, Any]:
     """`bench_model` of a folder against the stock model of the same weights."""
-    sparse = load(folder, **placement())
-    dense = load_dense(weights_of(read_artefact(folder, verify=False), folder), **placement())
+    weights = weights_of(read_artefact(folder, verify=False), folder)
+    sparse, dense = load(folder, **placement(weights)), load_dense(weights, **placement(weights))
     return bench_model(
         dense,
         sparse,
@@ -184,10 +187,11 @@ def generate_text(
     folder: Path, prompt: str, *, tokens: int, sample: bool = False, dense: bool = False
 ) -> str:
     """Continue `prompt`; returns prompt and continuation."""
-    model = load(folder, **placement())
+    weights = weights_of(read_artefact(folder, verify=False), folder, verify=False)
+    model = load(folder, **placement(weights))
     if not model.can_generate():
         raise MoefyError(f"{folder}: a {type(model).__name__} does not generate text")
-    tokenizer = load_tokenizer(weights_of(read_artefact(folder, verify=False), folder).folder)
+    tokenizer = load_tokenizer(weights.folder)
     if tokenizer is None:
         raise MoefyError(f"{folder}: has no tokenizer; use moefy.load and token ids from Python")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)

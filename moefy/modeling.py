@@ -8,6 +8,7 @@ Shapes: N neurons, D width.
 """
 
 import inspect
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -36,6 +37,7 @@ from moefy.heads import HeadSite, head_sites
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
 from moefy.offload import StoredMlp, offload, offloaded, stored_names
+from moefy.provenance import free_memory
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Context, Router, Selection, stored
@@ -74,21 +76,42 @@ def build_compensation(entry: Entry) -> Compensation:
     return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.compensation["rank"])
 
 
-def placement() -> dict[str, Any]:
+def placement(checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """How this machine runs models best, as arguments of `load` and `load_dense`.
 
     All GPUs where there are some. On a CPU without arithmetic in 16 bits, which it would emulate
-    fifty times slower, fp32.
+    fifty times slower, fp32. The layers of a `checkpoint` that memory cannot hold stay on disk until
+    they run.
     """
     if torch.cuda.is_available():
         return {"device_map": "auto"}
-    return {} if _has_bf16() else {"dtype": torch.float32}
+    found: dict[str, Any] = {} if _has_bf16() else {"dtype": torch.float32}
+    if checkpoint is not None and memory_of(checkpoint) > free_memory():
+        found["device_map"] = {"": "disk"}
+    return found
+
+
+def memory_of(checkpoint: Checkpoint) -> int:
+    """Bytes that the weights take where `placement` runs them on a CPU."""
+    return (
+        checkpoint.bytes * running_dtype(checkpoint).itemsize // stored_dtype(checkpoint).itemsize
+    )
 
 
 def running_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that `placement` runs a checkpoint in."""
     given: torch.dtype | None = placement().get("dtype")
-    return given or checkpoint.dtype_of(next(iter(checkpoint.tensors)))
+    return given or stored_dtype(checkpoint)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of a checkpoint's weights are stored in."""
+    sizes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        sizes[tensor.dtype] += tensor.end - tensor.begin
+        first.setdefault(tensor.dtype, name)
+    return checkpoint.dtype_of(first[sizes.most_common(1)[0][0]])
 
 
 def _has_bf16() -> bool:

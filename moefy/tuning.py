@@ -8,7 +8,6 @@ better than the same density everywhere. `tune` does that and then trains router
 Shapes: T tokens, D width, E routed experts, K experts that run.
 """
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
+from moefy.provenance import free_memory
 from moefy.recipe import Recipe
 from moefy.routed import Routed
 from moefy.routing import SELECTIONS, choose
@@ -400,4 +400,4 @@ def _fits(model: PreTrainedModel, tokens: int) -> bool:
     needed = 4 * tokens * (kept + 5 * classes)
     if model.device.type == "cuda":
         return needed < torch.cuda.mem_get_info(model.device)[0]
-    return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return needed < free_memory()

@@ -83,7 +83,7 @@ def stream(job: Job, *, follow: bool = True) -> Converted:
                 second.distance(held_dense, sparse)
                 for sparse in (second.sparse["held-out"], held_sparse)
             )
-            kept = chosen if kl <= kl_uniform else uniform
+            kept = uniform if kl_uniform < kl or chosen == uniform else chosen
             tuning["budget"] = {
                 "name": recipe.budget.name,
                 "per": recipe.budget.per,
@@ -92,7 +92,7 @@ def stream(job: Job, *, follow: bool = True) -> Converted:
                 "held_out_kl_uniform": kl_uniform,
                 "kept": recipe.budget.name if kept is chosen else "uniform",
             }
-            if kept is uniform:
+            if kl_uniform < kl:
                 artefact, second = checked(fitted, None)
         else:
             artefact, second = checked(fitted, None)

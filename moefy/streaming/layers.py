@@ -24,7 +24,7 @@ from moefy.fitted import keep
 from moefy.fitting import Fitted, LayerSample, cap, fit_layer
 from moefy.job import Job, Reading
 from moefy.locate import Place, Site, permute, read_mlp
-from moefy.modeling import install, running_dtype
+from moefy.modeling import install, running_dtype, stored_dtype
 from moefy.reorder import outlined
 from moefy.routing.base import stored
 from moefy.sensitivity import inverse_power, squared_norms
@@ -61,7 +61,7 @@ def carry(
     """Make `name` ready to be carried through `skeleton`."""
     masks = [batch.mask() for batch in batches]
     sizes = [int(mask.sum()) for mask in masks if mask is not None]
-    dtype = skeleton.checkpoint.dtype_of(next(iter(skeleton.names.values())))
+    dtype = stored_dtype(skeleton.checkpoint)
     states = States(folder, name, batches, skeleton.sites[0].width, dtype)
     return Carried(states, drawn(sizes, limit, seed))
 

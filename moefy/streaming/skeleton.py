@@ -62,6 +62,7 @@ class Skeleton:
         with init_empty_weights(include_buffers=False):
             self.model = type(meta_model(config))._from_config(config)
         self.model.eval()
+        self.model.tie_weights()
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.names = stored_names(self.model, checkpoint)
@@ -91,12 +92,10 @@ class Skeleton:
             )
 
     def stored(self, name: str) -> str:
-        """The stored tensor of a parameter; one that is tied is that of the input embedding."""
-        tied = self.model.get_output_embeddings()
-        if name not in self.names and tied is not None and self.model.config.tie_word_embeddings:
-            twin = self.model.get_input_embeddings().weight
-            owners = {id(p): n for n, p in self.model.named_parameters()}
-            name = owners.get(id(twin), name)
+        """The stored tensor of a parameter, or of the one that it is tied to."""
+        tied: dict[str, str] = self.model.all_tied_weights_keys
+        if name not in self.names:
+            name = tied.get(name, name)
         if name not in self.names:
             raise UnsupportedModel(
                 f"{self.checkpoint.folder}: no tensor on disk is {name} as it stands; convert the "
@@ -114,7 +113,11 @@ class Skeleton:
         if isinstance(read, nn.Embedding):
             skip.add(id(read))
             rows = self.checkpoint.map(self.stored(f"{owners[read]}.weight"))
+            read.padding_idx = (
+                None  # of use to gradients alone; the row may not be among those read
+            )
             read.register_forward_pre_hook(partial(self._look_up, rows))
+            read.register_forward_hook(partial(_give_back, read.weight))
         if type(written) is nn.Linear:
             skip.add(id(written))
             mapped = self.checkpoint.map(self.stored(f"{owners[written]}.weight"))
@@ -232,3 +235,9 @@ class Skeleton:
                 yield name, stored[last]
             else:
                 yield name, self.checkpoint.read(self.stored(f"{site.layer}.{name}"))
+
+
+def _give_back(weight: Tensor, module: nn.Module, _: Any, __: Any) -> None:
+    """Let an embedding be without its rows again."""
+    assert isinstance(weight, nn.Parameter)
+    module.weight = weight

@@ -1,0 +1,330 @@
+"""Streamed conversion: the same numbers as in memory, one layer at a time, whatever happens meanwhile."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_conversion import RECIPE, convert_tiny, corpus_for
+from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, tiny_model
+
+import moefy
+from moefy import streaming
+from moefy.artefact import read_artefact
+from moefy.checkpoint import Checkpoint, sha256
+from moefy.data import load_corpus
+from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
+from moefy.evaluate import outputs
+from moefy.inputs import read_batches
+from moefy.modeling import load_dense
+from moefy.recipe import override
+from moefy.reorder import revert
+from moefy.sparse_mlp import all_experts
+from moefy.streaming.skeleton import Skeleton
+
+IN_MEMORY_ONLY = {"t5", "t5_gated", "mt5", "bart", "vit"}
+NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
+
+GREEDY = {
+    "partition.expert_size": 1, "router.name": "largest_inputs", "selection.name": "threshold",
+    "compensation.name": "none", "budget.name": "greedy", "density": 0.3,
+}  # fmt: skip
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def batches_of(name: str, checkpoint: Checkpoint) -> list:
+    kind = FAMILIES_TINY.get(name) or SEARCHED_TINY[name]
+    encoder = kind.family in ("bert", "roberta", "distilbert", "electra")
+    return read_batches(
+        checkpoint, "encoder" if encoder else "decoder", load_corpus(corpus_for(name)), 32, 200
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_layer_by_layer_is_the_stock_model(name, tmp_path):
+    checkpoint = Checkpoint.open(build(name, tmp_path / "m"))
+    if name in IN_MEMORY_ONLY:
+        with pytest.raises(UnsupportedModel, match="in memory"):
+            Skeleton(checkpoint, torch.float32)
+        return
+    skeleton = Skeleton(checkpoint, torch.float32)
+    stock = load_dense(checkpoint, dtype=torch.float32)
+    batches = batches_of(name, checkpoint)
+    states = [skeleton.enter(batch) for batch in batches]
+    for index in range(len(skeleton.sites)):
+        with skeleton.layer(index):
+            states = [skeleton.run(index, b, h) for b, h in zip(batches, states, strict=True)]
+    for batch, hidden in zip(batches, states, strict=True):
+        want, got = outputs(stock(**batch.inputs)), outputs(skeleton.leave(batch, hidden))
+        keep = batch.mask()
+        assert relative(got[keep], want[keep]) < 1e-6
+
+
+def test_only_the_layer_in_use_is_in_memory(tmp_path):
+    skeleton = Skeleton(Checkpoint.open(build("llama", tmp_path / "m")), torch.float32)
+
+    def held() -> set[str]:
+        parameters = skeleton.model.named_parameters()
+        return {n.split(".")[2] for n, p in parameters if "layers" in n and not p.is_meta}
+
+    assert held() == set()
+    with skeleton.layer(1):
+        assert held() == {"1"}
+    assert held() == set()
+
+
+@pytest.fixture
+def dense_inputs(monkeypatch):
+    """Routers are fitted on what dense layers send, as in memory."""
+    monkeypatch.setattr(streaming, "stream", partial(streaming.stream, follow=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt", "bert_base", "gpt_neox"])
+def test_fitted_on_dense_inputs_it_is_the_conversion_in_memory(name, tmp_path, dense_inputs):
+    source = build(name, tmp_path / "source")
+    in_memory = convert_tiny(name, source, tmp_path / "a")
+    streamed = convert_tiny(name, source, tmp_path / "b", stream=True)
+    first, second = read_artefact(tmp_path / "a"), read_artefact(tmp_path / "b")
+    assert first.tensors.keys() == second.tensors.keys()
+    for key, value in first.tensors.items():
+        if key.endswith("permutation"):
+            assert torch.equal(value, second.tensors[key])
+        else:
+            assert relative(second.tensors[key], value) < 1e-5, key
+    assert [entry.selection for entry in first.layers] == [e.selection for e in second.layers]
+    for file in Checkpoint.open(tmp_path / "a").files:
+        assert sha256(file) == sha256(tmp_path / "b" / file.name)
+    metric = "cosine" if name == "bert_base" else "kl"
+    want = in_memory["evaluation"]["total"][metric]["mean"]
+    assert streamed["evaluation"]["total"][metric]["mean"] == pytest.approx(want, rel=1e-3)
+    got, want = streamed["evaluation"], in_memory["evaluation"]
+    for key in ("tokens", "ffn_density", "active_budget", "active_parameters"):
+        assert got[key] == pytest.approx(want[key], rel=1e-6), key
+    recall = want["router_quality"]["mean"]["recall"]
+    assert got["router_quality"]["mean"]["recall"] == pytest.approx(recall, rel=1e-3)
+
+
+def test_allocated_densities_are_those_of_memory_with_the_same_metric(tmp_path, monkeypatch):
+    source = build("llama", tmp_path / "source")
+    monkeypatch.setattr("moefy.tuning._fits", lambda *_: False)  # no backward pass: the same metric
+    in_memory = convert_tiny("llama", source, tmp_path / "a", settings=GREEDY)
+    streamed = convert_tiny("llama", source, tmp_path / "b", settings=GREEDY, stream=True)
+    first, second = (r["conversion"]["tuning"]["budget"] for r in (in_memory, streamed))
+    assert second["active"] == first["active"] and first["kept"] == second["kept"]
+    density = streamed["evaluation"]["ffn_density"]
+    assert density == pytest.approx(in_memory["evaluation"]["ffn_density"], abs=0.02)
+    a, b = (r["evaluation"]["total"]["kl"]["mean"] for r in (in_memory, streamed))
+    assert b == pytest.approx(a, rel=0.1)
+    # What was measured is what is loaded: thresholds, densities, weights.
+    sparse = moefy.load(tmp_path / "b")
+    assert len({m.selection.settings()["threshold"] for m in _mlps(sparse)}) == 2
+
+
+def _mlps(model):
+    from moefy.sparse_mlp import sparse_mlps
+
+    return sparse_mlps(model).values()
+
+
+def test_its_own_evaluation_is_that_of_the_loaded_model(tmp_path):
+    from moefy.data import split_shards
+    from moefy.evaluate import evaluate
+
+    source = build("llama", tmp_path / "source")
+    records = convert_tiny("llama", source, tmp_path / "out", settings=GREEDY, stream=True)
+    corpus = split_shards(load_corpus(corpus_for("llama")), 0)["evaluation"]
+    batches = read_batches(
+        Checkpoint.open(source), "decoder", corpus.take(44), 32, streaming.EVALUATED_TOKENS
+    )
+    found = evaluate(moefy.load(tmp_path / "out"), batches)
+    for key in ("kl", "ce", "ce_dense", "agreement"):
+        got = records["evaluation"]["total"][key]["mean"]
+        assert got == pytest.approx(found["total"][key]["mean"], rel=1e-4), key
+    assert records["evaluation"]["ffn_density"] == pytest.approx(found["ffn_density"], rel=1e-6)
+    assert records["evaluation"]["positions"]["sinks"] == found["positions"]["sinks"]
+
+
+def test_what_follows_the_experts_differs_from_what_follows_dense_layers(tmp_path, monkeypatch):
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "a", stream=True)
+    monkeypatch.setattr(streaming, "stream", partial(streaming.stream, follow=False))
+    convert_tiny("llama", source, tmp_path / "b", stream=True)
+    first, second = (read_artefact(tmp_path / n).tensors for n in "ab")
+    # The first layer reads the same either way, the second does not.
+    assert torch.equal(first["layers.0.router.weight"], second["layers.0.router.weight"])
+    assert relative(first["layers.1.router.weight"], second["layers.1.router.weight"]) > 1e-4
+    assert torch.equal(first["layers.1.permutation"], second["layers.1.permutation"])
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch):
+    source = build(name, tmp_path / "source")
+    read, written = [], []
+    plain, put = Checkpoint.read, streaming.layers.overwrite
+
+    def reading(self, key):
+        if self.folder == source:
+            read.append(key)
+        return plain(self, key)
+
+    def writing(tensor, value):
+        written.append(tensor)
+        put(tensor, value)
+
+    monkeypatch.setattr(Checkpoint, "read", reading)
+    monkeypatch.setattr(streaming.layers, "overwrite", writing)
+    convert_tiny(name, source, tmp_path / "out", stream=True)
+    tensors = Checkpoint.open(source).tensors
+    layers = [key for key in read if ".layers." in key]
+    assert sorted(layers) == sorted(key for key in tensors if ".layers." in key)
+    assert len(written) == len(set(written)) == len(tensors)
+    # The few others: once for the copy, once to run.
+    assert all(read.count(key) <= 2 for key in tensors)
+    monkeypatch.undo()
+    revert(tmp_path / "out", tmp_path / "back")
+    for file in Checkpoint.open(source).files:
+        assert sha256(file) == sha256(tmp_path / "back" / file.name)
+
+
+def sharded(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model = tiny_model(name).auto.from_pretrained(build(name, folder.with_name("unsharded")))
+    model.to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    assert len(Checkpoint.open(folder).files) > 2
+    return folder
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    files = [f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name == "moefy.json"]
+    return {f.name: sha256(f) for f in files}
+
+
+def test_shards_in_16_bits(tmp_path):
+    source = sharded("llama", tmp_path / "source", torch.bfloat16)
+    records = convert_tiny("llama", source, tmp_path / "out", settings=GREEDY, stream=True)
+    assert records["conversion"]["all_experts_relative_error"] < 2e-2
+    assert {t.dtype for t in Checkpoint.open(tmp_path / "out").tensors.values()} == {"BF16"}
+    sparse = moefy.load(tmp_path / "out", dtype=torch.float32)
+    dense = load_dense(Checkpoint.open(source), dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad(), all_experts(sparse):
+        assert relative(sparse(ids).logits, dense(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("after", ["layers/others", "layers/0.json", "states/held-out-dense-1.bin"])
+def test_killed_runs_resume_to_the_same_bytes(after, tmp_path):
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "whole", settings=GREEDY, stream=True)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[3:]\n"
+        "from test_streaming import GREEDY, convert_tiny; from pathlib import Path\n"
+        "convert_tiny('llama', Path(sys.argv[1]), Path(sys.argv[2]), settings=GREEDY, stream=True)"
+    )
+    root = Path(__file__).parent.parent
+    paths = [str(root), str(root / "kernels"), str(root / "tests")]
+    target = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(target), *paths])
+    mark = tmp_path / ".out.moefy-unfinished" / after
+    while process.poll() is None and not mark.exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not target.exists():
+        with pytest.raises(MoefyError, match="another model, recipe or corpus"):
+            convert_tiny("llama", source, target, settings=GREEDY, resume=True)
+        convert_tiny("llama", source, target, settings=GREEDY, stream=True, resume=True)
+    assert bytes_of(target) == bytes_of(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
+    source = sharded("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "whole", stream=True)
+    names = Checkpoint.open(source).tensors
+    shard = names["model.layers.1.mlp.down_proj.weight"].file
+    keep = streaming.layers.keep
+
+    def losing(*args):
+        keep(*args)
+        shard.rename(shard.with_suffix(".gone"))
+
+    monkeypatch.setattr(streaming.layers, "keep", losing)
+    with pytest.raises(CheckpointError, match=f"{shard.name}: cannot be read"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="shards missing"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
+    shard.with_suffix(".gone").rename(shard)
+    monkeypatch.setattr(streaming.layers, "keep", keep)
+    convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = tiny_model("llama").auto.from_pretrained(build("llama", tmp_path / "whole"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight holds NaN"):
+        convert_tiny("llama", tmp_path / "source", tmp_path / "out", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget.name": "solver"}, "budget.name=solver"),
+        ({"distil.steps": 5}, "distil.steps=5"),
+        ({"attention.density": 0.5}, "attention.density"),
+        ({"router.look_ahead": True}, "look_ahead"),
+        ({"budget.target_kl": 0.1, "budget.name": "greedy"}, "target for KL"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(settings, said, tmp_path):
+    source = build("llama", tmp_path / "source")
+    with pytest.raises(RecipeError, match=f"{said}.*--stream"):
+        convert_tiny("llama", source, tmp_path / "out", settings=settings, stream=True)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_adapter_is_refused(tmp_path):
+    source = build("llama", tmp_path / "source")
+    with pytest.raises(RecipeError, match="adapter"):
+        convert_tiny("llama", source, tmp_path / "out", adapter=True, stream=True)
+
+
+def test_too_little_memory_points_to_streaming(tmp_path, monkeypatch):
+    source = build("llama", tmp_path / "source")
+    monkeypatch.setattr(sys.modules["moefy.convert"], "free_memory", lambda: 1000)
+    with pytest.raises(MoefyError, match="--stream"):
+        convert_tiny("llama", source, tmp_path / "out")
+    convert_tiny("llama", source, tmp_path / "out", stream=True)
+
+
+def test_records_count_what_was_read_and_written(tmp_path):
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "out", stream=True)
+    record = json.loads((tmp_path / "out" / "records.json").read_text())["conversion"]
+    assert record["streamed"] is True
+    size = Checkpoint.open(source).bytes
+    assert record["bytes_read"]["hash the result"] >= size
+    assert record["bytes_written"]["stream"] >= size
+    assert record["peak_memory"] > 10**7
+
+
+def test_the_recipe_is_what_in_memory_would_refuse_too(tmp_path):
+    source = build("llama", tmp_path / "source")
+    with pytest.raises(RecipeError, match="unknown partition method"):
+        moefy.convert(
+            source, tmp_path / "out", recipe=override(RECIPE, {"partition.method": "x"}),
+            corpus=corpus_for("llama"), stream=True, quiet=True,
+        )  # fmt: skip
+    assert load_file(source / "model.safetensors")
