@@ -21,6 +21,7 @@ from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
 from moefy.modeling import load, load_dense, placement, weights_of
+from moefy.provenance import peak_memory
 from moefy.recipe import from_dict
 from moefy.routing import ROUTERS, Router, choose
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -84,6 +85,7 @@ def evaluate_folder(
         "overlap": evaluated.overlap(texts.not_evaluated),
         "overlap_with": texts.compared,
         "model": artefact.source["name"],
+        "peak_memory": peak_memory(),
         "router": router or artefact.layers[0].router["name"],
         "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,

@@ -21,7 +21,7 @@ from moefy.routing.budget import greedy
 from moefy.streaming.layers import FirstPass
 from moefy.streaming.second_pass import SecondPass, with_density
 
-EVALUATED_TOKENS = 2048
+EVALUATED_TOKENS = 1024
 """Tokens of the evaluation shard that the result is measured on; `moefy eval` reads more."""
 
 
