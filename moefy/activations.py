@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
 from moefy.locate import Place, side_of
+from moefy.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -101,61 +103,83 @@ def capture(
     limit: int,
     seed: int,
     report: Reporter,
+    processes: Processes | None = None,
 ) -> None:
     """Run the model and keep the inputs of these places for at most `limit` tokens, drawn evenly.
 
-    The places are numbered from 0 in their order.
+    The places are numbered from 0 in their order. With `processes` each of them runs some of the
+    batches; what is kept stands where one process would have put it.
 
     Raises `MoefyError` where an activation is not finite.
     """
-    keep = {
-        side: drawn(_sizes(model, found, batches, side), limit, seed)
-        for side in sorted({side_of(site) for site in found})
-    }
-    current: list[tuple[Batch, dict[str, Tensor]]] = []
-    tokens = dict.fromkeys((site.index for site in found), 0)
-    names = sorted({s.document.domain for batch in batches for s in batch.samples})
-    domains: dict[str, list[int]] = {side: [] for side in keep}
-    first = {side: next(s.index for s in found if side_of(s) == side) for side in keep}
-    files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("wb") for s in found}
+    processes = processes or Processes()
+    sides = sorted({side_of(site) for site in found})
+    sizes = {side: _sizes(model, found, batches, side) for side in sides}
+    keep = {side: drawn(sizes[side], limit, seed) for side in sides}
+    before = {side: _before(keep[side]) for side in sides}
+    if processes.main:
+        for site in found:
+            (into.folder / f"{into.name}-{site.index}.bin").touch()
+    processes.wait()
+    files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("r+b") for s in found}
+    current: list[int] = []
 
     def heard(site: Place, x_TD: Tensor) -> None:
-        batch, chosen = current[0]
-        side = side_of(site)
+        number, side = current[0], side_of(site)
+        batch, chosen_T = batches[number], keep[side][number]
         mask = batch.mask(side)
-        domain_T = torch.tensor([names.index(s.document.domain) for s in batch.samples])
-        domain_T = domain_T.repeat_interleave(len(x_TD) // len(batch.samples))
         if mask is not None:
             x_TD = x_TD[mask.flatten().to(x_TD.device)]
-            domain_T = domain_T[mask.flatten().cpu()]
-        if site.index == first[side]:
-            domains[side] += domain_T[chosen[side]].tolist()
-        kept_TD = x_TD[chosen[side].to(x_TD.device)].cpu().contiguous()
+        kept_TD = x_TD[chosen_T.to(x_TD.device)].cpu().contiguous()
         if not kept_TD.isfinite().all():
             raise MoefyError(
                 f"{site.layer}: the input of {site.module} is not finite for document "
                 f"'{batch.samples[0].document.source_id}' or one batched with it; the weights hold "
                 f"NaN, or {kept_TD.dtype} overflows"
             )
-        files[site.index].write(kept_TD.flatten().view(torch.uint8).numpy().tobytes())
-        tokens[site.index] += len(kept_TD)
+        file = files[site.index]
+        file.seek(before[side][number] * site.width * kept_TD.itemsize)
+        file.write(kept_TD.flatten().view(torch.uint8).numpy().tobytes())
 
     handles = listen(model, found, heard)
+    mine = processes.mine(range(len(batches)))
     try:
-        for number, batch in enumerate(report.track(batches, f"measure for {into.name}")):
-            current[:] = [(batch, {side: keep[side][number] for side in keep})]
-            run(model, batch)
+        for number in report.track(mine, f"measure for {into.name}"):
+            current[:] = [number]
+            run(model, batches[number])
     finally:
         for handle in handles:
             handle.remove()
         for file in files.values():
             file.close()
-    index = {
-        "tokens": list(tokens.values()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "domains": domains,
-    }
-    into._index.write_text(json.dumps(index))
+    processes.wait()
+    if processes.main:
+        index = {
+            "tokens": [before[side_of(site)][-1] for site in found],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "domains": {s: _domains(batches, s, sizes[s], keep[s]) for s in sides},
+        }
+        into._index.write_text(json.dumps(index))
+    processes.wait()
+
+
+def _before(chosen: list[Tensor]) -> list[int]:
+    """How many tokens are kept before each batch, and in all."""
+    return [0, *np.cumsum([int(chosen_T.sum()) for chosen_T in chosen]).tolist()]
+
+
+def _domains(batches: list[Batch], side: str, sizes: list[int], chosen: list[Tensor]) -> list[int]:
+    """The domain of every token that is kept, as a number."""
+    names = sorted({s.document.domain for batch in batches for s in batch.samples})
+    found: list[int] = []
+    for batch, size, chosen_T in zip(batches, sizes, chosen, strict=True):
+        mask, samples = batch.mask(side), batch.samples
+        tokens_B = (
+            torch.full((len(samples),), size // len(samples)) if mask is None else mask.sum(1)
+        )
+        domain_B = torch.tensor([names.index(s.document.domain) for s in samples])
+        found += domain_B.repeat_interleave(tokens_B)[chosen_T].tolist()
+    return found
 
 
 def drawn(sizes: list[int], limit: int, seed: int) -> list[Tensor]:

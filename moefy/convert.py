@@ -57,6 +57,7 @@ from moefy.modeling import (
     with_routing_of,
 )
 from moefy.plan import Plan, describe, plan
+from moefy.processes import Processes
 from moefy.provenance import free_memory, machine, peak_memory, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
@@ -88,11 +89,15 @@ def convert(
     one layer in memory at a time (`moefy.streaming`, docs/streaming.md). `resume` takes up a run that
     was interrupted and ends with the same tensors; `overwrite` replaces `out`.
 
-    Returns the records that are also in `out/records.json`: `conversion` and `evaluation`. Raises
-    `MoefyError` for anything that is the user's to mend; `out` then is as it was.
+    Under `accelerate launch` documents and layers are shared out over all processes.
+
+    Returns the records that are also in `out/records.json`: `conversion` and `evaluation` (nothing
+    in processes other than the first). Raises `MoefyError` for anything that is the user's to mend;
+    `out` then is as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    report, clock = Reporter(quiet=quiet), Clock()
+    processes, clock = Processes(), Clock()
+    report = Reporter(quiet=quiet or not processes.main)
     with _on_disk(model, adapter) as folder:
         with clock.stage("plan"):
             checkpoint = Checkpoint.open(folder)
@@ -100,7 +105,7 @@ def convert(
             shards = split_shards(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
             if stream:
-                streaming.refuse(todo, recipe, adapter)
+                streaming.refuse(todo, recipe, adapter, processes)
             else:
                 _require_memory(checkpoint)
             report.say(describe(todo, recipe))
@@ -109,18 +114,25 @@ def convert(
             limit = streaming.EVALUATED_TOKENS if stream else None
             evaluated = read_batches(checkpoint, todo.kind, held, recipe.context, limit)
         with clock.stage("hash the source"):
-            source = {"name": _lasting_name(folder, adapter), "sha256": checkpoint.hashes()}
+            hashes = processes.once(checkpoint.hashes)
+            source = {"name": _lasting_name(folder, adapter), "sha256": hashes}
         output = OutputFolder(Path(out))
         fingerprint = _fingerprint(recipe, source, text, adapter, stream)
-        output.begin(fingerprint, resume=resume, overwrite=overwrite)
-        output.need(todo.disk)
+
+        def begin() -> None:
+            output.begin(fingerprint, resume=resume, overwrite=overwrite)
+            output.need(todo.disk)
+
+        processes.once(begin)
         job = Job(
             checkpoint, todo, recipe, text, source, adapter, reading, evaluated, output.work, report,
-            clock,
+            clock, processes,
         )  # fmt: skip
 
         with output.full_disk():
             made = streaming.stream(job) if stream else _in_memory(job)
+            if made is None:
+                return {}
             # Streamed states are rounded to what the weights are stored in.
             dtype = stored_dtype(checkpoint) if stream else running_dtype(checkpoint)
             _require_equal(made.error, dtype)
@@ -130,11 +142,12 @@ def convert(
             records = {"conversion": _record(job, made, stream), "evaluation": made.evaluation}
             _describe_output(job.finished, made.artefact, records)
     output.commit(job.finished)
+    processes.wait()
     return records
 
 
-def _in_memory(job: Job) -> Converted:
-    """Every stage on the whole model, one after the other."""
+def _in_memory(job: Job) -> Converted | None:
+    """Every stage on the whole model, one after the other; None in processes that have only helped."""
     clock = job.clock
     with clock.stage("measure"):
         samples = _measure(job)
@@ -145,6 +158,10 @@ def _in_memory(job: Job) -> Converted:
     with clock.stage("tune"):
         artefact, fits, head_fits = collect(job)
         artefact, tuning = _tune(job, artefact, samples)
+
+    if not job.processes.main:
+        job.processes.wait()
+        return None
 
     with clock.stage("write"):
         _write(job, artefact)
@@ -224,7 +241,7 @@ def _measure(job: Job) -> dict[str, Captured]:
         batches, limit = job.reading[name]
         capture(
             model, places, batches, samples[name],
-            limit=limit, seed=job.recipe.seed, report=job.report,
+            limit=limit, seed=job.recipe.seed, report=job.report, processes=job.processes,
         )  # fmt: skip
     return samples
 
@@ -232,20 +249,22 @@ def _measure(job: Job) -> dict[str, Captured]:
 def _fit(job: Job, samples: dict[str, Captured]) -> None:
     """Fit every layer that is not there yet, each from its own weights and sample alone."""
     checkpoint, todo, recipe = job.checkpoint, job.todo, job.recipe
+    mine = job.processes.mine
     for what in ("layers", "heads"):
         (job.work / what).mkdir(exist_ok=True)
     stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
     get = _reader(checkpoint, {name: disk for disk, name in stored.items()})
-    for site in job.report.track(todo.sites, "fit layers"):
+    for site in job.report.track(mine(todo.sites), "fit layers"):
         at = job.work / "layers" / str(site.index)
         if not at.with_suffix(".json").exists():
             mlp = read_mlp(site, get).to(torch.float32)
             keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
-    for block in job.report.track(todo.head_sites, "fit heads") if todo.head_sites else ():
+    for block in job.report.track(mine(todo.head_sites), "fit heads") if todo.head_sites else ():
         at = job.work / "heads" / str(block.index)
         if not at.with_suffix(".json").exists():
             heads = HeadOutputs.behind(read_heads(block, get).down_ND.float())
             keep(at, fit_heads(heads, todo, block, recipe, samples))
+    job.processes.wait()
 
 
 def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Tensor]:
@@ -275,13 +294,17 @@ def _tune(
         model = load_dense(job.checkpoint, **placement())
         moefied(model, artefact, permute=True)
         training, held = (job.reading[name][0] for name in ("router", "held-out"))
-        record = tune(model, job.todo, job.recipe, samples, training, held, job.report)
-        artefact = with_routing_of(model)
-        kept.mkdir(exist_ok=True)
-        save_file(artefact.tensors, kept / "tensors.safetensors")
-        record["selections"] = [entry.selection for entry in artefact.layers]
-        (kept / "record.part").write_text(json.dumps(record))
-        (kept / "record.part").replace(kept / "record.json")
+        record = tune(
+            model, job.todo, job.recipe, samples, training, held, job.report, job.processes
+        )
+        if job.processes.main:
+            artefact = with_routing_of(model)
+            kept.mkdir(exist_ok=True)
+            save_file(artefact.tensors, kept / "tensors.safetensors")
+            record["selections"] = [entry.selection for entry in artefact.layers]
+            (kept / "record.part").write_text(json.dumps(record))
+            (kept / "record.part").replace(kept / "record.json")
+    job.processes.wait()
     record = json.loads((kept / "record.json").read_text())
     layers = [
         replace(entry, selection=selection)

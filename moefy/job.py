@@ -12,6 +12,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import Batch, Corpus
 from moefy.plan import Plan
+from moefy.processes import Processes
 from moefy.provenance import read_and_written
 from moefy.recipe import Recipe
 
@@ -56,6 +57,7 @@ class Job:
     work: Path
     report: Reporter
     clock: Clock
+    processes: Processes
 
     @property
     def finished(self) -> Path:

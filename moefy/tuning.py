@@ -28,6 +28,7 @@ from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
+from moefy.processes import Processes
 from moefy.provenance import free_memory
 from moefy.recipe import Recipe
 from moefy.routed import Routed
@@ -87,8 +88,14 @@ def tune(
     training: list[Batch],
     held: list[Batch],
     report: Reporter,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Allocate and distil as the recipe says, in place; returns what was measured."""
+    """Allocate and distil as the recipe says, in place; returns what was measured.
+
+    With `processes`, all of which call this, layers are shared out where each is measured by itself,
+    and the first one distils: its model is the result.
+    """
+    processes = processes or Processes()
     record: dict[str, Any] = {}
     metric: list[Tensor] | None = None
     said: list[Tensor] | None = None
@@ -97,13 +104,13 @@ def tune(
     check = HeldOut(model, held, said)
     active = {i: planned_active(todo, i, m) for i, m in sparse_mlps(model).items()}
     if recipe.allocates:
-        record["budget"] = allocate(model, todo, recipe, samples, check, metric, report)
+        record["budget"] = allocate(model, todo, recipe, samples, check, metric, report, processes)
         active = dict(enumerate(record["budget"]["active"]))
     elif varies(recipe):
         settle(model, recipe, held, active)
     if recipe.distil.steps and not learnable(model):
         report.say("nothing to distil: neither routers nor compensations have parameters")
-    elif recipe.distil.steps:
+    elif recipe.distil.steps and processes.main:
         before = check.distance()
         scope = recipe.distil.scope
         if scope == "auto":
@@ -208,6 +215,7 @@ def allocate(
     held: HeldOut,
     metric: list[Tensor] | None,
     report: Reporter,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Choose the density of every layer and set it; returns densities and measured KL.
 
@@ -215,18 +223,15 @@ def allocate(
     takes the residual stream's where there is none.
     """
     modules = sparse_mlps(model)
-    rows: list[list[Candidate]] = []
     planned = [planned_active(todo, index, module) for index, module in modules.items()]
     if recipe.budget.name == "greedy" and metric is None:
         metric = stream_metric(model, todo.sites, held.batches)
-    for index, module in report.track(modules.items(), "measure densities"):
+    own: list[tuple[int, list[Candidate]]] = []
+    for index, module in report.track(processes.mine([*modules.items()]), "measure densities"):
         sample = layer_sample(samples, todo, todo.sites[index]).on(module.weights.down_ND.device)
-        rows.append(
-            candidates(
-                module, planned[index], recipe, sample,
-                partial(_loss, held=held, metric=None if metric is None else metric[index]),
-            )
-        )  # fmt: skip
+        loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
+        own.append((index, candidates(module, planned[index], recipe, sample, loss_of)))
+    rows = [row for _, row in sorted(processes.all(own), key=lambda pair: pair[0])]
     uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]

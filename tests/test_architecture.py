@@ -19,7 +19,17 @@ ROOT = Path(__file__).parents[1]
 # A module or package of moefy imports from strictly lower rows only. A new file gets a place here.
 LAYERS = (
     {"errors"},
-    {"recipe", "training_recipe", "families", "mlp", "console", "provenance", "tables", "curves"},
+    {
+        "recipe",
+        "training_recipe",
+        "families",
+        "mlp",
+        "console",
+        "provenance",
+        "processes",
+        "tables",
+        "curves",
+    },
     {"checkpoint", "data", "partition", "structure", "baselines"},
     {"routing", "draws"},
     {"routed"},

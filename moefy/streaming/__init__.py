@@ -15,6 +15,7 @@ from moefy.errors import RecipeError
 from moefy.fitted import collect
 from moefy.job import Converted, Job, Reading
 from moefy.plan import Plan
+from moefy.processes import Processes
 from moefy.recipe import Recipe
 from moefy.routing import ROUTERS, SELECTIONS, choose
 from moefy.routing.budget import greedy
@@ -25,10 +26,11 @@ EVALUATED_TOKENS = 1024
 """Tokens of the evaluation shard that the result is measured on; `moefy eval` reads more."""
 
 
-def refuse(todo: Plan, recipe: Recipe, adapter: bool) -> None:
+def refuse(todo: Plan, recipe: Recipe, adapter: bool, processes: Processes) -> None:
     """Raise `RecipeError` for what needs the whole model in memory."""
     needs = {
         "an adapter": adapter,
+        f"{processes.count} processes": processes.count > 1,
         f"budget.name={recipe.budget.name}": recipe.allocates and recipe.budget.name != "greedy",
         "a target for KL": recipe.budget.target_kl is not None,
         f"distil.steps={recipe.distil.steps}": recipe.distil.steps > 0,

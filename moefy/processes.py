@@ -1,0 +1,89 @@
+"""Several processes on one job, as `accelerate launch` starts them; or this one alone.
+
+They share a file system: what one writes the others read after `wait`. Nothing is decided by who is
+first, so that many processes find what one would.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from moefy.errors import MoefyError
+
+T = TypeVar("T")
+
+
+class Elsewhere(MoefyError):
+    """Another process of the same run has failed, and says why itself."""
+
+
+class Processes:
+    """All processes of this run, seen from this one."""
+
+    def __init__(self) -> None:
+        # One may wait for another for as long as an evaluation takes.
+        self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.state.num_processes)
+
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+        return int(self.state.process_index)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return bool(self.state.is_main_process)
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of the items: every so many, so that like ones spread evenly."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        self._together(self.state.wait_for_everyone)
+
+    def all(self, items: list[T]) -> list[T]:
+        """The items of all processes, in the order of their ranks."""
+        if self.count == 1:
+            return items
+        found: list[T] = self._together(lambda: gather_object(items))
+        return found
+
+    def once(self, run: Callable[[], T]) -> T:
+        """What `run` gives on the main process, for all; its error is the error of all."""
+        if self.count == 1:
+            return run()
+        told: list[Any] = [None, None]
+        failed: MoefyError | None = None
+        if self.main:
+            try:
+                told[0] = run()
+            except MoefyError as error:
+                failed, told[1] = error, str(error)
+        value, reason = self._together(lambda: broadcast_object_list(told))
+        if failed is not None:
+            raise failed
+        if reason is not None:
+            raise Elsewhere(reason)
+        found: T = value
+        return found
+
+    def _together(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except RuntimeError as error:
+            if self.count == 1:
+                raise
+            raise Elsewhere(
+                f"process {self.rank}: another process of this run has ended "
+                f"({str(error).splitlines()[0][:120]}); nothing is lost, --resume continues"
+            ) from None

@@ -1,0 +1,113 @@
+"""Conversion in two processes: the same partition and routers as in one, and what happens when one dies."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_conversion import convert_tiny
+from tiny_models import build
+
+from moefy.artefact import read_artefact
+from moefy.checkpoint import Checkpoint, sha256
+from moefy.errors import MoefyError
+from moefy.processes import Processes
+
+GREEDY = {
+    "partition.expert_size": 1, "router.name": "largest_inputs", "selection.name": "threshold",
+    "budget.name": "greedy", "density": 0.3,
+}  # fmt: skip
+
+# `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they run on
+# its CPUs.
+LAUNCH = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+
+CODE = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import moefy.convert
+from tiny_conversion import convert_tiny
+module, keep = sys.modules["moefy.convert"], sys.modules["moefy.convert"].keep
+
+def dying(at, *args):
+    if {dies} and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(at, *args)
+
+module.keep = dying
+convert_tiny("llama", Path({source!r}), Path({out!r}), settings={settings!r}, resume={resume})
+"""
+
+
+def launch(
+    tmp_path: Path, source: Path, out: Path, *, settings=None, dies=False, resume=False
+) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    script = tmp_path / "run.py"
+    script.write_text(
+        CODE.format(
+            paths=[str(root), str(root / "kernels"), str(root / "tests")],
+            source=str(source), out=str(out), settings=settings or {}, dies=dies, resume=resume,
+        )
+    )  # fmt: skip
+    command = [sys.executable, *LAUNCH, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+
+@pytest.mark.parametrize("settings", [{}, GREEDY], ids=["fitted", "allocated"])
+def test_two_processes_find_what_one_finds(settings, tmp_path):
+    source = build("llama", tmp_path / "source")
+    one = convert_tiny("llama", source, tmp_path / "one", settings=settings)
+    done = launch(tmp_path, source, tmp_path / "two", settings=settings)
+    assert done.returncode == 0, done.stderr
+    first, second = read_artefact(tmp_path / "one"), read_artefact(tmp_path / "two")
+    for name, value in first.tensors.items():
+        if name.endswith("permutation"):
+            assert torch.equal(value, second.tensors[name])
+        else:
+            error = (value - second.tensors[name]).norm() / value.norm().clamp_min(1e-30)
+            assert error < 1e-6, name
+    assert [e.selection for e in first.layers] == [e.selection for e in second.layers]
+    for file in Checkpoint.open(tmp_path / "one").files:
+        assert sha256(file) == sha256(tmp_path / "two" / file.name)
+    assert one["evaluation"]["total"]["kl"]["mean"] > 0
+
+
+def test_a_process_that_dies_ends_the_run_and_it_resumes(tmp_path):
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "whole")
+    done = launch(tmp_path, source, tmp_path / "out", dies=True)
+    assert done.returncode != 0
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MoefyError, match="--resume"):
+        convert_tiny("llama", source, tmp_path / "out")
+    done = launch(tmp_path, source, tmp_path / "out", resume=True)
+    assert done.returncode == 0, done.stderr
+    want, got = (load_file(tmp_path / n / "moefy.safetensors") for n in ("whole", "out"))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_an_error_of_the_user_is_told_by_all(tmp_path):
+    source = build("llama", tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    done = launch(tmp_path, source, tmp_path / "out")
+    assert done.returncode != 0
+    assert "exists already" in done.stderr
+    assert "Elsewhere" in done.stderr or "OutputError" in done.stderr
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    assert "RANK" not in os.environ
+    processes = Processes()
+    assert (processes.rank, processes.count, processes.main) == (0, 1, True)
+    assert processes.mine([1, 2, 3]) == [1, 2, 3]
+    assert processes.all([1, 2]) == [1, 2]
+    assert processes.once(lambda: 5) == 5
+    processes.wait()
