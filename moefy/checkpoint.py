@@ -260,7 +260,7 @@ def overwrite(tensor: StoredTensor, values: Tensor) -> None:
         )
     with tensor.file.open("r+b") as stream:
         stream.seek(tensor.begin)
-        stream.write(raw.tobytes())
+        stream.write(raw.data)
 
 
 class OutputFolder:

@@ -22,7 +22,7 @@ from moefy.routing.base import Compensation, Router, Selection
 from moefy.routing.targets import Target, deviation
 from moefy.routing.topk import top_mask
 
-_CHUNK = 4096
+_CHUNK = 1024
 MEASURED = 1024
 """Held-out tokens on which a router is measured that is not fitted."""
 
@@ -51,7 +51,7 @@ class Tokens:
         return replace(self, mlp_TD=self.mlp_TD[::step], router_TD=self.router_TD[::step])
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both in fp32, a few thousand tokens at a time."""
+        """Both in fp32, a thousand tokens at a time."""
         pairs = zip(self.mlp_TD.split(_CHUNK), self.router_TD.split(_CHUNK), strict=True)
         for mlp_TD, router_TD in pairs:
             yield mlp_TD.to(self.device, torch.float32), router_TD.to(self.device, torch.float32)

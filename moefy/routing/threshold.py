@@ -23,20 +23,26 @@ class Threshold(Selection):
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Threshold":
         """The value with which `active` experts a token run on average over these scores."""
-        scores_TE = scores_TE.float()
+        scores_TE = scores_TE.detach().float().cpu()
         # Below every score, so that all run where all should; a cap leaves some of them no chance.
         lowest = scores_TE.min().item() - 1
-        able_TE = torch.ones_like(scores_TE, dtype=torch.bool)
-        score_N = scores_TE.masked_fill(~capped(able_TE, scores_TE, most), lowest).flatten()
+        score_N = scores_TE.flatten().clone()
+        if most is not None:
+            able_TE = torch.ones_like(scores_TE, dtype=torch.bool)
+            score_N[~capped(able_TE, scores_TE, most).flatten()] = lowest
         wanted = int(active * SLACK * len(scores_TE))
         if wanted >= len(score_N):
             return cls(lowest, most)
-        # Strictly above the next lower score: those that tie with it come and go together.
-        highest, threshold = score_N.max(), score_N.kthvalue(len(score_N) - wanted).values
+        # Strictly above the next lower score: those that tie with it come and go together. In place:
+        # the scores of a sample are the largest thing in memory.
+        value_N = score_N.numpy()
+        at = len(value_N) - wanted - 1
+        value_N.partition(at)
+        highest, threshold = float(value_N[at:].max()), float(value_N[at])
         if threshold == highest:
-            below_N = score_N[score_N < highest]
-            return cls(below_N.max().item() if len(below_N) else lowest, most)
-        return cls(threshold.item(), most)
+            below_N = value_N[value_N < highest]
+            return cls(float(below_N.max()) if len(below_N) else lowest, most)
+        return cls(threshold, most)
 
     def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
         """The mask `[T, E]`."""

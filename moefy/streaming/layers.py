@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moefy.activations import drawn, listen
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite
-from moefy.data import Batch
+from moefy.data import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
 from moefy.fitted import keep
 from moefy.fitting import Fitted, LayerSample, cap, fit_layer
@@ -115,7 +115,7 @@ class FirstPass:
         self.job, self.todo, self.recipe, self.follow = job, job.todo, job.recipe, follow
         self.checkpoint = job.checkpoint
         self.skeleton = Skeleton(self.checkpoint, running_dtype(self.checkpoint))
-        recipe, probe = job.recipe, job.evaluated[:1]
+        recipe, probe = job.recipe, make_batches(job.evaluated[0].samples[:1])
         self.done, states = job.work / "layers", job.work / "states"
         for folder in (self.done, states):
             folder.mkdir(exist_ok=True)
@@ -145,6 +145,7 @@ class FirstPass:
         )
         self.raw: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def run(self) -> None:
         """Fit and write all layers that are not there yet."""
         report = self.job.report

@@ -61,6 +61,7 @@ class SecondPass:
         masks = [batch.mask() for batch in evaluated]
         self.sinks = [Sinks(mask) for mask in masks if mask is not None]
 
+    @torch.no_grad()
     def run(self, active: list[float] | None) -> Artefact:
         """Carry everything to the end; `active` experts of each layer are what thresholds are set for.
 
@@ -138,18 +139,12 @@ class SecondPass:
         return total / tokens
 
     def error(self, probe: Carried) -> float:
-        """Relative error of the last hidden states with every expert on, against the source's."""
+        """Relative error of the last hidden states with every expert on, against the source's: over
+        the first of the evaluated documents."""
         last = len(self.skeleton.sites)
-        wrong = size = 0.0
-        for (batch, want), (_, got) in zip(
-            probe.states.before(last), self.dense.states.before(last), strict=False
-        ):
-            mask = batch.mask()
-            assert mask is not None
-            want, got = want[mask].double(), got[mask].double()
-            wrong += float((got - want).square().sum())
-            size += float(want.square().sum())
-        return float((wrong / size) ** 0.5)
+        batch, states = next(self.dense.states.before(last))
+        got, (_, want) = next(_cut(batch, states)).double(), next(probe.states.before(last))
+        return float((got - want).norm() / want.double().norm())
 
     def record(self) -> dict[str, Any]:
         """The evaluation, made of the last states."""
