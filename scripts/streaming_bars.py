@@ -2,6 +2,8 @@
 
 python scripts/streaming_bars.py large     # 12 GB in bf16, converted with `fast`, evaluated lazily, removed
 python scripts/streaming_bars.py growth    # small ones: time and memory over layers, width and tokens
+python scripts/streaming_bars.py follow    # demo models: routers fitted on sparse or on dense inputs
+python scripts/streaming_bars.py ranks     # demo model: fitting in two processes of one thread, and in one
 python scripts/streaming_bars.py table     # docs/streaming.md: what was measured, and an extrapolation
 
 The checkpoints are Llama-shaped with random weights: seconds, bytes and memory mean something, quality
@@ -13,17 +15,22 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from moefy import convert, streaming
+from moefy.measure import evaluate_folder
 from moefy.provenance import machine
+from moefy.recipe import Recipe, override
 
 RECORDS = Path("benchmarks/records")
 TOKENIZER = Path("moefy/demo/llama")
@@ -171,6 +178,68 @@ def growth(work: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def follow(work: Path) -> dict[str, Any]:
+    """What carrying the sparse states is worth: the same recipes, fitted on what dense layers send."""
+    rows = []
+    plain = streaming.stream
+    for name in ("llama", "opt"):
+        for recipe, settings in (
+            ("default", {}), ("export", {}), ("export", {"compensation.name": "mean_residual"}),
+        ):  # fmt: skip
+            chosen = override(Recipe.named(recipe, density=0.25), settings)
+            for sparse in (True, False):
+                streaming.stream = partial(plain, follow=sparse)
+                out = work / f"{name} {recipe} {sparse}"
+                convert(f"moefy/demo/{name}", out, recipe=chosen, stream=True, overwrite=True)
+                found = evaluate_folder(out, documents=44)
+                rows.append(
+                    {
+                        "model": name, "recipe": recipe, **settings,
+                        "inputs": "sparse" if sparse else "dense",
+                        "kl": found["total"]["kl"]["mean"], "ffn_density": found["ffn_density"],
+                    }
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+    streaming.stream = plain
+    return {"rows": rows}
+
+
+def ranks(work: Path) -> dict[str, Any]:
+    """Seconds of every stage with two processes of one thread each, and with one, taken in turn."""
+    launcher = (
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+    )  # fmt: skip
+    runs: dict[str, list[dict[str, float]]] = {"one": [], "two": []}
+    for number in range(3):
+        for name, how in (("one", ()), ("two", launcher)):
+            out = work / f"{name}{number}"
+            subprocess.run(
+                [
+                    sys.executable, "-m", *how, "moefy", "convert", "moefy/demo/llama", str(out),
+                    "--recipe", "moefication", "--density", "0.25", "--overwrite", "--quiet",
+                ],
+                check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            record = json.loads((out / "records.json").read_text())["conversion"]
+            runs[name].append(record["seconds"])
+    medians = {
+        name: {stage: statistics.median(run[stage] for run in found) for stage in found[0]}
+        for name, found in runs.items()
+    }
+    faster = {stage: medians["one"][stage] / medians["two"][stage] for stage in ("measure", "fit")}
+    first, second = (load_file(work / f"{n}0" / "moefy.safetensors") for n in ("one", "two"))
+    apart = max(
+        float((first[n].double() - second[n].double()).norm() / first[n].double().norm())
+        for n in first if first[n].any()
+    )  # fmt: skip
+    print(faster, apart, flush=True)
+    return {
+        "recipe": "moefication", "model": "llama", "seconds": medians, "times_faster": faster,
+        "largest_relative_difference": apart,
+    }  # fmt: skip
+
+
 def save(record: dict[str, Any], name: str) -> None:
     text = json.dumps(record | {"machine": machine()}, indent=1) + "\n"
     (RECORDS / f"{name}.json").write_text(text, encoding="utf-8")
@@ -237,21 +306,61 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def ranks_table() -> str:
+    found = json.loads((RECORDS / "stream_ranks.json").read_text())
+    one, two = found["seconds"]["one"], found["seconds"]["two"]
+    lines = [
+        "| stage | one process, s | two processes, s | times faster |", "| --- | --- | --- | --- |",
+        *(
+            f"| {stage} | {one[stage]:.1f} | {two[stage]:.1f} | {faster:.2f} |"
+            for stage, faster in found["times_faster"].items()
+        ),
+        "",
+        f"Llama demo, recipe `{found['recipe']}` (k-means experts, a router trained per layer), one thread a "
+        "process, medians of three runs in turn; largest relative difference of any tensor "
+        f"{found['largest_relative_difference']:.1g}.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def follow_table() -> str:
+    rows = json.loads((RECORDS / "stream_follow.json").read_text())["rows"]
+    lines = [
+        "| model | recipe | KL, sparse inputs | KL, dense inputs |",
+        "| --- | --- | --- | --- |",
+    ]
+    for sparse, dense in zip(rows[::2], rows[1::2], strict=True):
+        more = sparse.get("compensation.name")
+        recipe = f"`{sparse['recipe']}`" + (f", compensation {more}" if more else "")
+        lines.append(f"| {sparse['model']} | {recipe} | {sparse['kl']:.4f} | {dense['kl']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    whole = page.read_text(encoding="utf-8")
+    head, tail = whole.split(begin)[0], whole.split(end)[1]
+    page.write_text(f"{head}{begin}{text}{end}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["large", "growth", "table"])
+    parser.add_argument("what", choices=["large", "growth", "follow", "ranks", "table"])
     parser.add_argument("--work", default="runs/streaming")
     parser.add_argument("--keep", action="store_true", help="leave the folders where they are")
     args = parser.parse_args()
     work = Path(args.work) / args.what
     if args.what == "table":
-        begin, end = "<!-- streaming -->\n", "<!-- /streaming -->"
-        page = Path("docs/streaming.md")
-        text = page.read_text(encoding="utf-8")
-        head, tail = text.split(begin)[0], text.split(end)[1]
-        page.write_text(f"{head}{begin}{table()}{end}{tail}", encoding="utf-8")
+        fill(Path("docs/streaming.md"), "streaming", table())
+        fill(Path("docs/streaming.md"), "ranks", ranks_table())
+        fill(Path("docs/experiments.md"), "follow", follow_table())
         return
-    save(large(work, LARGE) if args.what == "large" else growth(work), f"stream_{args.what}")
+    if args.what == "large":
+        save(large(work, LARGE), "stream_large")
+    else:
+        run = {"growth": growth, "follow": follow, "ranks": ranks}[args.what]
+        save(run(work), f"stream_{args.what}")
     if not args.keep:
         shutil.rmtree(work)
 
