@@ -23,6 +23,7 @@ from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
 from moefy.locate import Place, side_of
+from moefy.offload import device_of
 from moefy.processes import Processes
 
 
@@ -65,7 +66,7 @@ def inputs_of(
     model: PreTrainedModel, batch: Batch, device: torch.device | None = None
 ) -> dict[str, Any]:
     """What a model is called with: the batch on its device, or on `device`, without a cache."""
-    where = device or model.device
+    where = device or device_of(model)
     inputs: dict[str, Any] = {name: value.to(where) for name, value in batch.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

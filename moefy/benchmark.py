@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moefy.console import Reporter
 from moefy.errors import MoefyError
 from moefy.mlp import DenseMlp
+from moefy.offload import device_of
 from moefy.provenance import machine
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, Router
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
@@ -68,7 +69,7 @@ def bench_model(
         raise MoefyError(f"{type(sparse).__name__}: no cached decoding to time; bench --layer does")
     generator = torch.Generator().manual_seed(0)
     vocabulary = sparse.config.get_text_config().vocab_size
-    ids_BT = torch.randint(vocabulary, (1, prompt), generator=generator).to(sparse.device)
+    ids_BT = torch.randint(vocabulary, (1, prompt), generator=generator).to(device_of(sparse))
 
     def decode(model: PreTrainedModel) -> Callable[[], object]:
         def call() -> object:

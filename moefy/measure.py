@@ -21,6 +21,7 @@ from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
 from moefy.modeling import load, load_dense, placement, weights_of
+from moefy.offload import device_of
 from moefy.provenance import peak_memory
 from moefy.recipe import from_dict
 from moefy.routing import ROUTERS, Router, choose
@@ -196,7 +197,7 @@ def generate_text(
     tokenizer = load_tokenizer(weights.folder)
     if tokenizer is None:
         raise MoefyError(f"{folder}: has no tokenizer; use moefy.load and token ids from Python")
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    encoded = tokenizer(prompt, return_tensors="pt").to(device_of(model))
     encoded.pop("token_type_ids", None)
     with all_experts(model) if dense else nullcontext():
         ids = model.generate(**encoded, max_new_tokens=tokens, do_sample=sample)  # type: ignore[operator]

@@ -60,6 +60,14 @@ def offloaded(module: nn.Module) -> torch.device | None:
     return None
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """The device that takes a model's inputs, wherever its weights are kept."""
+    if model.device.type != "meta":
+        return model.device
+    found = (offloaded(module) for module in model.modules())
+    return next((device for device in found if device is not None), torch.device("cpu"))
+
+
 def offload(module: SparseMlp, weights: StoredMlp, device: torch.device) -> None:
     """Give `module` its weights, on `device`, while it runs."""
     hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=weights)

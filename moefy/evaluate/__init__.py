@@ -49,6 +49,7 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
+from moefy.offload import device_of
 from moefy.provenance import machine
 from moefy.sparse_mlp import all_experts
 
@@ -161,7 +162,7 @@ def _sinks(
 def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What a batch is compared by, from one pass: whoever listens hears every token once."""
     if batch.targets_BT is None and "pixel_values" not in batch.inputs:
-        inputs = {n: v.to(model.device) for n, v in batch.inputs.items()}
+        inputs = {n: v.to(device_of(model)) for n, v in batch.inputs.items()}
         result = model(**inputs, output_hidden_states=True)
         hidden = getattr(result, "last_hidden_state", None)
         return torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden).cpu()
