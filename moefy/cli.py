@@ -163,7 +163,7 @@ def convert(
         given |= {"partition.expert_size": expert_size, "partition.experts": experts}
     chosen = recipes.override(recipes.load(recipe), {**given, **_settings(set_ or [])})
     if dry_run:
-        return _plan(model, chosen, corpus, adapter)
+        return _plan(model, chosen, corpus, adapter, stream)
     from moefy.convert import convert as run
     from moefy.tables import domain_rows, terminal
 
@@ -175,7 +175,7 @@ def convert(
     return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
 
 
-def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool) -> Shown:
+def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool, stream: bool) -> Shown:
     from dataclasses import asdict
 
     from moefy.checkpoint import Checkpoint
@@ -185,7 +185,7 @@ def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool) -> Shown:
     data = {
         key: value for key, value in asdict(found).items() if key not in ("sites", "head_sites")
     }
-    return Shown(data, [describe(found, recipe)])
+    return Shown(data, [describe(found, recipe, stream=stream)])
 
 
 @verb

@@ -108,7 +108,7 @@ def convert(
                 streaming.refuse(todo, recipe, adapter, processes)
             else:
                 _require_memory(checkpoint)
-            report.say(describe(todo, recipe))
+            report.say(describe(todo, recipe, stream=stream))
             reading = _reading(checkpoint, todo, recipe, shards)
             held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
             limit = streaming.EVALUATED_TOKENS if stream else None

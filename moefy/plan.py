@@ -6,6 +6,7 @@ Shapes: N neurons, D width, E experts, H heads.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from moefy.artefact import HeadEntry, LayerEntry
 from moefy.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ class Plan:
     """Heads, or groups of them, that run, per attention block."""
     parameters: int
     mlp_parameters: int
+    layer_parameters: int
+    """Of the largest layer, attention included."""
     disk: int
     """Bytes of disk needed while it runs."""
     memory: int
@@ -86,7 +89,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         active.append(k)
     blocks = [] if recipe.attention.density is None else head_sites(model)
     heads = [_head_plan(site, recipe) for site in blocks]
-    total = sum(p.numel() for p in model.parameters())
+    total = _size(model)
     dtype = getattr(config, "dtype", None) or torch.float32
     width = dtype.itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
@@ -106,13 +109,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         head_k=[k for _, k in heads],
         parameters=total,
         mlp_parameters=sum(_parameters(s) for s in found),
+        layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
         disk=sample * seen * width + (0 if adapter else total * width),
         memory=2 * weights + chunk + sample * largest.width * 4,
         corpus=corpus,
     )
 
 
-def describe(todo: Plan, recipe: Recipe) -> str:
+def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
     """The plan in a few lines."""
     first, k = todo.layers[0], todo.k[0]
     same = all(e.experts == first.experts and e.neurons == first.neurons for e in todo.layers)
@@ -137,8 +141,12 @@ def describe(todo: Plan, recipe: Recipe) -> str:
             *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
-            f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB of "
-            "memory beyond what running the model takes",
+            f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and "
+            + (
+                f"memory for one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and its tokens"
+                if stream
+                else f"{todo.memory / 1e9:.2f} GB of memory beyond what running the model takes"
+            ),
         ]
     )
 
@@ -251,6 +259,10 @@ def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
     if share is None:
         share = 1.0 if density >= (m - 1) / (2 * m - 1) else density * m / (m - 1)
     return max(1, round(share * site.width))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _parameters(site: Site) -> int:

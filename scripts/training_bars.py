@@ -3,6 +3,8 @@
 python scripts/training_bars.py recover     # llama demo at FFN density 0.25: share of the gap that is closed
 python scripts/training_bars.py sparsify    # opt demo: sparsified, converted at density 0.1
 
+python scripts/training_bars.py table       # docs/training.md, from the records
+
 Learning curves go to docs/train_{name}.png. On the bundled corpus unless --corpus names more text.
 """
 
@@ -20,7 +22,8 @@ from moefy.recover import recover
 from moefy.sparsify import sparsify
 from moefy.training_recipe import RecoverRecipe, SparsifyRecipe
 
-DEMO = Path("moefy/demo")
+DEMO, RECORDS = Path("moefy/demo"), Path("benchmarks/records")
+KINDS = ("recover", "sparsify")
 
 
 def recovery(
@@ -63,20 +66,68 @@ def sparsifying(
     return {**record, "converted": rows}
 
 
+def table() -> str:
+    """Markdown: what the records say."""
+    found, sparse = (json.loads((RECORDS / f"train_{n}.json").read_text()) for n in KINDS)
+    first, last = found["before"], found["after"]
+    taught, tokens = found["control"]["ce"], found["training"]["tokens"]
+    lines = [
+        f"**Recovery.** Llama demo, `default` at FFN density 0.25, {tokens / 1e6:.2f} M tokens, "
+        f"`--train {found['recipe']['train']} --set distil={found['recipe']['distil']:g}`:",
+        "", "| model | cross-entropy |", "| --- | --- |",
+        f"| dense | {first['ce_dense']['mean']:.4f} |",
+        f"| dense, trained on the same tokens (control) | {taught:.4f} |",
+        f"| moefied | {first['ce']['mean']:.4f} |",
+        f"| moefied, recovered | {last['ce']['mean']:.4f} |",
+        "",
+        f"Of the gap to the trained dense model {found['gap_closed_of_control']:.0%} is closed. Both models "
+        "learn from this text, which is more of the kind that they are evaluated on; the recovered one leaves "
+        f"its teacher: KL to it {first['kl']['mean']:.3f} before, {last['kl']['mean']:.3f} after.",
+        "", "![learning curves](train_recover.png)", "",
+        f"**Sparsifying.** OPT demo, {sparse['training']['tokens'] / 1e6:.2f} M tokens, "
+        f"`--weight {sparse['recipe']['weight']:g}`, then `default` at FFN density 0.1:",
+        "", "| | as it was | sparsified | control |", "| --- | --- | --- | --- |",
+        _row("cross-entropy, dense", "{:.4f}", [sparse[n]["ce"] for n in ("before", "after", "control")]),
+        _row("share of neurons active", "{:.3f}", [sparse[n]["active"] for n in ("before", "after", "control")]),
+        _row("square Hoyer over N", "{:.3f}", [sparse[n]["hoyer"] for n in ("before", "after", "control")]),
+    ]  # fmt: skip
+    rows = sparse["converted"]
+    for label, key, form in (
+        ("cross-entropy at density 0.1", "ce", "{:.4f}"),
+        ("increase over the dense model as it was", "increase_over_dense", "{:+.1%}"),
+    ):
+        lines.append(_row(label, form, [rows["as it was"][key], rows["sparsified"][key], None]))
+    trained = rows["sparsified"]["ce"] / sparse["control"]["ce"] - 1
+    lines.append(f"| increase over the control | | {trained:+.1%} | |")
+    lines += ["", "![learning curves](train_sparsify.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(label: str, form: str, values: list[float | None]) -> str:
+    cells = ["" if value is None else form.format(value) for value in values]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["recover", "sparsify"])
+    parser.add_argument("what", choices=[*KINDS, "table"])
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--corpus")
     parser.add_argument("--set", action="append", default=[], help="setting a=b of the training")
     parser.add_argument("--work", default="runs/training")
     args = parser.parse_args()
+    if args.what == "table":
+        begin, end = "<!-- bars -->\n", "<!-- /bars -->"
+        page = Path("docs/training.md")
+        head, rest = page.read_text(encoding="utf-8").split(begin)
+        page.write_text(f"{head}{begin}{table()}{end}{rest.split(end)[1]}", encoding="utf-8")
+        return
     work = Path(args.work) / args.what
     work.mkdir(parents=True, exist_ok=True)
     run = recovery if args.what == "recover" else sparsifying
     settings = dict(pair.split("=", 1) for pair in args.set)
     record = run(work, args.tokens, args.corpus, settings) | {"machine": machine()}
-    file = Path(f"benchmarks/records/train_{args.what}.json")
+    file = RECORDS / f"train_{args.what}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: record[k] for k in record if k.startswith("gap") or k == "converted"}))
 

@@ -269,6 +269,25 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
+def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "whole", stream=True)
+    put, count = streaming.layers.overwrite, []
+
+    def full(*args):
+        count.append(1)
+        if len(count) > 12:
+            raise OSError(28, "No space left on device")
+        put(*args)
+
+    monkeypatch.setattr(streaming.layers, "overwrite", full)
+    with pytest.raises(MoefyError, match=r"disk is full.*--resume"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True)
+    monkeypatch.setattr(streaming.layers, "overwrite", put)
+    convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = tiny_model("llama").auto.from_pretrained(build("llama", tmp_path / "whole"))
     with torch.no_grad():
