@@ -92,7 +92,8 @@ def table() -> str:
         f"its teacher: KL to it {first['kl']['mean']:.3f} before, {last['kl']['mean']:.3f} after.",
         "", "![learning curves](train_recover.png)", "",
         f"**Sparsifying.** OPT demo, {sparse['training']['tokens'] / 1e6:.2f} M tokens, "
-        f"`--weight {sparse['recipe']['weight']:g}`, then `default` at FFN density 0.1:",
+        f"`--weight {sparse['recipe']['weight']:g}`, then `default` with `--set router.inputs=0.5` at FFN "
+        "density 0.1:",
         "", "| | as it was | sparsified | control |", "| --- | --- | --- | --- |",
         _row("cross-entropy, dense", "{:.4f}", [sparse[n]["ce"] for n in ("before", "after", "control")]),
         _row("share of neurons active", "{:.3f}", [sparse[n]["active"] for n in ("before", "after", "control")]),
@@ -101,6 +102,7 @@ def table() -> str:
     rows = sparse["converted"]
     for label, key, form in (
         ("cross-entropy at density 0.1", "ce", "{:.4f}"),
+        ("active budget", "active_budget", "{:.3f}"),
         ("increase over the dense model as it was", "increase_over_dense", "{:+.1%}"),
     ):
         lines.append(_row(label, form, [rows["as it was"][key], rows["sparsified"][key], None]))
