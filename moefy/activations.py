@@ -24,7 +24,7 @@ from moefy.data import Batch
 from moefy.errors import MoefyError
 from moefy.locate import Place, side_of
 from moefy.offload import device_of
-from moefy.processes import Processes
+from moefy.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def capture(
     limit: int,
     seed: int,
     report: Reporter,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Run the model and keep the inputs of these places for at most `limit` tokens, drawn evenly.
 
@@ -113,7 +113,6 @@ def capture(
 
     Raises `MoefyError` where an activation is not finite.
     """
-    processes = processes or Processes()
     sides = sorted({side_of(site) for site in found})
     sizes = {side: _sizes(model, found, batches, side) for side in sides}
     keep = {side: drawn(sizes[side], limit, seed) for side in sides}
@@ -160,7 +159,9 @@ def capture(
             "dtype": str(model.dtype).removeprefix("torch."),
             "domains": {s: _domains(batches, s, sizes[s], keep[s]) for s in sides},
         }
-        into._index.write_text(json.dumps(index))
+        unfinished = into._index.with_suffix(".part")
+        unfinished.write_text(json.dumps(index))
+        unfinished.replace(into._index)
     processes.wait()
 
 

@@ -228,7 +228,7 @@ def sha256(file: Path) -> str:
 
 
 def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Copy a model folder file by file; a file already copied in full is left alone."""
+    """Copy a model folder file by file; none appears before it is whole."""
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -307,9 +307,10 @@ class OutputFolder:
         return False
 
     def need(self, size: int) -> None:
-        """Raise `OutputError` where the disk has less than `size` bytes free."""
+        """Raise `OutputError`, and leave no work behind, where the disk has less than `size` bytes free."""
         free = shutil.disk_usage(self.work).free
         if free < size:
+            self.discard()
             raise OutputError(
                 f"{self.out}: needs {size / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
                 "free some or choose another place"

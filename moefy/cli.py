@@ -171,6 +171,8 @@ def convert(
         model, out, recipe=chosen, corpus=corpus, adapter=adapter, stream=stream, resume=resume,
         overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
+    if not records:  # of many processes only the first has something to show
+        return Shown(None)
     table = terminal(*domain_rows(records["evaluation"]))
     return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,7 +57,7 @@ from moefy.modeling import (
     with_routing_of,
 )
 from moefy.plan import Plan, describe, plan
-from moefy.processes import Processes
+from moefy.processes import launched
 from moefy.provenance import free_memory, machine, peak_memory, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
@@ -96,7 +96,7 @@ def convert(
     `out` then is as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    processes, clock = Processes(), Clock()
+    processes, clock = launched(), Clock()
     report = Reporter(quiet=quiet or not processes.main)
     with _on_disk(model, adapter) as folder:
         with clock.stage("plan"):
@@ -105,7 +105,7 @@ def convert(
             shards = split_shards(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
             if stream:
-                streaming.refuse(todo, recipe, adapter, processes)
+                streaming.refuse(checkpoint, todo, recipe, adapter, processes)
             else:
                 _require_memory(checkpoint)
             report.say(describe(todo, recipe, stream=stream))
@@ -120,8 +120,8 @@ def convert(
         fingerprint = _fingerprint(recipe, source, text, adapter, stream)
 
         def begin() -> None:
-            output.begin(fingerprint, resume=resume, overwrite=overwrite)
-            output.need(todo.disk)
+            if not output.begin(fingerprint, resume=resume, overwrite=overwrite):
+                output.need(streaming.disk(todo, reading, evaluated) if stream else todo.disk)
 
         processes.once(begin)
         job = Job(
@@ -140,7 +140,7 @@ def convert(
             with clock.stage("hash the result"):
                 _seal(job.finished, made.artefact)
             records = {"conversion": _record(job, made, stream), "evaluation": made.evaluation}
-            _describe_output(job.finished, made.artefact, records)
+            _describe_output(job, made.artefact, records)
     output.commit(job.finished)
     processes.wait()
     return records
@@ -300,7 +300,7 @@ def _tune(
         if job.processes.main:
             artefact = with_routing_of(model)
             kept.mkdir(exist_ok=True)
-            save_file(artefact.tensors, kept / "tensors.safetensors")
+            (kept / "tensors.safetensors").write_bytes(save(artefact.tensors))
             record["selections"] = [entry.selection for entry in artefact.layers]
             (kept / "record.part").write_text(json.dumps(record))
             (kept / "record.part").replace(kept / "record.json")
@@ -375,10 +375,10 @@ def _record(job: Job, made: Converted, streamed: bool) -> dict[str, Any]:
     }
 
 
-def _describe_output(finished: Path, artefact: Artefact, records: dict[str, Any]) -> None:
-    """Records and model card; a card that the source had is kept beside it."""
+def _describe_output(job: Job, artefact: Artefact, records: dict[str, Any]) -> None:
+    """Records and model card; a card that the source has is kept beside it."""
+    finished, card = job.finished, job.checkpoint.folder / "README.md"
     (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
-    card = finished / "README.md"
-    if card.exists():
-        card.replace(finished / "README.source.md")
-    card.write_text(model_card(artefact, records), encoding="utf-8")
+    if card.exists() and artefact.form == FULL:
+        shutil.copyfile(card, finished / "README.source.md")
+    (finished / "README.md").write_text(model_card(artefact, records), encoding="utf-8")

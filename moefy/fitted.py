@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moefy import recipe as recipes
@@ -20,7 +20,7 @@ from moefy.provenance import versions
 
 def keep(at: Path, fitted: Fitted[Any], extra: dict[str, Any] | None = None) -> None:
     """Write one layer; once its `.json` is there, the layer is finished."""
-    save_file(fitted.tensors, at.with_suffix(".safetensors"))
+    at.with_suffix(".safetensors").write_bytes(save(fitted.tensors))
     # Written last and by rename: its presence says that the layer is finished.
     unfinished = at.with_suffix(".part")
     kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record(), **(extra or {})}

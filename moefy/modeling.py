@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -79,12 +80,13 @@ def build_compensation(entry: Entry) -> Compensation:
 def placement(checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """How this machine runs models best, as arguments of `load` and `load_dense`.
 
-    All GPUs where there are some. On a CPU without arithmetic in 16 bits, which it would emulate
+    All GPUs where there are some, or in many processes each its own. On a CPU without arithmetic in 16 bits, which it would emulate
     fifty times slower, fp32. The layers of a `checkpoint` that memory cannot hold stay on disk until
     they run.
     """
     if torch.cuda.is_available():
-        return {"device_map": "auto"}
+        ranks = PartialState()
+        return {"device_map": {"": ranks.device} if ranks.num_processes > 1 else "auto"}
     found: dict[str, Any] = {} if _has_bf16() else {"dtype": torch.float32}
     if checkpoint is not None and memory_of(checkpoint) > free_memory():
         found["device_map"] = {"": "disk"}

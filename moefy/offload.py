@@ -7,7 +7,6 @@ files, in its own layout. Streaming takes a layer's weights from here too, and k
 Shapes: N neurons.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from moefy.locate import Site, disk_names, read_mlp
 from moefy.sparse_mlp import SparseMlp
 
 
-class StoredMlp(Mapping[str, Tensor]):
+class StoredMlp:
     """The parameters of one SparseMlp, by their names in it, read from a checkpoint when asked for."""
 
     def __init__(
@@ -38,12 +37,6 @@ class StoredMlp(Mapping[str, Tensor]):
             mlp = mlp if self.neurons is None else mlp.take(self.neurons)
             self.ahead = {n: v for n, v in vars(mlp).items() if isinstance(v, Tensor)}
         return self.ahead.pop(name).contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

@@ -40,6 +40,8 @@ class Plan:
     mlp_parameters: int
     layer_parameters: int
     """Of the largest layer, attention included."""
+    weights: int
+    """Bytes of all parameters."""
     disk: int
     """Bytes of disk needed while it runs."""
     memory: int
@@ -110,6 +112,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         parameters=total,
         mlp_parameters=sum(_parameters(s) for s in found),
         layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
+        weights=total * width,
         disk=sample * seen * width + (0 if adapter else total * width),
         memory=2 * weights + chunk + sample * largest.width * 4,
         corpus=corpus,
@@ -141,12 +144,11 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
-            f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and "
-            + (
-                f"memory for one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and its tokens"
-                if stream
-                else f"{todo.memory / 1e9:.2f} GB of memory beyond what running the model takes"
-            ),
+            f"needs {todo.weights / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
+            f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
+            if stream
+            else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
+            "of memory beyond what running the model takes",
         ]
     )
 

@@ -5,6 +5,7 @@ first, so that many processes find what one would.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,27 +22,25 @@ class Elsewhere(MoefyError):
     """Another process of the same run has failed, and says why itself."""
 
 
+def launched() -> "Processes":
+    """All processes of this run, as accelerate finds them."""
+    # One may wait for another for as long as an evaluation takes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    return Processes(state.num_processes, state.process_index)
+
+
+@dataclass(frozen=True)
 class Processes:
-    """All processes of this run, seen from this one."""
+    """The processes that work together, seen from one of them; by itself there is only this one."""
 
-    def __init__(self) -> None:
-        # One may wait for another for as long as an evaluation takes.
-        self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return int(self.state.num_processes)
-
-    @property
-    def rank(self) -> int:
-        """The number of this one."""
-        return int(self.state.process_index)
+    count: int = 1
+    rank: int = 0
+    """The number of this one."""
 
     @property
     def main(self) -> bool:
         """Whether this is the one that speaks and writes."""
-        return bool(self.state.is_main_process)
+        return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of the items: every so many, so that like ones spread evenly."""
@@ -49,7 +48,8 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all have come here."""
-        self._together(self.state.wait_for_everyone)
+        if self.count > 1:
+            self._together(PartialState().wait_for_everyone)
 
     def all(self, items: list[T]) -> list[T]:
         """The items of all processes, in the order of their ranks."""
@@ -81,9 +81,10 @@ class Processes:
         try:
             return run()
         except RuntimeError as error:
-            if self.count == 1:
-                raise
             raise Elsewhere(
                 f"process {self.rank}: another process of this run has ended "
                 f"({str(error).splitlines()[0][:120]}); nothing is lost, --resume continues"
             ) from None
+
+
+ALONE = Processes()

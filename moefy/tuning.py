@@ -28,7 +28,7 @@ from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
-from moefy.processes import Processes
+from moefy.processes import ALONE, Processes
 from moefy.provenance import free_memory
 from moefy.recipe import Recipe
 from moefy.routed import Routed
@@ -88,29 +88,32 @@ def tune(
     training: list[Batch],
     held: list[Batch],
     report: Reporter,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Allocate and distil as the recipe says, in place; returns what was measured.
 
-    With `processes`, all of which call this, layers are shared out where each is measured by itself,
-    and the first one distils: its model is the result.
+    With `processes`, all of which call this, layers are shared out where each is measured by itself;
+    the first one does the rest, and its model is the result.
     """
-    processes = processes or Processes()
     record: dict[str, Any] = {}
     metric: list[Tensor] | None = None
     said: list[Tensor] | None = None
-    if recipe.allocates and recipe.budget.name == "greedy" and _fits(model, SENSITIVITY_TOKENS):
+    # All are to measure alike, and all at once.
+    fits = processes.once(lambda: _fits(model, SENSITIVITY_TOKENS * processes.count))
+    if recipe.allocates and recipe.budget.name == "greedy" and fits:
         metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
     check = HeldOut(model, held, said)
     active = {i: planned_active(todo, i, m) for i, m in sparse_mlps(model).items()}
     if recipe.allocates:
         record["budget"] = allocate(model, todo, recipe, samples, check, metric, report, processes)
-        active = dict(enumerate(record["budget"]["active"]))
-    elif varies(recipe):
+        active = dict(enumerate(record["budget"].get("active", [])))
+    if not processes.main:
+        return record
+    if not recipe.allocates and varies(recipe):
         settle(model, recipe, held, active)
     if recipe.distil.steps and not learnable(model):
         report.say("nothing to distil: neither routers nor compensations have parameters")
-    elif recipe.distil.steps and processes.main:
+    elif recipe.distil.steps:
         before = check.distance()
         scope = recipe.distil.scope
         if scope == "auto":
@@ -232,6 +235,8 @@ def allocate(
         loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
         own.append((index, candidates(module, planned[index], recipe, sample, loss_of)))
     rows = [row for _, row in sorted(processes.all(own), key=lambda pair: pair[0])]
+    if not processes.main:
+        return {}
     uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     costs = [[c.cost for c in row] for row in rows]
     losses = [[c.loss for c in row] for row in rows]

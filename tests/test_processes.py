@@ -1,5 +1,6 @@
 """Conversion in two processes: the same partition and routers as in one, and what happens when one dies."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_conversion import convert_tiny
+from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint, sha256
 from moefy.errors import MoefyError
-from moefy.processes import Processes
+from moefy.processes import launched
 
 GREEDY = {
     "partition.expert_size": 1, "router.name": "largest_inputs", "selection.name": "threshold",
@@ -33,7 +34,7 @@ import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 import moefy.convert
-from tiny_conversion import convert_tiny
+from tiny_conversion import convert_tiny, corpus_for
 module, keep = sys.modules["moefy.convert"], sys.modules["moefy.convert"].keep
 
 def dying(at, *args):
@@ -94,6 +95,21 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes(tmp_path):
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_the_command_line_in_two_processes(tmp_path):
+    source = build("llama", tmp_path / "source")
+    text = tmp_path / "text.jsonl"
+    rows = (json.dumps({"input_ids": ids}) for ids in corpus_for("llama"))
+    text.write_text("\n".join(rows))
+    command = [
+        sys.executable, *LAUNCH, "-m", "moefy", "convert", str(source), str(tmp_path / "out"),
+        "--recipe", "fast", "--corpus", str(text), "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["conversion"]["kind"] == "conversion"
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_an_error_of_the_user_is_told_by_all(tmp_path):
     source = build("llama", tmp_path / "source")
     (tmp_path / "out").mkdir()
@@ -105,7 +121,7 @@ def test_an_error_of_the_user_is_told_by_all(tmp_path):
 
 def test_alone_there_is_nobody_to_wait_for():
     assert "RANK" not in os.environ
-    processes = Processes()
+    processes = launched()
     assert (processes.rank, processes.count, processes.main) == (0, 1, True)
     assert processes.mine([1, 2, 3]) == [1, 2, 3]
     assert processes.all([1, 2]) == [1, 2]

@@ -26,7 +26,7 @@ from moefy.modeling import load_dense
 from moefy.recipe import override
 from moefy.reorder import revert
 from moefy.sparse_mlp import all_experts
-from moefy.streaming.skeleton import Skeleton
+from moefy.streaming.skeleton import Skeleton, require_a_chain
 
 IN_MEMORY_ONLY = {"t5", "t5_gated", "mt5", "bart", "vit"}
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
@@ -55,8 +55,9 @@ def test_layer_by_layer_is_the_stock_model(name, tmp_path):
     checkpoint = Checkpoint.open(build(name, tmp_path / "m"))
     if name in IN_MEMORY_ONLY:
         with pytest.raises(UnsupportedModel, match="in memory"):
-            Skeleton(checkpoint, torch.float32)
+            require_a_chain(checkpoint)
         return
+    require_a_chain(checkpoint)
     skeleton = Skeleton(checkpoint, torch.float32)
     stock = load_dense(checkpoint, dtype=torch.float32)
     batches = batches_of(name, checkpoint)
@@ -220,14 +221,21 @@ def test_shards_in_16_bits(tmp_path):
         assert relative(sparse(ids).logits, dense(ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("after", ["layers/others", "layers/0.json", "states/held-out-dense-1.bin"])
-def test_killed_runs_resume_to_the_same_bytes(after, tmp_path):
+@pytest.mark.parametrize(
+    ("after", "settings"),
+    [
+        ("layers/others", GREEDY), ("layers/0.json", {}), ("layers/0.json", GREEDY),
+        ("states/held-out-dense-1.bin", GREEDY), ("checked/dense-1.bin", {}),
+    ],
+)  # fmt: skip
+def test_killed_runs_resume_to_the_same_bytes(after, settings, tmp_path):
     source = build("llama", tmp_path / "source")
-    convert_tiny("llama", source, tmp_path / "whole", settings=GREEDY, stream=True)
+    convert_tiny("llama", source, tmp_path / "whole", settings=settings, stream=True)
     code = (
         "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "from test_streaming import GREEDY, convert_tiny; from pathlib import Path\n"
-        "convert_tiny('llama', Path(sys.argv[1]), Path(sys.argv[2]), settings=GREEDY, stream=True)"
+        "from tiny_conversion import convert_tiny; from pathlib import Path\n"
+        "convert_tiny('llama', Path(sys.argv[1]), Path(sys.argv[2]), stream=True, settings="
+        f"{settings!r})"
     )
     root = Path(__file__).parent.parent
     paths = [str(root), str(root / "kernels"), str(root / "tests")]
@@ -240,8 +248,8 @@ def test_killed_runs_resume_to_the_same_bytes(after, tmp_path):
     process.wait()
     if not target.exists():
         with pytest.raises(MoefyError, match="another model, recipe or corpus"):
-            convert_tiny("llama", source, target, settings=GREEDY, resume=True)
-        convert_tiny("llama", source, target, settings=GREEDY, stream=True, resume=True)
+            convert_tiny("llama", source, target, settings=settings, resume=True)
+        convert_tiny("llama", source, target, settings=settings, stream=True, resume=True)
     assert bytes_of(target) == bytes_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 
@@ -312,6 +320,45 @@ def test_what_needs_the_whole_model_is_refused(settings, said, tmp_path):
     with pytest.raises(RecipeError, match=f"{said}.*--stream"):
         convert_tiny("llama", source, tmp_path / "out", settings=settings, stream=True)
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_layers_that_hand_on_more_are_refused(tmp_path):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    source = build("llama", tmp_path / "source")
+    batch = batches_of("llama", Checkpoint.open(source))[0]
+    plain = LlamaModel.forward
+
+    def leaking(self, **kwargs):
+        embeds = self.embed_tokens(kwargs.pop("input_ids"))
+        for layer in self.layers:
+            embeds = layer(embeds, attention_mask=None, from_embeddings=embeds * 2)
+        return embeds
+
+    LlamaModel.forward = leaking
+    try:
+        skeleton = Skeleton(Checkpoint.open(source), torch.float32)
+        with pytest.raises(UnsupportedModel, match=r"layers\.1 is given more.*in memory"):
+            skeleton.run(1, batch, torch.zeros(*batch.inputs["input_ids"].shape, 32))
+    finally:
+        LlamaModel.forward = plain
+
+
+def test_a_full_disk_is_found_before_anything_is_made(tmp_path, monkeypatch):
+    source = build("llama", tmp_path / "source")
+    usage = type("usage", (), {"free": 10})()
+    monkeypatch.setattr("moefy.checkpoint.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(MoefyError, match="of disk"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_card_of_the_source_is_kept(tmp_path):
+    source = build("llama", tmp_path / "source")
+    (source / "README.md").write_text("of the source")
+    convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert (tmp_path / "out" / "README.source.md").read_text() == "of the source"
+    assert "moefy" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_adapter_is_refused(tmp_path):

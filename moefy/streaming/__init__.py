@@ -2,7 +2,7 @@
 
     first pass    every layer of the source is read once, measured, fitted and written
     allocate      the density of every layer, from what each was measured to lose
-    second pass   every layer of the result is read once: thresholds are set, quality is measured
+    second pass   every layer of the result is read: thresholds are set, quality is measured
 
 Memory holds one layer and the tokens that are looked at, whatever the size of the model.
 """
@@ -11,6 +11,8 @@ import json
 from typing import Any
 
 from moefy.artefact import Artefact
+from moefy.checkpoint import Checkpoint
+from moefy.data import Batch
 from moefy.errors import RecipeError
 from moefy.fitted import collect
 from moefy.job import Converted, Job, Reading
@@ -19,15 +21,20 @@ from moefy.processes import Processes
 from moefy.recipe import Recipe
 from moefy.routing import ROUTERS, SELECTIONS, choose
 from moefy.routing.budget import greedy
-from moefy.streaming.layers import FirstPass
+from moefy.streaming.layers import Carried, FirstPass
 from moefy.streaming.second_pass import SecondPass, with_density
+from moefy.streaming.skeleton import require_a_chain
 
 EVALUATED_TOKENS = 1024
 """Tokens of the evaluation shard that the result is measured on; `moefy eval` reads more."""
 
 
-def refuse(todo: Plan, recipe: Recipe, adapter: bool, processes: Processes) -> None:
-    """Raise `RecipeError` for what needs the whole model in memory."""
+def refuse(
+    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, adapter: bool, processes: Processes
+) -> None:
+    """Raise `RecipeError` for what needs the whole model in memory, and `UnsupportedModel` for models
+    that do not run layer by layer."""
+    require_a_chain(checkpoint)
     needs = {
         "an adapter": adapter,
         f"{processes.count} processes": processes.count > 1,
@@ -58,61 +65,73 @@ def sample_reading(todo: Plan, reading: Reading) -> Reading:
     return {name: group for name, group in reading.items() if fits or name != "router"}
 
 
+def disk(todo: Plan, reading: Reading, evaluated: list[Batch]) -> int:
+    """Bytes of disk that streaming needs: the result, and the states before and after one layer."""
+    groups = [*sample_reading(todo, reading).values(), (evaluated, 0)]
+    positions = sum(b.inputs["input_ids"].numel() for batches, _ in groups for b in batches)
+    width = max(site.width for site in todo.sites)
+    # Dense and sparse, in at most 4 bytes.
+    return todo.weights + 2 * 2 * 4 * positions * width
+
+
 def stream(job: Job, *, follow: bool = True) -> Converted:
     """Convert layer by layer into `job.finished`; a run that was killed goes on at the layer it was in.
 
     `follow` fits routers on what arrives through the experts before them; without it on what the
     dense layers send, as conversion in memory does.
     """
-    recipe = job.recipe
     reading = sample_reading(job.todo, job.reading)
     with job.clock.stage("stream"):
-        first = FirstPass(job, reading, follow=follow)
-        first.run()
+        dense, sparse = FirstPass(job, reading, follow=follow).run()
     fitted, fits, _ = collect(job)
-    held_dense, held_sparse = (group["held-out"] for group in (first.dense, first.sparse))
-
-    def checked(artefact: Artefact, active: list[float] | None) -> tuple[Artefact, SecondPass]:
-        second = SecondPass(job, artefact, reading)
-        return second.run(active), second
-
-    tuning: dict[str, Any] = {}
     with job.clock.stage("verify"):
-        if recipe.allocates:
-            chosen, uniform = _allocated(job)
-            artefact, second = checked(*with_density(fitted, chosen))
-            kl, kl_uniform = (
-                second.distance(held_dense, sparse)
-                for sparse in (second.sparse["held-out"], held_sparse)
-            )
-            kept = uniform if kl_uniform < kl or chosen == uniform else chosen
-            tuning["budget"] = {
-                "name": recipe.budget.name,
-                "per": recipe.budget.per,
-                "active": [one["active"] for one in kept],
-                "held_out_kl": min(kl, kl_uniform),
-                "held_out_kl_uniform": kl_uniform,
-                "kept": recipe.budget.name if kept is chosen else "uniform",
-            }
-            if kl_uniform < kl:
-                artefact, second = checked(fitted, None)
+        if job.recipe.allocates:
+            second, tuning = _allocate(job, fitted, reading, dense["held-out"], sparse["held-out"])
         else:
-            artefact, second = checked(fitted, None)
-        evaluation = second.record()
-        error = second.error(first.dense["probe"])
-    return Converted(artefact, error, evaluation, tuning, fits)
+            second, tuning = SecondPass(job, fitted, {}), {}
+            second.run(None)
+        evaluation, error = second.record(), second.error(dense["probe"])
+    return Converted(second.artefact, error, evaluation, tuning, fits)
 
 
-def _allocated(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _allocate(
+    job: Job, fitted: Artefact, reading: Reading, dense: Carried, sparse: Carried
+) -> tuple[SecondPass, dict[str, Any]]:
+    """The model with the better of two densities on held-out documents: by layer, or the same for all.
+
+    `dense` and `sparse` are the states behind the last layer, at equal densities.
+    """
+    chosen, uniform = _choices(job)
+    second = SecondPass(job, with_density(fitted, chosen), reading)
+    second.run([one["active"] for one in chosen])
+    kl = second.distance(dense, second.sparse["held-out"])
+    kl_uniform = kl if chosen == uniform else second.distance(dense, sparse)
+    kept = chosen if kl < kl_uniform else uniform
+    if kept != chosen:
+        del second  # before another one is made
+        second = SecondPass(job, with_density(fitted, uniform), reading)
+        second.run([one["active"] for one in uniform])
+    record = {
+        "name": job.recipe.budget.name,
+        "per": job.recipe.budget.per,
+        "active": [one["active"] for one in kept],
+        "held_out_kl": min(kl, kl_uniform),
+        "held_out_kl_uniform": kl_uniform,
+        "kept": "uniform" if kept == uniform else job.recipe.budget.name,
+    }
+    return second, {"budget": record}
+
+
+def _choices(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The candidate of every layer that the greedy budget takes, and the one that is planned."""
-    rows = [
-        json.loads((job.work / "layers" / f"{site.index}.json").read_text())["candidates"]
+    kept = [
+        json.loads((job.work / "layers" / f"{site.index}.json").read_text())
         for site in job.todo.sites
     ]
-    planned = [
-        min(row, key=lambda one, k=k: abs(one["active"] - k))  # type: ignore[misc]
-        for row, k in zip(rows, job.todo.k, strict=True)
-    ]
+    rows, planned = [layer["candidates"] for layer in kept], []
+    for layer, row, entry, k in zip(kept, rows, job.todo.layers, job.todo.k, strict=True):
+        active = k + entry.shared - layer["entry"]["shared"]
+        planned.append(min(row, key=lambda one, at=active: abs(one["active"] - at)))  # type: ignore[misc]
     costs, losses = ([[one[key] for one in row] for row in rows] for key in ("cost", "loss"))
     total = sum(one["cost"] for one in planned) * (1 + 1e-9)
     picked = greedy(costs, losses, total)

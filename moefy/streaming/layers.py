@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefy.activations import drawn, listen
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite
@@ -115,7 +115,7 @@ class FirstPass:
         self.job, self.todo, self.recipe, self.follow = job, job.todo, job.recipe, follow
         self.checkpoint = job.checkpoint
         self.skeleton = Skeleton(self.checkpoint, running_dtype(self.checkpoint))
-        recipe, probe = job.recipe, make_batches(job.evaluated[0].samples[:1])
+        recipe, probe = job.recipe, make_batches(job.evaluated[-1].samples[-1:])
         self.done, states = job.work / "layers", job.work / "states"
         for folder in (self.done, states):
             folder.mkdir(exist_ok=True)
@@ -146,8 +146,8 @@ class FirstPass:
         self.raw: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Fit and write all layers that are not there yet."""
+    def run(self) -> tuple[dict[str, Carried], dict[str, Carried]]:
+        """Fit and write all layers that are not there yet; what was carried densely and sparsely."""
         report = self.job.report
         written = self._prepared(self.job.finished)
         count = len(self.skeleton.sites)
@@ -162,8 +162,11 @@ class FirstPass:
             self.raw = {}
             with self.skeleton.layer(site.index, self._seen(site, written)):
                 self._layer(site, written)
+            # Routers are kept on disk, not one beside the other in memory.
+            nn.Module.to(self.skeleton.layers[site.index], torch.device("meta"))
             for carried in (*self.dense.values(), *self.sparse.values()):
                 carried.states.drop(site.index)
+        return self.dense, self.sparse
 
     def _prepared(self, finished: Path) -> Checkpoint:
         """The folder to write, with all in it that belongs to no layer."""
@@ -174,8 +177,10 @@ class FirstPass:
         weights = {file.name for file in self.checkpoint.files}
         copy_folder(self.checkpoint.folder, finished, skip=weights)
         written = outlined(self.checkpoint, finished)
+        names = self.skeleton.names
         below = tuple(f"{site.layer}." for site in self.skeleton.sites)
-        inside = {d for name, d in self.skeleton.names.items() if name.startswith(below)}
+        parameters = [name for name, _ in self.skeleton.model.named_parameters()]
+        inside = {names[n] for n in parameters if n.startswith(below) and n in names}
         for disk in written.tensors:
             if disk not in inside:
                 overwrite(written.tensors[disk], self.checkpoint.read(disk))
@@ -235,6 +240,8 @@ class FirstPass:
 
         moved = bool((order_N.diff() < 0).any())
         module = install(model, site, fitted.entry, fitted.tensors, permute=moved)
+        # The faster backend of the moment would decide the last bits of all that follows.
+        module.backend = "masked"
         rows = self._choose(module, index, sample, inverse_power(torch.cat(powers)))
         if varies(recipe):
             # Thresholds hold for what arrives here, not for what the dense layers would send.

@@ -1,7 +1,7 @@
 """The second pass, over what was written: is it the dense model, and what has sparsity cost?
 
 Where densities were allocated, thresholds and compensations are set here, on what arrives at every
-layer. It reads the written weights once, layer by layer.
+layer. It reads the written weights layer by layer.
 
 Shapes: B documents, T tokens, D width.
 """
@@ -27,7 +27,7 @@ from moefy.evaluate.sinks import Sinks
 from moefy.fitting import cap
 from moefy.job import Job, Reading
 from moefy.modeling import running_dtype, with_routing_of
-from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
 from moefy.streaming.layers import Carried, carry, reads, through
 from moefy.streaming.skeleton import Skeleton
 from moefy.training import Tokens, fit_compensation, fit_selection
@@ -43,6 +43,7 @@ class SecondPass:
             Checkpoint.open(job.finished), running_dtype(job.checkpoint), artefact
         )
         self.modules: dict[int, SparseMlp] = sparse_mlps(self.skeleton.model)
+        use_backend(self.skeleton.model, "masked")
         folder = job.work / "checked"
         folder.mkdir(exist_ok=True)
 
@@ -62,11 +63,9 @@ class SecondPass:
         self.sinks = [Sinks(mask) for mask in masks if mask is not None]
 
     @torch.no_grad()
-    def run(self, active: list[float] | None) -> Artefact:
-        """Carry everything to the end; `active` experts of each layer are what thresholds are set for.
-
-        Returns the artefact with the routing as it then is.
-        """
+    def run(self, active: list[float] | None) -> None:
+        """Carry everything to the end; with `active`, thresholds and compensations are set anew, for so
+        many routed experts of each layer."""
         everything = [*self.sparse.values(), self.dense, self.routed]
         for carried in everything:
             states = carried.states
@@ -78,23 +77,27 @@ class SecondPass:
                 self._go_on(site.index)
             for carried in everything:
                 carried.states.drop(site.index)
+
+    @property
+    def artefact(self) -> Artefact:
+        """The artefact with the routing as it is now."""
         return with_routing_of(self.skeleton.model)
 
     def _settle(self, index: int, active: float) -> None:
-        """Fit what depends on the density, on what arrives here."""
+        """Fit what depends on the density, on what arrives here: first who runs, then what stands in."""
         module, recipe = self.modules[index], self.recipe
         routed, device = module.routed.to(torch.float32), module.weights.down_ND.device
-        if "router" in self.sparse:
-            x_TD = reads(self.skeleton, index, self.sparse["router"])
-            fit_compensation(
-                module.compensation, module.router, module.selection, routed,
-                Tokens(x_TD, x_TD, device=device),
-            )  # fmt: skip
         if varies(recipe):
             x_TD = reads(self.skeleton, index, self.sparse["held-out"])
             module.selection = fit_selection(
                 type(module.selection), module.router, routed, Tokens(x_TD, x_TD, device=device),
                 active, cap(recipe, active),
+            )  # fmt: skip
+        if "router" in self.sparse:
+            x_TD = reads(self.skeleton, index, self.sparse["router"])
+            fit_compensation(
+                module.compensation, module.router, module.selection, routed,
+                Tokens(x_TD, x_TD, device=device),
             )  # fmt: skip
 
     def _go_on(self, index: int) -> None:
@@ -140,10 +143,11 @@ class SecondPass:
 
     def error(self, probe: Carried) -> float:
         """Relative error of the last hidden states with every expert on, against the source's: over
-        the first of the evaluated documents."""
+        the longest of the evaluated documents."""
         last = len(self.skeleton.sites)
-        batch, states = next(self.dense.states.before(last))
-        got, (_, want) = next(_cut(batch, states)).double(), next(probe.states.before(last))
+        *_, (batch, states) = self.dense.states.before(last)
+        *_, found = _cut(batch, states)
+        (_, want), got = next(probe.states.before(last)), found.double()
         return float((got - want).norm() / want.double().norm())
 
     def record(self) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class SecondPass:
                 dense, sparse = (self._result(one, h) for h in (a, b))
                 sinks_BT = marks[row : row + 1, : a.shape[1]]
                 documents += compare(one, dense, sparse, sinks_BT, None, kl)
-        return summarise(documents, kl, self.load, self.quality, self.heads, self.recipe.seed)
+        return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
 
     def _result(self, batch: Batch, hidden: Tensor) -> Tensor:
         """What documents are compared by."""
@@ -181,10 +185,10 @@ def _cut(batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
         yield hidden[row : row + 1, : one.inputs["input_ids"].shape[1]]
 
 
-def with_density(artefact: Artefact, chosen: list[dict[str, Any]]) -> tuple[Artefact, list[float]]:
-    """The artefact with one candidate of every layer, and how many routed experts run."""
+def with_density(artefact: Artefact, chosen: list[dict[str, Any]]) -> Artefact:
+    """The artefact with one candidate of every layer."""
     layers = [
         replace(entry, selection={"name": entry.selection["name"], **one["selection"]})
         for entry, one in zip(artefact.layers, chosen, strict=True)
     ]
-    return replace(artefact, layers=layers), [float(one["active"]) for one in chosen]
+    return replace(artefact, layers=layers)

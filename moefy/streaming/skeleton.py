@@ -34,7 +34,7 @@ from moefy.inputs import read_config
 from moefy.locate import Site, meta_model, sites
 from moefy.modeling import moefied
 from moefy.offload import StoredMlp, stored_names
-from moefy.sparse_mlp import SparseMlp
+from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 SLICE = 16384
 """Rows of the output embedding that are in memory at a time."""
@@ -54,20 +54,17 @@ class Skeleton:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, artefact: Artefact | None = None
     ) -> None:
-        """`artefact` makes it the moefied model of a folder in full form.
-
-        Raises `UnsupportedModel` where the layers do not simply follow each other.
-        """
+        """`artefact` makes it the moefied model of a folder in full form; `require_a_chain` says of
+        which checkpoints there can be one."""
         config = read_config(checkpoint)
         with init_empty_weights(include_buffers=False):
-            self.model = type(meta_model(config))._from_config(config)
+            self.model = type(meta_model(config))._from_config(config, dtype=dtype)
         self.model.eval()
         self.model.tie_weights()
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.names = stored_names(self.model, checkpoint)
         self.sites = sites(self.model)
-        self._require_a_chain()
         if artefact is not None:
             moefied(self.model, artefact, permute=False)
         self.layers = [self.model.get_submodule(site.layer) for site in self.sites]
@@ -75,33 +72,17 @@ class Skeleton:
         """Whether layers return their hidden states in a tuple."""
         self._entered: Tensor | None = None
         self._stop: int | None = None
+        self._filling = 0.0
+        """What embeddings hold while only calls of layers are of interest."""
+        self._tried: set[int] = set()
         for index, layer in enumerate(self.layers):
             layer.forward = partial(self._pass, index)
         self._load_rest()
 
-    def _require_a_chain(self) -> None:
-        """One list of layers, each with one MLP; nothing else has been tried."""
-        lists = {site.layer.rpartition(".")[0] for site in self.sites}
-        found = [self.model.get_submodule(path) for path in lists]
-        chain = len(found) == 1 and isinstance(found[0], nn.ModuleList)
-        kind = self.sites[0].family.kind
-        if not chain or len(found[0]) != len(self.sites) or kind not in ("decoder", "encoder"):
-            raise UnsupportedModel(
-                f"{self.model.config.model_type}: cannot be streamed, its layers are not one chain "
-                "of blocks with an MLP each; convert it in memory"
-            )
-
     def stored(self, name: str) -> str:
         """The stored tensor of a parameter, or of the one that it is tied to."""
         tied: dict[str, str] = self.model.all_tied_weights_keys
-        if name not in self.names:
-            name = tied.get(name, name)
-        if name not in self.names:
-            raise UnsupportedModel(
-                f"{self.checkpoint.folder}: no tensor on disk is {name} as it stands; convert the "
-                "model in memory"
-            )
-        return self.names[name]
+        return self.names[name if name in self.names else tied[name]]
 
     def _load_rest(self) -> None:
         """All that belongs to no layer, but the embeddings: of those single rows are read."""
@@ -131,6 +112,15 @@ class Skeleton:
                 continue
             for name, _ in list(module.named_parameters(path, recurse=False)):
                 self._set(self.model, name, self.checkpoint.read(self.stored(name)))
+        # Buffers are small: those that are stored are read, also the layers', and all are at hand.
+        for name, buffer in list(self.model.named_buffers()):
+            value = self.checkpoint.read(self.names[name]) if name in self.names else buffer
+            set_module_tensor_to_device(
+                self.model, name, self.device, value=value, dtype=buffer.dtype
+            )
+        for module in sparse_mlps(self.model).values():
+            module.router.to(self.device)
+            module.compensation.to(self.device)
 
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
         set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
@@ -140,7 +130,8 @@ class Skeleton:
         if self._stop not in (None, 0):
             # Only what layers are called with is asked for: masks and positions.
             ids = torch.zeros_like(args[0])
-            module.weight = nn.Parameter(torch.zeros(1, rows_VD.shape[1], dtype=self.dtype))
+            row_D = torch.full((1, rows_VD.shape[1]), self._filling, dtype=self.dtype)
+            module.weight = nn.Parameter(row_D)
         else:
             wanted, ids = args[0].cpu().unique(return_inverse=True)
             module.weight = nn.Parameter(rows_VD[wanted].to(self.dtype))
@@ -168,9 +159,35 @@ class Skeleton:
             self.model(**inputs_of(self.model, batch, self.device))
         except _Reached as reached:
             return reached
+        except (IndexError, KeyError) as error:
+            raise self._not_a_chain(
+                index, f"reads what a layer before it made ({error})"
+            ) from error
         finally:
             self._stop = None
-        raise UnsupportedModel(f"{self.sites[index].layer} was not run; convert in memory")
+        raise self._not_a_chain(index, "was not run")
+
+    def _require_no_more(self, index: int, batch: Batch, reached: _Reached) -> None:
+        """Refuse a layer that is given something made of the embeddings besides its hidden states."""
+        self._tried.add(index)
+        if index == 0:
+            return
+        self._filling = 1.0
+        again = self._call(index, batch)
+        self._filling = 0.0
+        # The hidden states come first, or by their name.
+        first, second = (
+            (r.args_[1:], {k: v for k, v in r.kwargs.items() if k != "hidden_states"})
+            for r in (reached, again)
+        )
+        if not _same(first, second):
+            raise self._not_a_chain(index, "is given more than hidden states")
+
+    def _not_a_chain(self, index: int, what: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.model.config.model_type}: {self.sites[index].layer} {what}, which streaming cannot "
+            "carry; convert it in memory"
+        )
 
     @torch.no_grad()
     def enter(self, batch: Batch) -> Tensor:
@@ -184,6 +201,8 @@ class Skeleton:
     def run(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
         """What layer `index`, whose weights are in memory, makes of hidden states `[B, T, D]`."""
         reached = self._call(index, batch)
+        if index not in self._tried:
+            self._require_no_more(index, batch, reached)
         layer: Any = self.layers[index]
         hidden = hidden.to(self.device, self.dtype)
         if reached.args_:
@@ -241,3 +260,35 @@ def _give_back(weight: Tensor, module: nn.Module, _: Any, __: Any) -> None:
     """Let an embedding be without its rows again."""
     assert isinstance(weight, nn.Parameter)
     module.weight = weight
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two structures hold equal tensors; other things are not compared."""
+    if isinstance(first, Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, dict):
+        return all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, (tuple, list)):
+        return all(_same(a, b) for a, b in zip(first, second, strict=True))
+    return True
+
+
+def require_a_chain(checkpoint: Checkpoint) -> None:
+    """Raise `UnsupportedModel` where there can be no skeleton: the layers must be one list, each with
+    one MLP, and every parameter must be stored as it is."""
+    model = meta_model(read_config(checkpoint))
+    found = sites(model)
+    lists = [model.get_submodule(path) for path in {s.layer.rpartition(".")[0] for s in found}]
+    kind = found[0].family.kind
+    chain = isinstance(lists[0], nn.ModuleList) and len(lists) == 1 and len(lists[0]) == len(found)
+    if not chain or kind not in ("decoder", "encoder"):
+        raise UnsupportedModel(
+            f"{model.config.model_type}: cannot be streamed, its layers are not one chain of blocks "
+            "with an MLP each; convert it in memory"
+        )
+    names, tied = stored_names(model, checkpoint), model.all_tied_weights_keys
+    for name, _ in model.named_parameters():
+        if name not in names and tied.get(name) not in names:
+            raise UnsupportedModel(
+                f"{checkpoint.folder}: no tensor on disk is {name} as it stands; convert it in memory"
+            )
