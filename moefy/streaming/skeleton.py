@@ -15,7 +15,8 @@ Shapes: B documents, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,12 +41,29 @@ SLICE = 16384
 """Rows of the output embedding that are in memory at a time."""
 
 
-class _Reached(Exception):
-    """A layer was reached; with what it was called."""
+@dataclass(frozen=True)
+class _Given:
+    """With what a layer was called."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_, self.kwargs = args, kwargs
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states, which come first or by their name."""
+        found = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def others(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All but the hidden states."""
+        named = {key: value for key, value in self.kwargs.items() if key != "hidden_states"}
+        return self.args[1:], named
+
+
+class _Reached(Exception):
+    """The layer that was asked for is called: the rest of the pass is of no use."""
 
 
 class Skeleton:
@@ -72,6 +90,7 @@ class Skeleton:
         """Whether layers return their hidden states in a tuple."""
         self._entered: Tensor | None = None
         self._stop: int | None = None
+        self._given: _Given | None = None
         self._filling = 0.0
         """What embeddings hold while only calls of layers are of interest."""
         self._tried: set[int] = set()
@@ -147,27 +166,32 @@ class Skeleton:
     def _pass(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer does while the model around it runs: hand on."""
         if index == self._stop:
-            raise _Reached(args, kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
+            self._given = _Given(args, kwargs)
+            raise _Reached
+        hidden = _Given(args, kwargs).hidden
         if index == 0 and self._entered is not None:
             hidden = self._entered
         return (hidden,) if self.in_tuple else hidden
 
-    def _call(self, index: int, batch: Batch) -> _Reached:
-        self._stop = index
+    def _call(self, index: int, batch: Batch) -> _Given:
+        """With what the model calls layer `index` for this batch."""
+        self._given, self._stop = None, index
         try:
-            self.model(**inputs_of(self.model, batch, self.device))
-        except _Reached as reached:
-            return reached
+            with suppress(_Reached):
+                self.model(**inputs_of(self.model, batch, self.device))
         except (IndexError, KeyError) as error:
             raise self._not_a_chain(
                 index, f"reads what a layer before it made ({error})"
             ) from error
         finally:
             self._stop = None
-        raise self._not_a_chain(index, "was not run")
+        # Not carried by the exception: its frames would keep whole activations until they are collected.
+        given, self._given = self._given, None
+        if given is None:
+            raise self._not_a_chain(index, "was not run")
+        return given
 
-    def _require_no_more(self, index: int, batch: Batch, reached: _Reached) -> None:
+    def _require_no_more(self, index: int, batch: Batch, given: _Given) -> None:
         """Refuse a layer that is given something made of the embeddings besides its hidden states."""
         self._tried.add(index)
         if index == 0:
@@ -175,12 +199,7 @@ class Skeleton:
         self._filling = 1.0
         again = self._call(index, batch)
         self._filling = 0.0
-        # The hidden states come first, or by their name.
-        first, second = (
-            (r.args_[1:], {k: v for k, v in r.kwargs.items() if k != "hidden_states"})
-            for r in (reached, again)
-        )
-        if not _same(first, second):
+        if not _same(given.others, again.others):
             raise self._not_a_chain(index, "is given more than hidden states")
 
     def _not_a_chain(self, index: int, what: str) -> UnsupportedModel:
@@ -192,23 +211,21 @@ class Skeleton:
     @torch.no_grad()
     def enter(self, batch: Batch) -> Tensor:
         """What the first layer reads `[B, T, D]`."""
-        reached = self._call(0, batch)
-        hidden = reached.args_[0] if reached.args_ else reached.kwargs["hidden_states"]
-        assert isinstance(hidden, Tensor)
-        return hidden
+        return self._call(0, batch).hidden
 
     @torch.no_grad()
     def run(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
         """What layer `index`, whose weights are in memory, makes of hidden states `[B, T, D]`."""
-        reached = self._call(index, batch)
+        given = self._call(index, batch)
         if index not in self._tried:
-            self._require_no_more(index, batch, reached)
+            self._require_no_more(index, batch, given)
         layer: Any = self.layers[index]
         hidden = hidden.to(self.device, self.dtype)
-        if reached.args_:
-            result = type(layer).forward(layer, hidden, *reached.args_[1:], **reached.kwargs)
+        others, named = given.others
+        if given.args:
+            result = type(layer).forward(layer, hidden, *others, **named)
         else:
-            result = type(layer).forward(layer, **{**reached.kwargs, "hidden_states": hidden})
+            result = type(layer).forward(layer, hidden_states=hidden, **named)
         self.in_tuple = isinstance(result, tuple)
         found = result[0] if isinstance(result, tuple) else result
         assert isinstance(found, Tensor)
