@@ -194,12 +194,19 @@ def fit_compensation(
 ) -> None:
     """Fit what stands in for experts that are off, under the routing that will be used."""
     mlp = mlp.to(torch.float32)
+    compensation.fit(_Routed(router, selection, mlp, tokens), mlp)
 
-    class Chunks:
-        """Can be walked through more than once."""
 
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for (x_TD, read_TD), h_TN in zip(tokens.chunks(), tokens.activations(mlp), strict=True):
-                yield x_TD, h_TN, selection(router(read_TD, mlp))
+@dataclass(frozen=True)
+class _Routed:
+    """Inputs, activations and masks of a sample, which can be walked through more than once."""
 
-    compensation.fit(Chunks(), mlp)
+    router: Router
+    selection: Selection
+    mlp: DenseMlp
+    tokens: Tokens
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        hidden = self.tokens.activations(self.mlp)
+        for (x_TD, read_TD), h_TN in zip(self.tokens.chunks(), hidden, strict=True):
+            yield x_TD, h_TN, self.selection(self.router(read_TD, self.mlp))
