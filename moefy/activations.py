@@ -157,7 +157,7 @@ def capture(
         index = {
             "tokens": [before[side_of(site)][-1] for site in found],
             "dtype": str(model.dtype).removeprefix("torch."),
-            "domains": {s: _domains(batches, s, sizes[s], keep[s]) for s in sides},
+            "domains": {s: domains_of(batches, s, sizes[s], keep[s]) for s in sides},
         }
         unfinished = into._index.with_suffix(".part")
         unfinished.write_text(json.dumps(index))
@@ -170,8 +170,10 @@ def _before(chosen: list[Tensor]) -> list[int]:
     return [0, *np.cumsum([int(chosen_T.sum()) for chosen_T in chosen]).tolist()]
 
 
-def _domains(batches: list[Batch], side: str, sizes: list[int], chosen: list[Tensor]) -> list[int]:
-    """The domain of every token that is kept, as a number."""
+def domains_of(
+    batches: list[Batch], side: str, sizes: list[int], chosen: list[Tensor]
+) -> list[int]:
+    """The domain of every token that is kept of batches of so many tokens, as a number."""
     names = sorted({s.document.domain for batch in batches for s in batch.samples})
     found: list[int] = []
     for batch, size, chosen_T in zip(batches, sizes, chosen, strict=True):

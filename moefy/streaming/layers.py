@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.activations import drawn, listen
+from moefy.activations import domains_of, drawn, listen
+from moefy.artefact import LayerEntry
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.data import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
@@ -44,8 +45,10 @@ class Carried:
     """The states of one group of documents, and which of its tokens are looked at."""
 
     states: States
+    sizes: list[int]
+    """Tokens of each batch, padding left out."""
     chosen: list[Tensor]
-    """For each batch, whether a token that is no padding is kept `[T]` (bool)."""
+    """For each batch, whether each of those is kept `[T]` (bool)."""
 
     def pick(self, number: int, x_TD: Tensor, batch: Batch) -> Tensor:
         """The rows of batch `number` that are kept, of an input `[T, D]` with padding."""
@@ -63,7 +66,7 @@ def carry(
     sizes = [int(mask.sum()) for mask in masks if mask is not None]
     dtype = stored_dtype(skeleton.checkpoint)
     states = States(folder, name, batches, skeleton.sites[0].width, dtype)
-    return Carried(states, drawn(sizes, limit, seed))
+    return Carried(states, sizes, drawn(sizes, limit, seed))
 
 
 def through(
@@ -130,18 +133,9 @@ class FirstPass:
                 ("sparse", [n for n in groups if n not in ("partition", "probe")]),
             )
         )
-        names = sorted({s.document.domain for b in reading["partition"][0] for s in b.samples})
         first = self.dense["partition"]
-        rows = [
-            torch.tensor([names.index(s.document.domain) for s in batch.samples])[:, None]
-            .expand(batch.inputs["input_ids"].shape).reshape(-1, 1)
-            for batch in reading["partition"][0]
-        ]  # fmt: skip
-        self.domain_T = torch.cat(
-            [
-                first.pick(number, row, batch)[:, 0]
-                for number, (row, batch) in enumerate(zip(rows, first.states.batches, strict=True))
-            ]
+        self.domain_T = torch.tensor(
+            domains_of(first.states.batches, "decoder", first.sizes, first.chosen)
         )
         self.raw: dict[str, Tensor] = {}
 
@@ -210,59 +204,53 @@ class FirstPass:
 
     def _layer(self, site: Site, written: Checkpoint) -> None:
         """One layer, whose weights are in memory: measure, fit, write, go on."""
-        index, recipe, model = site.index, self.recipe, self.skeleton.model
-        seen: dict[str, Tensor] = {}
-        powers: list[Tensor] = []
-        for name, carried in self.dense.items():
-            kept: list[Tensor] = []
-            out = through(self.skeleton, index, carried, kept)
-            if name == "held-out":
-                out = _measured(out, carried, powers)
-            carried.states.write(index + 1, out)
-            seen[name] = torch.cat(kept)
-            if not seen[name].isfinite().all():
-                raise MoefyError(
-                    f"{site.layer}: the input of {site.module} is not finite for some document of "
-                    f"{name}; the weights overflow {self.skeleton.dtype}"
-                )
-        read = {name: reads(self.skeleton, index, c) for name, c in self.sparse.items()}
+        seen, metric = self._measure(site)
+        read = {name: reads(self.skeleton, site.index, c) for name, c in self.sparse.items()}
         sample = self._sample(seen, read)
-
-        mlp = read_mlp(site, lambda name: model.get_parameter(name).detach().cpu())
-        fitted = fit_layer(mlp.to(torch.float32), self.todo, site, recipe, sample)
-        del mlp
+        fitted = self._fit(site, sample)
         order_N = fitted.tensors["permutation"].long()
         for name, value in self.raw.items():
-            overwrite(
-                written.tensors[self.skeleton.names[name]], permute(site, name, value, order_N)
-            )
+            disk = self.skeleton.names[name]
+            overwrite(written.tensors[disk], permute(site, name, value, order_N))
         self.raw = {}
 
         moved = bool((order_N.diff() < 0).any())
-        module = install(model, site, fitted.entry, fitted.tensors, permute=moved)
+        module = install(self.skeleton.model, site, fitted.entry, fitted.tensors, permute=moved)
         # The faster backend of the moment would decide the last bits of all that follows.
         module.backend = "masked"
-        rows = self._choose(module, index, sample, inverse_power(torch.cat(powers)))
-        if varies(recipe):
-            # Thresholds hold for what arrives here, not for what the dense layers would send.
-            here = Tokens(read["held-out"], read["held-out"], device=module.weights.down_ND.device)
-            active = planned_active(self.todo, index, module)
-            module.selection = fit_selection(
-                type(module.selection), module.router, module.routed.to(torch.float32), here,
-                active, cap(recipe, active),
-            )  # fmt: skip
+        rows = self._choose(module, site.index, sample, metric)
+        if varies(self.recipe):
+            self._settle(module, site.index, read["held-out"])
         for carried in self.sparse.values():
-            carried.states.write(index + 1, through(self.skeleton, index, carried))
-        selection = {"name": recipe.selection.name, **module.selection.settings()}
+            carried.states.write(site.index + 1, through(self.skeleton, site.index, carried))
+        selection = {"name": self.recipe.selection.name, **module.selection.settings()}
         tensors = {"permutation": fitted.tensors["permutation"]}
         result = Fitted(
             replace(fitted.entry, selection=selection),
             tensors | stored(module.router, module.compensation),
             fitted.fit,
         )
-        keep(
-            self.done / str(index), result, {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
-        )
+        kept = {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
+        keep(self.done / str(site.index), result, kept)
+
+    def _measure(self, site: Site) -> tuple[dict[str, Tensor], Tensor]:
+        """Take all dense states through the layer; what its MLP reads `[T, D]` by group, and what its
+        output errors cost (`moefy.sensitivity`)."""
+        seen: dict[str, Tensor] = {}
+        powers: list[Tensor] = []
+        for name, carried in self.dense.items():
+            kept: list[Tensor] = []
+            out = through(self.skeleton, site.index, carried, kept)
+            if name == "held-out":
+                out = _measured(out, carried, powers)
+            carried.states.write(site.index + 1, out)
+            seen[name] = torch.cat(kept)
+            if not seen[name].isfinite().all():
+                raise MoefyError(
+                    f"{site.layer}: the input of {site.module} is not finite for some document of "
+                    f"{name}; the weights overflow {self.skeleton.dtype}"
+                )
+        return seen, inverse_power(torch.cat(powers))
 
     def _sample(self, seen: dict[str, Tensor], read: dict[str, Tensor]) -> LayerSample:
         """Targets are those of the dense model; what routers read may be what arrives."""
@@ -272,6 +260,21 @@ class FirstPass:
             for name in ("router" if "router" in seen else "held-out", "held-out")
         )
         return LayerSample(seen["partition"], self.domain_T, router, held)
+
+    def _fit(self, site: Site, sample: LayerSample) -> Fitted[LayerEntry]:
+        """Fit as in memory, on a CPU and in fp32; where the layer is so already nothing is copied."""
+        parameter = self.skeleton.model.get_parameter
+        mlp = read_mlp(site, lambda name: parameter(name).detach().cpu())
+        return fit_layer(mlp.to(torch.float32), self.todo, site, self.recipe, sample)
+
+    def _settle(self, module: SparseMlp, index: int, x_TD: Tensor) -> None:
+        """Set the threshold for what arrives here, not for what the dense layers would send."""
+        here = Tokens(x_TD, x_TD, device=module.weights.down_ND.device)
+        active = planned_active(self.todo, index, module)
+        module.selection = fit_selection(
+            type(module.selection), module.router, module.routed.to(torch.float32), here,
+            active, cap(self.recipe, active),
+        )  # fmt: skip
 
     def _choose(
         self, module: SparseMlp, index: int, sample: LayerSample, metric: Tensor
@@ -288,14 +291,10 @@ class FirstPass:
         here = sample.on(module.weights.down_ND.device)
         rows = candidates(module, planned, self.recipe, here, loss)
         set_density(module, rows[nearest(rows, planned)])
+        named = ((row, row.selection.settings()) for row in rows)
         return [
-            {
-                "active": c.active,
-                "cost": c.cost,
-                "loss": c.loss,
-                "selection": c.selection.settings(),
-            }
-            for c in rows
+            {"active": row.active, "cost": row.cost, "loss": row.loss, "selection": settings}
+            for row, settings in named
         ]
 
 
