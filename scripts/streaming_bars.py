@@ -30,7 +30,7 @@ from transformers import LlamaConfig
 from moefy import convert, streaming
 from moefy.measure import evaluate_folder
 from moefy.provenance import machine
-from moefy.recipe import Recipe, override
+from moefy.recipe import Recipe
 
 RECORDS = Path("benchmarks/records")
 TOKENIZER = Path("moefy/demo/llama")
@@ -183,10 +183,8 @@ def follow(work: Path) -> dict[str, Any]:
     rows = []
     plain = streaming.stream
     for name in ("llama", "opt"):
-        for recipe, settings in (
-            ("default", {}), ("export", {}), ("export", {"compensation.name": "mean_residual"}),
-        ):  # fmt: skip
-            chosen = override(Recipe.named(recipe, density=0.25), settings)
+        for recipe in ("default", "export"):
+            chosen = Recipe.named(recipe, density=0.25)
             for sparse in (True, False):
                 streaming.stream = partial(plain, follow=sparse)
                 out = work / f"{name} {recipe} {sparse}"
@@ -194,7 +192,7 @@ def follow(work: Path) -> dict[str, Any]:
                 found = evaluate_folder(out, documents=44)
                 rows.append(
                     {
-                        "model": name, "recipe": recipe, **settings,
+                        "model": name, "recipe": recipe,
                         "inputs": "sparse" if sparse else "dense",
                         "kl": found["total"]["kl"]["mean"], "ffn_density": found["ffn_density"],
                     }
@@ -330,9 +328,8 @@ def follow_table() -> str:
         "| --- | --- | --- | --- |",
     ]
     for sparse, dense in zip(rows[::2], rows[1::2], strict=True):
-        more = sparse.get("compensation.name")
-        recipe = f"`{sparse['recipe']}`" + (f", compensation {more}" if more else "")
-        lines.append(f"| {sparse['model']} | {recipe} | {sparse['kl']:.4f} | {dense['kl']:.4f} |")
+        figures = f"{sparse['kl']:.4f} | {dense['kl']:.4f}"
+        lines.append(f"| {sparse['model']} | `{sparse['recipe']}` | {figures} |")
     return "\n".join(lines) + "\n"
 
 
