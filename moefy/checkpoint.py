@@ -186,6 +186,16 @@ class Checkpoint:
         raw = np.memmap(stored.file, np.uint8, "c", stored.begin, (stored.end - stored.begin,))
         return torch.from_numpy(raw).view(self.dtype_of(name)).view(stored.shape)
 
+    def rows(self, name: str, size: int) -> Iterator[Tensor]:
+        """A matrix, at most `size` of its rows in memory at a time; no file is mapped."""
+        stored = self.tensors[name]
+        width = (stored.end - stored.begin) // stored.shape[0]
+        for first in range(0, stored.shape[0], size):
+            count = min(size, stored.shape[0] - first)
+            at = stored.begin + first * width
+            raw = np.fromfile(stored.file, np.uint8, count * width, offset=at)
+            yield torch.from_numpy(raw).view(self.dtype_of(name)).view(count, *stored.shape[1:])
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of one tensor; `CheckpointError` for one that torch does not have."""
         stored = self.tensors[name]

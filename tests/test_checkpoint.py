@@ -23,6 +23,8 @@ def test_outline_and_overwrite_rebuild_a_file(tmp_path, dtype):
     for name, value in tensors.items():
         assert torch.equal(checkpoint.read(name), value)
         overwrite(read_header(target)[name], checkpoint.read(name))
+    assert torch.equal(torch.cat(list(checkpoint.rows("a", 3))), tensors["a"])
+    assert torch.equal(checkpoint.map("a"), tensors["a"])
     assert target.read_bytes() == source.read_bytes()
 
 

@@ -120,12 +120,12 @@ class Skeleton:
             read.register_forward_hook(partial(_give_back, read.weight))
         if type(written) is nn.Linear:
             skip.add(id(written))
-            mapped = self.checkpoint.map(self.stored(f"{owners[written]}.weight"))
+            stored = self.stored(f"{owners[written]}.weight")
             bias = None
             if written.bias is not None:
                 bias = self.checkpoint.read(self.stored(f"{owners[written]}.bias"))
                 bias = bias.to(self.device, self.dtype)
-            written.forward = partial(self._sliced, mapped, bias)  # type: ignore[method-assign]
+            written.forward = partial(self._sliced, stored, bias)  # type: ignore[method-assign]
         for path, module in self.model.named_modules():
             if id(module) in skip or f"{path}.".startswith(below):
                 continue
@@ -157,11 +157,15 @@ class Skeleton:
         module.to(self.device)
         return (ids.to(self.device),)
 
-    def _sliced(self, rows_VD: Tensor, bias_V: Tensor | None, x: Tensor) -> Tensor:
+    def _sliced(self, name: str, bias_V: Tensor | None, x: Tensor) -> Tensor:
         """The output embedding, a slice of its rows at a time."""
-        parts = [linear(x, rows.to(self.device, self.dtype)) for rows in rows_VD.split(SLICE)]
-        logits = torch.cat(parts, -1)
-        return logits if bias_V is None else logits + bias_V
+        rows = self.checkpoint.tensors[name].shape[0]
+        logits, first = x.new_empty(*x.shape[:-1], rows), 0
+        for slice_VD in self.checkpoint.rows(name, SLICE):
+            last = first + len(slice_VD)
+            logits[..., first:last] = linear(x, slice_VD.to(self.device, self.dtype))
+            first = last
+        return logits if bias_V is None else logits.add_(bias_V)
 
     def _pass(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer does while the model around it runs: hand on."""
