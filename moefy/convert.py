@@ -125,8 +125,9 @@ def convert(
 
         processes.once(begin)
         job = Job(
-            checkpoint, todo, recipe, text, source, adapter, reading, evaluated, output.work, report,
-            clock, processes,
+            checkpoint=checkpoint, todo=todo, recipe=recipe, corpus=text, source=source,
+            adapter=adapter, reading=reading, evaluated=evaluated, work=output.work, report=report,
+            clock=clock, processes=processes,
         )  # fmt: skip
 
         with output.full_disk():

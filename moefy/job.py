@@ -39,7 +39,7 @@ class Clock:
             self.read[name], self.written[name] = after[0] - before[0], after[1] - before[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """All that decides a conversion, found before it is begun."""
 

@@ -34,7 +34,7 @@ from moefy.recipe import Recipe
 from moefy.routed import Routed
 from moefy.routing import SELECTIONS, choose
 from moefy.routing.base import Selection
-from moefy.routing.budget import greedy, solve
+from moefy.routing.budget import Table, greedy, solve
 from moefy.routing.residual import missing
 from moefy.sensitivity import sensitivities, stream_metric
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -103,7 +103,7 @@ def tune(
     if recipe.allocates and recipe.budget.name == "greedy" and fits:
         metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
     check = HeldOut(model, held, said)
-    active = {i: planned_active(todo, i, m) for i, m in sparse_mlps(model).items()}
+    active = {i: planned_active(todo, i, m.shared) for i, m in sparse_mlps(model).items()}
     if recipe.allocates:
         record["budget"] = allocate(model, todo, recipe, samples, check, metric, report, processes)
         active = dict(enumerate(record["budget"].get("active", [])))
@@ -202,11 +202,16 @@ def _settle_on(
     for index, module in sparse_mlps(model).items():
         own_TD = inputs.of(index)
         read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
-        module.selection = fit_selection(
-            type(module.selection), module.router, module.routed.to(torch.float32),
-            Tokens(own_TD, read_TD, device=own_TD.device), active[index],
-            cap(recipe, active[index]),
-        )  # fmt: skip
+        settle_layer(module, Tokens(own_TD, read_TD), active[index], recipe)
+
+
+def settle_layer(module: SparseMlp, tokens: Tokens, active: float, recipe: Recipe) -> None:
+    """Set the selection of one layer so that `active` routed experts run on average on these tokens."""
+    device = module.weights.down_ND.device
+    module.selection = fit_selection(
+        type(module.selection), module.router, module.routed.to(torch.float32),
+        replace(tokens, device=device), active, cap(recipe, active),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -226,7 +231,7 @@ def allocate(
     takes the residual stream's where there is none.
     """
     modules = sparse_mlps(model)
-    planned = [planned_active(todo, index, module) for index, module in modules.items()]
+    planned = [planned_active(todo, index, m.shared) for index, m in modules.items()]
     if recipe.budget.name == "greedy" and metric is None:
         metric = stream_metric(model, todo.sites, held.batches)
     own: list[tuple[int, list[Candidate]]] = []
@@ -238,8 +243,6 @@ def allocate(
     if not processes.main:
         return {}
     uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
-    costs = [[c.cost for c in row] for row in rows]
-    losses = [[c.loss for c in row] for row in rows]
     pick = greedy if recipe.budget.name == "greedy" else solve
     target = recipe.budget.target_kl
 
@@ -255,11 +258,8 @@ def allocate(
             settle(model, recipe, held.batches, active)
         return held.distance()
 
-    def total(chosen: list[int]) -> float:
-        return sum(row[at] for row, at in zip(costs, chosen, strict=True))
-
     if target is None:
-        chosen = pick(costs, losses, total(uniform) * (1 + 1e-9))
+        chosen = spread(rows, uniform, pick)
         seen, seen_uniform = _Inputs(), _Inputs()
         put(chosen)
         kl = held.distance(seen)
@@ -272,6 +272,7 @@ def allocate(
             _settle_on(seen, model, recipe, active)
     else:
         kl_uniform = settled(uniform)
+        costs, losses = tables(rows)
         low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
         chosen = [len(row) - 1 for row in rows]
         for _ in range(BISECTIONS):
@@ -295,6 +296,22 @@ def allocate(
         "held_out_kl_uniform": kl_uniform,
         "kept": "uniform" if chosen == uniform else recipe.budget.name,
     }
+
+
+def tables(rows: list[list[Candidate]]) -> tuple[Table, Table]:
+    """Costs and losses of every candidate of every layer, as `moefy.routing.budget` takes them."""
+    return [[c.cost for c in row] for row in rows], [[c.loss for c in row] for row in rows]
+
+
+def spread(
+    rows: list[list[Candidate]],
+    uniform: list[int],
+    pick: Callable[[Table, Table, float], list[int]],
+) -> list[int]:
+    """The candidate of each layer that `pick` takes for what the candidates `uniform` cost together."""
+    costs, losses = tables(rows)
+    total = sum(row[at] for row, at in zip(costs, uniform, strict=True))
+    return pick(costs, losses, total * (1 + 1e-9))
 
 
 def candidates(
@@ -336,9 +353,9 @@ def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | 
     return held.distance(only=module) if metric is None else trial.output_error(module, metric)
 
 
-def planned_active(todo: Plan, index: int, module: SparseMlp) -> int:
-    """Routed experts that run where every layer has the same density."""
-    return todo.k[index] + todo.layers[index].shared - module.shared
+def planned_active(todo: Plan, index: int, shared: int) -> int:
+    """Routed experts that run where every layer has the same density; `shared` are found to be so."""
+    return todo.k[index] + todo.layers[index].shared - shared
 
 
 def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Tokens:

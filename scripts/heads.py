@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pages import filled
+
 from moefy import recipe as recipes
 from moefy.activations import Captured, capture
 from moefy.artefact import FULL, Artefact
@@ -36,7 +38,6 @@ from moefy.recipe import Recipe
 from moefy.tables import markdown
 
 RECORDS, PAGE = Path("benchmarks/records"), Path("docs/attention.md")
-BEGIN, END = "<!-- table: heads -->", "<!-- end -->"
 DENSE_MLPS = {
     "density": 1.0,
     "partition.method": "contiguous",
@@ -185,8 +186,7 @@ def main() -> None:
             text = json.dumps(record, indent=1) + "\n"
             (RECORDS / f"heads_{name}.json").write_text(text, encoding="utf-8")
     old = PAGE.read_text(encoding="utf-8")
-    before, _, rest = old.partition(BEGIN)
-    new = f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    new = filled(old, "heads", table())
     if options.check:
         sys.exit(int(new != old))
     PAGE.write_text(new, encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from pages import filled
 from pareto_report import CONTROLS, OURS, best_size, load, mean
 
 from moefy.tables import markdown
@@ -23,7 +24,6 @@ KINDS = {
     "relu-stories": "a character GPT-2, ReLU",
     "sort": "a minGPT that sorts, GELU",
 }
-BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 
 
 def record(name: str) -> dict:
@@ -108,10 +108,7 @@ def main() -> None:
     readme = Path("README.md")
     text = old = readme.read_text(encoding="utf-8")
     for make in (quality, speed, demo):
-        begin = BEGIN.format(make.__name__)
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(END)
-        text = f"{before}{begin}\n{make()}\n{END}{after}"
+        text = filled(text, make.__name__, make())
     if args.check and text != old:
         sys.exit("README.md is out of date: run scripts/readme_tables.py")
     readme.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 python scripts/streaming_bars.py large     # 12 GB in bf16, converted with `fast`, evaluated lazily, removed
 python scripts/streaming_bars.py growth    # small ones: time and memory over layers, width and tokens
 python scripts/streaming_bars.py follow    # demo models: routers fitted on sparse or on dense inputs
+python scripts/streaming_bars.py metric    # demo models: what densities are allocated by
 python scripts/streaming_bars.py ranks     # demo model: fitting in two processes of one thread, and in one
 python scripts/streaming_bars.py table     # docs/streaming.md: what was measured, and an extrapolation
 
@@ -24,18 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import fill
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from moefy import convert, streaming
+from moefy import convert, streaming, tuning
 from moefy.measure import evaluate_folder
 from moefy.provenance import machine
-from moefy.recipe import Recipe
+from moefy.recipe import Recipe, override
 
 RECORDS = Path("benchmarks/records")
 TOKENIZER = Path("moefy/demo/llama")
 LARGE = {"layers": 23, "width": 4096, "neurons": 14336, "vocabulary": 128256, "heads": 32, "kv": 8}
 SMALL = {"layers": 4, "width": 1024, "neurons": 3584, "vocabulary": 8192, "heads": 8, "kv": 2}
+METRICS = ("fisher", "stream", "equal")
 REAL = {
     "Llama-3 8B": {"layers": 32, "width": 4096, "neurons": 14336, "vocabulary": 128256, "kv": 1024},
     "Llama-3 70B": {"layers": 80, "width": 8192, "neurons": 28672, "vocabulary": 128256, "kv": 1024},
@@ -202,6 +205,27 @@ def follow(work: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def metric(work: Path) -> dict[str, Any]:
+    """KL of `fast` with densities by the Fisher metric, by the residual stream, and all equal."""
+    rows, fits = [], tuning._fits
+    for name, density in (("llama", 0.25), ("opt", 0.2)):
+        kl = {}
+        for how in METRICS:
+            recipe = Recipe.named("fast", density=density)
+            if how == "equal":
+                recipe = override(recipe, {"budget.name": "uniform"})
+            # Without room for a backward pass the residual stream has to do.
+            tuning._fits = fits if how == "fisher" else lambda *_: False
+            found = convert(
+                f"moefy/demo/{name}", work / f"{name} {how}", recipe=recipe, overwrite=True
+            )
+            kl[how] = found["evaluation"]["total"]["kl"]["mean"]
+        rows.append({"model": name, "density": density, "kl": kl})
+        print(rows[-1], flush=True)
+    tuning._fits = fits
+    return {"rows": rows}
+
+
 def ranks(work: Path) -> dict[str, Any]:
     """Seconds of every stage with two processes of one thread each, and with one, taken in turn."""
     launcher = (
@@ -333,17 +357,21 @@ def follow_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def fill(page: Path, name: str, text: str) -> None:
-    """Replace what stands between two marks of a page."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    whole = page.read_text(encoding="utf-8")
-    head, tail = whole.split(begin)[0], whole.split(end)[1]
-    page.write_text(f"{head}{begin}{text}{end}{tail}", encoding="utf-8")
+def metric_table() -> str:
+    rows = json.loads((RECORDS / "stream_metric.json").read_text())["rows"]
+    lines = [
+        "| model | FFN density | backward pass | residual stream | equal densities |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        kl = " | ".join(f"{row['kl'][how]:.4f}" for how in METRICS)
+        lines.append(f"| {row['model']} | {row['density']} | {kl} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["large", "growth", "follow", "ranks", "table"])
+    parser.add_argument("what", choices=["large", "growth", "follow", "metric", "ranks", "table"])
     parser.add_argument("--work", default="runs/streaming")
     parser.add_argument("--keep", action="store_true", help="leave the folders where they are")
     args = parser.parse_args()
@@ -351,12 +379,13 @@ def main() -> None:
     if args.what == "table":
         fill(Path("docs/streaming.md"), "streaming", table())
         fill(Path("docs/streaming.md"), "ranks", ranks_table())
+        fill(Path("docs/streaming.md"), "metric", metric_table())
         fill(Path("docs/experiments.md"), "follow", follow_table())
         return
     if args.what == "large":
         save(large(work, LARGE), "stream_large")
     else:
-        run = {"growth": growth, "follow": follow, "ranks": ranks}[args.what]
+        run = {"growth": growth, "follow": follow, "metric": metric, "ranks": ranks}[args.what]
         save(run(work), f"stream_{args.what}")
     if not args.keep:
         shutil.rmtree(work)

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pages import fill
+
 import moefy
 from moefy import recipe as recipes
 from moefy.measure import evaluate_folder
@@ -126,10 +128,7 @@ def main() -> None:
     parser.add_argument("--work", default="runs/training")
     args = parser.parse_args()
     if args.what == "table":
-        begin, end = "<!-- bars -->\n", "<!-- /bars -->"
-        page = Path("docs/training.md")
-        head, rest = page.read_text(encoding="utf-8").split(begin)
-        page.write_text(f"{head}{begin}{table()}{end}{rest.split(end)[1]}", encoding="utf-8")
+        fill(Path("docs/training.md"), "training", table())
         return
     work = Path(args.work) / args.what
     work.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,11 @@
 import json
-import signal
-import subprocess
-import sys
-import time
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_conversion import RECIPE, convert_tiny, corpus_for
+from tiny_conversion import RECIPE, convert_tiny, corpus_for, kill_conversion
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, example_inputs, tiny_model
 from transformers import AutoConfig
 
@@ -225,20 +221,9 @@ def test_padding_changes_no_real_token(made):
 @pytest.mark.parametrize("stage", ["activations", "layers", "model"])
 def test_killed_runs_resume_to_the_same_bytes(stage, made, tmp_path):
     source, out = made("llama")
-    code = (
-        "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "from tiny_conversion import convert_tiny; from pathlib import Path\n"
-        "convert_tiny('llama', Path(sys.argv[1]), Path(sys.argv[2]))"
-    )
-    root = Path(__file__).parent.parent
-    paths = [str(root), str(root / "kernels"), str(root / "tests")]
     target = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(target), *paths])
+    kill_conversion("llama", source, target, stage)
     work = tmp_path / ".out.moefy-unfinished" / stage
-    while process.poll() is None and not work.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     if not target.exists():
         assert work.exists()
         with pytest.raises(MoefyError, match="--resume"):

@@ -1,17 +1,14 @@
 """Streamed conversion: the same numbers as in memory, one layer at a time, whatever happens meanwhile."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_conversion import RECIPE, convert_tiny, corpus_for
+from tiny_conversion import RECIPE, convert_tiny, corpus_for, kill_conversion
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, tiny_model
 
 import moefy
@@ -171,7 +168,7 @@ def test_what_follows_the_experts_differs_from_what_follows_dense_layers(tmp_pat
 def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch):
     source = build(name, tmp_path / "source")
     read, written = [], []
-    plain, put = Checkpoint.read, streaming.layers.overwrite
+    plain, put = Checkpoint.read, streaming.first_pass.overwrite
 
     def reading(self, key):
         if self.folder == source:
@@ -183,7 +180,7 @@ def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch)
         put(tensor, value)
 
     monkeypatch.setattr(Checkpoint, "read", reading)
-    monkeypatch.setattr(streaming.layers, "overwrite", writing)
+    monkeypatch.setattr(streaming.first_pass, "overwrite", writing)
     convert_tiny(name, source, tmp_path / "out", stream=True)
     tensors = Checkpoint.open(source).tensors
     layers = [key for key in read if ".layers." in key]
@@ -231,21 +228,8 @@ def test_shards_in_16_bits(tmp_path):
 def test_killed_runs_resume_to_the_same_bytes(after, settings, tmp_path):
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "whole", settings=settings, stream=True)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "from tiny_conversion import convert_tiny; from pathlib import Path\n"
-        "convert_tiny('llama', Path(sys.argv[1]), Path(sys.argv[2]), stream=True, settings="
-        f"{settings!r})"
-    )
-    root = Path(__file__).parent.parent
-    paths = [str(root), str(root / "kernels"), str(root / "tests")]
     target = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(target), *paths])
-    mark = tmp_path / ".out.moefy-unfinished" / after
-    while process.poll() is None and not mark.exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_conversion("llama", source, target, after, settings=settings, stream=True)
     if not target.exists():
         with pytest.raises(MoefyError, match="another model, recipe or corpus"):
             convert_tiny("llama", source, target, settings=settings, resume=True)
@@ -259,20 +243,20 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
     names = Checkpoint.open(source).tensors
     shard = names["model.layers.1.mlp.down_proj.weight"].file
-    keep = streaming.layers.keep
+    keep = streaming.first_pass.keep
 
     def losing(*args):
         keep(*args)
         shard.rename(shard.with_suffix(".gone"))
 
-    monkeypatch.setattr(streaming.layers, "keep", losing)
+    monkeypatch.setattr(streaming.first_pass, "keep", losing)
     with pytest.raises(CheckpointError, match=f"{shard.name}: cannot be read"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="shards missing"):
         convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     shard.with_suffix(".gone").rename(shard)
-    monkeypatch.setattr(streaming.layers, "keep", keep)
+    monkeypatch.setattr(streaming.first_pass, "keep", keep)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -280,7 +264,7 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
-    put, count = streaming.layers.overwrite, []
+    put, count = streaming.first_pass.overwrite, []
 
     def full(*args):
         count.append(1)
@@ -288,10 +272,10 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         put(*args)
 
-    monkeypatch.setattr(streaming.layers, "overwrite", full)
+    monkeypatch.setattr(streaming.first_pass, "overwrite", full)
     with pytest.raises(MoefyError, match=r"disk is full.*--resume"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
-    monkeypatch.setattr(streaming.layers, "overwrite", put)
+    monkeypatch.setattr(streaming.first_pass, "overwrite", put)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 

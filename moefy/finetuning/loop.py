@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Sample, make_batches
 from moefy.draws import draws
 from moefy.errors import MoefyError
+from moefy.processes import launched
 from moefy.provenance import versions
 from moefy.training_recipe import TrainingRecipe
 
@@ -208,14 +209,16 @@ def begin(
     Raises `OutputError` where something is in the way, or the disk is too small for two checkpoints,
     one written beside the other (weights and both moments of Adam in fp32), and the result.
     """
-    processes = PartialState()
-    if processes.is_main_process:
-        decided = [source.hashes(), *settings, processes.num_processes, versions()]
+    processes = launched()
+
+    def first() -> None:
+        decided = [source.hashes(), *settings, processes.count, versions()]
         stamp = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
         if not output.begin(stamp, resume=resume, overwrite=overwrite):
             parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
             output.need(2 * 3 * 4 * parameters + source.bytes)
-    processes.wait_for_everyone()
+
+    processes.once(first)
 
 
 class _Store:

@@ -21,9 +21,11 @@ from moefy.processes import Processes
 from moefy.recipe import Recipe
 from moefy.routing import ROUTERS, SELECTIONS, choose
 from moefy.routing.budget import greedy
-from moefy.streaming.layers import Carried, FirstPass
+from moefy.streaming.carried import Carried
+from moefy.streaming.first_pass import FirstPass
 from moefy.streaming.second_pass import SecondPass, with_density
 from moefy.streaming.skeleton import require_a_chain
+from moefy.tuning import Candidate, nearest, planned_active, spread
 
 EVALUATED_TOKENS = 1024
 """Tokens of the evaluation shard that the result is measured on; `moefy eval` reads more."""
@@ -101,20 +103,31 @@ def _allocate(
 
     `dense` and `sparse` are the states behind the last layer, at equal densities.
     """
-    chosen, uniform = _choices(job)
-    second = SecondPass(job, with_density(fitted, chosen), reading)
-    second.run([one["active"] for one in chosen])
+    rows = _candidates(job)
+    planned = [
+        planned_active(job.todo, site.index, entry.shared)
+        for site, entry in zip(job.todo.sites, fitted.layers, strict=True)
+    ]
+    uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
+    chosen = spread(rows, uniform, greedy)
+
+    def checked(picked: list[int]) -> SecondPass:
+        taken = [row[at] for row, at in zip(rows, picked, strict=True)]
+        second = SecondPass(job, with_density(fitted, taken), reading)
+        second.run([one.active for one in taken])
+        return second
+
+    second = checked(chosen)
     kl = second.distance(dense, second.sparse["held-out"])
     kl_uniform = kl if chosen == uniform else second.distance(dense, sparse)
     kept = chosen if kl < kl_uniform else uniform
     if kept != chosen:
         del second  # before another one is made
-        second = SecondPass(job, with_density(fitted, uniform), reading)
-        second.run([one["active"] for one in uniform])
+        second = checked(uniform)
     record = {
         "name": job.recipe.budget.name,
         "per": job.recipe.budget.per,
-        "active": [one["active"] for one in kept],
+        "active": [row[at].active for row, at in zip(rows, kept, strict=True)],
         "held_out_kl": min(kl, kl_uniform),
         "held_out_kl_uniform": kl_uniform,
         "kept": "uniform" if kept == uniform else job.recipe.budget.name,
@@ -122,17 +135,14 @@ def _allocate(
     return second, {"budget": record}
 
 
-def _choices(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The candidate of every layer that the greedy budget takes, and the one that is planned."""
-    kept = [
-        json.loads((job.work / "layers" / f"{site.index}.json").read_text())
-        for site in job.todo.sites
+def _candidates(job: Job) -> list[list[Candidate]]:
+    """What the first pass has found of every layer at several densities; compensations are not kept."""
+    kind = choose(SELECTIONS, "selection", job.recipe.selection.name)
+    files = (job.work / "layers" / f"{site.index}.json" for site in job.todo.sites)
+    return [
+        [
+            Candidate(one["active"], kind(**one["selection"]), {}, one["cost"], one["loss"])
+            for one in json.loads(file.read_text())["candidates"]
+        ]
+        for file in files
     ]
-    rows, planned = [layer["candidates"] for layer in kept], []
-    for layer, row, entry, k in zip(kept, rows, job.todo.layers, job.todo.k, strict=True):
-        active = k + entry.shared - layer["entry"]["shared"]
-        planned.append(min(row, key=lambda one, at=active: abs(one["active"] - at)))  # type: ignore[misc]
-    costs, losses = ([[one[key] for one in row] for row in rows] for key in ("cost", "loss"))
-    total = sum(one["cost"] for one in planned) * (1 + 1e-9)
-    picked = greedy(costs, losses, total)
-    return [row[at] for row, at in zip(rows, picked, strict=True)], planned

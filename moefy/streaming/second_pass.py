@@ -24,14 +24,13 @@ from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
 from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import Sinks
-from moefy.fitting import cap
 from moefy.job import Job, Reading
 from moefy.modeling import running_dtype, with_routing_of
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
-from moefy.streaming.layers import Carried, carry, reads, through
+from moefy.streaming.carried import Carried, carry, reads, through
 from moefy.streaming.skeleton import Skeleton
-from moefy.training import Tokens, fit_compensation, fit_selection
-from moefy.tuning import varies
+from moefy.training import Tokens, fit_compensation
+from moefy.tuning import Candidate, settle_layer, varies
 
 
 class SecondPass:
@@ -85,20 +84,16 @@ class SecondPass:
 
     def _settle(self, index: int, active: float) -> None:
         """Fit what depends on the density, on what arrives here: first who runs, then what stands in."""
-        module, recipe = self.modules[index], self.recipe
-        routed, device = module.routed.to(torch.float32), module.weights.down_ND.device
-        if varies(recipe):
+        module = self.modules[index]
+        if varies(self.recipe):
             x_TD = reads(self.skeleton, index, self.sparse["held-out"])
-            module.selection = fit_selection(
-                type(module.selection), module.router, routed, Tokens(x_TD, x_TD, device=device),
-                active, cap(recipe, active),
-            )  # fmt: skip
+            settle_layer(module, Tokens(x_TD, x_TD), active, self.recipe)
         if "router" in self.sparse:
             x_TD = reads(self.skeleton, index, self.sparse["router"])
+            tokens = Tokens(x_TD, x_TD, device=module.weights.down_ND.device)
             fit_compensation(
-                module.compensation, module.router, module.selection, routed,
-                Tokens(x_TD, x_TD, device=device),
-            )  # fmt: skip
+                module.compensation, module.router, module.selection, module.routed, tokens
+            )
 
     def _go_on(self, index: int) -> None:
         """Every group through one layer."""
@@ -185,10 +180,10 @@ def _cut(batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
         yield hidden[row : row + 1, : one.inputs["input_ids"].shape[1]]
 
 
-def with_density(artefact: Artefact, chosen: list[dict[str, Any]]) -> Artefact:
-    """The artefact with one candidate of every layer."""
+def with_density(artefact: Artefact, chosen: list[Candidate]) -> Artefact:
+    """The artefact with one candidate's selection in every layer."""
     layers = [
-        replace(entry, selection={"name": entry.selection["name"], **one["selection"]})
+        replace(entry, selection={"name": entry.selection["name"], **one.selection.settings()})
         for entry, one in zip(artefact.layers, chosen, strict=True)
     ]
     return replace(artefact, layers=layers)

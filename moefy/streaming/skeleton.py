@@ -106,16 +106,14 @@ class Skeleton:
     def _load_rest(self) -> None:
         """All that belongs to no layer, but the embeddings: of those single rows are read."""
         below = tuple(f"{site.layer}." for site in self.sites)
-        given = self.model.get_input_embeddings()
-        read, written = given, self.model.get_output_embeddings()
+        read, written = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         skip: set[int] = set()
         owners = {module: name for name, module in self.model.named_modules()}
         if isinstance(read, nn.Embedding):
             skip.add(id(read))
             rows = self.checkpoint.map(self.stored(f"{owners[read]}.weight"))
-            read.padding_idx = (
-                None  # of use to gradients alone; the row may not be among those read
-            )
+            # Of use to gradients alone, and its row may not be among those that are read.
+            read.padding_idx = None
             read.register_forward_pre_hook(partial(self._look_up, rows))
             read.register_forward_hook(partial(_give_back, read.weight))
         if type(written) is nn.Linear:

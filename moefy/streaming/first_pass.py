@@ -8,105 +8,39 @@ Shapes: B documents, T tokens, D width.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moefy.activations import domains_of, drawn, listen
+from moefy.activations import domains_of
 from moefy.artefact import LayerEntry
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite
-from moefy.data import Batch, make_batches
+from moefy.data import make_batches
 from moefy.errors import CheckpointError, MoefyError
 from moefy.fitted import keep
-from moefy.fitting import Fitted, LayerSample, cap, fit_layer
+from moefy.fitting import Fitted, LayerSample, fit_layer
 from moefy.job import Job, Reading
-from moefy.locate import Place, Site, permute, read_mlp
-from moefy.modeling import install, running_dtype, stored_dtype
+from moefy.locate import Site, permute, read_mlp
+from moefy.modeling import install, running_dtype
 from moefy.reorder import outlined
 from moefy.routing.base import stored
 from moefy.sensitivity import inverse_power, squared_norms
 from moefy.sparse_mlp import SparseMlp
+from moefy.streaming.carried import Carried, carry, reads, through
 from moefy.streaming.skeleton import Skeleton
-from moefy.streaming.states import States
-from moefy.training import Tokens, fit_selection
-from moefy.tuning import Trial, candidates, nearest, planned_active, set_density, varies
-
-
-class _Enough(Exception):
-    """The MLP was reached, what comes after it is not needed."""
-
-
-@dataclass
-class Carried:
-    """The states of one group of documents, and which of its tokens are looked at."""
-
-    states: States
-    sizes: list[int]
-    """Tokens of each batch, padding left out."""
-    chosen: list[Tensor]
-    """For each batch, whether each of those is kept `[T]` (bool)."""
-
-    def pick(self, number: int, x_TD: Tensor, batch: Batch) -> Tensor:
-        """The rows of batch `number` that are kept, of an input `[T, D]` with padding."""
-        mask = batch.mask()
-        if mask is not None:
-            x_TD = x_TD[mask.flatten().to(x_TD.device)]
-        return x_TD[self.chosen[number].to(x_TD.device)].cpu()
-
-
-def carry(
-    name: str, folder: Path, skeleton: Skeleton, batches: list[Batch], limit: int, seed: int
-) -> Carried:
-    """Make `name` ready to be carried through `skeleton`."""
-    masks = [batch.mask() for batch in batches]
-    sizes = [int(mask.sum()) for mask in masks if mask is not None]
-    dtype = stored_dtype(skeleton.checkpoint)
-    states = States(folder, name, batches, skeleton.sites[0].width, dtype)
-    return Carried(states, sizes, drawn(sizes, limit, seed))
-
-
-def through(
-    skeleton: Skeleton,
-    index: int,
-    carried: Carried,
-    kept: list[Tensor] | None = None,
-    *,
-    to_mlp: bool = False,
-) -> Iterator[Tensor]:
-    """What layer `index` makes of every batch; adds to `kept` what its MLP reads, where it is given.
-
-    With `to_mlp` batches go as far as the MLP, and nothing comes out.
-    """
-    current: list[tuple[int, Batch]] = []
-
-    def heard(_: Place, x_TD: Tensor) -> None:
-        number, batch = current[0]
-        if kept is not None:
-            kept.append(carried.pick(number, x_TD, batch))
-        if to_mlp:
-            raise _Enough
-
-    handles = listen(skeleton.model, [skeleton.sites[index]], heard)
-    try:
-        for number, (batch, hidden) in enumerate(carried.states.before(index)):
-            current[:] = [(number, batch)]
-            with suppress(_Enough):
-                yield skeleton.run(index, batch, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def reads(skeleton: Skeleton, index: int, carried: Carried) -> Tensor:
-    """What the MLP of layer `index` reads of the tokens that are looked at `[T, D]`."""
-    kept: list[Tensor] = []
-    for _ in through(skeleton, index, carried, kept, to_mlp=True):
-        pass
-    return torch.cat(kept)
+from moefy.training import Tokens
+from moefy.tuning import (
+    Trial,
+    candidates,
+    nearest,
+    planned_active,
+    set_density,
+    settle_layer,
+    varies,
+)
 
 
 class FirstPass:
@@ -220,7 +154,10 @@ class FirstPass:
         module.backend = "masked"
         rows = self._choose(module, site.index, sample, metric)
         if varies(self.recipe):
-            self._settle(module, site.index, read["held-out"])
+            # Thresholds hold for what arrives here, not for what the dense layers would send.
+            x_TD = read["held-out"]
+            planned = planned_active(self.todo, site.index, module.shared)
+            settle_layer(module, Tokens(x_TD, x_TD), planned, self.recipe)
         for carried in self.sparse.values():
             carried.states.write(site.index + 1, through(self.skeleton, site.index, carried))
         selection = {"name": self.recipe.selection.name, **module.selection.settings()}
@@ -267,15 +204,6 @@ class FirstPass:
         mlp = read_mlp(site, lambda name: parameter(name).detach().cpu())
         return fit_layer(mlp.to(torch.float32), self.todo, site, self.recipe, sample)
 
-    def _settle(self, module: SparseMlp, index: int, x_TD: Tensor) -> None:
-        """Set the threshold for what arrives here, not for what the dense layers would send."""
-        here = Tokens(x_TD, x_TD, device=module.weights.down_ND.device)
-        active = planned_active(self.todo, index, module)
-        module.selection = fit_selection(
-            type(module.selection), module.router, module.routed.to(torch.float32), here,
-            active, cap(self.recipe, active),
-        )  # fmt: skip
-
     def _choose(
         self, module: SparseMlp, index: int, sample: LayerSample, metric: Tensor
     ) -> list[dict[str, Any]]:
@@ -283,7 +211,7 @@ class FirstPass:
         that is planned is set, and is what the next layers see."""
         if not self.recipe.allocates:
             return []
-        planned = planned_active(self.todo, index, module)
+        planned = planned_active(self.todo, index, module.shared)
 
         def loss(module: SparseMlp, trial: Trial) -> float:
             return trial.output_error(module, metric)
