@@ -6,11 +6,15 @@ layer is too small for anything else to pay.
 Shapes: T tokens, D width, N neurons, E experts, F = N/E neurons per expert.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
 
+from moefy_kernels.expert_mlp import ExpertMlp
 from moefy_kernels.weighted_rows import weighted_rows
 
 
@@ -60,3 +64,69 @@ def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
     else:
         y_TD = h_TN @ weights.down_ND
     return y_TD if weights.down_bias_D is None else y_TD + weights.down_bias_D
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "relu": relu,
+    "relu2": lambda v: relu(v).square(),
+    "linear": lambda v: v,
+}
+
+
+def activate(v: Tensor, name: str) -> Tensor:
+    """The activations of `expert_mlp.ACTIVATIONS`."""
+    return _ACTIVATIONS[name](v)
+
+
+def hidden(x_TD: Tensor, mlp: ExpertMlp) -> Tensor:
+    """Activations `[T, E, F]` of every neuron."""
+    h_TEF = torch.einsum("td,efd->tef", x_TD, mlp.up_EFD)
+    if mlp.up_bias_EF is not None:
+        h_TEF = h_TEF + mlp.up_bias_EF
+    if mlp.gate_EFD is None:
+        h_TEF = activate(h_TEF, mlp.activation)
+    else:
+        gate_TEF = torch.einsum("td,efd->tef", x_TD, mlp.gate_EFD)
+        if mlp.gate_bias_EF is not None:
+            gate_TEF = gate_TEF + mlp.gate_bias_EF
+        h_TEF = activate(gate_TEF, mlp.activation) * h_TEF
+    return h_TEF if mlp.centre_EF is None else h_TEF - mlp.centre_EF
+
+
+def weighted(
+    x_TD: Tensor, mlp: ExpertMlp, weight_TE: Tensor, bias_D: Tensor | None = None
+) -> Tensor:
+    """Output `[T, D]` of all experts, each weighted for every token: twin of `union` and `grouped`."""
+    dtype = mlp.down_EFD.dtype
+    h_TEF = (hidden(x_TD, mlp) * weight_TE[:, :, None].to(x_TD.dtype)).to(dtype)
+    y_TD = torch.einsum("tef,efd->td", h_TEF, mlp.down_EFD)
+    return y_TD if bias_D is None else y_TD + bias_D.to(dtype)
+
+
+def weights_of(
+    expert_TK: Tensor, weight_TK: Tensor | None, count_T: Tensor | None, experts: int
+) -> Tensor:
+    """Ids and their weights as a matrix `[T, E]`; ids outside 0 to E - 1 and beyond the count are none."""
+    live_TK = (expert_TK >= 0) & (expert_TK < experts)
+    if count_T is not None:
+        at_K = torch.arange(expert_TK.shape[1], device=expert_TK.device)
+        live_TK = live_TK & (at_K < count_T[:, None])
+    if weight_TK is None:
+        weight_TK = torch.ones_like(expert_TK, dtype=torch.float32)
+    zeros_TE = weight_TK.new_zeros(len(expert_TK), experts)
+    return zeros_TE.scatter_add(1, expert_TK.long() * live_TK, weight_TK * live_TK)
+
+
+def decode(
+    x_TD: Tensor,
+    mlp: ExpertMlp,
+    expert_TK: Tensor,
+    weight_TK: Tensor | None = None,
+    count_T: Tensor | None = None,
+    bias_D: Tensor | None = None,
+) -> Tensor:
+    """Output `[T, D]` of the experts listed for every token: twin of `decode.decode`."""
+    return weighted(x_TD, mlp, weights_of(expert_TK, weight_TK, count_T, mlp.experts), bias_D)

@@ -1,0 +1,80 @@
+"""Experts, inputs and routing of any shape for the kernels, and what they should give in fp64."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moefy_kernels import reference
+from moefy_kernels.expert_mlp import ExpertMlp
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+"""Relative Frobenius error; bf16 is truncated by the interpreter, which doubles it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One MLP, inputs, and a list of experts with weights for every token."""
+
+    x: Tensor
+    mlp: ExpertMlp
+    expert: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The routing as weights `[T, E]`."""
+        return reference.weights_of(self.expert, self.weight, None, self.mlp.experts)
+
+    @property
+    def wanted(self) -> Tensor:
+        """The output in fp64."""
+        wide = [v.double() if isinstance(v, Tensor) else v for v in self.mlp]
+        bias = None if self.bias is None else self.bias.double()
+        return reference.weighted(self.x.double(), ExpertMlp(*wide), self.matrix.double(), bias)
+
+    def without(self, **changes) -> "Case":
+        return replace(self, **changes)
+
+
+def case(
+    seed=0, tokens=3, width=40, experts=5, size=12, k=2, dtype=torch.float32, activation="silu",
+    gated=True, biased=False, centred=False,
+) -> Case:  # fmt: skip
+    """Random numbers of the sizes that trained models have; every token lists `k` different experts."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=None):
+        return (torch.randn(*shape, generator=g) * (scale or shape[-1] ** -0.5)).to(dtype)
+
+    mlp = ExpertMlp(
+        up_EFD=draw(experts, size, width),
+        down_EFD=draw(experts, size, width),
+        activation=activation,
+        gate_EFD=draw(experts, size, width) if gated else None,
+        up_bias_EF=draw(experts, size, scale=0.5) if biased else None,
+        gate_bias_EF=draw(experts, size, scale=0.5) if biased and gated else None,
+        centre_EF=draw(experts, size, scale=0.2) if centred else None,
+    )
+    order = torch.rand(tokens, experts, generator=g).argsort(1)
+    return Case(
+        x=draw(tokens, width, scale=1.0),
+        mlp=mlp,
+        expert=order[:, :k].to(torch.int32),
+        weight=torch.rand(tokens, k, generator=g) + 0.5,
+        bias=draw(width, scale=0.5) if biased else None,
+    )
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def far_apart(value_EFD: Tensor) -> Tensor:
+    """The same experts, each 2**30 elements behind the one before: memory that is hardly ever touched."""
+    experts, *rest = value_EFD.shape
+    stride = (2**30 + 64, *value_EFD[0].contiguous().stride())
+    whole = torch.empty((experts - 1) * stride[0] + value_EFD[0].numel(), dtype=value_EFD.dtype)
+    return whole.as_strided((experts, *rest), stride).copy_(value_EFD)
