@@ -62,7 +62,12 @@ def _decode_down(width: int, size: int, bytes_: int) -> Config:
     return {"BLOCK_R": 64, "BLOCK_D": max(16, block), "num_warps": 4, "num_stages": 1}
 
 
+def _routing_route(width: int, size: int, bytes_: int) -> Config:
+    return {**_decode_hidden(width, size, bytes_), "BLOCK_R": 4}
+
+
 ANALYTIC: dict[str, Callable[[int, int, int], Config]] = {
     "decode_hidden": _decode_hidden,
     "decode_down": _decode_down,
+    "routing_route": _routing_route,
 }

@@ -136,7 +136,7 @@ def _decode(
     mlp = ExpertMlp(
         up_EFD, down_EFD, activation, gate_EFD, up_bias_EF, gate_bias_EF, centre_EF
     )  # fmt: skip
-    if runs_kernels(x_TD) and len(x_TD):
+    if runs_kernels(x_TD):
         return launch(x_TD, mlp, expert_TK, weight_TK, count_T, bias_D)
     return reference.decode(x_TD, mlp, expert_TK, weight_TK, count_T, bias_D)
 

@@ -11,9 +11,14 @@ from moefy_kernels.expert_mlp import ExpertMlp
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def launches(x: Tensor) -> bool:
+    """Whether Triton runs where this tensor lies: on a GPU, or anywhere under its interpreter."""
+    return x.numel() > 0 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton computes this tensor: on a GPU, or anywhere under Triton's interpreter."""
-    return x.dtype in DTYPES and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether a kernel computes with this tensor; otherwise its twin does."""
+    return x.dtype in DTYPES and launches(x)
 
 
 def strides(mlp: ExpertMlp) -> tuple[int, ...]:

@@ -130,3 +130,33 @@ def decode(
 ) -> Tensor:
     """Output `[T, D]` of the experts listed for every token: twin of `decode.decode`."""
     return weighted(x_TD, mlp, weights_of(expert_TK, weight_TK, count_T, mlp.experts), bias_D)
+
+
+def scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Scores `[T, E]` of a linear router, in fp32 or wider."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    score_TE = x_TD.to(wide) @ router_ED.to(wide).T
+    return score_TE if bias_E is None else score_TE + bias_E
+
+
+def select(score_TE: Tensor, value: float, most: int, near: bool) -> tuple[Tensor, Tensor]:
+    """Lists and counts of scores above `value`, or within `value` of the best: twin of `routing`."""
+    score_TE = torch.where(score_TE == 0, 0, score_TE)  # minus zero is zero
+    if near:
+        passed_TE = score_TE >= (1 - value) * score_TE.amax(1, keepdim=True)
+    else:
+        passed_TE = score_TE > value
+    ranked_TE = torch.where(passed_TE, score_TE, -torch.inf)
+    order_TE = ranked_TE.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    best_TE = torch.zeros_like(passed_TE).scatter(1, order_TE, True)
+    return listed(passed_TE & best_TE, most, False)
+
+
+def listed(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
+    """Lists `[T, most]` and counts of what is on, ending in E: twin of `routing.listed`."""
+    on_TE = mask_TE != 0
+    on_TE = on_TE.any(0, keepdim=True) if together else on_TE
+    experts = mask_TE.shape[1]
+    at_TE = torch.where(on_TE, torch.arange(experts, device=mask_TE.device), experts)
+    count_T = on_TE.sum(1).clamp(max=most)
+    return at_TE.sort(dim=1).values[:, :most].int(), count_T.int()

@@ -1,0 +1,242 @@
+"""Routing on the device: scores, which experts they choose, and lists of those, without a host in between.
+
+A list of a token has a fixed length; behind its last expert stands E, which is no expert, and counts say
+how many are real. `route` computes a linear router and chooses in one launch: the program that comes last
+of those that score a token chooses for it. `select` chooses by scores that are there already, `listed`
+turns a mask into lists. Experts are listed by rising number; of equal scores the lower number wins.
+
+Shapes: T tokens, D width, E experts, K length of a list.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moefy_kernels import reference
+from moefy_kernels.configs import chosen
+from moefy_kernels.launching import launches, runs_kernels
+
+WIDEST = 32768
+"""Most experts that one program can choose among."""
+
+
+@triton.jit
+def put_list(chosen_P, expert, count, E, K, P: tl.constexpr):
+    """Write the numbers that are on in `chosen_P`, E behind them, and how many there are."""
+    at_P = tl.arange(0, P)
+    on_P = chosen_P.to(tl.int32)
+    place_P = tl.cumsum(on_P, 0) - on_P
+    total = tl.sum(on_P)
+    tl.store(expert + place_P, at_P, mask=chosen_P & (place_P < K))
+    for begin in range(0, K, P):
+        tl.store(expert + begin + at_P, E, mask=(begin + at_P >= total) & (begin + at_P < K))
+    tl.store(count, tl.minimum(total, K))
+
+
+@triton.jit
+def choose(score_P, value, most, E, NEAR: tl.constexpr, P: tl.constexpr):
+    """The mask `[P]` of scores above `value`, or within `value` of the best; at most the `most` best."""
+    at_P = tl.arange(0, P)
+    score_P = tl.where(at_P < E, score_P, float("-inf"))
+    if NEAR:
+        passed_P = score_P >= (1 - value) * tl.max(score_P, 0)
+    else:
+        passed_P = score_P > value
+    passed_P = passed_P & (at_P < E)
+    if tl.sum(passed_P.to(tl.int32)) > most:
+        # Floats in the order of unsigned integers; minus zero is zero. The `most`-th highest is then
+        # found bit by bit: a bit is set if enough keys are as high with it.
+        bits_P = (score_P + 0.0).to(tl.int32, bitcast=True)
+        key_P = (bits_P ^ ((bits_P >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+        key_P = tl.where(passed_P, key_P, -1)
+        last = tl.zeros((), tl.int64)
+        for step in range(32):
+            tried = last + (tl.full((), 1, tl.int64) << (31 - step))
+            last = tl.where(tl.sum((key_P >= tried).to(tl.int32)) >= most, tried, last)
+        above_P = key_P > last
+        tie_P = (key_P == last).to(tl.int32)
+        left = most - tl.sum(above_P.to(tl.int32))
+        passed_P = above_P | ((tie_P > 0) & (tl.cumsum(tie_P, 0) <= left))
+    return passed_P
+
+
+@triton.jit
+def routing_route(
+    x, router, bias, score, ticket, expert, count, x_t, x_d, router_e, router_d, value, most, E, K,
+    D: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of a block of experts for one token; the last block of a token chooses."""
+    block, token = tl.program_id(0), tl.program_id(1)
+    row_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    x += token.to(tl.int64) * x_t
+    score_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        at_D = begin + tl.arange(0, BLOCK_D)
+        inside_RD = (row_R < E)[:, None] & (at_D < D)[None, :]
+        x_D = tl.load(x + at_D * x_d, mask=at_D < D, other=0).to(tl.float32)
+        at_RD = router + row_R[:, None] * router_e + at_D[None, :] * router_d
+        score_RD += tl.load(at_RD, mask=inside_RD, other=0).to(tl.float32) * x_D[None, :]
+    score_R = tl.sum(score_RD, 1)
+    if bias is not None:
+        score_R += tl.load(bias + row_R, mask=row_R < E, other=0).to(tl.float32)
+    score += token.to(tl.int64) * E
+    tl.store(score + row_R, score_R, mask=row_R < E)
+    # As in `rows.finish`: the ticket releases what all threads have written.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        at_P = tl.arange(0, P)
+        score_P = tl.load(score + at_P, mask=at_P < E, other=0, cache_modifier=".cg")
+        chosen_P = choose(score_P, value, most, E, NEAR, P)
+        put_list(chosen_P, expert + token.to(tl.int64) * K, count + token, E, K, P)
+
+
+@triton.jit
+def routing_select(
+    score, expert, count, score_t, score_e, value, most, E, K, NEAR: tl.constexpr, P: tl.constexpr
+):
+    """Choose for one token by scores that are known."""
+    token, at_P = tl.program_id(0), tl.arange(0, P)
+    at = score + token.to(tl.int64) * score_t + at_P * score_e
+    score_P = tl.load(at, mask=at_P < E, other=0).to(tl.float32)
+    chosen_P = choose(score_P, value, most, E, NEAR, P)
+    put_list(chosen_P, expert + token.to(tl.int64) * K, count + token, E, K, P)
+
+
+@triton.jit
+def routing_list(mask, expert, count, mask_t, mask_e, rows, E, K, P: tl.constexpr):
+    """List what is on in any of `rows` rows of a mask (bool, or weights other than zero)."""
+    group, at_P = tl.program_id(0), tl.arange(0, P)
+    on_P = tl.zeros((P,), tl.int1)
+    for row in range(rows):
+        at = mask + (group * rows + row).to(tl.int64) * mask_t + at_P * mask_e
+        on_P = on_P | (tl.load(at, mask=at_P < E, other=0) != 0)
+    put_list(on_P, expert + group.to(tl.int64) * K, count + group, E, K, P)
+
+
+def _lists(x: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
+    expert_TK = torch.empty((tokens, length), dtype=torch.int32, device=x.device)
+    return expert_TK, torch.empty((tokens,), dtype=torch.int32, device=x.device)
+
+
+@torch.library.custom_op("moefy::route", mutates_args=())
+def _route(
+    x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None, value: float, most: int, near: bool
+) -> tuple[Tensor, Tensor]:
+    (T, D), E = x_TD.shape, len(router_ED)
+    if not runs_kernels(x_TD) or E > WIDEST:
+        return reference.select(reference.scores(x_TD, router_ED, bias_E), value, most, near)
+    config = chosen("routing_route", x_TD, 1)
+    expert_TK, count_T = _lists(x_TD, T, most)
+    score_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
+    ticket_T = torch.zeros((T,), dtype=torch.int32, device=x_TD.device)
+    routing_route[(triton.cdiv(E, config["BLOCK_R"]), T)](
+        x_TD, router_ED, bias_E, score_TE, ticket_T, expert_TK, count_T, *x_TD.stride(),
+        *router_ED.stride(), value, most, E, most, D=D, NEAR=near, P=triton.next_power_of_2(E),
+        **config,
+    )  # fmt: skip
+    return expert_TK, count_T
+
+
+@_route.register_fake
+def _(
+    x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None, value: float, most: int, near: bool
+) -> tuple[Tensor, Tensor]:
+    return _lists(x_TD, len(x_TD), most)
+
+
+@torch.library.custom_op("moefy::select", mutates_args=())
+def _select(score_TE: Tensor, value: float, most: int, near: bool) -> tuple[Tensor, Tensor]:
+    T, E = score_TE.shape
+    if not runs_kernels(score_TE) or E > WIDEST:
+        return reference.select(score_TE, value, most, near)
+    expert_TK, count_T = _lists(score_TE, T, most)
+    routing_select[(T,)](
+        score_TE, expert_TK, count_T, *score_TE.stride(), value, most, E, most, NEAR=near,
+        P=triton.next_power_of_2(E), num_warps=_warps(E),
+    )  # fmt: skip
+    return expert_TK, count_T
+
+
+@_select.register_fake
+def _(score_TE: Tensor, value: float, most: int, near: bool) -> tuple[Tensor, Tensor]:
+    return _lists(score_TE, len(score_TE), most)
+
+
+@torch.library.custom_op("moefy::listed", mutates_args=())
+def _listed(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
+    T, E = mask_TE.shape
+    lists = 1 if together else T
+    if not launches(mask_TE) or E > WIDEST:
+        return reference.listed(mask_TE, most, together)
+    expert_TK, count_T = _lists(mask_TE, lists, most)
+    routing_list[(lists,)](
+        mask_TE, expert_TK, count_T, *mask_TE.stride(), T // lists, E, most,
+        P=triton.next_power_of_2(E), num_warps=_warps(E),
+    )  # fmt: skip
+    return expert_TK, count_T
+
+
+@_listed.register_fake
+def _(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
+    return _lists(mask_TE, 1 if together else len(mask_TE), most)
+
+
+def _warps(experts: int) -> int:
+    return min(16, max(1, triton.next_power_of_2(experts) // 512))
+
+
+def route(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor | None = None,
+    *,
+    k: int | None = None,
+    threshold: float | None = None,
+    tau: float | None = None,
+    most: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lists `[T, K]` (int32) and counts `[T]` of the experts that a linear router chooses.
+
+    Of `k` (the highest scores), `threshold` (scores above it) and `tau` (scores of at least
+    `(1 - tau)` of the token's highest, D2DMoE) one is given; `most` caps the last two. K is `k`, or
+    `most`, or E. Scores are added up in fp32.
+    """
+    value, near, most = _settings(k, threshold, tau, most, len(router_ED))
+    return _route(x_TD, router_ED, bias_E, value, most, near)  # type: ignore[no-any-return]
+
+
+def select(
+    score_TE: Tensor,
+    *,
+    k: int | None = None,
+    threshold: float | None = None,
+    tau: float | None = None,
+    most: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lists and counts by scores `[T, E]`, as `route` makes them."""
+    value, near, most = _settings(k, threshold, tau, most, score_TE.shape[1])
+    return _select(score_TE, value, most, near)  # type: ignore[no-any-return]
+
+
+def listed(
+    mask_TE: Tensor, most: int | None = None, *, together: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Lists and counts of what is on in every row of a mask, or `together` in any of them.
+
+    The mask is bool, or weights of which zero is off. A row has `most` experts at most.
+    """
+    return _listed(mask_TE, min(most or mask_TE.shape[1], mask_TE.shape[1]), together)  # type: ignore[no-any-return]
+
+
+def _settings(
+    k: int | None, threshold: float | None, tau: float | None, most: int | None, experts: int
+) -> tuple[float, bool, int]:
+    if sum(one is not None for one in (k, threshold, tau)) != 1:
+        raise ValueError("one of k, threshold and tau is to be given")
+    if k is not None:
+        return float("-inf"), False, min(k, experts)
+    value = threshold if tau is None else tau
+    assert value is not None
+    return value, tau is not None, min(most or experts, experts)
