@@ -1,9 +1,13 @@
 """Experts, inputs and routing of any shape for the kernels, and what they should give in fp64."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from moefy_kernels import reference
 from moefy_kernels.expert_mlp import ExpertMlp
@@ -78,3 +82,24 @@ def far_apart(value_EFD: Tensor) -> Tensor:
     stride = (2**30 + 64, *value_EFD[0].contiguous().stride())
     whole = torch.empty((experts - 1) * stride[0] + value_EFD[0].numel(), dtype=value_EFD.dtype)
     return whole.as_strided((experts, *rest), stride).copy_(value_EFD)
+
+
+@contextmanager
+def bf16_dots() -> Iterator[None]:
+    """Let the interpreter multiply matrices in bf16, which it holds as integers: in fp32 instead."""
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        value = (handle.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(value, tl.float32)
+
+    def patched(self, a, b, *rest):
+        return dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = patched
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.create_dot = dot

@@ -66,8 +66,19 @@ def _routing_route(width: int, size: int, bytes_: int) -> Config:
     return {**_decode_hidden(width, size, bytes_), "BLOCK_R": 4}
 
 
+def _union_hidden(width: int, size: int, bytes_: int) -> Config:
+    # 128 bytes of 64 rows of each matrix, four times under way.
+    return {"BLOCK_R": 64, "BLOCK_D": 128 // bytes_, "num_warps": 4, "num_stages": 4}
+
+
+def _union_down(width: int, size: int, bytes_: int) -> Config:
+    return {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+
+
 ANALYTIC: dict[str, Callable[[int, int, int], Config]] = {
     "decode_hidden": _decode_hidden,
     "decode_down": _decode_down,
     "routing_route": _routing_route,
+    "union_hidden": _union_hidden,
+    "union_down": _union_down,
 }

@@ -44,3 +44,8 @@ def splits(device: torch.device, programs: int, blocks: int) -> int:
     wanted = 4 * processors(device) // max(programs, 1)
     most = min(wanted, blocks, 64)
     return 1 << max(0, most.bit_length() - 1)
+
+
+def precision() -> str:
+    """How products of fp32 matrices are computed: exactly, unless torch is told to use TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

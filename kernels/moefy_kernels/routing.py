@@ -45,17 +45,17 @@ def choose(score_P, value, most, E, NEAR: tl.constexpr, P: tl.constexpr):
         passed_P = score_P > value
     passed_P = passed_P & (at_P < E)
     if tl.sum(passed_P.to(tl.int32)) > most:
-        # Floats in the order of unsigned integers; minus zero is zero. The `most`-th highest is then
-        # found bit by bit: a bit is set if enough keys are as high with it.
+        # Floats in the order of integers; minus zero is zero. The `most`-th highest is then found bit
+        # by bit, from the lowest integer up: a bit is added if enough keys are as high with it.
         bits_P = (score_P + 0.0).to(tl.int32, bitcast=True)
-        key_P = (bits_P ^ ((bits_P >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
-        key_P = tl.where(passed_P, key_P, -1)
-        last = tl.zeros((), tl.int64)
+        key_P = tl.where(passed_P, bits_P ^ ((bits_P >> 31) & 0x7FFFFFFF), -2147483648)
+        one = tl.full((), 1, tl.int32)
+        last = one << 31
         for step in range(32):
-            tried = last + (tl.full((), 1, tl.int64) << (31 - step))
+            tried = last ^ (one << (31 - step))
             last = tl.where(tl.sum((key_P >= tried).to(tl.int32)) >= most, tried, last)
         above_P = key_P > last
-        tie_P = (key_P == last).to(tl.int32)
+        tie_P = (passed_P & (key_P == last)).to(tl.int32)
         left = most - tl.sum(above_P.to(tl.int32))
         passed_P = above_P | ((tie_P > 0) & (tl.cumsum(tie_P, 0) <= left))
     return passed_P
@@ -184,7 +184,7 @@ def _(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
 
 
 def _warps(experts: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(experts) // 512))
+    return int(min(16, max(1, triton.next_power_of_2(experts) // 512)))
 
 
 def route(
