@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.convert import convert as convert
+    from moefy.experts_interface import register_experts as register_experts
     from moefy.modeling import load as load
     from moefy.recipe import Recipe as Recipe
     from moefy.recover import recover as recover
@@ -27,6 +28,7 @@ _HOME = {
     "convert": "moefy.convert",
     "load": "moefy.modeling",
     "recover": "moefy.recover",
+    "register_experts": "moefy.experts_interface",
     "Recipe": "moefy.recipe",
     "RecoverRecipe": "moefy.training_recipe",
     "sparsify": "moefy.sparsify",

@@ -178,6 +178,8 @@ def moefied(
     names = stored_names(model, checkpoint) if checkpoint and any(devices) else {}
     for site, entry, device in zip(found, artefact.layers, devices, strict=True):
         sparse = install(model, site, entry, artefact.tensors_of(site.index), permute, device)
+        if entry.active is None:
+            sparse.density = artefact.recipe["density"]
         if device is not None and checkpoint is not None:
             order_N = artefact.permutation(site.index) if permute else None
             offload(sparse, StoredMlp(checkpoint, names, site, order_N), device)
@@ -279,6 +281,8 @@ def install(
         compensation=compensation,
         look_ahead=entry.router["look_ahead"],
     )
+    if entry.active is not None:
+        sparse.density = entry.active / entry.experts
     replace_module(model, site, sparse)
     return sparse
 

@@ -8,6 +8,7 @@ Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neur
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,10 +20,23 @@ from moefy.routed import Routed
 from moefy.routed import all_experts as all_experts
 from moefy.routing.base import Compensation, Router, Selection
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
+from moefy_kernels.dispatch import choose
+from moefy_kernels.measured import device_name
+from moefy_kernels.roofline import Layer
 
 Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
-BACKENDS: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
-"""How the experts of a mask are computed; all are the same function. `auto` measures them."""
+ON_CPU: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
+"""`auto` measures these where there is no GPU."""
+BACKENDS = dict(ON_CPU)
+"""How the experts of a mask are computed; all are the same function."""
+if find_spec("triton") is not None:
+    from moefy import kernel_backends as kernels
+
+    BACKENDS |= {
+        "decode": kernels.decode_experts,
+        "union": kernels.union_experts,
+        "grouped": kernels.grouped_experts,
+    }
 
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 LEAST_VIEW = 8
@@ -54,6 +68,8 @@ class SparseMlp(Routed):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.activation = mlp.activation
         self.experts, self.shared, self.look_ahead = experts, shared, look_ahead
+        self.density = 0.5
+        """Share of the experts that a token is expected to run: what `auto` counts with on a GPU."""
         self.backend = "auto"
         self.chosen = ""
         """The backend of the last forward pass."""
@@ -148,12 +164,11 @@ class SparseMlp(Routed):
         return BACKENDS[name](x_TD, weights, mask_TE)
 
     def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
-        # Training needs the smooth path, a mask on a GPU can only be walked by copying it back, and
-        # very small experts are too many to be walked one by one.
+        if x_TD.device.type == "cuda":
+            return self._on_gpu(x_TD, mask_TE, weights)
+        # Training needs the smooth path, and very small experts are too many to be walked one by one.
         small = self.expert_size < LEAST_VIEW
-        if small or torch.is_grad_enabled() or x_TD.device.type != "cpu":
-            return "masked"
-        if torch.compiler.is_compiling():
+        if small or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "masked"
         active = int(mask_TE.sum()) / mask_TE.numel()
         key = (
@@ -170,12 +185,28 @@ class SparseMlp(Routed):
             _fastest[key] = _measure(x_TD, weights, mask_TE)
         return _fastest[key]
 
+    def _on_gpu(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
+        """Chosen by what is known without waiting for the GPU."""
+        if "decode" not in BACKENDS or not kernels.fits(weights):
+            return "masked"
+        mlp, decided = self.weights, isinstance(weights, DecidedMlp)
+        trains = torch.is_grad_enabled() and (x_TD.requires_grad or mlp.up_ND.requires_grad)
+        # A mask that carries a gradient asks for the outputs of experts that are off.
+        if x_TD.dtype != mlp.up_ND.dtype or (trains and (decided or mask_TE.dtype != torch.bool)):
+            return "masked"
+        layer = Layer(
+            mlp.width, mlp.neurons, 1 if decided else self.expert_size, mlp.matrices,
+            x_TD.element_size(),
+        )  # fmt: skip
+        name = device_name(x_TD.device)
+        return choose(name, layer, len(x_TD), self.density, trains=trains)
+
 
 def _measure(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> str:
     """The faster backend for this very input: best of three, taken in turn."""
-    best = dict.fromkeys(BACKENDS, float("inf"))
+    best = dict.fromkeys(ON_CPU, float("inf"))
     for _ in range(3):
-        for name, backend in BACKENDS.items():
+        for name, backend in ON_CPU.items():
             begin = time.perf_counter()
             backend(x_TD, weights, mask_TE)
             best[name] = min(best[name], time.perf_counter() - begin)

@@ -32,9 +32,9 @@ LAYERS = (
     },
     {"checkpoint", "data", "partition", "structure", "baselines"},
     {"routing", "draws"},
-    {"routed"},
+    {"routed", "kernel_backends"},
     {"locate", "artefact", "inputs", "listing", "sparse_mlp", "sparse_heads"},
-    {"heads", "offload"},
+    {"heads", "offload", "experts_interface"},
     {"activations", "modeling", "plan", "reorder"},
     {"training", "evaluate", "interpret", "benchmark", "card", "job"},
     {"distil", "fitting"},
@@ -47,7 +47,7 @@ LAYERS = (
     {"__main__"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-KERNEL_CALLERS = {"sparse_mlp"}
+KERNEL_CALLERS = {"sparse_mlp", "kernel_backends", "experts_interface"}
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py"}
 MAX_LINES = 600

@@ -1,21 +1,19 @@
 """Block sizes and warps of every kernel: measured ones where there are any, else an analytic default.
 
-`tables/<device>.json` holds what was measured on a device: `{kernel: {shape class: parameters}}`. A shape
-class is dtype, width and size of the experts, never the number of tokens, so nothing is looked for again
-when a batch changes, and a shape that no table knows gets the default without a word.
+A configuration is found by dtype, width and size of the experts, never by the number of tokens: nothing
+is looked for again when a batch changes, and a shape that no table knows gets the default without a word.
 
 Shapes: D width, F neurons per expert.
 """
 
 import functools
-import json
 from collections.abc import Callable
-from importlib.resources import files
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from moefy_kernels.measured import device_name, table
 
 Config = dict[str, int]
 """Constants of a kernel and its `num_warps` and `num_stages`, as they are passed to the launch."""
@@ -24,24 +22,14 @@ Config = dict[str, int]
 def chosen(kernel: str, x: Tensor, size: int) -> Config:
     """The configuration of a kernel for inputs like `x [T, D]` and experts of `size` neurons."""
     width = x.shape[-1]
-    device = torch.cuda.get_device_name(x.device) if x.is_cuda else "none"
-    measured = table(device).get(kernel, {}).get(shape_class(width, size, x.dtype))
+    known = table(device_name(x.device))["kernels"].get(kernel, {})
+    measured = known.get(shape_class(width, size, x.dtype))
     return measured if measured is not None else analytic(kernel, width, size, x.dtype)
 
 
 def shape_class(width: int, size: int, dtype: torch.dtype) -> str:
     """What a table knows a shape by: `bfloat16 4096x32`."""
     return f"{str(dtype).removeprefix('torch.')} {width}x{size}"
-
-
-@functools.cache
-def table(device: str) -> dict[str, dict[str, Config]]:
-    """The table of a device, empty where there is none."""
-    file = files("moefy_kernels") / "tables" / f"{device.replace(' ', '_')}.json"
-    if not file.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found["kernels"]  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -75,10 +63,56 @@ def _union_down(width: int, size: int, bytes_: int) -> Config:
     return {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
 
 
+def _grouped_hidden(width: int, size: int, bytes_: int) -> Config:
+    # Two accumulators of 32 registers. fp32 has no matrix unit and needs registers for what it multiplies.
+    half = bytes_ == 2
+    block = _fitting(size, 64 if half else 32)
+    rows = {"BLOCK_T": 128 if half else 64, "BLOCK_F": block, "BLOCK_D": 128 // bytes_}
+    return {**rows, "GROUP": 8, **_warps(block // 4)}
+
+
+def _grouped_slopes(width: int, size: int, bytes_: int) -> Config:
+    # Three accumulators, and two passes whose addresses all stay in registers.
+    block = _fitting(size, 32)
+    rows = {"BLOCK_T": 64, "BLOCK_F": block, "BLOCK_D": 128 // bytes_}
+    return {**rows, "GROUP": 8, **_warps(4 if bytes_ == 2 else block // 4)}
+
+
+def _grouped_scatter(width: int, size: int, bytes_: int) -> Config:
+    # Every element of the accumulator has an address when it is added to the output, and so it is small.
+    half = bytes_ == 2
+    block = _fitting(size, 64 if half else 32)
+    sized = _warps(block // 4 if half else 8)
+    tile = 16 * sized["num_warps"] if half else 64
+    return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": 64, **sized}
+
+
+def _grouped_outer(width: int, size: int, bytes_: int) -> Config:
+    half = bytes_ == 2
+    block = _fitting(size, 64 if half else 32)
+    rows = {"BLOCK_T": 64 if half else 32, "BLOCK_F": block, "BLOCK_D": 128 if half else 64}
+    return {**rows, "num_warps": min(8, block // 4), "num_stages": 3}
+
+
+def _warps(wanted: int) -> Config:
+    # As many as load 16 bytes a thread of a block of weights; sixteen of them on a processor.
+    warps = min(8, wanted)
+    return {"num_warps": warps, "num_stages": 3, "per_processor": 16 // warps}
+
+
+def _fitting(size: int, most: int) -> int:
+    """A block for a side of `size`; matrix units take no less than 16."""
+    return max(16, min(most, int(triton.next_power_of_2(size))))
+
+
 ANALYTIC: dict[str, Callable[[int, int, int], Config]] = {
     "decode_hidden": _decode_hidden,
     "decode_down": _decode_down,
     "routing_route": _routing_route,
     "union_hidden": _union_hidden,
     "union_down": _union_down,
+    "grouped_hidden": _grouped_hidden,
+    "grouped_scatter": _grouped_scatter,
+    "grouped_slopes": _grouped_slopes,
+    "grouped_outer": _grouped_outer,
 }

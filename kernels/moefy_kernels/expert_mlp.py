@@ -25,6 +25,7 @@ class ExpertMlp(NamedTuple):
     """One of `ACTIVATIONS`."""
     gate_EFD: Tensor | None = None
     up_bias_EF: Tensor | None = None
+    """Like the other two vectors, its last stride is 1."""
     gate_bias_EF: Tensor | None = None
     centre_EF: Tensor | None = None
     """What is taken from every activation: where neurons stand that are off."""
