@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What can only be checked on an NVIDIA GPU: the tests marked `gpu`, with compiled instead of
-# interpreted kernels, and the speed of the demo models beside their dense ones.
+# interpreted kernels, and the speed of kernels, of a layer, of a whole model shaped like Llama-3 8B and of
+# the demo models, each beside dense. Under ten minutes on an H200.
 #
 #   OUT=folder scripts/gpu_check.sh            # records go to OUT, else to benchmarks/records
 #   PYTHON=python3 scripts/gpu_check.sh        # an interpreter that has the dependencies already
@@ -35,6 +36,8 @@ status=0
 "$python" -m pytest -m gpu --junitxml "$out/gpu_tests.xml" || status=$?
 if [[ $status == 5 ]]; then status=0; fi # no test is marked gpu
 
+"$python" benchmarks/gpu_kernels.py "$out" || status=1
+"$python" benchmarks/gpu_decode.py "$out" || status=1
 "$python" -m moefy.cli bench --layer 4096,11008,64,16 --dtype bfloat16 \
   --output "$out/gpu_bench_layer.json"
 

@@ -20,16 +20,20 @@ def layer(gated=True, activation="silu", biased=False, centred=False, neurons=48
     def draw(*shape):
         return torch.randn(*shape, generator=g) / shape[-1] ** 0.5
 
-    return DenseMlp(
-        up_ND=draw(neurons, width),
-        down_ND=draw(neurons, width),
-        activation=activation,
-        gate_ND=draw(neurons, width) if gated else None,
-        up_bias_N=draw(neurons) if biased else None,
-        gate_bias_N=draw(neurons) if biased and gated else None,
-        down_bias_D=draw(width) if biased else None,
-        centre_N=draw(neurons) if centred else None,
-    ), torch.randn(5, width, generator=g), torch.rand(5, 6, generator=g) < 0.4
+    return (
+        DenseMlp(
+            up_ND=draw(neurons, width),
+            down_ND=draw(neurons, width),
+            activation=activation,
+            gate_ND=draw(neurons, width) if gated else None,
+            up_bias_N=draw(neurons) if biased else None,
+            gate_bias_N=draw(neurons) if biased and gated else None,
+            down_bias_D=draw(width) if biased else None,
+            centre_N=draw(neurons) if centred else None,
+        ),
+        torch.randn(5, width, generator=g),
+        torch.rand(5, 6, generator=g) < 0.4,
+    )
 
 
 def relative(got, want):

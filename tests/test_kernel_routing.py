@@ -73,7 +73,10 @@ def test_the_same_experts_as_the_selections_of_moefy(name, settings_, given_):
 @pytest.mark.parametrize("given_", [{"k": 3}, {"threshold": 0.3}, {"tau": 0.5, "most": 4}])
 def test_routes_in_one_launch_as_in_two(dtype, given_):
     g = torch.Generator().manual_seed(1)
-    x, router = torch.randn(3, 50, generator=g).to(dtype), torch.randn(21, 50, generator=g).to(dtype)
+    x, router = (
+        torch.randn(3, 50, generator=g).to(dtype),
+        torch.randn(21, 50, generator=g).to(dtype),
+    )
     bias = torch.randn(21, generator=g)
     score = x.float() @ router.float().T + bias
     if "tau" in given_:

@@ -16,7 +16,10 @@ from torch import Tensor
 from moefy_kernels.measured import device_name, table
 
 Config = dict[str, int]
-"""Constants of a kernel and its `num_warps` and `num_stages`, as they are passed to the launch."""
+"""Constants of a kernel and its `num_warps` and `num_stages`, as they are passed to the launch.
+
+`per_processor` is how many programs of a kernel that walks its work lie on a processor.
+"""
 
 
 def chosen(kernel: str, x: Tensor, size: int) -> Config:
@@ -55,12 +58,13 @@ def _routing_route(width: int, size: int, bytes_: int) -> Config:
 
 
 def _union_hidden(width: int, size: int, bytes_: int) -> Config:
-    # 128 bytes of 64 rows of each matrix, four times under way.
-    return {"BLOCK_R": 64, "BLOCK_D": 128 // bytes_, "num_warps": 4, "num_stages": 4}
+    # 128 bytes of 64 rows of each matrix, three times under way: with 64 tokens all that 64 KB hold.
+    return {"BLOCK_R": 64, "BLOCK_D": 128 // bytes_, "num_warps": 4, "num_stages": 3}
 
 
 def _union_down(width: int, size: int, bytes_: int) -> Config:
-    return {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+    rows = 128 // bytes_
+    return {"BLOCK_R": rows, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
 
 
 def _grouped_hidden(width: int, size: int, bytes_: int) -> Config:
@@ -84,6 +88,8 @@ def _grouped_scatter(width: int, size: int, bytes_: int) -> Config:
     block = _fitting(size, 64 if half else 32)
     sized = _warps(block // 4 if half else 8)
     tile = 16 * sized["num_warps"] if half else 64
+    # A sum of one block has nothing to load ahead but the next tile, whose addresses cost registers.
+    sized["num_stages"] = 3 if size > block else 1
     return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": 64, **sized}
 
 

@@ -19,53 +19,81 @@ from moefy_kernels.launching import launches, runs_kernels
 
 WIDEST = 32768
 """Most experts that one program can choose among."""
+FUSED = 4096
+"""Most experts that are scored and chosen in one launch: four warps hold the scores of so many."""
 
 
 @triton.jit
-def put_list(chosen_P, expert, count, E, K, P: tl.constexpr):
-    """Write the numbers that are on in `chosen_P`, E behind them, and how many there are."""
-    at_P = tl.arange(0, P)
-    on_P = chosen_P.to(tl.int32)
-    place_P = tl.cumsum(on_P, 0) - on_P
-    total = tl.sum(on_P)
-    tl.store(expert + place_P, at_P, mask=chosen_P & (place_P < K))
-    for begin in range(0, K, P):
-        tl.store(expert + begin + at_P, E, mask=(begin + at_P >= total) & (begin + at_P < K))
-    tl.store(count, tl.minimum(total, K))
+def scores_at(score, at_P, score_e, E):
+    """Scores in fp32, lowest where there is no expert; past L1, another program may have written them."""
+    at = score + at_P * score_e
+    return tl.load(at, mask=at_P < E, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit
-def choose(score_P, value, most, E, NEAR: tl.constexpr, P: tl.constexpr):
-    """The mask `[P]` of scores above `value`, or within `value` of the best; at most the `most` best."""
+def ordered(score_P):
+    """Integers in the order of the scores; minus zero is zero."""
+    bits_P = (score_P + 0.0).to(tl.int32, bitcast=True)
+    return bits_P ^ ((bits_P >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def put(on_C, at_C, expert, listed, K):
+    """Append the numbers `at_C` that are on to a list of `listed`; gives its new length."""
+    place_C = listed + tl.cumsum(on_C.to(tl.int32), 0) - 1
+    tl.store(expert + place_C, at_C, mask=on_C & (place_C < K))
+    return listed + tl.sum(on_C.to(tl.int32))
+
+
+@triton.jit
+def end(expert, count, listed, E, K, CHUNK: tl.constexpr):
+    """Fill the rest of a list with E, and say how long it is."""
+    for begin in range(listed // CHUNK * CHUNK, K, CHUNK):
+        at_C = begin + tl.arange(0, CHUNK)
+        tl.store(expert + at_C, at_C * 0 + E, mask=(at_C >= listed) & (at_C < K))
+    tl.store(count, tl.minimum(listed, K))
+
+
+@triton.jit
+def choose(
+    score, score_e, expert, count, value, E, K,
+    NEAR: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """List the scores of a token above `value`, or within `value` of its best: the K best of them."""
     at_P = tl.arange(0, P)
-    score_P = tl.where(at_P < E, score_P, float("-inf"))
+    score_P = scores_at(score, at_P, score_e, E)
+    key_P = ordered(score_P)
     if NEAR:
-        passed_P = score_P >= (1 - value) * tl.max(score_P, 0)
+        least = ordered((1 - value) * tl.max(score_P, 0)) - 1
     else:
-        passed_P = score_P > value
-    passed_P = passed_P & (at_P < E)
-    if tl.sum(passed_P.to(tl.int32)) > most:
-        # Floats in the order of integers; minus zero is zero. The `most`-th highest is then found bit
-        # by bit, from the lowest integer up: a bit is added if enough keys are as high with it.
-        bits_P = (score_P + 0.0).to(tl.int32, bitcast=True)
-        key_P = tl.where(passed_P, bits_P ^ ((bits_P >> 31) & 0x7FFFFFFF), -2147483648)
+        least = ordered(tl.zeros((), tl.float32) + value)
+    ties = 0
+    if tl.sum((key_P > least).to(tl.int32)) > K:
+        # The K-th highest key, bit by bit from the lowest integer up: a bit is added if enough keys
+        # are as high with it.
         one = tl.full((), 1, tl.int32)
-        last = one << 31
+        least = one << 31
         for step in range(32):
-            tried = last ^ (one << (31 - step))
-            last = tl.where(tl.sum((key_P >= tried).to(tl.int32)) >= most, tried, last)
-        above_P = key_P > last
-        tie_P = (passed_P & (key_P == last)).to(tl.int32)
-        left = most - tl.sum(above_P.to(tl.int32))
-        passed_P = above_P | ((tie_P > 0) & (tl.cumsum(tie_P, 0) <= left))
-    return passed_P
+            tried = least ^ (one << (31 - step))
+            least = tl.where(tl.sum((key_P >= tried).to(tl.int32)) >= K, tried, least)
+        ties = K - tl.sum((key_P > least).to(tl.int32))
+    # Once more, piece by piece: places in the list of all at once would not fit into a processor.
+    listed, tied = 0, 0
+    for begin in range(0, E, CHUNK):
+        at_C = begin + tl.arange(0, CHUNK)
+        key_C = ordered(scores_at(score, at_C, score_e, E))
+        tie_C = (key_C == least).to(tl.int32)
+        early_C = (tie_C != 0) & (tied + tl.cumsum(tie_C, 0) <= ties)
+        listed = put((at_C < E) & ((key_C > least) | early_C), at_C, expert, listed, K)
+        tied += tl.sum(tie_C)
+    end(expert, count, listed, E, K, CHUNK)
 
 
 @triton.jit
 def routing_route(
-    x, router, bias, score, ticket, expert, count, x_t, x_d, router_e, router_d, value, most, E, K,
-    D: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, router, bias, score, ticket, expert, count, x_t, x_d, router_e, router_d, value, E, K,
+    D: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of experts for one token; the last block of a token chooses."""
     block, token = tl.program_id(0), tl.program_id(1)
@@ -86,33 +114,37 @@ def routing_route(
     # As in `rows.finish`: the ticket releases what all threads have written.
     tl.debug_barrier()
     if tl.atomic_add(ticket + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        at_P = tl.arange(0, P)
-        score_P = tl.load(score + at_P, mask=at_P < E, other=0, cache_modifier=".cg")
-        chosen_P = choose(score_P, value, most, E, NEAR, P)
-        put_list(chosen_P, expert + token.to(tl.int64) * K, count + token, E, K, P)
+        expert += token.to(tl.int64) * K
+        choose(score, 1, expert, count + token, value, E, K, NEAR, P, CHUNK)
 
 
 @triton.jit
 def routing_select(
-    score, expert, count, score_t, score_e, value, most, E, K, NEAR: tl.constexpr, P: tl.constexpr
-):
+    score, expert, count, score_t, score_e, value, E, K,
+    NEAR: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Choose for one token by scores that are known."""
-    token, at_P = tl.program_id(0), tl.arange(0, P)
-    at = score + token.to(tl.int64) * score_t + at_P * score_e
-    score_P = tl.load(at, mask=at_P < E, other=0).to(tl.float32)
-    chosen_P = choose(score_P, value, most, E, NEAR, P)
-    put_list(chosen_P, expert + token.to(tl.int64) * K, count + token, E, K, P)
+    token = tl.program_id(0).to(tl.int64)
+    choose(
+        score + token * score_t, score_e, expert + token * K, count + token, value, E, K,
+        NEAR, P, CHUNK,
+    )  # fmt: skip
 
 
 @triton.jit
-def routing_list(mask, expert, count, mask_t, mask_e, rows, E, K, P: tl.constexpr):
+def routing_list(mask, expert, count, mask_t, mask_e, rows, E, K, CHUNK: tl.constexpr):
     """List what is on in any of `rows` rows of a mask (bool, or weights other than zero)."""
-    group, at_P = tl.program_id(0), tl.arange(0, P)
-    on_P = tl.zeros((P,), tl.int1)
-    for row in range(rows):
-        at = mask + (group * rows + row).to(tl.int64) * mask_t + at_P * mask_e
-        on_P = on_P | (tl.load(at, mask=at_P < E, other=0) != 0)
-    put_list(on_P, expert + group.to(tl.int64) * K, count + group, E, K, P)
+    group = tl.program_id(0).to(tl.int64)
+    expert += group * K
+    listed = 0
+    for begin in range(0, E, CHUNK):
+        at_C = begin + tl.arange(0, CHUNK)
+        on_C = tl.zeros((CHUNK,), tl.int1)
+        for row in range(rows):
+            at = mask + (group * rows + row) * mask_t + at_C * mask_e
+            on_C = on_C | (tl.load(at, mask=at_C < E, other=0) != 0)
+        listed = put(on_C, at_C, expert, listed, K)
+    end(expert, count + group, listed, E, K, CHUNK)
 
 
 def _lists(x: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
@@ -125,16 +157,15 @@ def _route(
     x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None, value: float, most: int, near: bool
 ) -> tuple[Tensor, Tensor]:
     (T, D), E = x_TD.shape, len(router_ED)
-    if not runs_kernels(x_TD) or E > WIDEST:
-        return reference.select(reference.scores(x_TD, router_ED, bias_E), value, most, near)
+    if not runs_kernels(x_TD) or E > FUSED:
+        return _select(reference.scores(x_TD, router_ED, bias_E), value, most, near)  # type: ignore[no-any-return]
     config = chosen("routing_route", x_TD, 1)
     expert_TK, count_T = _lists(x_TD, T, most)
     score_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
     ticket_T = torch.zeros((T,), dtype=torch.int32, device=x_TD.device)
     routing_route[(triton.cdiv(E, config["BLOCK_R"]), T)](
         x_TD, router_ED, bias_E, score_TE, ticket_T, expert_TK, count_T, *x_TD.stride(),
-        *router_ED.stride(), value, most, E, most, D=D, NEAR=near, P=triton.next_power_of_2(E),
-        **config,
+        *router_ED.stride(), value, E, most, D=D, NEAR=near, **_pieces(E), **config,
     )  # fmt: skip
     return expert_TK, count_T
 
@@ -153,8 +184,8 @@ def _select(score_TE: Tensor, value: float, most: int, near: bool) -> tuple[Tens
         return reference.select(score_TE, value, most, near)
     expert_TK, count_T = _lists(score_TE, T, most)
     routing_select[(T,)](
-        score_TE, expert_TK, count_T, *score_TE.stride(), value, most, E, most, NEAR=near,
-        P=triton.next_power_of_2(E), num_warps=_warps(E),
+        score_TE, expert_TK, count_T, *score_TE.stride(), value, E, most, NEAR=near,
+        **_pieces(E), num_warps=_warps(E),
     )  # fmt: skip
     return expert_TK, count_T
 
@@ -173,7 +204,7 @@ def _listed(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]
     expert_TK, count_T = _lists(mask_TE, lists, most)
     routing_list[(lists,)](
         mask_TE, expert_TK, count_T, *mask_TE.stride(), T // lists, E, most,
-        P=triton.next_power_of_2(E), num_warps=_warps(E),
+        CHUNK=_pieces(E)["CHUNK"], num_warps=4,
     )  # fmt: skip
     return expert_TK, count_T
 
@@ -181,6 +212,12 @@ def _listed(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]
 @_listed.register_fake
 def _(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
     return _lists(mask_TE, 1 if together else len(mask_TE), most)
+
+
+def _pieces(experts: int) -> dict[str, int]:
+    """All experts, and how many are listed at a time."""
+    whole = triton.next_power_of_2(experts)
+    return {"P": whole, "CHUNK": min(whole, 1024)}
 
 
 def _warps(experts: int) -> int:

@@ -225,9 +225,7 @@ def grouped_scatter(
                 y_BD, second_h, second + expert * second_e, slot_B, live_B, at_D, second_f,
                 second_d, D, F, BLOCK_F, PRECISION,
             )  # fmt: skip
-        inside_BD = live_B[:, None]
-        if D % BLOCK_D != 0:
-            inside_BD = inside_BD & (at_D < D)[None, :]
+        inside_BD = live_B[:, None] & (at_D < D)[None, :]
         at_BD = y + token_B[:, None] * D + at_D[None, :]
         tl.atomic_add(at_BD, y_BD, mask=inside_BD, sem="relaxed")
 
