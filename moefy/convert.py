@@ -45,6 +45,7 @@ from moefy.heads import read_heads
 from moefy.inputs import read_batches, read_config
 from moefy.job import Clock, Converted, Job, Reading
 from moefy.locate import Place, disk_names, meta_model, read_mlp
+from moefy.memory import free_memory, peak_memory
 from moefy.mlp import HeadOutputs
 from moefy.modeling import (
     load,
@@ -58,7 +59,7 @@ from moefy.modeling import (
 )
 from moefy.plan import Plan, describe, plan
 from moefy.processes import launched
-from moefy.provenance import free_memory, machine, peak_memory, versions
+from moefy.provenance import machine, versions
 from moefy.recipe import Recipe
 from moefy.reorder import reorder
 from moefy.sparse_mlp import all_experts

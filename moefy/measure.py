@@ -20,9 +20,9 @@ from moefy.errors import CorpusError, MoefyError, RecipeError, unknown_choice
 from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
+from moefy.memory import peak_memory
 from moefy.modeling import load, load_dense, placement, weights_of
 from moefy.offload import device_of
-from moefy.provenance import peak_memory
 from moefy.recipe import from_dict
 from moefy.routing import ROUTERS, Router, choose
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps

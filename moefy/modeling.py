@@ -37,8 +37,8 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.heads import HeadSite, head_sites
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
+from moefy.memory import free_memory
 from moefy.offload import StoredMlp, offload, offloaded, stored_names
-from moefy.provenance import free_memory
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.routing.base import Compensation, Context, Router, Selection, stored

@@ -2,13 +2,10 @@
 
 import os
 import platform
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
@@ -45,14 +42,3 @@ def read_and_written() -> tuple[int, int] | None:
         return None
     lines = dict(line.split(": ") for line in counts.read_text().splitlines())
     return int(lines["rchar"]), int(lines["wchar"])
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be had without swapping; what the file cache holds counts as free."""
-    return int(psutil.virtual_memory().available)

@@ -26,10 +26,10 @@ from moefy.data import Batch
 from moefy.distil import compared, distance, distil_layer, distil_model
 from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
+from moefy.memory import free_memory
 from moefy.mlp import DenseMlp
 from moefy.plan import Plan
 from moefy.processes import ALONE, Processes
-from moefy.provenance import free_memory
 from moefy.recipe import Recipe
 from moefy.routed import Routed
 from moefy.routing import SELECTIONS, choose

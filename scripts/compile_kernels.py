@@ -417,7 +417,7 @@ def programs(row: Row, warps: int) -> int:
 def complaints(row: Row) -> list[str]:
     """What is wrong with a kernel, in words; nothing of this shows in its results."""
     target, wrong = TARGETS[row.target], []
-    if row.stack or row.spills or row.scalar_spills:
+    if row.stack or row.spills:  # scalars alone go to lanes of vector registers, not to memory
         spills = f"{row.spills} vector and {row.scalar_spills} scalar spills"
         wrong.append(f"{row.stack} bytes of stack a thread, {spills}")
     if row.registers > target.registers:
@@ -448,7 +448,7 @@ def table(found: list[dict[str, Any]]) -> str:
                 lines.append([f"`{name}`", dtype, target, *_cells(same)])
     header = [
         "kernel", "dtype", "target", "compiled", "registers", "programs per processor",
-        "shared memory, KB", "128-bit loads of all", "matrix instructions", "that spill",
+        "shared memory, KB", "128-bit loads of all", "matrix instructions", "that spill to memory",
     ]  # fmt: skip
     return markdown(header, lines)
 
@@ -468,7 +468,7 @@ def _cells(same: list[dict[str, Any]]) -> list[str]:
         f"{wide} of {loads}" if loads != "0" else "none",
         ", ".join(f"{n} {span([row['matrix'].get(n, 0) for row in same])}" for n in products)
         or "none",
-        str(sum(any(row[n] for n in ("stack", "spills", "scalar_spills")) for row in same)),
+        str(sum(any(row[n] for n in ("stack", "spills")) for row in same)),
     ]
 
 

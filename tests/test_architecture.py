@@ -25,6 +25,7 @@ LAYERS = (
         "families",
         "mlp",
         "console",
+        "memory",
         "provenance",
         "processes",
         "tables",

@@ -90,7 +90,8 @@ def _grouped_scatter(width: int, size: int, bytes_: int) -> Config:
     tile = 16 * sized["num_warps"] if half else 64
     # A sum of one block has nothing to load ahead but the next tile, whose addresses cost registers.
     sized["num_stages"] = 3 if size > block else 1
-    return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": 64, **sized}
+    # A block of weights is to give every thread 16 bytes, also where a warp has 64 threads.
+    return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": 128 if block == 16 else 64, **sized}
 
 
 def _grouped_outer(width: int, size: int, bytes_: int) -> Config:

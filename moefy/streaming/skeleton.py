@@ -33,8 +33,10 @@ from moefy.data import Batch
 from moefy.errors import UnsupportedModel
 from moefy.inputs import read_config
 from moefy.locate import Site, meta_model, sites
+from moefy.memory import give_back
 from moefy.modeling import moefied
 from moefy.offload import StoredMlp, stored_names
+from moefy.routing.base import Context
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 SLICE = 16384
@@ -115,7 +117,7 @@ class Skeleton:
             # Of use to gradients alone, and its row may not be among those that are read.
             read.padding_idx = None
             read.register_forward_pre_hook(partial(self._look_up, rows))
-            read.register_forward_hook(partial(_give_back, read.weight))
+            read.register_forward_hook(partial(_put_back, read.weight))
         if type(written) is nn.Linear:
             skip.add(id(written))
             stored = self.stored(f"{owners[written]}.weight")
@@ -257,11 +259,14 @@ class Skeleton:
         try:
             yield
         finally:
-            routed = (module for module in layer.modules() if isinstance(module, SparseMlp))
+            routed = [module for module in layer.modules() if isinstance(module, SparseMlp)]
+            for module in routed:
+                module.context = Context()  # the one it has holds the inputs of its last pass
             parts = (part for module in routed for part in (module.router, module.compensation))
             kept = {id(value) for part in parts for value in part.parameters()}
             for name in [n for n, value in layer.named_parameters() if id(value) not in kept]:
                 set_module_tensor_to_device(layer, name, "meta")
+            give_back()
 
     def _weights(self, site: Site, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names in the layer and values of all that it has on disk, each read once."""
@@ -275,7 +280,7 @@ class Skeleton:
                 yield name, self.checkpoint.read(self.stored(f"{site.layer}.{name}"))
 
 
-def _give_back(weight: Tensor, module: nn.Module, _: Any, __: Any) -> None:
+def _put_back(weight: Tensor, module: nn.Module, _: Any, __: Any) -> None:
     """Let an embedding be without its rows again."""
     assert isinstance(weight, nn.Parameter)
     module.weight = weight

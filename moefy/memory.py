@@ -1,0 +1,32 @@
+"""Memory of this process: how much it took at most, how much there is, and giving back what is not used."""
+
+import ctypes
+import gc
+import resource
+import sys
+
+import psutil
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping; what the file cache holds counts as free."""
+    return int(psutil.virtual_memory().available)
+
+
+def give_back() -> None:
+    """Return to the system what was freed.
+
+    The C library of Linux keeps pieces of up to 32 MB for later, and fragments of them add up from
+    layer to layer to more than a layer takes.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # other C libraries than glibc have none
+            trim(0)
