@@ -20,7 +20,7 @@ from moefy.routed import Routed
 from moefy.routed import all_experts as all_experts
 from moefy.routing.base import Compensation, Router, Selection
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
-from moefy_kernels.dispatch import choose
+from moefy_kernels.dispatch import PATHS, choose
 from moefy_kernels.measured import device_name
 from moefy_kernels.roofline import Layer
 
@@ -198,8 +198,10 @@ class SparseMlp(Routed):
             mlp.width, mlp.neurons, 1 if decided else self.expert_size, mlp.matrices,
             x_TD.element_size(),
         )  # fmt: skip
+        exact = torch.are_deterministic_algorithms_enabled()
+        paths = tuple(path for path in PATHS if not (exact and path == "grouped"))
         name = device_name(x_TD.device)
-        return choose(name, layer, len(x_TD), self.density, trains=trains)
+        return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
 
 
 def _measure(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> str:

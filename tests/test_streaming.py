@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from moefy.inputs import read_batches
 from moefy.modeling import load_dense
 from moefy.recipe import override
 from moefy.reorder import revert
-from moefy.sparse_mlp import all_experts
+from moefy.sparse_mlp import SparseMlp, all_experts
 from moefy.streaming.skeleton import Skeleton, require_a_chain
 
 IN_MEMORY_ONLY = {"t5", "t5_gated", "mt5", "bart", "vit"}
@@ -44,6 +45,23 @@ def batches_of(name: str, checkpoint: Checkpoint) -> list:
     return read_batches(
         checkpoint, "encoder" if encoder else "decoder", load_corpus(corpus_for(name)), 32, 200
     )
+
+
+def test_no_layer_keeps_the_inputs_of_its_last_pass(tmp_path, monkeypatch):
+    """They would add up to more than a layer."""
+    held, plain = [], Skeleton.layer
+
+    @contextmanager
+    def layer(self, *args):
+        with plain(self, *args):
+            yield
+        routed = (m for one in self.layers for m in one.modules() if isinstance(m, SparseMlp))
+        held.extend(module.context.previous_TD for module in routed)
+
+    monkeypatch.setattr(Skeleton, "layer", layer)
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert held and all(x is None for x in held)
 
 
 @pytest.mark.parametrize("name", NAMES)
