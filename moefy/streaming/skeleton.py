@@ -36,7 +36,6 @@ from moefy.locate import Site, meta_model, sites
 from moefy.memory import give_back
 from moefy.modeling import moefied
 from moefy.offload import StoredMlp, stored_names
-from moefy.routing.base import Context
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 SLICE = 16384
@@ -261,7 +260,7 @@ class Skeleton:
         finally:
             routed = [module for module in layer.modules() if isinstance(module, SparseMlp)]
             for module in routed:
-                module.context = Context()  # the one it has holds the inputs of its last pass
+                module.context.previous_TD = None  # the inputs of its last pass
             parts = (part for module in routed for part in (module.router, module.compensation))
             kept = {id(value) for part in parts for value in part.parameters()}
             for name in [n for n, value in layer.named_parameters() if id(value) not in kept]:
