@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton.language as tl
+from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
 from moefy_kernels import reference
-from moefy_kernels.expert_mlp import ExpertMlp
+from moefy_kernels.expert_mlp import ACTIVATIONS, ExpertMlp
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """Relative Frobenius error; bf16 is truncated by the interpreter, which doubles it."""
@@ -68,6 +70,24 @@ def case(
         expert=order[:, :k].to(torch.int32),
         weight=torch.rand(tokens, k, generator=g) + 0.5,
         bias=draw(width, scale=0.5) if biased else None,
+    )
+
+
+@st.composite
+def cases(draw: Any, tokens: int) -> Case:
+    """A case of any shape, of up to so many tokens, in fp32."""
+    experts = draw(st.integers(1, 9))
+    return case(
+        seed=draw(st.integers(0, 10**6)),
+        tokens=draw(st.integers(1, tokens)),
+        width=draw(st.integers(3, 70)),
+        experts=experts,
+        size=draw(st.integers(1, 37)),
+        k=draw(st.integers(1, experts)),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=draw(st.booleans()),
+        biased=draw(st.booleans()),
+        centred=draw(st.booleans()),
     )
 
 
