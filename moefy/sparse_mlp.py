@@ -160,6 +160,8 @@ class SparseMlp(Routed):
             name = self._auto(x_TD, mask_TE, weights)
         elif name not in BACKENDS:
             raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
+        elif name not in ON_CPU and not kernels.fits(weights):
+            name = "masked"  # no kernel computes all that this layer has
         self.chosen = name
         return BACKENDS[name](x_TD, weights, mask_TE)
 

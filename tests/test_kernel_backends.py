@@ -8,7 +8,8 @@ from tiny_models import build, example_inputs
 import moefy
 from moefy import kernel_backends
 from moefy.mlp import DecidedMlp, DenseMlp, activation_function
-from moefy.sparse_mlp import BACKENDS, sparse_mlps, use_backend
+from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.sparse_mlp import BACKENDS, SparseMlp, sparse_mlps, use_backend
 from moefy_kernels import masked_mlp
 
 KERNELS = ["decode", "union", "grouped"]
@@ -68,6 +69,18 @@ def test_what_no_kernel_computes_is_said():
     assert not kernel_backends.fits(layer(activation="tanh")[0])
     centred = layer(centred=True)[0]
     assert not kernel_backends.fits(DecidedMlp(centred, torch.zeros(1, 48)))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_layer_that_no_kernel_computes_runs_masked(name):
+    mlp, x, mask = layer(activation="tanh")
+    module = SparseMlp(
+        mlp, experts=6, shared=0, router=ROUTERS["linear"](24, 6, 0),
+        selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](24, 6, 0),
+    )  # fmt: skip
+    module.backend = name
+    assert torch.equal(module.compute(x, mask, mlp), masked_mlp(x, mlp, mask))
+    assert module.chosen == "masked"
 
 
 @pytest.mark.parametrize("name", KERNELS)
