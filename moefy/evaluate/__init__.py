@@ -64,6 +64,10 @@ class DocumentSums:
     sums: Sums
 
 
+PIECE = 64
+"""Tokens whose logits are compared at a time."""
+
+
 def outputs(result: Any) -> Tensor:
     """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
 
@@ -181,29 +185,42 @@ def compare(
 
     `dense` and `sparse` are `outputs`, or last hidden states, in fp32; `sinks_BT` marks sinks.
     """
-    values: dict[str, Tensor] = {}
-    rank_BT = None
-    if batch.targets_BT is not None:
-        keep = batch.targets_BT != IGNORED
-        values["ce_dense"] = _nats(dense, batch.targets_BT)
-        values["ce"] = _nats(sparse, batch.targets_BT)
-        if bigram is not None:
-            values["ce_bigram"], rank_BT = bigram.score(batch)
+    rank_BT, targets_BT = None, batch.targets_BT
+    if targets_BT is not None:
+        keep = targets_BT != IGNORED
     else:
         mask = batch.mask()
         keep = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask
-    if batch.targets_BT is not None or ("pixel_values" in batch.inputs and dense.shape[1] == 1):
-        p, q = log_softmax(dense, -1), log_softmax(sparse, -1)
-        values["kl"] = (p.exp() * (p - q)).sum(-1).clamp_min(0)
-        values["agreement"] = (dense.argmax(-1) == sparse.argmax(-1)).float()
+    if targets_BT is not None or ("pixel_values" in batch.inputs and dense.shape[1] == 1):
+        # In pieces: copies of all logits would take several times their memory.
+        pieces = [
+            _of_logits(
+                dense[:, at], sparse[:, at], None if targets_BT is None else targets_BT[:, at]
+            )
+            for at in (slice(i, i + PIECE) for i in range(0, dense.shape[1], PIECE))
+        ]
+        values = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
         kl.append(values["kl"][keep])
     else:
-        values["cosine"] = cosine_similarity(dense, sparse, dim=-1)
+        values = {"cosine": cosine_similarity(dense, sparse, dim=-1)}
+    if targets_BT is not None and bigram is not None:
+        values["ce_bigram"], rank_BT = bigram.score(batch)
     marks = groups(keep, sinks_BT, rank_BT)
     return [
         DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
         for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
     ]
+
+
+def _of_logits(dense: Tensor, sparse: Tensor, targets_BT: Tensor | None) -> dict[str, Tensor]:
+    """What two tensors of logits `[B, T, V]` say of every token `[B, T]`."""
+    values: dict[str, Tensor] = {}
+    if targets_BT is not None:
+        values["ce_dense"], values["ce"] = _nats(dense, targets_BT), _nats(sparse, targets_BT)
+    p, q = log_softmax(dense, -1), log_softmax(sparse, -1)
+    values["kl"] = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    values["agreement"] = (dense.argmax(-1) == sparse.argmax(-1)).float()
+    return values
 
 
 def _nats(logits: Tensor, targets_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.data import Batch, make_batches
 from moefy.distil import compared, distance
-from moefy.evaluate import DocumentSums, compare, outputs, summarise
+from moefy.evaluate import PIECE, DocumentSums, compare, outputs, summarise
 from moefy.evaluate.head_load import HeadLoad
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
@@ -131,9 +131,10 @@ class SecondPass:
             for one, a, b in zip(
                 _single(batch), _cut(batch, first), _cut(batch, second), strict=True
             ):
-                p, q = (compared(self.skeleton.leave(one, h), one).float() for h in (a, b))
-                total += distance(p, q, one).item() * len(p)
-                tokens += len(p)
+                pair = (compared(self.skeleton.leave(one, h), one).float() for h in (a, b))
+                for p, q in zip(*(found.split(PIECE) for found in pair), strict=True):
+                    total += distance(p, q, one).item() * len(p)
+                    tokens += len(p)
         return total / tokens
 
     def error(self, probe: Carried) -> float:
