@@ -468,5 +468,6 @@ def test_a_config_that_contradicts_the_weights_is_refused():
 def test_the_table_of_the_documentation_is_that_of_the_records(monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root / "scripts"))
     table = runpy.run_path(str(root / "scripts" / "heads.py"))["table"]()
     assert table in (root / "docs" / "attention.md").read_text(encoding="utf-8")
