@@ -1,6 +1,6 @@
 """Kernels against dense and against transformers on a GPU: one layer, every regime, as ratios.
 
-    python benchmarks/gpu_kernels.py OUT            # about six minutes; writes OUT/gpu_kernels.json
+    python benchmarks/gpu_kernels.py OUT            # writes OUT/gpu_kernels.json
     python benchmarks/gpu_kernels.py OUT --tiny     # a few shapes, also on a CPU (interpreted): a rehearsal
 
 Every path of a cell is timed in one CUDA graph over several copies of the weights, which together are

@@ -1,6 +1,6 @@
 """Find the fastest configuration of every kernel on this GPU, and what share of its limit every path reaches.
 
-    python benchmarks/tune_kernels.py OUT            # writes OUT/<device>.json; ten minutes on an H200
+    python benchmarks/tune_kernels.py OUT            # writes OUT/<device>.json
     python benchmarks/tune_kernels.py OUT --tiny     # one shape and few candidates, also on a CPU: a rehearsal
 
 The file goes to `kernels/moefy_kernels/tables/`, where it is found by the name of the device. Kernels are

@@ -195,10 +195,10 @@ class NoGpu(DriverBase):
         return True
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("nothing is launched")
+        raise AssertionError("nothing is launched")
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing is launched")
+        raise AssertionError("nothing is launched")
 
     def get_current_target(self) -> GPUTarget:
         return TARGETS[self.target].gpu

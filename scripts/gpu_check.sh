@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What can only be checked on an NVIDIA GPU: the tests marked `gpu`, with compiled instead of
 # interpreted kernels, and the speed of kernels, of a layer, of a whole model shaped like Llama-3 8B and of
-# the demo models, each beside dense. Under ten minutes on an H200.
+# the demo models, each beside dense. Meant to take under ten minutes; not timed on a GPU yet.
 #
 #   OUT=folder scripts/gpu_check.sh            # records go to OUT, else to benchmarks/records
 #   PYTHON=python3 scripts/gpu_check.sh        # an interpreter that has the dependencies already

@@ -160,16 +160,3 @@ def listed(mask_TE: Tensor, most: int, together: bool) -> tuple[Tensor, Tensor]:
     at_TE = torch.where(on_TE, torch.arange(experts, device=mask_TE.device), experts)
     count_T = on_TE.sum(1).clamp(max=most)
     return at_TE.sort(dim=1).values[:, :most].int(), count_T.int()
-
-
-def neuron(
-    x_TD: Tensor,
-    mlp: ExpertMlp,
-    score_TN: Tensor,
-    threshold: float,
-    most: int,
-    bias_D: Tensor | None = None,
-) -> Tensor:
-    """Output `[T, D]` of the neurons with a score above the threshold: twin of `neuron.neuron`."""
-    neuron_TK, count_T = select(score_TN, threshold, most, False)
-    return decode(x_TD, mlp, neuron_TK, None, count_T, bias_D)
