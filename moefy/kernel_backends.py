@@ -8,6 +8,7 @@ Shapes: T tokens, D width, N neurons, E experts, F neurons per expert.
 
 from torch import Tensor
 
+from moefy.kernel_activations import ACTIVATIONS
 from moefy.mlp import DecidedMlp, DenseMlp
 from moefy_kernels import ExpertWeights
 from moefy_kernels.decode import decode
@@ -15,21 +16,6 @@ from moefy_kernels.expert_mlp import ExpertMlp
 from moefy_kernels.grouped import grouped
 from moefy_kernels.routing import listed
 from moefy_kernels.union import union
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "linear": "linear",
-}
-"""Names of transformers, and what kernels call the same function."""
 
 
 def fits(weights: ExpertWeights) -> bool:

@@ -6,14 +6,14 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
-import time
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moefy import cpu_backend
 from moefy.errors import MoefyError, unknown_choice
 from moefy.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy.routed import Routed
@@ -25,8 +25,12 @@ from moefy_kernels.measured import device_name
 from moefy_kernels.roofline import Layer
 
 Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
-ON_CPU: dict[str, Backend] = {"masked": masked_mlp, "views": expert_views_mlp}
-"""`auto` measures these where there is no GPU."""
+ON_CPU: dict[str, Backend] = {
+    "masked": masked_mlp,
+    "views": expert_views_mlp,
+    "native": cpu_backend.native_backend,
+}
+"""`auto` chooses among these where there is no GPU."""
 BACKENDS = dict(ON_CPU)
 """How the experts of a mask are computed; all are the same function."""
 if find_spec("triton") is not None:
@@ -41,8 +45,6 @@ if find_spec("triton") is not None:
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 LEAST_VIEW = 8
 """Smallest experts that are worth a matrix product of their own."""
-
-_fastest: dict[tuple[Any, ...], str] = {}
 
 
 class SparseMlp(Routed):
@@ -168,24 +170,28 @@ class SparseMlp(Routed):
     def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
         if x_TD.device.type == "cuda":
             return self._on_gpu(x_TD, mask_TE, weights)
-        # Training needs the smooth path, and very small experts are too many to be walked one by one.
-        small = self.expert_size < LEAST_VIEW
-        if small or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Training needs the smooth path, and a graph cannot hold what depends on the mask.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "masked"
-        active = int(mask_TE.sum()) / mask_TE.numel()
-        key = (
-            tuple(self.weights.up_ND.shape),
-            self.experts,
-            self.gate_ND is None,
-            isinstance(weights, DecidedMlp),
-            x_TD.dtype,
-            torch.get_num_threads(),
-            x_TD.shape[0].bit_length(),
-            round(8 * active),
-        )
-        if key not in _fastest:
-            _fastest[key] = _measure(x_TD, weights, mask_TE)
-        return _fastest[key]
+        paths = ["masked"]
+        # Very small experts are too many to be walked one by one.
+        if self.expert_size >= LEAST_VIEW:
+            paths.append("views")
+        if cpu_backend.fits(x_TD, weights):
+            paths.append("native")
+        tokens = len(x_TD)
+        share = int(mask_TE.any(0).sum()) / mask_TE.shape[1]
+        density = share if tokens == 1 else int(mask_TE.sum()) / mask_TE.numel()
+        return choose(
+            "cpu", self.kernel_layer(x_TD, weights), tokens, _about(density), _about(share),
+            paths=tuple(paths), threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
+        """What is left to compute, as kernels count it."""
+        mlp, decided = self.weights, isinstance(weights, DecidedMlp)
+        size = 1 if decided and x_TD.device.type == "cuda" else self.expert_size
+        return Layer(mlp.width, mlp.neurons, size, mlp.matrices - decided, x_TD.element_size())
 
     def _on_gpu(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
         """Chosen by what is known without waiting for the GPU."""
@@ -196,25 +202,16 @@ class SparseMlp(Routed):
         # A mask that carries a gradient asks for the outputs of experts that are off.
         if x_TD.dtype != mlp.up_ND.dtype or (trains and (decided or mask_TE.dtype != torch.bool)):
             return "masked"
-        layer = Layer(
-            mlp.width, mlp.neurons, 1 if decided else self.expert_size, mlp.matrices,
-            x_TD.element_size(),
-        )  # fmt: skip
+        layer = self.kernel_layer(x_TD, weights)
         exact = torch.are_deterministic_algorithms_enabled()
         paths = tuple(path for path in PATHS if not (exact and path == "grouped"))
         name = device_name(x_TD.device)
         return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
 
 
-def _measure(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> str:
-    """The faster backend for this very input: best of three, taken in turn."""
-    best = dict.fromkeys(ON_CPU, float("inf"))
-    for _ in range(3):
-        for name, backend in ON_CPU.items():
-            begin = time.perf_counter()
-            backend(x_TD, weights, mask_TE)
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return min(best, key=lambda name: best[name])
+def _about(share: float) -> float:
+    """Rounded to a tenth of itself, so that few choices are told apart; never to 0."""
+    return min(1.0, math.exp(round(10 * math.log(max(share, 1e-4))) / 10))
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:

@@ -3,7 +3,8 @@
 Every path computes the same function, so the fastest is taken. Each is expected to take its least time
 (`roofline`) over the share of that limit which it reaches. Shares are measured per device and written
 beside its configurations (`tables/<device>.json`, `reached`); a device without a table has the defaults
-below, which are guesses. Nothing is measured or asked of the device at run time.
+below, which are guesses. CPUs have times of their own (`cpu.times`). Nothing is measured or asked of the
+device at run time.
 
 Shapes: T tokens, D width, E experts.
 """
@@ -11,6 +12,7 @@ Shapes: T tokens, D width, E experts.
 import functools
 
 from moefy_kernels import roofline
+from moefy_kernels.cpu import times
 from moefy_kernels.measured import table
 from moefy_kernels.roofline import Device, Layer, Work
 
@@ -30,19 +32,20 @@ def choose(
     share: float | None = None,
     trains: bool = False,
     paths: tuple[str, ...] = PATHS,
+    threads: int = 1,
 ) -> str:
-    """One of `paths` for a layer on a device (its name, as torch gives it).
+    """One of `paths` for a layer on a device: its name, as torch gives it, or `cpu` (of so many threads).
 
     `density` is the share of experts that a token is expected to run, `share` that which any of the
     tokens runs (`union_share` of random routing, where it is not known). What trains needs gradients,
     which `masked` and `grouped` have.
     """
-    times = {
-        path: seconds(path, device, layer, tokens, density, share)
+    expected = {
+        path: seconds(path, device, layer, tokens, density, share, threads)
         for path in paths
         if _serves(path, tokens, trains)
     }
-    return min(times, key=lambda path: times[path])
+    return min(expected, key=lambda path: expected[path])
 
 
 def seconds(
@@ -52,8 +55,11 @@ def seconds(
     tokens: int,
     density: float,
     share: float | None = None,
+    threads: int = 1,
 ) -> float:
     """The time that a path is expected to take."""
+    if device == "cpu":
+        return times.seconds(path, layer, tokens, density, share, threads)
     known = known_device(device)
     least = roofline.least_seconds(
         _work(path, layer, tokens, density, share), known, layer.itemsize

@@ -1,0 +1,558 @@
+// Expert MLPs, and linear maps of few tokens, on CPUs. Reads every weight where it is and copies none.
+//
+// An MLP is computed in two phases with one barrier between them:
+//   rows     h[t][f] = act(s_f x[t]) * (u_f x[t]) of every expert and the tokens that chose it;
+//            threads share the rows of the experts that run.
+//   columns  y[t] = sum_f h[t][f] d_f; every thread owns a range of columns and walks over all rows,
+//            so that nothing is added up twice and the result does not depend on how many threads run.
+// One token reads rows as they lie. Where several tokens share an expert, rows in bf16 are widened once
+// into the first-level cache, and tiles of 4 rows by 3 tokens (rows) or of 4 tokens by 3 vectors (columns)
+// keep the arithmetic busy. Everything is added up in fp32.
+//
+// Vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and machines without.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr int STEP = 2 * LANES;  // numbers that are read at once
+
+// STEP numbers as two vectors. Of bf16 the first holds the even ones and the second the odd ones, which is
+// what a shift and a mask give of whole words; every buffer in fp32 keeps that order, and `narrow` undoes it.
+struct Pair {
+    Vector one, two;
+};
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline Pair pair(const float* at) { return {load(at), load(at + LANES)}; }
+inline Pair pair(const bf16* at) {
+    const Bits words = *reinterpret_cast<const Bits*>(at);
+    return {(Vector)(words << 16), (Vector)(words & 0xffff0000u)};
+}
+inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+
+inline float widened(float value) { return value; }
+inline float widened(bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+// Rounded to the nearest, ties to even; a NaN stays one.
+inline uint16_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <class W>
+inline void widen(const W* from, int64_t n, float* to) {
+    int64_t d = 0;
+    for (; d + STEP <= n; d += STEP) {
+        const Pair both = pair(from + d);
+        store(to + d, both.one);
+        store(to + d + LANES, both.two);
+    }
+    for (; d < n; ++d) to[d] = widened(from[d]);
+}
+inline void narrow(const float* from, int64_t n, float* to) { std::copy(from, from + n, to); }
+inline void narrow(const float* from, int64_t n, bf16* to) {
+    int64_t d = 0;
+    for (; d + STEP <= n; d += STEP)
+        for (int i = 0; i < LANES; ++i) {
+            to[d + 2 * i].bits = rounded(from[d + i]);
+            to[d + 2 * i + 1].bits = rounded(from[d + LANES + i]);
+        }
+    for (; d < n; ++d) to[d].bits = rounded(from[d]);
+}
+
+inline float total(Vector value) {
+    float lane[LANES];
+    std::memcpy(lane, &value, sizeof lane);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+constexpr int BLOCK_ROWS = 32;    // rows of one piece of work
+constexpr int BLOCK_TOKENS = 48;  // tokens whose inputs stay in the second-level cache
+constexpr int BLOCK_WIDTH = 1024; // columns of them
+
+constexpr int BLOCK = (BLOCK_ROWS + 8) * BLOCK_TOKENS;  // and room for rows that do not exist
+
+// Rows that one pass works on. For one token they are streams that the memory serves side by side; for
+// several, R rows by C tokens are sums that fit into registers.
+constexpr int ALONE = 8, TILE = 4;
+
+// The rows at `w`; those that do not exist are the last one once more.
+template <int R, class W>
+struct Rows {
+    const W* at[R];
+    Rows(const W* w, int64_t stride, int64_t rows) {
+        for (int r = 0; r < R; ++r) at[r] = w + std::min<int64_t>(r, rows - 1) * stride;
+    }
+};
+
+// sum[r] = w[r] . x for one token.
+template <class W>
+inline void dots_alone(const Rows<ALONE, W>& w, const float* x, int64_t n, float* sum) {
+    constexpr int LINE = std::max<int>(64 / sizeof(W), STEP);  // a row is taken a cache line at a time
+    Vector part[ALONE] = {};
+    int64_t d = 0;
+    for (; d + LINE <= n; d += LINE)
+        for (int r = 0; r < ALONE; ++r)
+            for (int i = 0; i < LINE; i += STEP) {
+                const Pair weight = pair(w.at[r] + d + i), value = pair(x + d + i);
+                part[r] += weight.one * value.one;
+                part[r] += weight.two * value.two;
+            }
+    for (int r = 0; r < ALONE; ++r) {
+        int64_t i = d;
+        for (; i + STEP <= n; i += STEP) {
+            const Pair weight = pair(w.at[r] + i), value = pair(x + i);
+            part[r] += weight.one * value.one + weight.two * value.two;
+        }
+        sum[r] = total(part[r]);
+        for (; i < n; ++i) sum[r] += widened(w.at[r][i]) * x[i];
+    }
+}
+
+// sum[r][c] += w[r] . x[c] for C tokens; rows of `sum` are BLOCK_TOKENS apart.
+template <int C>
+inline void dots(const Rows<TILE, float>& w, const float* const* x, int64_t n, float* sum) {
+    Vector part[TILE][C] = {};
+    int64_t d = 0;
+    for (; d + LANES <= n; d += LANES) {
+        Vector value[C];
+        for (int c = 0; c < C; ++c) value[c] = load(x[c] + d);
+        for (int r = 0; r < TILE; ++r) {
+            const Vector weight = load(w.at[r] + d);
+            for (int c = 0; c < C; ++c) part[r][c] += weight * value[c];
+        }
+    }
+    for (int r = 0; r < TILE; ++r)
+        for (int c = 0; c < C; ++c) {
+            float rest = total(part[r][c]);
+            for (int64_t i = d; i < n; ++i) rest += w.at[r][i] * x[c][i];
+            sum[r * BLOCK_TOKENS + c] += rest;
+        }
+}
+
+// y[c] += sum_r h[c][r] w[r], over n columns.
+template <int R, int C, class W>
+inline void add_rows(const Rows<R, W>& rows, const float (*h)[R], int64_t n, float* const* out) {
+    constexpr int LINE = std::max<int>(64 / sizeof(W), STEP);
+    const Rows<R, W> w = rows;
+    float* y[C];
+    float number[C][R];
+    std::copy(out, out + C, y);
+    std::memcpy(number, h, sizeof number);
+    int64_t d = 0;
+    for (; d + LINE <= n; d += LINE)
+        for (int i = 0; i < LINE; i += STEP) {
+            Pair sum[C];
+            for (int c = 0; c < C; ++c) sum[c] = pair(y[c] + d + i);
+            for (int r = 0; r < R; ++r) {
+                const Pair weight = pair(w.at[r] + d + i);
+                for (int c = 0; c < C; ++c) {
+                    sum[c].one += weight.one * number[c][r];
+                    sum[c].two += weight.two * number[c][r];
+                }
+            }
+            for (int c = 0; c < C; ++c) {
+                store(y[c] + d + i, sum[c].one);
+                store(y[c] + d + i + LANES, sum[c].two);
+            }
+        }
+    for (; d < n; ++d)
+        for (int c = 0; c < C; ++c)
+            for (int r = 0; r < R; ++r) y[c][d] += widened(w.at[r][d]) * number[c][r];
+}
+
+// Up to TILE rows of up to BLOCK_WIDTH columns in fp32: where they are, or widened into `wide`.
+inline Rows<TILE, float> in_fp32(const float* w, int64_t stride, int64_t rows, int64_t, float*) {
+    return {w, stride, rows};
+}
+inline Rows<TILE, float> in_fp32(const bf16* w, int64_t stride, int64_t rows, int64_t columns, float* wide) {
+    for (int64_t r = 0; r < rows; ++r) widen(w + r * stride, columns, wide + r * BLOCK_WIDTH);
+    return {wide, BLOCK_WIDTH, rows};
+}
+
+// sum[r][c] = w[r] . x[c] for up to BLOCK_ROWS rows and BLOCK_TOKENS tokens; `sum` has room for BLOCK numbers.
+template <class W>
+void products(const W* w, int64_t stride, int64_t rows, const float* const* x, int64_t n, int64_t width,
+              float* sum) {
+    if (n == 1) {
+        for (int64_t r = 0; r < rows; r += ALONE) {
+            float row[ALONE];
+            dots_alone(Rows<ALONE, W>(w + r * stride, stride, rows - r), x[0], width, row);
+            for (int i = 0; i < ALONE; ++i) sum[(r + i) * BLOCK_TOKENS] = row[i];
+        }
+        return;
+    }
+    std::fill(sum, sum + rows * BLOCK_TOKENS, 0.0f);
+    float wide[TILE * BLOCK_WIDTH];
+    for (int64_t d = 0; d < width; d += BLOCK_WIDTH) {
+        const int64_t columns = std::min<int64_t>(BLOCK_WIDTH, width - d);
+        const float* block[BLOCK_TOKENS];
+        for (int64_t c = 0; c < n; ++c) block[c] = x[c] + d;
+        for (int64_t r = 0; r < rows; r += TILE) {
+            const auto held = in_fp32(w + r * stride + d, stride, std::min<int64_t>(TILE, rows - r), columns, wide);
+            float* out = sum + r * BLOCK_TOKENS;
+            int64_t c = 0;
+            for (; c + 3 <= n; c += 3) dots<3>(held, block + c, columns, out + c);
+            if (n - c == 2) dots<2>(held, block + c, columns, out + c);
+            if (n - c == 1) dots<1>(held, block + c, columns, out + c);
+        }
+    }
+}
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, LINEAR };
+
+inline float activate(float v, int kind) {
+    switch (kind) {
+        case SILU: return v / (1.0f + std::exp(-v));
+        case GELU: return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
+        case GELU_TANH: {
+            const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);
+            return 0.5f * v * (1.0f + std::tanh(inner));
+        }
+        case RELU: return v > 0 || v != v ? v : 0.0f;
+        case RELU2: return v > 0 || v != v ? v * v : 0.0f;
+        default: return v;
+    }
+}
+
+}  // namespace
+
+// The twin of `_Arguments` in experts.py. Matrices have rows of `width` numbers, `*_stride` apart.
+struct Arguments {
+    int64_t tokens, width, experts, size;
+    int64_t activation, is_bf16, threads;
+    const void* x;          // [tokens, width]
+    const float* weight;    // [tokens, experts]; 0: the token does not run the expert
+    const void* selecting;  // [experts * size, width], or null where `active` is given
+    const void* up;         // the same, or null without a gate
+    const void* down;       // rows of the transposed down projection
+    int64_t selecting_stride, up_stride, down_stride;
+    const void* active;     // [tokens, experts * size], the activation where a router has computed it
+    const void* selecting_bias;
+    const void* up_bias;
+    const void* centre;
+    const void* down_bias;  // [width]
+    void* y;                // [tokens, width]
+};
+
+// The twin of `_LinearArguments`.
+struct LinearArguments {
+    int64_t tokens, width, rows, stride, is_bf16, threads;
+    const void* x;     // [tokens, width]
+    const void* w;     // [rows, width]
+    const void* bias;  // [rows] or null
+    void* y;           // [tokens, rows]
+};
+
+namespace {
+
+struct Piece {
+    int64_t expert, from, to;
+};
+
+// Of `of` pieces of the given costs, the first of thread `index`.
+int64_t share(const std::vector<int64_t>& cost_before, int index, int of) {
+    const int64_t target = cost_before.back() * index / of;
+    return std::lower_bound(cost_before.begin(), cost_before.end(), target) - cost_before.begin();
+}
+
+template <class W>
+class Experts {
+   public:
+    // A chunk of tokens at a time, so that memory does not grow with the batch.
+    void run(const Arguments& arguments) {
+        constexpr int64_t CHUNK = 512;
+        a = arguments;
+        for (int64_t from = 0; from < a.tokens; from += CHUNK) {
+            first = from;
+            tokens = std::min(CHUNK, a.tokens - from);
+            list();
+#ifdef _OPENMP
+#pragma omp parallel num_threads(static_cast<int>(a.threads))
+            work(omp_get_thread_num(), omp_get_num_threads());
+#else
+            work(0, 1);
+#endif
+        }
+    }
+
+   private:
+    Arguments a;
+    int64_t first = 0, tokens = 0;         // those of the chunk
+    std::vector<int64_t> chosen;           // experts that run
+    std::vector<std::vector<int32_t>> of;  // tokens of each expert
+    std::vector<int64_t> begins;           // where the activations of an expert begin
+    std::vector<float> h, x, y;            // these only ever grow
+
+    const W* matrix(const void* base) const { return static_cast<const W*>(base); }
+
+    void list() {
+        chosen.clear();
+        of.resize(a.experts);
+        begins.resize(a.experts);
+        int64_t numbers = 0;
+        for (int64_t e = 0; e < a.experts; ++e) of[e].clear();
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t e = 0; e < a.experts; ++e)
+                if (a.weight[(first + t) * a.experts + e] != 0) of[e].push_back(static_cast<int32_t>(t));
+        for (int64_t e = 0; e < a.experts; ++e)
+            if (!of[e].empty()) {
+                chosen.push_back(e);
+                begins[e] = numbers;
+                numbers += static_cast<int64_t>(of[e].size()) * a.size;
+            }
+        for (auto [held, size] : {std::pair{&h, numbers}, {&x, tokens * a.width}, {&y, tokens * a.width}})
+            if (static_cast<int64_t>(held->size()) < size) held->resize(size);
+    }
+
+    void work(int thread, int threads) {
+        for (int64_t t = thread; t < tokens; t += threads)
+            widen(matrix(a.x) + (first + t) * a.width, a.width, &x[t * a.width]);
+        barrier();
+        rows(thread, threads);
+        barrier();
+        const int64_t steps = (a.width + STEP - 1) / STEP;
+        const int64_t from = steps * thread / threads * STEP;
+        const int64_t to = std::min(a.width, steps * (thread + 1) / threads * STEP);
+        if (from < to) columns(from, to);
+    }
+
+    static void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    }
+
+    void rows(int thread, int threads) {
+        const int64_t all = static_cast<int64_t>(chosen.size()) * a.size;
+        int64_t step = (all / (threads * 8) + ALONE - 1) / ALONE * ALONE;
+        step = std::max<int64_t>(ALONE, std::min<int64_t>(BLOCK_ROWS, step));
+        std::vector<Piece> pieces;
+        std::vector<int64_t> cost{0};
+        for (int64_t e : chosen)
+            for (int64_t r = 0; r < a.size; r += step) {
+                const int64_t to = std::min(a.size, r + step);
+                pieces.push_back({e, r, to});
+                // A row is read once and multiplied once for every token.
+                cost.push_back(cost.back() + (to - r) * (4 + static_cast<int64_t>(of[e].size())));
+            }
+        const int64_t end = share(cost, thread + 1, threads);
+        for (int64_t i = share(cost, thread, threads); i < end; ++i) piece(pieces[i]);
+    }
+
+    void piece(const Piece& p) {
+        const auto& list = of[p.expert];
+        const int64_t count = static_cast<int64_t>(list.size());
+        float s[BLOCK], u[BLOCK];
+        for (int64_t c0 = 0; c0 < count; c0 += BLOCK_TOKENS) {
+            const int64_t n = std::min<int64_t>(BLOCK_TOKENS, count - c0);
+            const int32_t* token = list.data() + c0;
+            const float* input[BLOCK_TOKENS];
+            for (int64_t c = 0; c < n; ++c) input[c] = &x[token[c] * a.width];
+            if (a.selecting) multiplied(a.selecting, a.selecting_stride, p, input, n, s);
+            if (a.up) multiplied(a.up, a.up_stride, p, input, n, u);
+            for (int64_t r = p.from; r < p.to; ++r)
+                for (int64_t c = 0; c < n; ++c) {
+                    const int64_t at = (r - p.from) * BLOCK_TOKENS + c;
+                    finish(p.expert, r, token[c], c0 + c, s[at], u[at]);
+                }
+        }
+    }
+
+    void multiplied(const void* w, int64_t stride, const Piece& p, const float* const* input, int64_t n,
+                    float* sum) {
+        const W* row = matrix(w) + (p.expert * a.size + p.from) * stride;
+        products(row, stride, p.to - p.from, input, n, a.width, sum);
+    }
+
+    void finish(int64_t expert, int64_t row, int64_t token, int64_t at, float s, float u) {
+        const int64_t neuron = expert * a.size + row, neurons = a.experts * a.size;
+        if (a.active)
+            s = widened(matrix(a.active)[(first + token) * neurons + neuron]);
+        else {
+            if (a.selecting_bias) s += widened(matrix(a.selecting_bias)[neuron]);
+            s = activate(s, static_cast<int>(a.activation));
+        }
+        if (a.up) s *= a.up_bias ? u + widened(matrix(a.up_bias)[neuron]) : u;
+        if (a.centre) s -= widened(matrix(a.centre)[neuron]);
+        h[begins[expert] + at * a.size + row] = s * a.weight[(first + token) * a.experts + expert];
+    }
+
+    void columns(int64_t from, int64_t to) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* out = &y[t * a.width] + from;
+            if (a.down_bias)
+                widen(matrix(a.down_bias) + from, to - from, out);
+            else
+                std::fill(out, out + to - from, 0.0f);
+        }
+        for (int64_t e : chosen) {
+            constexpr size_t MANY = 6;  // tokens from which packing the rows pays
+            if (of[e].size() < MANY)
+                by_rows(e, from, to);
+            else
+                packed(e, from, to);
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+            narrow(&y[t * a.width] + from, to - from, static_cast<W*>(a.y) + (first + t) * a.width + from);
+    }
+
+    // Rows of few tokens, as they lie.
+    void by_rows(int64_t expert, int64_t from, int64_t to) {
+        const auto& list = of[expert];
+        const int64_t n = static_cast<int64_t>(list.size()), stride = a.down_stride;
+        const W* w = matrix(a.down) + expert * a.size * stride;
+        const int64_t step = n == 1 ? ALONE : TILE;
+        float wide[TILE * BLOCK_WIDTH];
+        for (int64_t r = 0; r < a.size; r += step)
+            for (int64_t d = from; d < to; d += BLOCK_WIDTH) {
+                const int64_t rows = std::min(step, a.size - r), width = std::min<int64_t>(BLOCK_WIDTH, to - d);
+                const W* at = w + r * stride + d;
+                if (n == 1)
+                    add<1>(Rows<ALONE, W>(at, stride, rows), expert, 0, r, rows, d, width);
+                else {
+                    const auto held = in_fp32(at, stride, rows, width, wide);
+                    int64_t c = 0;
+                    for (; c + 2 <= n; c += 2) add<2>(held, expert, c, r, rows, d, width);
+                    if (c < n) add<1>(held, expert, c, r, rows, d, width);
+                }
+            }
+    }
+
+    // Some rows of an expert, to the outputs of C of its tokens.
+    template <int C, int R, class V>
+    void add(const Rows<R, V>& w, int64_t expert, int64_t c, int64_t r, int64_t rows, int64_t d, int64_t width) {
+        float number[C][R] = {};
+        float* out[C];
+        for (int i = 0; i < C; ++i) {
+            std::memcpy(number[i], &h[begins[expert] + (c + i) * a.size + r], rows * sizeof(float));
+            out[i] = &y[of[expert][c + i] * a.width + d];
+        }
+        add_rows<R, C>(w, number, width, out);
+    }
+
+    static constexpr int PANEL = 4 * STEP;  // columns that are packed together
+    static constexpr int DEEP = 128;        // rows that are packed together
+    static constexpr int TALL = 6;          // tokens of a tile
+
+    // Rows of several tokens: a panel is laid out tile by tile, then multiplied from the cache.
+    void packed(int64_t expert, int64_t from, int64_t to) {
+        const auto& list = of[expert];
+        const int64_t n = static_cast<int64_t>(list.size());
+        const W* w = matrix(a.down) + expert * a.size * a.down_stride;
+        static thread_local std::vector<float> held(PANEL * DEEP);
+        for (int64_t d = from; d < to; d += PANEL)
+            for (int64_t r = 0; r < a.size; r += DEEP) {
+                const int64_t deep = std::min<int64_t>(DEEP, a.size - r);
+                const int64_t width = std::min<int64_t>(PANEL, to - d);
+                for (int64_t i = 0; i < deep; ++i)
+                    for (int64_t k = 0; k * STEP < width; ++k)
+                        widen(w + (r + i) * a.down_stride + d + k * STEP,
+                              std::min<int64_t>(STEP, width - k * STEP), &held[(k * DEEP + i) * STEP]);
+                for (int64_t k = 0; k * STEP < width; ++k)
+                    for (int64_t c = 0; c < n; c += TALL)
+                        multiply(&held[k * DEEP * STEP], deep, &h[begins[expert] + c * a.size + r],
+                                 list.data() + c, std::min<int64_t>(TALL, n - c), d + k * STEP,
+                                 std::min<int64_t>(STEP, width - k * STEP));
+            }
+    }
+
+    void multiply(const float* w, int64_t deep, const float* numbers, const int32_t* token, int64_t n,
+                  int64_t d, int64_t width) {
+        Vector part[TALL][2] = {};
+        const float* number[TALL];
+        for (int c = 0; c < TALL; ++c) number[c] = numbers + std::min<int64_t>(c, n - 1) * a.size;
+        for (int64_t i = 0; i < deep; ++i) {
+            const Pair weight = pair(w + i * STEP);
+            for (int c = 0; c < TALL; ++c) {
+                part[c][0] += weight.one * number[c][i];
+                part[c][1] += weight.two * number[c][i];
+            }
+        }
+        for (int64_t c = 0; c < n; ++c) {
+            float* out = &y[token[c] * a.width + d];
+            if (width == STEP)
+                for (int v = 0; v < 2; ++v) store(out + v * LANES, load(out + v * LANES) + part[c][v]);
+            else {
+                float lane[STEP];
+                std::memcpy(lane, part[c], sizeof lane);
+                for (int64_t i = 0; i < width; ++i) out[i] += lane[i];
+            }
+        }
+    }
+};
+
+template <class W>
+void linear(const LinearArguments& a) {
+    static thread_local std::vector<float> wide;
+    wide.resize(a.tokens * a.width);
+    for (int64_t t = 0; t < a.tokens; ++t)
+        widen(static_cast<const W*>(a.x) + t * a.width, a.width, wide.data() + t * a.width);
+    const float* const x = wide.data();
+    const int64_t pieces = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel for num_threads(static_cast<int>(a.threads)) schedule(static)
+    for (int64_t i = 0; i < pieces; ++i) {
+        const int64_t from = i * BLOCK_ROWS, rows = std::min<int64_t>(BLOCK_ROWS, a.rows - from);
+        float sum[BLOCK];
+        for (int64_t c0 = 0; c0 < a.tokens; c0 += BLOCK_TOKENS) {
+            const int64_t n = std::min<int64_t>(BLOCK_TOKENS, a.tokens - c0);
+            const float* input[BLOCK_TOKENS];
+            for (int64_t c = 0; c < n; ++c) input[c] = x + (c0 + c) * a.width;
+            products(static_cast<const W*>(a.w) + from * a.stride, a.stride, rows, input, n, a.width, sum);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = 0; c < n; ++c) {
+                    const float bias = a.bias ? widened(static_cast<const W*>(a.bias)[from + r]) : 0.0f;
+                    const float value = sum[r * BLOCK_TOKENS + c] + bias;
+                    narrow(&value, 1, static_cast<W*>(a.y) + (c0 + c) * a.rows + from + r);
+                }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void moefy_experts(const Arguments* a) {
+    static thread_local Experts<bf16> narrow;
+    static thread_local Experts<float> wide;
+    if (a->is_bf16)
+        narrow.run(*a);
+    else
+        wide.run(*a);
+}
+
+extern "C" void moefy_linear(const LinearArguments* a) {
+    if (a->is_bf16)
+        linear<bf16>(*a);
+    else
+        linear<float>(*a);
+}

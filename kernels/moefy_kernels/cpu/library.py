@@ -1,0 +1,99 @@
+"""The native library: built at first use by the system's compiler, kept, loaded once.
+
+One source is compiled for the instruction set that torch reports for this machine, with the compiler's own
+vector types (`experts.cpp`). The result is kept under a name made of everything that it depends on, so that
+machines which share a home do not share instructions:
+
+    $XDG_CACHE_HOME/moefy/native-<set>-<hash>.so        (`~/.cache` where it is not set)
+
+`CXX` names another compiler, `ATEN_CPU_CAPABILITY=avx2` a smaller instruction set, for torch too. Without a
+compiler there is no library: `library()` is None, a warning says so once, and torch computes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("experts.cpp")
+FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "neon": (),
+    "portable": (),
+}
+"""What each instruction set is asked for with; NEON is part of every 64-bit ARM."""
+COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library for this machine, or None, with one warning, where it cannot be built."""
+    try:
+        return ctypes.CDLL(str(build(instruction_set(), cache())))
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"no native kernels on this CPU, torch computes instead: {error}. Install a C++ compiler "
+            "(such as g++) or name one in CXX",
+            stacklevel=2,
+        )
+        return None
+
+
+def instruction_set() -> str:
+    """The largest of `FLAGS` that torch uses on this machine."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "neon"
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if name in ("avx512", "avx2") else "portable"
+
+
+def cache() -> Path:
+    """The folder of what is kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "moefy"
+
+
+def build(name: str, folder: Path) -> Path:
+    """The library for an instruction set, compiled unless it is there.
+
+    Raises `OSError` without a compiler or where nothing can be written, `SubprocessError` where the
+    compiler fails.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise OSError("no C++ compiler was found")
+    version = _run(compiler, "--version").split("\n")[0]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((version, COMMON, FLAGS[name])).encode())
+    path = folder / f"native-{name}-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            # Renamed when it is whole: several processes may build at once.
+            _compile(compiler, name, Path(work) / path.name).replace(path)
+    return path
+
+
+def _compile(compiler: str, name: str, out: Path) -> Path:
+    command = (compiler, *COMMON, *FLAGS[name], str(SOURCE), "-o", str(out))
+    try:
+        # torch's own OpenMP is loaded already and has the same name, so that one pool serves both.
+        _run(*command, "-fopenmp")
+    except subprocess.SubprocessError:
+        _run(*command)  # one thread: Apple's compiler comes without OpenMP
+    return out
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise subprocess.SubprocessError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
+    return done.stdout

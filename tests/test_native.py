@@ -1,0 +1,237 @@
+"""The native CPU kernels against fp64: every shape, every part of a layer, every instruction set there is."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from moefy.cpu_backend import fits, native_backend
+from moefy.kernel_activations import ACTIVATIONS
+from moefy.mlp import DecidedMlp, DenseMlp, activation_function
+from moefy_kernels import masked_mlp
+from moefy_kernels.cpu import experts, library
+from moefy_kernels.cpu.experts import native_experts
+from moefy_kernels.cpu.linear import native_linear
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+"""Relative Frobenius error. In bf16 only the output is rounded: 2**-9 of each number at most."""
+pytestmark = pytest.mark.skipif(library.library() is None, reason="no C++ compiler")
+
+
+def draw(seed, *shape, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype)
+
+
+def layer(
+    tokens=4, width=40, experts=5, size=7, dtype=torch.float32, activation="silu", gated=True,
+    biased=True, centred=True, active=0.5, seed=0,
+):  # fmt: skip
+    neurons = experts * size
+    names = ["up_ND", "down_ND", *(["gate_ND"] if gated else [])]
+    rows = {name: draw(seed + i, neurons, width, dtype=dtype) for i, name in enumerate(names)}
+    vectors = {}
+    if biased:
+        vectors |= {"up_bias_N": neurons, "down_bias_D": width}
+        vectors |= {"gate_bias_N": neurons} if gated else {}
+    if centred:
+        vectors["centre_N"] = neurons
+    held = {n: draw(seed + 9, 1, size, dtype=dtype)[0] for n, size in vectors.items()}
+    mlp = DenseMlp(activation=activation, **rows, **held)
+    mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < active
+    return draw(seed + 20, 1, tokens * width, dtype=dtype).mul(20).view(tokens, width), mlp, mask
+
+
+def wanted(x, mlp, mask):
+    return masked_mlp(x.double(), mlp.to(torch.float64), mask)
+
+
+def error(got, want):
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.sampled_from([1, 2, 3, 5, 6, 7, 16, 49, 100, 515]),
+    width=st.sampled_from([1, 3, 8, 40, 130, 1027]),
+    count=st.integers(1, 9),
+    size=st.sampled_from([1, 3, 4, 32, 33, 130]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    activation=st.sampled_from(sorted(set(ACTIVATIONS) - {"gelu_python", "gelu_fast"})),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    centred=st.booleans(),
+    active=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_layer_is_what_fp64_gives(dtype, count, **shape):
+    x, mlp, mask = layer(dtype=dtype, experts=count, **shape)
+    got = native_backend(x, mlp, mask)
+    assert got.dtype == dtype
+    want = wanted(x, mlp, mask)
+    if want.abs().max() == 0:
+        assert not got.any()
+    else:
+        # What cancels in the sum is counted by the size of what is added.
+        parts = wanted(x, mlp, torch.ones_like(mask)).norm() / mask.shape[1] ** 0.5
+        bound = TOLERANCE[dtype] * max(want.norm(), parts if dtype == torch.float32 else 0)
+        assert (got.double() - want).norm() <= bound
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_mutations_are_seen(tokens, dtype):
+    x, mlp, mask = layer(tokens=tokens, dtype=dtype)
+    mask[:, 0], mask[:, 1] = True, False
+    want, got = wanted(x, mlp, mask), native_backend(x, mlp, mask)
+    swapped = mask[:, [1, 0, 2, 3, 4]]
+    dropped = got.clone()
+    dropped[-1] = 0
+    assert error(got, want) < TOLERANCE[dtype]
+    for wrong in (torch.zeros_like(got), dropped, native_backend(x, mlp, swapped)):
+        assert error(wrong, want) > 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_gates_that_a_router_has_computed_are_not_computed_again(tokens, gated):
+    x, mlp, mask = layer(tokens=tokens, gated=gated)
+    active = activation_function("silu")(mlp.deciding(x))
+    want = wanted(x, mlp, mask)
+    assert error(native_backend(x, DecidedMlp(mlp, active), mask), want) < 1e-5
+    assert error(native_backend(x, DecidedMlp(mlp, 2 * active), mask), want) > 0.1
+
+
+def test_experts_are_weighed():
+    x, mlp, mask = layer(biased=False, centred=False)
+    weight = torch.rand(mask.shape)
+    got = native_experts(x, weight * mask, mlp.down_ND, "silu", mlp.gate_ND, mlp.up_ND)
+    h = mlp.hidden(x).double() * (weight * mask).double().repeat_interleave(7, 1)
+    assert error(got, h @ mlp.down_ND.double()) < 1e-5
+
+
+def test_the_number_of_threads_changes_no_bit():
+    threads = torch.get_num_threads()
+    try:
+        for tokens in (1, 5, 70):
+            x, mlp, mask = layer(tokens=tokens, width=300, size=33)
+            results = []
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                results.append(native_backend(x, mlp, mask))
+            assert all(torch.equal(results[0], other) for other in results[1:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_rows_may_lie_apart_and_inputs_anyhow():
+    x, mlp, mask = layer(tokens=6, biased=False, centred=False)
+    fused = torch.cat([mlp.gate_ND, mlp.up_ND], 1)
+    strided = torch.stack([x, x], 2)[..., 0]
+    got = native_experts(strided, mask, mlp.down_ND, "silu", fused[:, :40], fused[:, 40:])
+    assert error(got, wanted(x, mlp, mask)) < 1e-5
+
+
+def test_nan_and_infinity_are_passed_on():
+    x, mlp, mask = layer(tokens=3, activation="relu", centred=False)
+    mask[:] = True
+    x[0, 0], x[1, 0] = float("nan"), float("inf")
+    got = native_backend(x, mlp, mask)
+    assert got[0].isnan().all() and not got[1].isfinite().all() and got[2].isfinite().all()
+
+
+def test_what_the_kernel_does_not_compute_is_refused():
+    x, mlp, mask = layer()
+    assert fits(x, mlp)
+    assert not fits(x.half(), mlp.to(torch.float16))
+    assert not fits(x, mlp.to(torch.bfloat16))
+    assert not fits(x.requires_grad_(), mlp)
+    assert not fits(x.detach(), layer(activation="tanh")[1])
+    assert (
+        error(
+            native_backend(x.detach(), layer(activation="tanh")[1], mask),
+            wanted(x.detach(), layer(activation="tanh")[1], mask),
+        )
+        < 1e-5
+    )
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        native_experts(x.detach().half(), mask, mlp.down_ND, "silu", mlp.gate_ND, mlp.up_ND)
+    with pytest.raises(ValueError, match="either"):
+        native_experts(x.detach(), mask, mlp.down_ND, "silu")
+
+
+def test_it_compiles_without_a_break():
+    x, mlp, mask = layer(tokens=2)
+    args = (x, mask, mlp.down_ND, "silu", mlp.gate_ND, mlp.up_ND)
+    compiled = torch.compile(native_experts, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), native_experts(*args))
+    tensors = (x, mask, mlp.down_ND, mlp.gate_ND, mlp.up_ND, None, None, None, None, None, "silu")
+    torch.library.opcheck(experts._operation, tensors)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    width=st.sampled_from([1, 7, 64, 1100]),
+    rows=st.integers(1, 70),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    biased=st.booleans(),
+)
+def test_a_linear_map_is_what_fp64_gives(tokens, width, rows, dtype, biased):
+    x, w = draw(0, tokens, width, dtype=dtype), draw(1, rows, width, dtype=dtype)
+    bias = draw(2, 1, rows, dtype=dtype)[0] if biased else None
+    want = linear(x.double(), w.double(), None if bias is None else bias.double())
+    got = native_linear(x, w, bias)
+    size = x.double().norm() * w.double().norm()
+    assert (got.double() - want).norm() < TOLERANCE[dtype] * (want.norm() + 0.1 * size)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86")
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+def test_every_instruction_set_is_built_and_used(name, tmp_path):
+    path = library.build(name, tmp_path)
+    assert ctypes.CDLL(str(path)).moefy_experts is not None
+    assert library.build(name, tmp_path) == path and len(list(tmp_path.iterdir())) == 1
+    listing = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True).stdout
+    if listing:
+        register = {"avx512": "zmm", "avx2": "ymm", "portable": "xmm"}[name]
+        fused = ["vfmadd"] if name != "portable" else ["mulps"]
+        assert all(f"%{register}" in listing and word in listing for word in fused)
+        assert ("zmm" in listing) == (name == "avx512")
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+PROBE = """
+import torch
+from moefy_kernels.cpu import library
+from moefy_kernels.cpu.experts import native_experts, serves
+w = torch.randn(4, 8); x = torch.randn(2, 8)
+print(library.instruction_set(), serves(x, w), serves(x, w))
+if serves(x, w):
+    y = native_experts(x, torch.ones(2, 1), w, "relu", w)
+    print(torch.allclose(y, (x @ w.T).relu() @ w, atol=1e-5))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86")
+def test_a_smaller_instruction_set_can_be_asked_for(tmp_path):
+    done = run_python(PROBE, ATEN_CPU_CAPABILITY="default", XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout.split() == ["portable", "True", "True", "True"], done.stderr
+
+
+def test_without_a_compiler_torch_computes_and_says_so_once(tmp_path):
+    done = run_python(PROBE, CXX="/no/such/compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0 and "False False" in done.stdout
+    assert done.stderr.count("Install a C++ compiler") == 1, done.stderr
