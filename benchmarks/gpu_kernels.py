@@ -3,6 +3,8 @@
     python benchmarks/gpu_kernels.py OUT            # writes OUT/gpu_kernels.json
     python benchmarks/gpu_kernels.py OUT --tiny     # a few shapes, also on a CPU (interpreted): a rehearsal
 
+Routing is random and uniform, and for batches at one density also that of real text (`real_routing`); the
+share of experts that the batch runs together is printed beside what random routing is expected to run.
 Every path of a cell is timed in one CUDA graph over several copies of the weights, which together are
 larger than L2, so that every layer comes from memory; paths take turns, medians are kept. The limit beside
 a time is that of the roofline with the copy bandwidth and the matrix rate measured in the same run.
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from real_routing import text_lists, text_scores
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
@@ -40,6 +43,8 @@ SIZES, DENSITIES = (16, 32, 128, 512), (0.1, 0.25, 0.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 SOME_BATCHES = (1, 8, 64, 4096)
 """Of all shapes but the first, which has the whole grid."""
+TEXT_DENSITY = 0.25
+"""Where batches are routed like real text too; one token at a time does not tell."""
 COLD = 300e6
 """Bytes of weights that a graph walks through at least: several times any L2."""
 Run = Callable[[int], object]
@@ -55,7 +60,8 @@ def main() -> None:
         "kind": "GPU kernels", "limits": limits._asdict(), "cells": [], "machine": machine(),
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    for cell in cells(args.tiny, limits):
+    score_TM = text_scores(3, 88) if args.tiny else text_scores(max(BATCHES), 352)
+    for cell in cells(args.tiny, limits, score_TM):
         record["cells"].append(cell)
         print(line(cell), flush=True)
         (args.out / "gpu_kernels.json").write_text(json.dumps(record, indent=1))
@@ -121,7 +127,7 @@ def timed(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def cells(tiny: bool, limits: Device) -> Iterator[dict[str, Any]]:
+def cells(tiny: bool, limits: Device, score_TM: Tensor) -> Iterator[dict[str, Any]]:
     shapes = {"tiny": (64, 256)} if tiny else SHAPES
     for name, (width, neurons) in shapes.items():
         bytes_ = 3 * width * neurons * 2
@@ -133,8 +139,21 @@ def cells(tiny: bool, limits: Device) -> Iterator[dict[str, Any]]:
             for size in (32,) if tiny else SIZES:
                 if neurons % size:
                     continue
-                for density in DENSITIES if whole else (0.25,):
-                    yield cell(name, weights, batch, size, density, dense, limits)
+                layer = Layer(width, neurons, size)
+                for density in DENSITIES if whole else (TEXT_DENSITY,):
+                    for routing, expert_TK in lists(layer, batch, density, score_TM):
+                        found = cell(layer, weights, expert_TK.to(DEVICE), density, dense, limits)
+                        yield {"shape": name, "routing": routing, **found}
+
+
+def lists(
+    layer: Layer, batch: int, density: float, score_TM: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Experts `[T, K]` by kind of routing: `random`, and `text` where that differs."""
+    k = max(1, round(density * layer.experts))
+    yield "random", torch.rand(batch, layer.experts).argsort(1)[:, :k].sort(1).values
+    if batch > 1 and density == TEXT_DENSITY:
+        yield "text", text_lists(score_TM[:batch], layer.experts, k)
 
 
 def random_weights(width: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,15 +178,12 @@ def dense_runs(weights: list[Any], batch: int, width: int) -> dict[str, Run]:
 
 
 def cell(
-    name: str, weights: list[Any], batch: int, size: int, density: float, dense: dict[str, float],
+    layer: Layer, weights: list[Any], expert_TK: Tensor, density: float, dense: dict[str, float],
     limits: Device,
 ) -> dict[str, Any]:  # fmt: skip
-    """All paths for one shape, batch, size of experts and density, with random routing."""
-    neurons, width = weights[0][0].shape
-    layer = Layer(width, neurons, size)
-    k = max(1, round(density * layer.experts))
-    x_TD = torch.randn(batch, width, device=DEVICE).bfloat16()
-    expert_TK = torch.rand(batch, layer.experts, device=DEVICE).argsort(1)[:, :k].sort(1).values
+    """All paths for one layer and the experts of a batch."""
+    batch = len(expert_TK)
+    x_TD = torch.randn(batch, layer.width, device=DEVICE).bfloat16()
     mask_TE = torch.zeros(batch, layer.experts, dtype=torch.bool, device=DEVICE)
     mask_TE.scatter_(1, expert_TK, True)
     mlps = [ExpertMlp.of(layer.experts, "silu", up, down, gate) for gate, up, down in weights]
@@ -182,8 +198,9 @@ def cell(
     }
     paths = tuple(path for path in PATHS if path in times) or PATHS
     return {
-        "shape": name, "width": width, "neurons": neurons, "size": size, "density": density,
-        "batch": batch, "union": share, "seconds": times,
+        "width": layer.width, "neurons": layer.neurons, "size": layer.size, "density": density,
+        "batch": batch, "union": share, "union_at_random": roofline.union_share(density, batch),
+        "seconds": times,
         "speedup": {path: best_dense / times[path] for path in times},
         "of_limit": {
             path: roofline.fraction_of_limit(times[path], work, limits)
@@ -252,8 +269,9 @@ def stock_run(
 def line(cell: dict[str, Any]) -> str:
     by = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in cell["speedup"].items())
     return (
-        f"{cell['shape']} F={cell['size']} density {cell['density']} T={cell['batch']}: {by}; "
-        f"chosen {cell['chosen']}"
+        f"{cell['shape']} F={cell['size']} density {cell['density']} T={cell['batch']}, "
+        f"{cell['routing']} routing, union {cell['union']:.3f} "
+        f"(at random {cell['union_at_random']:.3f}): {by}; chosen {cell['chosen']}"
     )
 
 

@@ -21,7 +21,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from moefy.kernel_backends import ACTIVATIONS
+from moefy.kernel_activations import ACTIVATIONS
 from moefy_kernels.decode import decode
 from moefy_kernels.dispatch import choose
 from moefy_kernels.expert_mlp import ExpertMlp

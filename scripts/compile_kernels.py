@@ -18,7 +18,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -37,7 +38,7 @@ from moefy.provenance import machine
 from moefy.tables import markdown
 from moefy_kernels import launching
 from moefy_kernels.decode import decode
-from moefy_kernels.expert_mlp import ExpertMlp
+from moefy_kernels.expert_mlp import ACTIVATIONS, ExpertMlp
 from moefy_kernels.grouped import grouped
 from moefy_kernels.routing import listed, route, select
 from moefy_kernels.union import union
@@ -68,6 +69,7 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 256, 64 << 10, 64 << 10, "v_mfma"),
 }
 MATRIX = [target.matrix for target in TARGETS.values()]
+HALVES = {"bfloat16": "16 bits", "float16": "16 bits"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     activation: str = "silu"
     gated: bool = True
+    vectors: bool = False
+    """Whether there are biases and a centre, which take registers."""
+    tf32: bool = False
+    """Whether torch is told to multiply fp32 matrices in TF32."""
 
     @property
     def experts(self) -> int:
@@ -89,10 +95,15 @@ class Shape:
     def k(self) -> int:
         return max(1, self.experts // 4)
 
+    @property
+    def numbers(self) -> str:
+        """What is multiplied: a dtype, or `TF32`."""
+        return "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        gate = " gated" if self.gated else ""
-        return f"{dtype} {self.width}x{self.neurons}/{self.size} {self.activation}{gate}"
+        more = " gated" * self.gated + " biased centred" * self.vectors
+        sides = f"{self.width}x{self.neurons}/{self.size}"
+        return f"{self.numbers} {sides} {self.activation}{more}"
 
     def empty(self, *shape: int) -> Tensor:
         """Address space: no page of it is ever touched."""
@@ -101,7 +112,15 @@ class Shape:
     def mlp(self) -> ExpertMlp:
         up_ND, down_ND, gate_ND = (self.empty(self.neurons, self.width) for _ in range(3))
         gate = gate_ND if self.gated else None
-        return ExpertMlp.of(self.experts, self.activation, up_ND, down_ND, gate)
+        up_bias, gate_bias, centre = (self.vector(self.neurons) for _ in range(3))
+        return ExpertMlp.of(
+            self.experts, self.activation, up_ND, down_ND, gate,
+            up_bias, gate_bias if self.gated else None, centre,
+        )  # fmt: skip
+
+    def vector(self, length: int) -> Tensor | None:
+        """A bias or a centre."""
+        return self.empty(length) if self.vectors else None
 
     def lists(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and weights `[T, K]` and counts `[T]`, as routing gives them."""
@@ -121,15 +140,17 @@ def decode_once(shape: Shape) -> Weights:
     """One token, whose sum is split, and sixteen, whose sums are not."""
     mlp = shape.mlp()
     for tokens in (1, 16):
-        decode(shape.empty(tokens, shape.width), mlp, *shape.lists(tokens))
+        x_TD, bias_D = shape.empty(tokens, shape.width), shape.vector(shape.width)
+        decode(x_TD, mlp, *shape.lists(tokens), bias_D)
     return weights_of(mlp)
 
 
 def union_once(shape: Shape) -> Weights:
-    """Few tokens, and as many as it is made for."""
+    """Few tokens with a mask, and as many as it is made for with weights."""
     mlp = shape.mlp()
-    for tokens in (8, 64):
-        union(shape.empty(tokens, shape.width), mlp, torch.empty(tokens, shape.experts))
+    for tokens, dtype in ((8, torch.bool), (64, torch.float32)):
+        weight_TE = torch.empty(tokens, shape.experts, dtype=dtype)
+        union(shape.empty(tokens, shape.width), mlp, weight_TE, shape.vector(shape.width))
     return weights_of(mlp)
 
 
@@ -137,7 +158,7 @@ def grouped_once(shape: Shape) -> Weights:
     """A pass and the gradients of everything."""
     mlp, x_TD = shape.mlp(), shape.empty(512, shape.width)
     weight_TE = torch.empty(512, shape.experts)
-    inputs = [x_TD, *weights_of(mlp), weight_TE]
+    inputs = [x_TD, *(value for value in mlp if isinstance(value, Tensor)), weight_TE]
     for value in inputs:
         value.requires_grad_()
     y_TD = grouped(x_TD, mlp, weight_TE, most=shape.k)
@@ -148,8 +169,8 @@ def grouped_once(shape: Shape) -> Weights:
 def route_once(shape: Shape) -> Weights:
     """A linear router that takes what is near its best, scores above a threshold, and a mask."""
     router_ED, x_TD = shape.empty(shape.experts, shape.width), shape.empty(8, shape.width)
-    route(x_TD, router_ED, tau=0.5)
-    select(torch.empty(8, shape.experts), threshold=0.0)
+    route(x_TD, router_ED, shape.vector(shape.experts), tau=0.5)
+    select(shape.empty(8, shape.experts), threshold=0.0)
     listed(torch.empty(8, shape.experts, dtype=torch.bool), together=True)
     return [router_ED]
 
@@ -163,22 +184,34 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "decode": Operation(decode_once, (1, 16, 32, 128, 512)),
-    "union": Operation(union_once, (16, 128, 512)),
+    "union": Operation(union_once, (1, 16, 128, 512)),
     # Larger experts are computed in blocks of the same size as the largest of these.
-    "grouped": Operation(grouped_once, (16, 32, 128)),
+    "grouped": Operation(grouped_once, (1, 16, 32, 128)),
     # It sees the number of experts alone.
     "routing": Operation(route_once, (1, 128)),
 }
 
-SIZES = (
-    (4096, 14336, (1, 16, 32, 128, 512)),
-    # The number of neurons alone changes little: how many experts there are, and what 16 divides.
-    (4096, 11008, (32,)),
-    (2560, 9728, (1, 128)),
-)
+SIZES = (1, 16, 32, 128, 512)
+"""A configuration follows from width, size and bytes of a number: every one that sizes have."""
+FP32, TF32 = {"dtype": torch.float32}, {"dtype": torch.float32, "tf32": True}
+NUMBERS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float16}, FP32, TF32)
+FULL = Shape(4096, 14336, 128, activation="gelu", vectors=True)
+"""What takes most registers: a gate, biases, a centre and an error function."""
 SHAPES = [
-    *(Shape(width, neurons, size) for width, neurons, sizes in SIZES for size in sizes),
-    Shape(4096, 14336, 128, torch.float32),
+    *(Shape(4096, 14336, size, **numbers) for size in SIZES for numbers in NUMBERS),
+    *(replace(FULL, size=size) for size in SIZES),
+    *(replace(FULL, size=size, **numbers) for size in (16, 128) for numbers in NUMBERS[1:]),
+    *(
+        replace(FULL, activation=activation, gated=gated)
+        for activation in ACTIVATIONS
+        for gated in (True, False)
+        if (activation, gated) != (FULL.activation, True)
+    ),
+    # Gates that a router has computed: neurons weighed by them.
+    replace(FULL, size=1, activation="linear", gated=False),
+    # The number of neurons alone changes little: how many experts there are, and what 16 divides.
+    Shape(4096, 11008, 32),
+    *(Shape(2560, 9728, size) for size in (1, 128)),
     Shape(2560, 9728, 16, activation="relu", gated=False),
 ]
 
@@ -258,7 +291,8 @@ class Row:
     operation: str
     kernel: str
     target: str
-    dtype: str
+    numbers: str
+    """What is multiplied: a dtype, or TF32."""
     config: dict[str, Any]
     weights: int
     """Weight matrices among its arguments."""
@@ -282,6 +316,8 @@ class Row:
     """All loads from global memory."""
     matrix: dict[str, int]
     """Instructions of the matrix units."""
+    tf32: int
+    """Those of them that multiply in TF32."""
     programs: int = 0
     """Programs that a processor has registers and shared memory for at a time."""
     shapes: list[str] = field(default_factory=list)
@@ -306,6 +342,7 @@ def rows(
 
 
 def _add(found: dict[tuple[str, str], Row], target: str, name: str, shape: Shape) -> None:
+    torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
     with on(target) as launched:
         weights = OPERATIONS[name].call(shape)
     if not launched:
@@ -332,7 +369,7 @@ def _row(operation: str, launch: Launch, target: str, shape: Shape, weights: Wei
         operation=operation,
         kernel=launch.kernel,
         target=target,
-        dtype=str(shape.dtype).removeprefix("torch."),
+        numbers=shape.numbers,
         config=launch.config,
         weights=len(places & read),
         products="tt.dot" in compiled.asm["ttir"],
@@ -372,6 +409,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         "asynchronous": len(copies),
         "loads": len(loads),
         "matrix": {name: count for name, count in matrix.items() if count},
+        "tf32": len(re.findall(r"mma\S+\.tf32", code)),
     }
 
 
@@ -392,6 +430,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
         "asynchronous": sum(re.search(r"\blds\b", load) is not None for load in loads),
         "loads": len(loads),
         "matrix": {"v_mfma": products} if products else {},
+        "tf32": len(re.findall(r"\bv_mfma_\w*xf32", code)),
     }
 
 
@@ -428,26 +467,29 @@ def complaints(row: Row) -> list[str]:
         wrong.append("a processor has no room for a program")
     if row.wide_loads < max(row.weights, row.products):
         wrong.append(f"{row.wide_loads} loads of 128 bits, weight matrices: {row.weights}")
-    if row.products and row.dtype != "float32" and not row.matrix.get(target.matrix):
-        held = ", ".join(row.matrix) or "nothing of the kind"
+    held = ", ".join(row.matrix) or "nothing of the kind"
+    if row.products and row.numbers in HALVES and not row.matrix.get(target.matrix):
         wrong.append(f"multiplies matrices with {held}, not {target.matrix}")
-    where = f"{row.kernel} on {row.target} for {row.shapes[0] if row.shapes else row.dtype}"
+    if row.products and (row.tf32 > 0) != (row.numbers == "TF32"):
+        wrong.append(f"multiplies {row.numbers} with {held}, {row.tf32} of them in TF32")
+    where = f"{row.kernel} on {row.target} for {row.shapes[0] if row.shapes else row.numbers}"
     return [f"{where} {row.config}: {what}" for what in wrong]
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: every kernel in 16 bits and in 32, from the least to the most of all that was compiled."""
+    """Markdown: every kernel by what it multiplies, from the least to the most of all that was compiled."""
     lines = []
-    for name, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in found):
-        for target in TARGETS:
-            same = [
-                row for row in found
-                if (row["kernel"], row["dtype"], row["target"]) == (name, dtype, target)
-            ]  # fmt: skip
-            if same:
-                lines.append([f"`{name}`", dtype, target, *_cells(same)])
+    kernels = dict.fromkeys(row["kernel"] for row in found)
+    for name, numbers, target in product(kernels, ("16 bits", "float32", "TF32"), TARGETS):
+        same = [
+            row for row in found
+            if (row["kernel"], row["target"]) == (name, target)
+            and HALVES.get(row["numbers"], row["numbers"]) == numbers
+        ]  # fmt: skip
+        if same:
+            lines.append([f"`{name}`", numbers, target, *_cells(same)])
     header = [
-        "kernel", "dtype", "target", "compiled", "registers", "programs per processor",
+        "kernel", "numbers", "target", "compiled", "registers", "programs per processor",
         "shared memory, KB", "128-bit loads of all", "matrix instructions", "that spill to memory",
     ]  # fmt: skip
     return markdown(header, lines)
@@ -472,6 +514,13 @@ def _cells(same: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def write(record: dict[str, Any]) -> None:
+    """The record, every row on a line of its own."""
+    rows = ",\n".join(json.dumps(row) for row in record["rows"])
+    rest = json.dumps(record | {"rows": []}, indent=1)
+    RECORD.write_text(rest.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["table"])
@@ -486,7 +535,7 @@ def main() -> None:
             "complaints": wrong,
             "rows": [vars(row) for row in found],
         }
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(record)
         print(f"{len(found)} kernels compiled in {sum(os.times()[:4]):.0f} s of one core")
     fill(PAGE, "ahead-of-time", table(json.loads(RECORD.read_text())["rows"]))
     if wrong:

@@ -12,10 +12,15 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from moefy_kernels import reference
+from moefy_kernels.decode import decode
 from moefy_kernels.expert_mlp import ACTIVATIONS, ExpertMlp
+from moefy_kernels.grouped import grouped
+from moefy_kernels.union import union
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """Relative Frobenius error; bf16 is truncated by the interpreter, which doubles it."""
+TF32 = 3e-3
+"""The same of fp32 where torch is told to multiply in TF32, whose numbers are cut off at 10 bits."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,26 @@ def cases(draw: Any, tokens: int) -> Case:
     )
 
 
+def run(name: str, c: Case, matrix: Tensor | None = None) -> Tensor:
+    """The output of `decode`, or of `union` or `grouped` with a matrix, which is the case's by default."""
+    if name == "decode":
+        return decode(c.x, c.mlp, c.expert, c.weight, None, c.bias)
+    matrix = c.matrix if matrix is None else matrix
+    return {"union": union, "grouped": grouped}[name](c.x, c.mlp, matrix, c.bias)
+
+
+def views(c: Case) -> Case:
+    """The same case, of halves of a fused matrix, a stock down projection and strided inputs."""
+    size = c.mlp.size
+    fused = torch.cat([c.mlp.gate_EFD, c.mlp.up_EFD], 1)
+    stock_down = c.mlp.down_EFD.transpose(1, 2).contiguous()
+    mlp = c.mlp._replace(
+        gate_EFD=fused[:, :size], up_EFD=fused[:, size:], down_EFD=stock_down.transpose(1, 2)
+    )
+    x, expert, weight = (torch.stack([v, v], 2)[..., 0] for v in (c.x, c.expert.long(), c.weight))
+    return c.without(x=x, mlp=mlp, expert=expert, weight=weight)
+
+
 def error(got: Tensor, wanted: Tensor) -> float:
     """Relative Frobenius error."""
     return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
@@ -105,18 +130,35 @@ def far_apart(value_EFD: Tensor) -> Tensor:
 
 
 @contextmanager
-def bf16_dots() -> Iterator[None]:
-    """Let the interpreter multiply matrices in bf16, which it holds as integers: in fp32 instead."""
+def tf32() -> Iterator[None]:
+    """torch may multiply fp32 matrices in TF32."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def matrix_units() -> Iterator[None]:
+    """Let the interpreter multiply bf16, which it holds as integers, and TF32, of which it knows nothing.
+
+    bf16 is multiplied in fp32. TF32 has the first 10 of the 23 bits behind the point of an fp32 number.
+    """
     dot = interpreter.InterpreterBuilder.create_dot
 
-    def wide(handle):
-        if handle.dtype.scalar != tl.bfloat16:
+    def read(handle, tf32):
+        if handle.dtype.scalar == tl.bfloat16:
+            value = (handle.data.astype("uint32") << 16).view("float32")
+        elif handle.dtype.scalar == tl.float32 and tf32:
+            value = (handle.data.view("uint32") & 0xFFFFE000).view("float32")
+        else:
             return handle
-        value = (handle.data.astype("uint32") << 16).view("float32")
         return interpreter.TensorHandle(value, tl.float32)
 
-    def patched(self, a, b, *rest):
-        return dot(self, wide(a), wide(b), *rest)
+    def patched(self, a, b, total, precision, *rest):
+        tf32 = precision.name == "TF32"
+        return dot(self, read(a, tf32), read(b, tf32), total, precision, *rest)
 
     interpreter.InterpreterBuilder.create_dot = patched
     try:

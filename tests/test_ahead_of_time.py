@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json
 import torch
-from compile_kernels import Shape, rows
+from compile_kernels import FP32, TF32, Shape, rows
 from moefy_kernels import configs
 
 usual = Shape(4096, 14336, 128)
@@ -28,6 +28,7 @@ found = {
     "every operation": rows([usual], ["sm_90"]),
     "decode": rows([usual, Shape(2560, 9728, 1)], ["sm_80", "gfx942"], ["decode"]),
     "an odd width": rows([Shape(4100, 256, 32)], ["sm_90"], ["decode"]),
+    "fp32": rows([Shape(4096, 14336, 128, **n) for n in (FP32, TF32)], ["sm_90"], ["union"]),
 }
 large = {"BLOCK_R": 64, "BLOCK_D": 512, "num_warps": 4, "num_stages": 1}
 small = {"BLOCK_R": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
@@ -106,6 +107,15 @@ def test_registers_that_do_not_suffice_are_found(script, compiled, name):
 def test_products_that_miss_the_matrix_units_are_found(script, compiled):
     lines = wrong(script, compiled["small products"], "union_hidden")
     assert lines and all("not wgmma.mma_async" in line for line in lines)
+
+
+def test_fp32_is_multiplied_as_torch_is_told(script, compiled):
+    products = [row for row in compiled["fp32"] if row.products]
+    assert {(row.numbers, row.tf32 > 0) for row in products} == {("float32", False), ("TF32", True)}
+    assert wrong(script, products) == []
+    other = {"float32": "TF32", "TF32": "float32"}
+    swapped = [SimpleNamespace(**vars(row) | {"numbers": other[row.numbers]}) for row in products]
+    assert len(wrong(script, swapped)) == len(products)
 
 
 def test_too_much_shared_memory_is_found(script, compiled):

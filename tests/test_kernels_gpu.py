@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from expert_cases import case, error
+from expert_cases import TF32, case, error, run, tf32
 
 from moefy_kernels import reference
 from moefy_kernels.decode import decode
@@ -24,12 +24,6 @@ def on_gpu(c):
     )
 
 
-def run(name, c):
-    if name == "decode":
-        return decode(c.x, c.mlp, c.expert, c.weight, None, c.bias)
-    return {"union": union, "grouped": grouped}[name](c.x, c.mlp, c.matrix, c.bias)
-
-
 OPERATIONS = [("decode", 1), ("decode", 7), ("union", 2), ("union", 37), ("grouped", 300)]
 
 
@@ -39,6 +33,17 @@ OPERATIONS = [("decode", 1), ("decode", 7), ("union", 2), ("union", 37), ("group
 def test_parity_at_real_sizes(name, tokens, size, dtype):
     c = on_gpu(case(0, tokens, 1024, 24, size, 6, dtype, biased=True, centred=True))
     assert error(run(name, c), c.wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("name", "tokens"), OPERATIONS)
+@pytest.mark.parametrize("size", [16, 128])
+def test_fp32_is_exact_unless_tf32_is_allowed(name, tokens, size):
+    c = on_gpu(case(10, tokens, 1024, 24, size, 6, torch.float32, biased=True))
+    with tf32():
+        found = error(run(name, c), c.wanted)
+    units = name != "decode" and torch.cuda.get_device_capability() >= (8, 0)
+    assert 1e-5 < found < TF32 if units else found < 1e-5
+    assert error(run(name, c), c.wanted) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -59,7 +59,9 @@ def _routing_route(width: int, size: int, bytes_: int) -> Config:
 
 def _union_hidden(width: int, size: int, bytes_: int) -> Config:
     # 128 bytes of 64 rows of each matrix, three times under way: with 64 tokens all that 64 KB hold.
-    return {"BLOCK_R": 64, "BLOCK_D": 128 // bytes_, "num_warps": 4, "num_stages": 3}
+    # fp32 needs registers for what it multiplies, and so more threads.
+    warps = 4 if bytes_ == 2 else 8
+    return {"BLOCK_R": 64, "BLOCK_D": 128 // bytes_, "num_warps": warps, "num_stages": 3}
 
 
 def _union_down(width: int, size: int, bytes_: int) -> Config:
@@ -77,28 +79,32 @@ def _grouped_hidden(width: int, size: int, bytes_: int) -> Config:
 
 def _grouped_slopes(width: int, size: int, bytes_: int) -> Config:
     # Three accumulators, and two passes whose addresses all stay in registers.
-    block = _fitting(size, 32)
-    rows = {"BLOCK_T": 64, "BLOCK_F": block, "BLOCK_D": 128 // bytes_}
-    return {**rows, "GROUP": 8, **_warps(4 if bytes_ == 2 else block // 4)}
+    block = _fitting(size, 32 if bytes_ == 2 else 16)
+    return {"BLOCK_T": 64, "BLOCK_F": block, "BLOCK_D": 128 // bytes_, "GROUP": 8, **_warps(4)}
 
 
 def _grouped_scatter(width: int, size: int, bytes_: int) -> Config:
     # Every element of the accumulator has an address when it is added to the output, and so it is small.
     half = bytes_ == 2
     block = _fitting(size, 64 if half else 32)
-    sized = _warps(block // 4 if half else 8)
+    sized = _warps(block // 4)
     tile = 16 * sized["num_warps"] if half else 64
     # A sum of one block has nothing to load ahead but the next tile, whose addresses cost registers.
     sized["num_stages"] = 3 if size > block else 1
     # A block of weights is to give every thread 16 bytes, also where a warp has 64 threads.
-    return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": 128 if block == 16 else 64, **sized}
+    wide = 128 if block * bytes_ == 32 else 64
+    return {"BLOCK_T": tile, "BLOCK_F": block, "BLOCK_D": wide, **sized}
 
 
 def _grouped_outer(width: int, size: int, bytes_: int) -> Config:
     half = bytes_ == 2
     block = _fitting(size, 64 if half else 32)
-    rows = {"BLOCK_T": 64 if half else 32, "BLOCK_F": block, "BLOCK_D": 128 if half else 64}
-    return {**rows, "num_warps": min(8, block // 4), "num_stages": 3}
+    if half:
+        rows = {"BLOCK_T": 64, "BLOCK_F": block, "BLOCK_D": 128}
+        return {**rows, "num_warps": min(8, block // 4), "num_stages": 3}
+    # Both sides of a product lie across it, which the units of a Hopper refuse in TF32: at 64 columns
+    # they would be fed by narrow loads, at 32 the older instruction takes their place.
+    return {"BLOCK_T": 32, "BLOCK_F": block, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
 
 
 def _warps(wanted: int) -> Config:

@@ -47,5 +47,9 @@ def splits(device: torch.device, programs: int, blocks: int) -> int:
 
 
 def precision() -> str:
-    """How products of fp32 matrices are computed: exactly, unless torch is told to use TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How products of fp32 matrices are computed: in TF32 where torch's own are, else exactly.
+
+    torch is told so by `set_float32_matmul_precision`, `allow_tf32` or `fp32_precision`; the last
+    alone may be read whichever of them was written.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
