@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moefy.convert import convert as convert
     from moefy.experts_interface import register_experts as register_experts
     from moefy.modeling import load as load
+    from moefy.native_linears import native_linears as native_linears
     from moefy.recipe import Recipe as Recipe
     from moefy.recover import recover as recover
     from moefy.sparsify import sparsify as sparsify
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "convert": "moefy.convert",
     "load": "moefy.modeling",
+    "native_linears": "moefy.native_linears",
     "recover": "moefy.recover",
     "register_experts": "moefy.experts_interface",
     "Recipe": "moefy.recipe",

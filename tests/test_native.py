@@ -5,21 +5,28 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import linear
 
+import moefy
+from moefy.checkpoint import Checkpoint
 from moefy.cpu_backend import fits, native_backend
 from moefy.kernel_activations import ACTIVATIONS
 from moefy.mlp import DecidedMlp, DenseMlp, activation_function
+from moefy.modeling import load_dense
+from moefy.native_linears import native_linears
 from moefy_kernels import masked_mlp
 from moefy_kernels.cpu import experts, library
 from moefy_kernels.cpu.experts import native_experts
 from moefy_kernels.cpu.linear import native_linear
 
+DEMO = Path(moefy.__file__).parent / "demo" / "llama"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Relative Frobenius error. In bf16 only the output is rounded: 2**-9 of each number at most."""
 pytestmark = pytest.mark.skipif(library.library() is None, reason="no C++ compiler")
@@ -235,3 +242,22 @@ def test_without_a_compiler_torch_computes_and_says_so_once(tmp_path):
     done = run_python(PROBE, CXX="/no/such/compiler", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0 and "False False" in done.stdout
     assert done.stderr.count("Install a C++ compiler") == 1, done.stderr
+
+
+def test_a_model_with_native_linears_gives_the_same_logits():
+    model = load_dense(Checkpoint.open(DEMO)).float().eval()
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        want, few = model(ids).logits, model(ids[:, :5]).logits
+        assert native_linears(model) is model
+        used = [m for m in model.modules() if "forward" in vars(m)]
+        assert len(used) == sum(type(m) is nn.Linear for m in model.modules()) > 0
+        assert torch.equal(model(ids).logits, want)  # more tokens than the kernel takes
+        got = model(ids[:, :5]).logits
+        assert 0 < error(got, few.double()) < 1e-5
+    # Training is torch's.
+    model(ids[:, :5]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    native_linears(model, on=False)
+    with torch.no_grad():
+        assert torch.equal(model(ids[:, :5]).logits, few)

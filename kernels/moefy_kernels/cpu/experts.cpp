@@ -113,6 +113,9 @@ struct Rows {
     Rows(const W* w, int64_t stride, int64_t rows) {
         for (int r = 0; r < R; ++r) at[r] = w + std::min<int64_t>(r, rows - 1) * stride;
     }
+    Rows(const W* w, int64_t stride, const int64_t* row, int64_t rows) {
+        for (int r = 0; r < R; ++r) at[r] = w + row[std::min<int64_t>(r, rows - 1)] * stride;
+    }
 };
 
 // sum[r] = w[r] . x for one token.
@@ -312,25 +315,33 @@ class Experts {
     std::vector<int64_t> chosen;           // experts that run
     std::vector<std::vector<int32_t>> of;  // tokens of each expert
     std::vector<int64_t> begins;           // where the activations of an expert begin
+    std::vector<int64_t> neuron;           // of one token: all that run
     std::vector<float> h, x, y;            // these only ever grow
 
     const W* matrix(const void* base) const { return static_cast<const W*>(base); }
 
     void list() {
+        const float* weight = a.weight + first * a.experts;
+        int64_t numbers = 0;
         chosen.clear();
+        neuron.clear();
         of.resize(a.experts);
         begins.resize(a.experts);
-        int64_t numbers = 0;
-        for (int64_t e = 0; e < a.experts; ++e) of[e].clear();
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t e = 0; e < a.experts; ++e)
-                if (a.weight[(first + t) * a.experts + e] != 0) of[e].push_back(static_cast<int32_t>(t));
-        for (int64_t e = 0; e < a.experts; ++e)
-            if (!of[e].empty()) {
-                chosen.push_back(e);
-                begins[e] = numbers;
-                numbers += static_cast<int64_t>(of[e].size()) * a.size;
+        for (int64_t e = 0; e < a.experts; ++e) {
+            if (tokens == 1) {
+                if (weight[e] != 0)
+                    for (int64_t r = 0; r < a.size; ++r) neuron.push_back(e * a.size + r);
+                continue;
             }
+            of[e].clear();
+            for (int64_t t = 0; t < tokens; ++t)
+                if (weight[t * a.experts + e] != 0) of[e].push_back(static_cast<int32_t>(t));
+            if (of[e].empty()) continue;
+            chosen.push_back(e);
+            begins[e] = numbers;
+            numbers += static_cast<int64_t>(of[e].size()) * a.size;
+        }
+        numbers += static_cast<int64_t>(neuron.size());
         for (auto [held, size] : {std::pair{&h, numbers}, {&x, tokens * a.width}, {&y, tokens * a.width}})
             if (static_cast<int64_t>(held->size()) < size) held->resize(size);
     }
@@ -339,7 +350,10 @@ class Experts {
         for (int64_t t = thread; t < tokens; t += threads)
             widen(matrix(a.x) + (first + t) * a.width, a.width, &x[t * a.width]);
         barrier();
-        rows(thread, threads);
+        if (tokens == 1)
+            rows_alone(thread, threads);
+        else
+            rows(thread, threads);
         barrier();
         const int64_t steps = (a.width + STEP - 1) / STEP;
         const int64_t from = steps * thread / threads * STEP;
@@ -384,7 +398,8 @@ class Experts {
             for (int64_t r = p.from; r < p.to; ++r)
                 for (int64_t c = 0; c < n; ++c) {
                     const int64_t at = (r - p.from) * BLOCK_TOKENS + c;
-                    finish(p.expert, r, token[c], c0 + c, s[at], u[at]);
+                    h[begins[p.expert] + (c0 + c) * a.size + r] =
+                        number(p.expert, p.expert * a.size + r, token[c], s[at], u[at]);
                 }
         }
     }
@@ -395,17 +410,44 @@ class Experts {
         products(row, stride, p.to - p.from, input, n, a.width, sum);
     }
 
-    void finish(int64_t expert, int64_t row, int64_t token, int64_t at, float s, float u) {
-        const int64_t neuron = expert * a.size + row, neurons = a.experts * a.size;
+    // What a neuron gives a token: `s` and `u` are its two products.
+    float number(int64_t expert, int64_t neuron, int64_t token, float s, float u) const {
         if (a.active)
-            s = widened(matrix(a.active)[(first + token) * neurons + neuron]);
+            s = widened(matrix(a.active)[(first + token) * a.experts * a.size + neuron]);
         else {
             if (a.selecting_bias) s += widened(matrix(a.selecting_bias)[neuron]);
             s = activate(s, static_cast<int>(a.activation));
         }
         if (a.up) s *= a.up_bias ? u + widened(matrix(a.up_bias)[neuron]) : u;
         if (a.centre) s -= widened(matrix(a.centre)[neuron]);
-        h[begins[expert] + at * a.size + row] = s * a.weight[(first + token) * a.experts + expert];
+        return s * a.weight[(first + token) * a.experts + expert];
+    }
+
+    // One token: rows of whatever experts, so that single neurons fill a pass as well as large experts do.
+    void rows_alone(int thread, int threads) {
+        const int64_t all = static_cast<int64_t>(neuron.size()), steps = (all + ALONE - 1) / ALONE;
+        for (int64_t i = steps * thread / threads; i < steps * (thread + 1) / threads; ++i) {
+            const int64_t* const row = &neuron[i * ALONE];
+            const int64_t n = std::min<int64_t>(ALONE, all - i * ALONE);
+            float s[ALONE], u[ALONE];
+            if (a.selecting)
+                dots_alone(Rows<ALONE, W>(matrix(a.selecting), a.selecting_stride, row, n), &x[0], a.width, s);
+            if (a.up) dots_alone(Rows<ALONE, W>(matrix(a.up), a.up_stride, row, n), &x[0], a.width, u);
+            for (int64_t r = 0; r < n; ++r)
+                h[i * ALONE + r] = number(row[r] / a.size, row[r], 0, s[r], u[r]);
+        }
+    }
+
+    void columns_alone(int64_t from, int64_t to) {
+        const int64_t all = static_cast<int64_t>(neuron.size());
+        float* out = &y[from];
+        for (int64_t r = 0; r < all; r += ALONE) {
+            const int64_t n = std::min<int64_t>(ALONE, all - r);
+            float numbers[1][ALONE] = {};
+            std::copy(&h[r], &h[r] + n, numbers[0]);
+            const Rows<ALONE, W> w(matrix(a.down) + from, a.down_stride, &neuron[r], n);
+            add_rows<ALONE, 1>(w, numbers, to - from, &out);
+        }
     }
 
     void columns(int64_t from, int64_t to) {
@@ -416,13 +458,12 @@ class Experts {
             else
                 std::fill(out, out + to - from, 0.0f);
         }
-        for (int64_t e : chosen) {
-            constexpr size_t MANY = 6;  // tokens from which packing the rows pays
-            if (of[e].size() < MANY)
-                by_rows(e, from, to);
-            else
-                packed(e, from, to);
-        }
+        constexpr size_t MANY = 6;  // tokens from which packing the rows pays
+        if (tokens == 1)
+            columns_alone(from, to);
+        else
+            for (int64_t e : chosen)
+                of[e].size() < MANY ? by_rows(e, from, to) : packed(e, from, to);
         for (int64_t t = 0; t < tokens; ++t)
             narrow(&y[t * a.width] + from, to - from, static_cast<W*>(a.y) + (first + t) * a.width + from);
     }
