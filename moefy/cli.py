@@ -369,33 +369,72 @@ def bench(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="Time one synthetic SwiGLU layer: D,N,E,k such as 4096,11008,64,16."),
+        typer.Option(help="A synthetic SwiGLU layer instead: D,N,E,k such as 4096,11008,64,16."),
+    ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(help="kernel, layer or model (model; with --layer: layer)."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Dense checkpoint to compare with; left out, the source.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="eager, compiled, a backend, auto, experts[:NAME][=FOLDER], llama.cpp=FILE.gguf or "
+            "all (all); may be repeated."
+        ),
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="By comma (1,2,4,8,16; of a model: 1).")
+    ] = None,
+    densities: Annotated[
+        str | None, typer.Option(help="By comma, of masks that are drawn and of synthetic layers.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16, for --layer.")
-    ] = "float32",
-    tokens: Annotated[int, typer.Option(help="Tokens a pass, for --layer.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+        str | None, typer.Option(help="float32, bfloat16 or float16 (what the machine runs best).")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens, of a model.")] = 128,
     generated: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
-    samples: Annotated[int, typer.Option(help="Samples of each side.")] = 7,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Also time the dense layer under torch.compile.")
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each engine (15; of a model: 7).")
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Measure for this machine what auto chooses by, on CPUs."),
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture (PNG) of the speedups to write.")
+    ] = None,
     quiet: bool = False,
 ) -> Shown:
-    """Time the moefied model beside the dense one: prefill and cached decode, medians."""
-    from moefy.measure import bench_folder, bench_shape
-    from moefy.tables import speed_rows, terminal
+    """Time engines beside the fastest dense one: the experts alone, the layer, or the whole model.
 
-    if layer is not None:
-        record = bench_shape(layer, dtype, tokens, samples, compiled)
-    elif model is not None:
-        record = bench_folder(model, prompt, generated, samples, quiet=quiet)
-    else:
-        raise MoefyError("bench: got neither a model folder nor --layer; give one of them")
+    Example: moefy bench ./out --level layer --batches 1,4,16 --plot layer.png
+    """
+    from moefy.bench import bench as run
+    from moefy.bench import calibrate_for
+    from moefy.bench.plot import check_plot, draw_speed
+    from moefy.tables import calibration_rows, speed_lines, speed_rows, terminal
+
+    if calibrate:
+        record = calibrate_for(model, layer, dtype, quiet=quiet)
+        _write(record, output)
+        return Shown(record, [terminal(*calibration_rows(record)), f"wrote {record['file']}"])
+    if plot is not None:
+        check_plot(plot)
+    record = run(
+        model, level=level, layer=layer, against=against, engines=engine or [], batches=batches,
+        densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
+        quiet=quiet,
+    )  # fmt: skip
     _write(record, output)
-    return Shown(record, [terminal(*speed_rows(record))])
+    lines = speed_lines(record)
+    if plot is not None:
+        draw_speed(record, plot)
+        lines.append(f"wrote {plot}")
+    return Shown(record, [terminal(*speed_rows(record)), *lines])
 
 
 @verb
@@ -426,15 +465,23 @@ def revert(model: Moefied, out: Out, overwrite: Overwrite = False) -> Shown:
 
 @verb
 def export(
-    model: Moefied,
-    out: Out,
-    to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or dense.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder that moefy convert wrote; for gguf, a stock model too.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; a file for gguf.")],
+    to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, dense or gguf.")],
+    quantize: Annotated[
+        str | None, typer.Option(help="q8_0: matrices of a gguf in 8 bits.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> Shown:
-    """Write a stock mixture-of-experts checkpoint that needs no moefy."""
+    """Write a stock mixture-of-experts checkpoint that needs no moefy.
+
+    Example: moefy export ./llama-moefied ./llama.gguf --to gguf
+    """
     from moefy.export import export as run
 
-    record = run(model, out, to=to, overwrite=overwrite)
+    record = run(model, out, to=to, quantize=quantize, overwrite=overwrite)
     return Shown(record, [f"wrote {out}: {record['architecture']}", *record["warnings"]])
 
 

@@ -1,4 +1,4 @@
-"""Evaluate, time and run folders that `convert` wrote: what the CLI's verbs call."""
+"""Evaluate and run folders that `convert` wrote: what the CLI's verbs call."""
 
 import functools
 from contextlib import nullcontext
@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from moefy.activations import run
 from moefy.artefact import Artefact, read_artefact
-from moefy.benchmark import bench_layer, bench_model
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import Batch, Corpus, load_corpus, split_shards
-from moefy.errors import CorpusError, MoefyError, RecipeError, unknown_choice
+from moefy.errors import CorpusError, MoefyError, RecipeError
 from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import load_tokenizer, read_batches
@@ -35,8 +34,6 @@ BITS = 2
 
 INPUTS = 0.25
 """Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def evaluate_folder(
@@ -150,40 +147,6 @@ def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) 
     router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
     router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
     module.router = router.to(x_TD.device)
-
-
-def bench_folder(
-    folder: Path, prompt: int, generated: int, samples: int, *, quiet: bool = False
-) -> dict[str, Any]:
-    """`bench_model` of a folder against the stock model of the same weights."""
-    weights = weights_of(read_artefact(folder, verify=False), folder)
-    sparse, dense = load(folder, **placement(weights)), load_dense(weights, **placement(weights))
-    return bench_model(
-        dense,
-        sparse,
-        prompt=prompt,
-        generated=generated,
-        samples=samples,
-        report=Reporter(quiet=quiet),
-    )
-
-
-def bench_shape(
-    shape: str, dtype: str, tokens: int, samples: int, compiled: bool = False
-) -> dict[str, Any]:
-    """`bench_layer` of a shape written `D,N,E,k`."""
-    if dtype not in DTYPES:
-        raise MoefyError(unknown_choice("dtype", dtype, DTYPES))
-    numbers = shape.split(",")
-    if len(numbers) != 4 or not all(part.strip().isdigit() for part in numbers):
-        raise MoefyError(f"--layer {shape}: expected D,N,E,k, such as 4096,11008,64,16")
-    width, neurons, experts, k = map(int, numbers)
-    if not experts or neurons % experts or not 0 < k <= experts:
-        raise MoefyError(f"--layer {shape}: N must be a multiple of E, and k from 1 to E")
-    return bench_layer(
-        width=width, neurons=neurons, experts=experts, k=k, tokens=tokens, dtype=DTYPES[dtype],
-        samples=samples, compiled=compiled,
-    )  # fmt: skip
 
 
 def generate_text(

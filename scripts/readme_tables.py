@@ -66,29 +66,29 @@ def quality() -> str:
 
 
 def speed() -> str:
+    """What `auto` takes beside the fastest dense engine; `none` is a difference within the noise."""
     rows = []
-    for name in sorted(p.stem for p in RECORDS.glob("layer_*.json")):
+    names = sorted(p.stem for p in RECORDS.glob("layer_*.json"))
+    for name in [*names, "bench_llama", "bench_opt"]:
         found = record(name)
-        rows.append(
-            [
-                found["dtype"].removeprefix("torch."),
-                f"{found['k']} of {found['experts']}",
-                str(found["tokens"]),
-                f"{found['speedup']['moefied']:.2f}x",
-                found["chosen"],
-            ]
-        )
-    for name in ("llama", "opt"):
-        found = record(f"bench_{name}")
-        for phase in ("prefill", "decode"):
-            by = ", ".join(found["backends"][phase])
+        what = found["dtype"]
+        if found["level"] == "model":
+            what = f"demo {name.removeprefix('bench_')}, whole model, MLP router"
+        for cell in found["cells"]:
+            ours = cell["engines"]["auto"]
+            layer = found["level"] == "layer"
             rows.append(
-                [f"demo {name}, whole model, MLP router, {phase}", "8 of 32", "1" if phase == "decode" else str(found["prompt"]),
-                 f"{found[phase]['speedup']:.2f}x", by]
-            )  # fmt: skip
-    return markdown(
-        ["layer or model", "experts on", "tokens", "speed over dense", "computed by"], rows
-    )
+                [
+                    what if layer else f"{what}, {cell['phase']}",
+                    f"{cell['density']:.2f}",
+                    str(cell["tokens"]),
+                    "none" if ours["speedup"] is None else f"{ours['speedup']:.2f}x",
+                    cell["baseline"],
+                    ours["computed_by"].split(" ")[0],
+                ]
+            )
+    header = ["layer or model", "density", "tokens", "speed over dense", "dense by", "computed by"]
+    return markdown(header, rows)
 
 
 def demo() -> str:

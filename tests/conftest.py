@@ -1,6 +1,7 @@
 """Settings every test runs under, and the shared models and corpora where they are at hand."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread: the tensors are tiny, and on a busy machine threads that wait for each other double the
 # time of a run.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# What this machine was calibrated to must not decide anything here.
+_CACHE = tempfile.TemporaryDirectory(prefix="moefy-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -24,6 +24,7 @@ LAYERS = (
         "training_recipe",
         "families",
         "mlp",
+        "kernel_activations",
         "console",
         "memory",
         "provenance",
@@ -33,11 +34,11 @@ LAYERS = (
     },
     {"checkpoint", "data", "partition", "structure", "baselines"},
     {"routing", "draws"},
-    {"routed", "kernel_backends"},
+    {"routed", "kernel_backends", "cpu_backend"},
     {"locate", "artefact", "inputs", "listing", "sparse_mlp", "sparse_heads"},
-    {"heads", "offload", "experts_interface"},
+    {"heads", "offload", "experts_interface", "native_linears"},
     {"activations", "modeling", "plan", "reorder"},
-    {"training", "evaluate", "interpret", "benchmark", "card", "job"},
+    {"training", "evaluate", "interpret", "bench", "card", "job"},
     {"distil", "fitting"},
     {"sensitivity", "head_fitting", "fitted"},
     {"tuning"},
@@ -48,7 +49,14 @@ LAYERS = (
     {"__main__"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-KERNEL_CALLERS = {"sparse_mlp", "kernel_backends", "experts_interface"}
+KERNEL_CALLERS = {
+    "sparse_mlp",
+    "kernel_backends",
+    "cpu_backend",
+    "experts_interface",
+    "native_linears",
+    "calibrate",
+}
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py"}
 MAX_LINES = 600

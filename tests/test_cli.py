@@ -63,15 +63,6 @@ def test_eval_prints_a_table_or_json(folder, tmp_path):
     assert dense["total"]["kl"]["mean"] == pytest.approx(record["total"]["kl"]["mean"], rel=1e-3)
 
 
-def test_bench_model_and_layer(folder):
-    text = say("bench", folder / "out", "--prompt", 16, "--generated", 4, "--samples", 2)
-    assert "prefill" in text
-    assert "decode" in text
-    record = json.loads(say("bench", "--layer", "64,256,8,2", "--samples", 2, "--json"))
-    assert set(record["median_seconds"]) == {"dense", "moefied", "views", "masked dense"}
-    assert len(record["seconds"]["dense"]) == 2
-
-
 def test_revert_and_ls_and_env(folder, tmp_path):
     say("revert", folder / "out", tmp_path / "back")
     back, source = tmp_path / "back", folder / "source"

@@ -4,7 +4,8 @@
 
 `mixtral`, `qwen2_moe` and `qwen3_moe` are stock mixture-of-experts architectures, which serving
 engines run; `dense` is the source's own architecture with its neurons in expert order. The result
-is loaded with stock transformers and compared before it appears under its name.
+is loaded with stock transformers and compared before it appears under its name. `gguf` is the first
+of these that fits, as one file.
 
 Shapes: E routed experts, F neurons per expert, K experts that run.
 """
@@ -12,6 +13,7 @@ Shapes: E routed experts, F neurons per expert, K experts that run.
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,9 +22,18 @@ from transformers import PreTrainedModel
 from moefy.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
 from moefy.checkpoint import INDEX, Checkpoint, OutputFolder, copy_folder
 from moefy.console import Reporter
-from moefy.errors import UnsupportedModel
+from moefy.errors import MoefyError, UnsupportedModel
 from moefy.export.card import export_card
-from moefy.export.targets import Target, check, config_json, find_target, stock_config, warnings
+from moefy.export.targets import (
+    GGUF,
+    Target,
+    check,
+    config_json,
+    find_target,
+    native_target,
+    stock_config,
+    warnings,
+)
 from moefy.export.tensors import Source, plan_tensors
 from moefy.export.verification import verification_batches, verify, verify_dense
 from moefy.export.writer import write_shards
@@ -37,14 +48,26 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 
 
 def export(
-    folder: str | Path, out: str | Path, *, to: str, overwrite: bool = False
+    folder: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    overwrite: bool = False,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
-    """Write the artefact `folder` into `out` as the stock architecture `to`, or as `dense`.
+    """Write the artefact `folder` into `out` as the stock architecture `to`, as `dense` or `gguf`.
 
-    Returns the record: `architecture`, `out`, `warnings` and what was measured. Raises
+    `gguf` writes a file, takes stock models too, and `quantize="q8_0"` rounds its matrices to 8
+    bits. Returns the record: `architecture`, `out`, `warnings` and what was measured. Raises
     `RecipeError` or `UnsupportedModel` where the target cannot hold the model, and `MoefyError`
     where the result is not the same function; `out` then is as it was.
     """
+    if to == GGUF:
+        return _gguf(Path(folder), Path(out), quantize, overwrite)
+    if quantize is not None:
+        raise MoefyError(
+            f"quantize={quantize}: {to} keeps the dtype of its source; export --to gguf"
+        )
     folder, target = Path(folder), find_target(to)
     artefact = read_artefact(folder)
     checkpoint = weights_of(artefact, folder)
@@ -75,6 +98,25 @@ def export(
         raise
     output.commit(finished)
     return {"kind": "export", "to": to, "out": str(out), **record}
+
+
+def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dict[str, Any]:
+    """Write a GGUF of the artefact's stock counterpart, or of a model that is stock already."""
+    from moefy.export.gguf import check_request, write_gguf  # needs the extra `gguf`
+
+    check_request(out, quantize=quantize, overwrite=overwrite)
+    options: dict[str, Any] = {"quantize": quantize, "overwrite": overwrite}
+    if not (folder / META).exists():
+        return {"kind": "export", "to": GGUF, **write_gguf(folder, out, **options)}
+    artefact = read_artefact(folder)
+    config = read_config(weights_of(artefact, folder))
+    to = native_target(config, shared=any(entry.shared for entry in artefact.layers))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        record = export(folder, Path(work) / "stock", to=to)
+        made = write_gguf(record["out"], out, name=artefact.source["name"], **options)
+    said = [*record["warnings"], *made["warnings"]]
+    return {**record, **made, "to": GGUF, "native": to, "warnings": said}
 
 
 def _stock(

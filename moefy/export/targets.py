@@ -16,7 +16,7 @@ from moefy.artefact import Artefact, LayerEntry
 from moefy.errors import MoefyError, RecipeError, UnsupportedModel, unknown_choice
 from moefy.locate import Site
 
-DENSE = "dense"
+DENSE, GGUF = "dense", "gguf"
 SHARED_GAIN = 2.0
 """Stock shared experts pass through a sigmoid gate: 1/2 where the gate's weights are zero."""
 
@@ -121,8 +121,17 @@ def find_target(name: str) -> Target | None:
     if name == DENSE:
         return None
     if name not in TARGETS:
-        raise MoefyError(unknown_choice("export target", name, [*TARGETS, DENSE]))
+        raise MoefyError(unknown_choice("export target", name, [*TARGETS, DENSE, GGUF]))
     return TARGETS[name]
+
+
+def native_target(config: PreTrainedConfig, *, shared: bool) -> str:
+    """The row that holds a source with this configuration, one with shared experts if need be.
+
+    Where no row does, the nearest: `check` then says why not.
+    """
+    rows = _fitting(config) or list(TARGETS)
+    return next((name for name in rows if TARGETS[name].shared or not shared), rows[0])
 
 
 def check(target: Target, artefact: Artefact, found: list[Site], config: PreTrainedConfig) -> None:

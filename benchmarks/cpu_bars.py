@@ -1,0 +1,185 @@
+"""What the native CPU kernels reach, and whether `auto` chooses well: records for docs/cpu.md.
+
+    python benchmarks/cpu_bars.py layers     # a 7B-shaped layer, batches 1 to 16, both dtypes, router included
+    python benchmarks/cpu_bars.py prefill    # 512 tokens of it in fp32
+    python benchmarks/cpu_bars.py dispatch   # calibrates, then every path over batches and densities
+    python benchmarks/cpu_bars.py table      # docs/cpu.md from the records
+
+`--tiny` rehearses on small layers and writes no records. Nothing else should run beside these.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from pages import fill
+
+from moefy.bench import Shape, bench_kernel, bench_layer, synthetic
+from moefy.bench.calibrate import calibrate
+from moefy.console import Reporter
+from moefy.sparse_mlp import ON_CPU
+
+RECORDS = Path("benchmarks/records")
+PAGE = Path("docs/cpu.md")
+WIDTH, NEURONS = 4096, 11008
+EXPERTS = (64, 344)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ENGINES = ("eager", "compiled", "views", "native", "auto")
+REPORT = Reporter()
+
+
+def layers(tiny: bool) -> None:
+    """Decoding, router included; 4 layers in turn."""
+    for dtype in DTYPES:
+        for experts in EXPERTS:
+            shape = _shape(experts, tiny)
+            found = synthetic(shape, dtype=DTYPES[dtype], tokens=16)
+            record = bench_layer(
+                found, batches=(1, 2, 4, 8, 16), densities=(0.25, 1.0), engines=ENGINES,
+                samples=5 if tiny else 9, report=REPORT,
+            )  # fmt: skip
+            _save(record, f"cpu_layer_{dtype}_{experts}", tiny)
+
+
+def prefill(tiny: bool) -> None:
+    """A prompt, in fp32: torch has no product in bf16 that is worth comparing with on every machine."""
+    for experts in EXPERTS:
+        found = synthetic(_shape(experts, tiny), dtype=torch.float32, tokens=512)
+        record = bench_kernel(
+            found, batches=(512,), densities=(0.25,), engines=ENGINES, samples=5, report=REPORT
+        )
+        _save(record, f"cpu_prefill_{experts}", tiny)
+
+
+def dispatch(tiny: bool) -> None:
+    """Calibrate for a layer, then time every path and `auto` over the whole range."""
+    shape = Shape(64, 256, 8, 2) if tiny else Shape(1024, 4096, 128, 32)
+    most = 64 if tiny else 4096
+    found = synthetic(shape, dtype=torch.float32, tokens=most)
+    calibrate(found, report=REPORT)
+    batches = [2**n for n in range(most.bit_length())]
+    record = bench_kernel(
+        found, batches=batches, densities=(0.05, 0.1, 0.25, 0.5, 0.75, 1.0),
+        engines=("eager", *ON_CPU, "auto"), samples=5, report=REPORT,
+    )  # fmt: skip
+    record["choices"] = [_choice(cell) for cell in record["cells"]]
+    _save(record, "cpu_dispatch", tiny)
+
+
+def _choice(cell: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` took, and how its path does beside the best one and beside plain dense."""
+    rows = cell["engines"]
+    taken = rows["auto"]["computed_by"]
+    best = min(rows[path]["p50"] for path in ON_CPU if path in rows)
+    return {
+        "batch": cell["batch"],
+        "density": cell["asked_density"],
+        "taken": taken,
+        "of_best": best / rows[taken]["p50"],
+        "of_dense": rows["eager"]["p50"] / rows[taken]["p50"],
+        "auto_of_best": best / rows["auto"]["p50"],
+    }
+
+
+def _shape(experts: int, tiny: bool) -> Shape:
+    if tiny:
+        return Shape(64, 344, 8, 2)
+    return Shape(WIDTH, NEURONS, experts, round(experts / 4))
+
+
+def _save(record: dict[str, Any], name: str, tiny: bool) -> None:
+    print(
+        name,
+        [
+            (
+                c["batch"],
+                c["asked_density"],
+                {n: round(r["ratio"], 2) for n, r in c["engines"].items()},
+            )
+            for c in record["cells"]
+        ][:3],
+    )
+    if not tiny:
+        for cell in record["cells"]:
+            for row in cell["engines"].values():
+                del row["seconds"]  # medians and intervals stay
+        (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table() -> None:
+    """Fill the tables of the page."""
+    lines = [
+        "| dtype | experts | batch | density | baseline | native, times faster | auto | of the bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for dtype in DTYPES:
+        for experts in EXPERTS:
+            for cell in _record(f"cpu_layer_{dtype}_{experts}")["cells"]:
+                row, auto = cell["engines"]["native"], cell["engines"]["auto"]
+                lines.append(
+                    f"| {dtype} | {experts} | {cell['batch']} | {cell['density']:.2f} | "
+                    f"{cell['baseline']} | {_times(row)} | {_times(auto)} | {row['of_bandwidth']:.0%} |"
+                )
+    fill(PAGE, "layers", "\n".join(lines))
+    lines = ["| experts | native | views | auto |", "| --- | --- | --- | --- |"]
+    for experts in EXPERTS:
+        rows = _record(f"cpu_prefill_{experts}")["cells"][0]["engines"]
+        times = " | ".join(_times(rows[name]) for name in ("native", "views", "auto"))
+        lines.append(f"| {experts} | {times} |")
+    fill(PAGE, "prefill", "\n".join(lines))
+    choices = _record("cpu_dispatch")["choices"]
+    densities = sorted({choice["density"] for choice in choices})
+    lines = [
+        "| batch | " + " | ".join(f"{density:g}" for density in densities) + " |",
+        "| --- |" + " --- |" * len(densities),
+    ]
+    for batch in sorted({choice["batch"] for choice in choices}):
+        cells = {c["density"]: c for c in choices if c["batch"] == batch}
+        told = (
+            f"{c['taken']} {c['of_best']:.2f} / {c['of_dense']:.2f}"
+            for c in map(cells.get, densities)
+            if c
+        )
+        lines.append(f"| {batch} | " + " | ".join(told) + " |")
+    worst = min(choices, key=lambda c: float(c["of_best"]))
+    lines.append(
+        f"\nThe path taken reaches {worst['of_best']:.2f} of the best at worst (batch {worst['batch']}, density "
+        f"{worst['density']:g}), {sum(c['of_best'] >= 0.95 for c in choices)} of {len(choices)} cells reach "
+        f"0.95, and {min(c['of_dense'] for c in choices):.2f} of plain dense at worst."
+    )
+    fill(PAGE, "dispatch", "\n".join(lines))
+
+
+def _times(row: dict[str, Any]) -> str:
+    """A speedup with its interval; none where it is within the noise."""
+    if row["interval"] is None:
+        return "baseline"
+    low, high = row["interval"]
+    value = "none" if row["speedup"] is None else f"{row['ratio']:.2f}"
+    return f"{value} ({low:.2f} to {high:.2f})"
+
+
+def _record(name: str) -> dict[str, Any]:
+    return json.loads((RECORDS / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["layers", "prefill", "dispatch", "table"])
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    if given.what == "table":
+        table()
+    else:
+        {"layers": layers, "prefill": prefill, "dispatch": dispatch}[given.what](given.tiny)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Level `model`: tokens per second of a prompt and of cached decoding, dense and moefied beside each other.
+
+Ids are given, not chosen, so that all engines do the same work. A sample is the prompt and then every
+token behind it, each timed by itself.
+
+Shapes: B sequences, T tokens, E experts, V vocabulary, L layers, G generated tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.bench import moved
+from moefy.bench.bandwidth import read_bandwidth
+from moefy.bench.cells import Facts, cell, checked, record
+from moefy.bench.engines import AUTO, EAGER, MASKED, Choice, Unavailable, choose
+from moefy.bench.model_engines import Models, Session, TransformersSession, keeping
+from moefy.bench.prompts import Prompt
+from moefy.bench.settings import check
+from moefy.bench.timing import Run, side_by_side
+from moefy.console import Reporter
+from moefy.errors import MoefyError
+from moefy.offload import device_of
+from moefy.sparse_mlp import BACKENDS, sparse_mlps
+
+CHECKED = 4
+"""Decoded tokens whose logits are compared."""
+SAME, ROUTED, ELSEWHERE = "same", "routed", "elsewhere"
+TOLERANCE = {
+    torch.float32: {SAME: 1e-3, ROUTED: 0.05, ELSEWHERE: 0.3},
+    torch.float16: {SAME: 0.05, ROUTED: 0.2, ELSEWHERE: 0.3},
+    torch.bfloat16: {SAME: 0.1, ROUTED: 0.2, ELSEWHERE: 0.3},
+}
+"""Largest relative error of logits that is still the same model: of dense ones; of routed ones, where
+rounding may swap experts whose scores are equal; of files that hold rounded or quantised weights."""
+PHASES = ("prefill", "decode")
+
+
+@dataclass
+class _Pass:
+    """What the reference run of a batch says of one phase."""
+
+    masks: list[list[Tensor]]
+    """`[T, E]` of each layer, for each pass."""
+    cache: float
+    """Bytes of keys and values that a pass moves."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass, all sequences together."""
+        return len(self.masks[0][0])
+
+
+@torch.no_grad()
+def bench_model(
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    prompt: Prompt,
+    *,
+    what: str,
+    generated: int = 32,
+    batches: Sequence[int] = (1,),
+    engines: Sequence[str] = (),
+    samples: int = 7,
+    placement: dict[str, Any] | None = None,
+    report: Reporter | None = None,
+) -> dict[str, Any]:
+    """Time prompts and `generated` tokens decoded behind them, for every batch; returns the record.
+
+    `prompt` has as many sequences as the largest batch; the last `generated` ids of each are those that
+    are decoded. `engines` as in `engines.choose`; `placement` is how stock mixtures of experts are
+    loaded. Raises `MoefyError` for models that do not generate.
+    """
+    check(batches, (), samples)
+    choices = choose(engines)
+    length = prompt.ids_BT.shape[1] - generated
+    for model in (dense, sparse):
+        _generates(model, prompt)
+    models = Models(dense, sparse, placement or {})
+    device = device_of(sparse)
+    bandwidth = read_bandwidth(device)
+    cells = []
+    for batch in batches:
+        if report is not None:
+            report.say(f"time prompt and decode: batch {batch}")
+        ids_BT = prompt.ids_BT[:batch]
+        cells += _cells(models, ids_BT, length, choices, samples, bandwidth["bytes_per_second"])
+    what = f"{what}: {length} tokens of prompt, {generated} decoded, {prompt.what}"
+    return record(
+        "model",
+        what,
+        cells,
+        dtype=sparse.dtype,
+        device=device,
+        samples=samples,
+        bandwidth=bandwidth,
+    )
+
+
+def _generates(model: PreTrainedModel, prompt: Prompt) -> None:
+    name, config = type(model).__name__, model.config.get_text_config()
+    if not model.can_generate() or config.is_encoder_decoder:
+        raise MoefyError(
+            f"{name}: no cached decoding to time; --level layer and kernel time the layers of encoders, "
+            "--layer D,N,E,k one of any shape"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt.ids_BT.shape[1] > positions:
+        raise MoefyError(
+            f"{name}: {prompt.ids_BT.shape[1]} tokens of prompt and decode, but {positions} positions; "
+            "lower --prompt or --generated"
+        )
+    if int(prompt.ids_BT.max()) >= config.vocab_size:
+        raise MoefyError(
+            f"{name}: the prompt has token {int(prompt.ids_BT.max())}, the model knows "
+            f"{config.vocab_size}; --against must have the vocabulary of MODEL"
+        )
+
+
+def _cells(
+    models: Models,
+    ids_BT: Tensor,
+    length: int,
+    choices: Sequence[Choice],
+    samples: int,
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """The records of prefill and decode for one batch."""
+    batch, steps = len(ids_BT), range(length, ids_BT.shape[1])
+    wanted, passes = _references(models, ids_BT, length)
+    sessions: dict[str, Session] = {}
+    facts: dict[str, dict[str, Facts]] = {phase: {} for phase in PHASES}
+    refused: dict[str, str] = {}
+    for choice in choices:
+        try:
+            session = models.session(choice, ids_BT, length)
+            got, by = _run(session, models.sparse, steps[:CHECKED])
+            _by_name(choice, by)
+            error = checked(got, wanted[session.dense], _tolerance(choice, models.sparse.dtype))
+            for phase, at in zip(PHASES, passes, strict=True):
+                facts[phase][choice.label] = _facts(choice, session, models, at, by[phase], error)
+            sessions[choice.label] = session
+        except Unavailable as reason:
+            refused[choice.label] = str(reason)
+        except RuntimeError as failure:  # what torch says of a compiler or a shape that does not do
+            refused[choice.label] = f"failed: {str(failure).strip().splitlines()[0]}"
+    runs = {
+        name: Run([s.prefill, *(partial(s.step, p) for p in steps)], before=s.reset)
+        for name, s in sessions.items()
+    }
+    seconds = side_by_side(runs, samples)
+    found = []
+    for phase, at, part in zip(PHASES, passes, (slice(0, 1), slice(1, None)), strict=True):
+        masks = [mask_TE for one in at.masks for mask_TE in one]
+        place = {
+            "phase": phase,
+            "batch": batch,
+            "tokens": batch * (length if phase == "prefill" else 1),
+            "density": fmean(map(moved.density, masks)),
+            "asked_density": None,
+            "union": fmean(map(moved.union, masks)),
+            "least_bytes": _bytes(models.sparse, at),
+            "router": None,
+        }
+        timed = {name: seconds_RC[:, part] for name, seconds_RC in seconds.items()}
+        found.append(cell(place, timed, facts[phase], refused, bandwidth))
+    return found
+
+
+def _references(
+    models: Models, ids_BT: Tensor, length: int
+) -> tuple[dict[bool, Tensor], tuple[_Pass, _Pass]]:
+    """Logits of the dense model without a cache and of the moefied one masked; what the latter ran."""
+    steps = range(length, ids_BT.shape[1])
+    some_BT = ids_BT[:, : length + CHECKED].to(device_of(models.dense))
+    count = some_BT.shape[1] - length + 1
+    options = keeping(models.dense, count)
+    models.session(Choice(EAGER), ids_BT, length).reset()  # as stock has it
+    whole_BTV = models.dense(input_ids=some_BT, use_cache=False, **options).logits
+    dense = whole_BTV[:, -count:].transpose(0, 1).float().cpu()
+    session = models.session(Choice(MASKED), ids_BT, length)
+    assert isinstance(session, TransformersSession)
+    with _listening(models.sparse) as heard:
+        session.reset()
+        logits = [session.prefill()]
+        prefill = _Pass([heard.copy()], moved.cache_bytes(session.cache))
+        decode = _Pass([], 0.0)
+        held = 0.0
+        for position in steps:
+            heard.clear()
+            logits.append(session.step(position))
+            decode.masks.append(heard.copy())
+            held += moved.cache_bytes(session.cache)
+    decode.cache = held / len(steps)
+    sparse = torch.stack(logits[:count]).float().cpu()
+    return {True: dense, False: sparse}, (prefill, decode)
+
+
+@contextmanager
+def _listening(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The masks of the layers, in order, as they run."""
+    heard: list[Tensor] = []
+
+    def observe(_: Tensor, mask_TE: Tensor) -> None:
+        heard.append(mask_TE.clone())
+
+    modules = sparse_mlps(model).values()
+    for module in modules:
+        module.observer = observe
+    try:
+        yield heard
+    finally:
+        for module in modules:
+            module.observer = None
+
+
+def _run(
+    session: Session, sparse: PreTrainedModel, steps: Sequence[int]
+) -> tuple[Tensor, dict[str, dict[str, int]]]:
+    """Logits `[1 + G, B, V]` behind the prompt and some tokens; which backends computed each phase."""
+    session.reset()
+    # A graph of torch.compile may reuse the memory of what it returned before.
+    logits = [session.prefill().float().cpu()]
+    by = {"prefill": _backends(sparse)}
+    logits += [session.step(position).float().cpu() for position in steps]
+    by["decode"] = _backends(sparse)
+    return torch.stack(logits), by
+
+
+def _backends(model: PreTrainedModel) -> dict[str, int]:
+    """How many layers the last pass computed with each backend."""
+    chosen = [module.chosen for module in sparse_mlps(model).values()]
+    return {name: chosen.count(name) for name in sorted(set(chosen))}
+
+
+def _by_name(choice: Choice, by: dict[str, dict[str, int]]) -> None:
+    """Raise `Unavailable` where another backend than the one named computed some layer."""
+    others = {name for phase in by.values() for name in phase} - {choice.name}
+    if choice.name in BACKENDS and others:
+        taken = ", ".join(sorted(others))
+        raise Unavailable(f"does not compute these layers, {taken} takes its place")
+
+
+def _tolerance(choice: Choice, dtype: torch.dtype) -> float:
+    kind = SAME if choice.dense else ROUTED if choice.path is None else ELSEWHERE
+    return TOLERANCE[dtype][kind]
+
+
+def _facts(
+    choice: Choice,
+    session: Session,
+    models: Models,
+    at: _Pass,
+    by: dict[str, int],
+    error: float,
+) -> Facts:
+    """What one pass of a phase moves and uses, on average."""
+    if choice.path is not None and choice.experts is None:
+        return Facts(session.dense, error, None, None)  # weights of another size
+    if session.dense:
+        moved_bytes = moved.model_bytes(models.dense, at.tokens) + at.cache
+        return Facts(True, error, moved_bytes, moved.model_parameters(models.dense))
+    moved_bytes = _bytes(models.sparse, at, whole=choice.name == MASKED)
+    parameters = fmean(moved.model_parameters(models.sparse, one) for one in at.masks)
+    text = ", ".join(f"{name} ({n})" for name, n in by.items()) if choice.base == AUTO else ""
+    return Facts(False, error, moved_bytes, parameters, text)
+
+
+def _bytes(sparse: PreTrainedModel, at: _Pass, *, whole: bool = False) -> float:
+    """Bytes that a pass of the moefied model moves on average; `whole` reads every expert."""
+    ran = at.masks
+    if whole:
+        ran = [[torch.ones_like(mask_TE) for mask_TE in one] for one in ran]
+    return fmean(moved.model_bytes(sparse, at.tokens, one) for one in ran) + at.cache
