@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moefy.kernel_activations import ACTIVATIONS
 from moefy.mlp import DecidedMlp, DenseMlp
-from moefy_kernels import ExpertWeights, expert_views_mlp
+from moefy_kernels import ExpertWeights
 from moefy_kernels.cpu.experts import native_experts, serves
 
 
@@ -23,9 +23,7 @@ def fits(x_TD: Tensor, weights: ExpertWeights) -> bool:
 
 
 def native_backend(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
-    """The same function as `reference.masked_mlp`; views of the experts where the kernel does not fit."""
-    if not fits(x_TD, weights):
-        return expert_views_mlp(x_TD, weights, mask_TE)
+    """The same function as `reference.masked_mlp`, for what `fits`."""
     decided = isinstance(weights, DecidedMlp)
     mlp = weights.mlp if isinstance(weights, DecidedMlp) else weights
     assert isinstance(mlp, DenseMlp)

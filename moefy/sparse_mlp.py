@@ -164,6 +164,8 @@ class SparseMlp(Routed):
             raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
         elif name not in ON_CPU and not kernels.fits(weights):
             name = "masked"  # no kernel computes all that this layer has
+        elif name == "native" and not cpu_backend.fits(x_TD, weights):
+            name = "views"
         self.chosen = name
         return BACKENDS[name](x_TD, weights, mask_TE)
 

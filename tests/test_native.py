@@ -21,6 +21,8 @@ from moefy.kernel_activations import ACTIVATIONS
 from moefy.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy.modeling import load_dense
 from moefy.native_linears import native_linears
+from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.sparse_mlp import SparseMlp
 from moefy_kernels import masked_mlp
 from moefy_kernels.cpu import experts, library
 from moefy_kernels.cpu.experts import native_experts
@@ -161,13 +163,13 @@ def test_what_the_kernel_does_not_compute_is_refused():
     assert not fits(x, mlp.to(torch.bfloat16))
     assert not fits(x.requires_grad_(), mlp)
     assert not fits(x.detach(), layer(activation="tanh")[1])
-    assert (
-        error(
-            native_backend(x.detach(), layer(activation="tanh")[1], mask),
-            wanted(x.detach(), layer(activation="tanh")[1], mask),
-        )
-        < 1e-5
-    )
+    module = SparseMlp(
+        layer(activation="tanh")[1], experts=5, shared=0, router=ROUTERS["linear"](40, 5, 0),
+        selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](40, 5, 0),
+    ).requires_grad_(False)  # fmt: skip
+    module.backend = "native"
+    got = module.compute(x.detach(), mask, module.weights)
+    assert module.chosen == "views" and error(got, wanted(x.detach(), module.weights, mask)) < 1e-5
     with pytest.raises(ValueError, match="fp32 or bf16"):
         native_experts(x.detach().half(), mask, mlp.down_ND, "silu", mlp.gate_ND, mlp.up_ND)
     with pytest.raises(ValueError, match="either"):

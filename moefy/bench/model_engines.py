@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 from moefy.bench.engines import (
     COMPILED,
-    EAGER,
     LLAMA_CPP,
     PREFIX,
     Choice,
