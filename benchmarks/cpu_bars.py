@@ -153,6 +153,79 @@ def table() -> None:
         f"0.95, and {min(c['of_dense'] for c in choices):.2f} of plain dense at worst."
     )
     fill(PAGE, "dispatch", "\n".join(lines))
+    models()
+
+
+NAMES = {
+    "eager": "torch dense",
+    "compiled": "torch dense, compiled",
+    "eager+linears": "torch dense, moefy's linear maps",
+    "masked": "moefy, masked dense",
+    "views": "moefy, views of the experts in torch",
+    "auto": "moefy",
+    "auto+linears": "moefy, its linear maps too",
+    "dense.gguf": "llama.cpp dense",
+    "dense-q8_0.gguf": "llama.cpp dense, Q8_0",
+    "export-{}.gguf": "llama.cpp on moefy's export",
+    "export-{}-q8_0.gguf": "llama.cpp on moefy's export, Q8_0",
+}
+MODEL_DENSITIES = ("0.1", "0.25", "0.5")
+
+
+def models() -> None:
+    """The table and the picture of whole models (`cpu_model.py`)."""
+    records = {density: _record(f"cpu_model_{density}") for density in MODEL_DENSITIES}
+    lines = [
+        "| engine | "
+        + " | ".join(f"decode at {d}" for d in records)
+        + " | of the bandwidth at 0.25 | "
+        "prefill at 0.25 |",
+        "| --- |" + " --- |" * (len(records) + 2),
+    ]
+    drawn: dict[str, dict[str, float]] = {}
+    for key, name in NAMES.items():
+        rows = {d: _phases(record, key.format(d)) for d, record in records.items()}
+        if not all(rows.values()):
+            continue
+        rates = {d: row["decode"]["tokens_per_second"] for d, row in rows.items()}
+        drawn[name] = rates
+        of, prefill = (
+            rows["0.25"]["decode"]["of_bandwidth"],
+            rows["0.25"]["prefill"]["tokens_per_second"],
+        )
+        lines.append(
+            f"| {name} | " + " | ".join(f"{rate:.1f}" for rate in rates.values())
+            + f" | {'' if of is None else f'{of:.0%}'} | {prefill:.0f} |"
+        )  # fmt: skip
+    table = "\n".join(lines)
+    for page in (PAGE, Path("README.md")):
+        fill(page, "model", table)
+    _draw(drawn, Path("docs/cpu_model.png"))
+
+
+def _phases(record: dict[str, Any], engine: str) -> dict[str, Any]:
+    """The rows of an engine by phase; empty where it did not run."""
+    return {c["phase"]: c["engines"][engine] for c in record["cells"] if engine in c["engines"]}
+
+
+def _draw(rates: dict[str, dict[str, float]], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rates) + 1.2), layout="constrained")
+    colours = {"0.1": "#0072b2", "0.25": "#56b4e9", "0.5": "#cccccc"}
+    for offset, density in enumerate(MODEL_DENSITIES):
+        at = [n + 0.27 * (offset - 1) for n in range(len(rates))]
+        values = [found[density] for found in rates.values()]
+        axes.barh(at, values, 0.25, color=colours[density], label=f"density {density}")
+    axes.set_yticks(range(len(rates)), list(rates))
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens decoded a second")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=150)
 
 
 def _times(row: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
 // Expert MLPs, and linear maps of few tokens, on CPUs. Reads every weight where it is and copies none.
 //
-// An MLP is computed in two phases with one barrier between them:
+// One token reads the rows of all neurons that run, gate, up and down, in one pass (`alone`). Several tokens
+// are computed in two phases with one barrier between them:
 //   rows     h[t][f] = act(s_f x[t]) * (u_f x[t]) of every expert and the tokens that chose it;
 //            threads share the rows of the experts that run.
-//   columns  y[t] = sum_f h[t][f] d_f; every thread owns a range of columns and walks over all rows,
-//            so that nothing is added up twice and the result does not depend on how many threads run.
-// One token reads rows as they lie. Where several tokens share an expert, rows in bf16 are widened once
-// into the first-level cache, and tiles of 4 rows by 3 tokens (rows) or of 4 tokens by 3 vectors (columns)
-// keep the arithmetic busy. Everything is added up in fp32.
+//   columns  y[t] = sum_f h[t][f] d_f; every thread owns a range of columns and walks over all rows.
+// Where tokens share an expert, rows in bf16 are widened once into the first-level cache, and tiles of 4 rows
+// by 3 tokens (rows) or of 6 tokens by 2 vectors (columns) keep the arithmetic busy. Everything is added up
+// in fp32, in an order that does not depend on how many threads there are.
 //
 // Vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and machines without.
 
@@ -341,7 +341,7 @@ class Experts {
             begins[e] = numbers;
             numbers += static_cast<int64_t>(of[e].size()) * a.size;
         }
-        numbers += static_cast<int64_t>(neuron.size());
+        if (tokens == 1) numbers = SPLITS * a.width;
         for (auto [held, size] : {std::pair{&h, numbers}, {&x, tokens * a.width}, {&y, tokens * a.width}})
             if (static_cast<int64_t>(held->size()) < size) held->resize(size);
     }
@@ -350,14 +350,13 @@ class Experts {
         for (int64_t t = thread; t < tokens; t += threads)
             widen(matrix(a.x) + (first + t) * a.width, a.width, &x[t * a.width]);
         barrier();
-        if (tokens == 1)
-            rows_alone(thread, threads);
-        else
-            rows(thread, threads);
+        if (tokens == 1) {
+            alone(thread, threads);
+            return;
+        }
+        rows(thread, threads);
         barrier();
-        const int64_t steps = (a.width + STEP - 1) / STEP;
-        const int64_t from = steps * thread / threads * STEP;
-        const int64_t to = std::min(a.width, steps * (thread + 1) / threads * STEP);
+        const auto [from, to] = own_columns(thread, threads);
         if (from < to) columns(from, to);
     }
 
@@ -423,48 +422,61 @@ class Experts {
         return s * a.weight[(first + token) * a.experts + expert];
     }
 
-    // One token: rows of whatever experts, so that single neurons fill a pass as well as large experts do.
-    void rows_alone(int thread, int threads) {
+    // One token: every row is read once from end to end, gate, up and down side by side. Rows may belong to
+    // whatever experts, so that single neurons fill a pass as well as large experts do. Sums are made in
+    // SPLITS parts, whichever thread makes them, and added up in their order.
+    static constexpr int SPLITS = 32;
+
+    void alone(int thread, int threads) {
         const int64_t all = static_cast<int64_t>(neuron.size()), steps = (all + ALONE - 1) / ALONE;
-        for (int64_t i = steps * thread / threads; i < steps * (thread + 1) / threads; ++i) {
-            const int64_t* const row = &neuron[i * ALONE];
-            const int64_t n = std::min<int64_t>(ALONE, all - i * ALONE);
-            float s[ALONE], u[ALONE];
-            if (a.selecting)
-                dots_alone(Rows<ALONE, W>(matrix(a.selecting), a.selecting_stride, row, n), &x[0], a.width, s);
-            if (a.up) dots_alone(Rows<ALONE, W>(matrix(a.up), a.up_stride, row, n), &x[0], a.width, u);
-            for (int64_t r = 0; r < n; ++r)
-                h[i * ALONE + r] = number(row[r] / a.size, row[r], 0, s[r], u[r]);
+        for (int64_t split = SPLITS * thread / threads; split < SPLITS * (thread + 1) / threads; ++split) {
+            float* out = &h[split * a.width];
+            std::fill(out, out + a.width, 0.0f);
+            for (int64_t i = steps * split / SPLITS; i < steps * (split + 1) / SPLITS; ++i)
+                add_alone(&neuron[i * ALONE], std::min<int64_t>(ALONE, all - i * ALONE), out);
         }
+        barrier();
+        const auto [from, to] = own_columns(thread, threads);
+        begin(from, to);
+        for (int64_t split = 0; split < SPLITS; ++split)
+            for (int64_t d = from; d < to; ++d) y[d] += h[split * a.width + d];
+        end(from, to);
     }
 
-    void columns_alone(int64_t from, int64_t to) {
-        const int64_t all = static_cast<int64_t>(neuron.size());
-        float* out = &y[from];
-        for (int64_t r = 0; r < all; r += ALONE) {
-            const int64_t n = std::min<int64_t>(ALONE, all - r);
-            float numbers[1][ALONE] = {};
-            std::copy(&h[r], &h[r] + n, numbers[0]);
-            const Rows<ALONE, W> w(matrix(a.down) + from, a.down_stride, &neuron[r], n);
-            add_rows<ALONE, 1>(w, numbers, to - from, &out);
-        }
+    void add_alone(const int64_t* row, int64_t n, float* out) {
+        float s[ALONE], u[ALONE], numbers[1][ALONE] = {};
+        if (a.selecting)
+            dots_alone(Rows<ALONE, W>(matrix(a.selecting), a.selecting_stride, row, n), &x[0], a.width, s);
+        if (a.up) dots_alone(Rows<ALONE, W>(matrix(a.up), a.up_stride, row, n), &x[0], a.width, u);
+        for (int64_t r = 0; r < n; ++r) numbers[0][r] = number(row[r] / a.size, row[r], 0, s[r], u[r]);
+        add_rows<ALONE, 1>(Rows<ALONE, W>(matrix(a.down), a.down_stride, row, n), numbers, a.width, &out);
     }
 
     void columns(int64_t from, int64_t to) {
-        for (int64_t t = 0; t < tokens; ++t) {
+        begin(from, to);
+        constexpr size_t MANY = 6;  // tokens from which packing the rows pays
+        for (int64_t e : chosen) of[e].size() < MANY ? by_rows(e, from, to) : packed(e, from, to);
+        end(from, to);
+    }
+
+    // The columns of a thread: whole STEPs.
+    std::pair<int64_t, int64_t> own_columns(int thread, int threads) const {
+        const int64_t steps = (a.width + STEP - 1) / STEP;
+        return {steps * thread / threads * STEP, std::min(a.width, steps * (thread + 1) / threads * STEP)};
+    }
+
+    void begin(int64_t from, int64_t to) {
+        for (int64_t t = 0; t < tokens && from < to; ++t) {
             float* out = &y[t * a.width] + from;
             if (a.down_bias)
                 widen(matrix(a.down_bias) + from, to - from, out);
             else
                 std::fill(out, out + to - from, 0.0f);
         }
-        constexpr size_t MANY = 6;  // tokens from which packing the rows pays
-        if (tokens == 1)
-            columns_alone(from, to);
-        else
-            for (int64_t e : chosen)
-                of[e].size() < MANY ? by_rows(e, from, to) : packed(e, from, to);
-        for (int64_t t = 0; t < tokens; ++t)
+    }
+
+    void end(int64_t from, int64_t to) {
+        for (int64_t t = 0; t < tokens && from < to; ++t)
             narrow(&y[t * a.width] + from, to - from, static_cast<W*>(a.y) + (first + t) * a.width + from);
     }
 
