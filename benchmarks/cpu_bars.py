@@ -3,7 +3,7 @@
     python benchmarks/cpu_bars.py layers     # a 7B-shaped layer, batches 1 to 16, both dtypes, router included
     python benchmarks/cpu_bars.py prefill    # 512 tokens of it in fp32
     python benchmarks/cpu_bars.py dispatch   # calibrates, then every path over batches and densities
-    python benchmarks/cpu_bars.py table      # docs/cpu.md from the records
+    python benchmarks/cpu_bars.py table      # docs/cpu.md from the records; `models`: its last table alone
 
 `--tiny` rehearses on small layers and writes no records. Nothing else should run beside these.
 """
@@ -176,7 +176,8 @@ MODEL_DENSITIES = ("0.1", "0.25", "0.5")
 
 def models() -> None:
     """The table and the picture of whole models (`cpu_model.py`)."""
-    records = {density: _record(f"cpu_model_{density}") for density in MODEL_DENSITIES}
+    found = [d for d in MODEL_DENSITIES if (RECORDS / f"cpu_model_{d}.json").exists()]
+    records = {density: _record(f"cpu_model_{density}") for density in found}
     lines = [
         "| engine | "
         + " | ".join(f"decode at {d}" for d in records)
@@ -218,8 +219,9 @@ def _draw(rates: dict[str, dict[str, float]], out: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rates) + 1.2), layout="constrained")
     colours = {"0.1": "#0072b2", "0.25": "#56b4e9", "0.5": "#cccccc"}
-    for offset, density in enumerate(MODEL_DENSITIES):
-        at = [n + 0.27 * (offset - 1) for n in range(len(rates))]
+    densities = list(next(iter(rates.values())))
+    for offset, density in enumerate(densities):
+        at = [n + 0.27 * (offset - (len(densities) - 1) / 2) for n in range(len(rates))]
         values = [found[density] for found in rates.values()]
         axes.barh(at, values, 0.25, color=colours[density], label=f"density {density}")
     axes.set_yticks(range(len(rates)), list(rates))
@@ -247,11 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["layers", "prefill", "dispatch", "table"])
+    parser.add_argument("what", choices=["layers", "prefill", "dispatch", "models", "table"])
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
-    if given.what == "table":
-        table()
+    if given.what in ("models", "table"):
+        {"models": models, "table": table}[given.what]()
     else:
         {"layers": layers, "prefill": prefill, "dispatch": dispatch}[given.what](given.tiny)
 

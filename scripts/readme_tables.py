@@ -71,7 +71,7 @@ def speed() -> str:
     names = sorted(p.stem for p in RECORDS.glob("layer_*.json"))
     for name in [*names, "bench_llama", "bench_opt"]:
         found = record(name)
-        what = found["dtype"]
+        what = f"{found['dtype']}, {found['what'].split(' experts')[0].split()[-1]} experts"
         if found["level"] == "model":
             what = f"demo {name.removeprefix('bench_')}, whole model, MLP router"
         for cell in found["cells"]:
