@@ -166,29 +166,27 @@ inline void dots(const Rows<TILE, float>& w, const float* const* x, int64_t n, f
 // y[c] += sum_r h[c][r] w[r], over n columns.
 template <int R, int C, class W>
 inline void add_rows(const Rows<R, W>& rows, const float (*h)[R], int64_t n, float* const* out) {
-    constexpr int LINE = std::max<int>(64 / sizeof(W), STEP);
     const Rows<R, W> w = rows;
     float* y[C];
     float number[C][R];
     std::copy(out, out + C, y);
     std::memcpy(number, h, sizeof number);
     int64_t d = 0;
-    for (; d + LINE <= n; d += LINE)
-        for (int i = 0; i < LINE; i += STEP) {
-            Pair sum[C];
-            for (int c = 0; c < C; ++c) sum[c] = pair(y[c] + d + i);
-            for (int r = 0; r < R; ++r) {
-                const Pair weight = pair(w.at[r] + d + i);
-                for (int c = 0; c < C; ++c) {
-                    sum[c].one += weight.one * number[c][r];
-                    sum[c].two += weight.two * number[c][r];
-                }
-            }
+    for (; d + STEP <= n; d += STEP) {
+        Pair sum[C];
+        for (int c = 0; c < C; ++c) sum[c] = pair(y[c] + d);
+        for (int r = 0; r < R; ++r) {
+            const Pair weight = pair(w.at[r] + d);
             for (int c = 0; c < C; ++c) {
-                store(y[c] + d + i, sum[c].one);
-                store(y[c] + d + i + LANES, sum[c].two);
+                sum[c].one += weight.one * number[c][r];
+                sum[c].two += weight.two * number[c][r];
             }
         }
+        for (int c = 0; c < C; ++c) {
+            store(y[c] + d, sum[c].one);
+            store(y[c] + d + LANES, sum[c].two);
+        }
+    }
     for (; d < n; ++d)
         for (int c = 0; c < C; ++c)
             for (int r = 0; r < R; ++r) y[c][d] += widened(w.at[r][d]) * number[c][r];
