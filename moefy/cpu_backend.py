@@ -23,10 +23,11 @@ def fits(x_TD: Tensor, weights: ExpertWeights) -> bool:
 
 
 def native_backend(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
-    """The same function as `reference.masked_mlp`, for what `fits`."""
-    decided = isinstance(weights, DecidedMlp)
+    """Output `[T, D]`, the same function as `reference.masked_mlp`; `ValueError` for what does not fit."""
+    active_TN = weights.active_TN if isinstance(weights, DecidedMlp) else None
     mlp = weights.mlp if isinstance(weights, DecidedMlp) else weights
     assert isinstance(mlp, DenseMlp)
+    decided = active_TN is not None
     return native_experts(
         x_TD,
         mask_TE,
@@ -34,7 +35,7 @@ def native_backend(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Ten
         ACTIVATIONS[mlp.activation],
         None if decided else mlp.selecting_ND,
         None if mlp.gate_ND is None else mlp.up_ND,
-        active_TN=weights.active_TN if isinstance(weights, DecidedMlp) else None,
+        active_TN=active_TN,
         selecting_bias_N=None if decided else mlp.deciding_bias_N,
         up_bias_N=None if mlp.gate_ND is None else mlp.up_bias_N,
         centre_N=mlp.centre_N,

@@ -2,8 +2,7 @@
 
     moefy.native_linears(model)
 
-With few tokens a linear map costs what reading its weights costs, and torch reaches a part of the bandwidth
-(docs/kernels.md). Every `nn.Linear` of the model then computes up to `MOST` tokens by the native kernel, added
+With few tokens a linear map costs what reading its weights costs (docs/cpu.md). Every `nn.Linear` of the model then computes up to `MOST` tokens by the native kernel, added
 up in fp32; more tokens, training, other dtypes and what accelerate moves about stay with torch.
 
 Shapes: T tokens, D width, N rows.
@@ -25,7 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def native_linears(model: Model, on: bool = True) -> Model:
-    """Switch the native kernel on or off for every `nn.Linear` of `model`, which is given back."""
+    """Switch the native kernel on or off for every `nn.Linear` of `model`, which is given back.
+
+    Where there is no compiler nothing changes but a warning (`moefy_kernels.cpu.library`).
+    """
     for module in model.modules():
         # Subclasses compute something else, and a hook of accelerate has a forward of its own.
         if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):

@@ -276,7 +276,7 @@ def test_the_compiled_model(pair):
 
 @pytest.mark.slow
 def test_llama_cpp_runs_the_dense_and_the_exported_model(demo):
-    pytest.importorskip("llama_cpp")
+    pytest.importorskip("llama_cpp", reason="a build of minutes: pip install moefy[llama-cpp]")
     from moefy.export.gguf import write_gguf
 
     write_gguf(demo_models()["llama"], demo / "dense.gguf")

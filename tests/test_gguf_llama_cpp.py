@@ -9,7 +9,7 @@ Shapes: T tokens, E routed experts, V vocabulary.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,12 @@ Logits = Callable[[Path, list[list[int]]], list[Tensor]]
 Note = Callable[[str, Tensor], None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def open_file() -> Callable[..., Any]:
     """Open a GGUF in llama.cpp."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="a build of minutes: pip install moefy[llama-cpp]"
+    )
 
     def opened(file: Path) -> Any:
         return llama_cpp.Llama(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moefy import cpu_backend
 from moefy.bench.layers import Layers, drawn_masks
 from moefy.bench.timing import Run, side_by_side
 from moefy.console import Reporter
@@ -42,8 +43,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Time `layers` (of one shape) by every path that serves them; returns what was kept, and where.
 
-    Both axes of the grid rise.
-
+    `tokens` and `densities` are the axes of the grid, rising; times are seconds of one call.
     Raises `MoefyError` on a GPU, whose tables are checked in, and in dtypes without times of their own.
     """
     module = layers.first
@@ -54,7 +54,11 @@ def calibrate(
             f"{weights.up_ND.device}"
         )
     shape = module.kernel_layer(layers.inputs_TD[0], weights)
-    paths = [path for path in ON_CPU if path != "views" or module.expert_size >= LEAST_VIEW]
+    serves = {
+        "views": module.expert_size >= LEAST_VIEW,
+        "native": cpu_backend.fits(layers.inputs_TD[0], weights),
+    }
+    paths = [path for path in ON_CPU if serves.get(path, True)]
     found = np.zeros((len(paths), len(tokens), len(densities)))
     cells = [(i, j) for i in range(len(tokens)) for j in range(len(densities))]
     for i, j in cells if report is None else report.track(cells, "time every path"):

@@ -23,7 +23,7 @@ class LlamaCpp:
     def __init__(self, path: Path, *, context: int) -> None:
         """`context` is the most tokens of a sequence; raises `Unavailable` without the package."""
         if find_spec(PACKAGE) is None:
-            raise Unavailable("llama-cpp-python is not installed: pip install llama-cpp-python")
+            raise Unavailable('llama-cpp-python is not installed: pip install "moefy[llama-cpp]"')
         self.library = import_module(PACKAGE)
         threads = torch.get_num_threads()
         try:

@@ -1,7 +1,5 @@
 """A linear map of few tokens on CPUs, at the speed of memory: what decoding spends on projections.
 
-torch's own product with one token reaches about two thirds of the bandwidth, and less in bf16.
-
 Shapes: T tokens, D width, N rows.
 """
 
