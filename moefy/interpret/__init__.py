@@ -1,0 +1,1 @@
+"""What the experts of a moefied model do: descriptions, causes, controls, as plain tables."""

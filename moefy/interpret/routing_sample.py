@@ -1,0 +1,90 @@
+"""Which experts ran for a sample of whole documents: what every statistic of routing is made from.
+
+A mask is a bit, so that 200,000 tokens of 12 layers of 64 experts take 19 MB. Memory is bounded by
+the sample and does not grow with what is read beyond it.
+
+Shapes: T tokens of the sample, E experts (the shared ones first).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefy.interpret.ledger import Ledger
+from moefy.interpret.tokens import Documents, Ints, Tokens
+
+TOKENS = 200_000
+"""Most tokens of the sample."""
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RoutingSample:
+    """Tokens `[T]` of whole documents, and for each layer which experts ran."""
+
+    documents: Documents
+    tokens: Tokens
+    packed: list[NDArray[np.uint8]]
+    """Masks `[T, ceil(E / 8)]` of every layer."""
+    experts: list[int]
+    """E of every layer."""
+    shared: list[int]
+    """How many of them always run, counted from 0."""
+
+    def mask(self, layer: int) -> Bools:
+        """Which experts ran `[T, E]` in this layer, the shared ones first."""
+        return np.unpackbits(self.packed[layer], axis=1, count=self.experts[layer]).astype(bool)
+
+    def take(self, index: Bools | Ints) -> "RoutingSample":
+        """These tokens of the sample."""
+        return RoutingSample(
+            self.documents,
+            self.tokens.take(index),
+            [packed[index] for packed in self.packed],
+            self.experts,
+            self.shared,
+        )
+
+
+class RoutingSampler:
+    """Collects a `RoutingSample` during the pass, from documents drawn evenly beforehand."""
+
+    def __init__(self, documents: Documents, chosen_D: Bools, layers: int) -> None:
+        self.documents, self.chosen_D = documents, chosen_D
+        self.tokens: list[Tokens] = []
+        self.packed: list[list[NDArray[np.uint8]]] = [[] for _ in range(layers)]
+        self.experts, self.shared = [0] * layers, [0] * layers
+
+    def add(self, ledger: Ledger) -> None:
+        """Take in one layer and chunk of tokens."""
+        layer = ledger.layer
+        self.experts[layer], self.shared[layer] = ledger.experts, ledger.module.shared
+        keep_T = self.chosen_D[ledger.tokens.document_T]
+        if not keep_T.any():
+            return
+        if layer == 0:
+            self.tokens.append(ledger.tokens.take(keep_T))
+        mask_TE = ledger.mask_TE.cpu().numpy()[keep_T]
+        self.packed[layer].append(np.packbits(mask_TE, axis=1))
+
+    def sample(self) -> RoutingSample:
+        """What was collected."""
+        return RoutingSample(
+            self.documents,
+            Tokens.join(self.tokens),
+            [np.concatenate(packed) for packed in self.packed],
+            self.experts,
+            self.shared,
+        )
+
+
+def drawn_documents(tokens_D: Ints, limit: int, seed: int) -> Bools:
+    """Documents `[D]` drawn at random until they hold `limit` tokens; all where they hold fewer."""
+    order_D = np.random.default_rng(seed).permutation(len(tokens_D))
+    within_D = np.cumsum(tokens_D[order_D]) <= limit
+    within_D[0] = True
+    chosen_D = np.zeros(len(tokens_D), dtype=bool)
+    chosen_D[order_D[within_D]] = True
+    return chosen_D
