@@ -12,6 +12,7 @@ Shapes: T tokens, D width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Unembedding:
         rows = rows * self.gamma_D
         return rows - rows.mean(1, keepdim=True) if self.centred else rows
 
-    @property
+    @cached_property
     def mean_D(self) -> Tensor:
         """Mean over the vocabulary of the output embedding `[D]`, in fp32."""
         return self.weight_VD.mean(0, dtype=torch.float32)

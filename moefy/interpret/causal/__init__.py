@@ -1,0 +1,1 @@
+"""What happens to the model when experts are taken away: effects, their chance level, their limits."""

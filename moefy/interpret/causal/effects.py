@@ -1,0 +1,113 @@
+"""What replacing each of many sets of neurons does to every document.
+
+Memory: 8 bytes x S x J for the sets of one layer, J judged tokens of all texts.
+
+Shapes: S sets, D documents, C domains, J judged tokens, N neurons, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moefy.console import Reporter
+from moefy.interpret.causal.ablation import Base, Engine
+from moefy.interpret.causal.texts import Texts
+from moefy.interpret.statistics import Floats
+
+Gone = Mapping[int, Tensor]
+"""Neurons that are replaced, bool `[N]` by layer."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Damage of S sets, by document and domain; `kl` is NaN for encoders."""
+
+    ce_SD: Floats
+    """Mean over the tokens of a document of the rise in cross-entropy, or of 1 - cosine."""
+    kl_SD: Floats
+    kl_p99_SC: Floats
+    """Quantile over the tokens of a domain."""
+
+    @classmethod
+    def join(cls, parts: Iterable["Effects"]) -> "Effects":
+        """Several runs of sets as one."""
+        given = list(parts)
+        return cls(
+            *(
+                np.concatenate([getattr(part, name) for part in given])
+                for name in ("ce_SD", "kl_SD", "kl_p99_SC")
+            )
+        )
+
+    def take(self, index: slice | NDArray[np.int64] | list[int]) -> "Effects":
+        """Some of the sets."""
+        return Effects(self.ce_SD[index], self.kl_SD[index], self.kl_p99_SC[index])
+
+    def by_domain(self, texts: Texts) -> Floats:
+        """Mean damage over the documents of every domain `[S, C]`."""
+        return means(self.ce_SD, texts.documents.domain_D, len(texts.documents.domains))
+
+
+def means(values_SD: Floats, domain_D: NDArray[np.int64], domains: int) -> Floats:
+    """Mean of every row over the documents of each domain `[S, C]`; NaN where there is none."""
+    member_DC = np.eye(domains)[domain_D]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(values_SD @ member_DC / member_DC.sum(0))
+
+
+def of_layer(
+    engine: Engine, texts: Texts, layer: int, sets: list[Tensor], report: Reporter, what: str
+) -> Effects:
+    """Effects of sets of neurons of one layer, each by the numbers of its neurons."""
+    return _effects(
+        engine, texts, len(sets), lambda base, s: base.output_of(layer, sets[s]), report, what
+    )
+
+
+def of_sets(engine: Engine, texts: Texts, sets: list[Gone], report: Reporter, what: str) -> Effects:
+    """Effects of sets of neurons of several layers at once."""
+    return _effects(engine, texts, len(sets), lambda base, s: base.output(sets[s]), report, what)
+
+
+@torch.no_grad()
+def _effects(
+    engine: Engine,
+    texts: Texts,
+    count: int,
+    output: Callable[[Base, int], Tensor],
+    report: Reporter,
+    what: str,
+) -> Effects:
+    document_J = np.repeat(np.arange(len(texts.documents)), texts.tokens_D)
+    ce_SJ = np.zeros((count, len(document_J)), dtype=np.float32)
+    kl_SJ = np.full_like(ce_SJ, np.nan)
+    first = 0
+    for batch in report.track(texts.batches, what):
+        base = engine.base(batch)
+        at = slice(first, first + int(base.reference.keep.sum()))
+        first = at.stop
+        for number in range(count):
+            ce_J, kl_J = base.reference.compare(output(base, number))
+            ce_SJ[number, at] = ce_J.cpu().numpy()
+            if kl_J is not None:
+                kl_SJ[number, at] = kl_J.cpu().numpy()
+    return _summed(ce_SJ, kl_SJ, texts)
+
+
+def _summed(ce_SJ: NDArray[np.float32], kl_SJ: NDArray[np.float32], texts: Texts) -> Effects:
+    tokens_D, domains = texts.tokens_D, len(texts.documents.domains)
+    starts_D = np.concatenate([[0], np.cumsum(tokens_D)[:-1]])
+    domain_J = np.repeat(texts.documents.domain_D, tokens_D)
+    ce_SD, kl_SD = (
+        np.add.reduceat(values.astype(np.float64), starts_D, axis=1) / tokens_D
+        for values in (ce_SJ, kl_SJ)
+    )
+    p99_SC = np.stack(
+        [np.quantile(kl_SJ[:, domain_J == c].astype(float), 0.99, axis=1) for c in range(domains)],
+        axis=1,
+    )
+    return Effects(ce_SD, kl_SD, p99_SC)

@@ -1,0 +1,302 @@
+"""Everything that is known of causes: the matrix, its chance level, the screen, what is kept, pairs.
+
+    tables = causal(model, reading, work=Path("work"))
+
+Shapes: N neurons, E experts.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from moefy.artefact import Artefact
+from moefy.console import Reporter
+from moefy.data import Batch
+from moefy.errors import MoefyError, unknown_choice
+from moefy.interpret.causal.ablation import DENSE, MOEFIED, Engine
+from moefy.interpret.causal.effects import Effects, of_layer
+from moefy.interpret.causal.hunt import dense_against_moefied
+from moefy.interpret.causal.keep_only import keep_only
+from moefy.interpret.causal.matrix import (
+    Matrix,
+    Measured,
+    Pair,
+    labelled,
+    matrix,
+    strongest,
+    with_q,
+)
+from moefy.interpret.causal.nulls import RandomSets, energy_matrix, random_sets
+from moefy.interpret.causal.pairs import non_additivity
+from moefy.interpret.causal.screen import every_expert, screen, screen_table
+from moefy.interpret.causal.texts import Texts, draw
+from moefy.interpret.reading import Reading
+from moefy.interpret.stages import Stages
+from moefy.interpret.table import Table, joined, table
+from moefy.interpret.tokens import HELD_OUT, SELECT, Ints
+from moefy.interventions import MODES, ExpertStatistics, statistics
+from moefy.provenance import versions
+from moefy.sparse_mlp import all_experts
+
+TOKENS = 20_000
+NULLS = 20
+MOST_EXACT = 256
+"""Up to so many experts in all, every one is run; above, `SCREENED` that the screen puts first."""
+SCREENED = 64
+OTHER = 20
+"""Experts that are run in the other modes, and in the moefied model."""
+KEPT_SHARE = 0.5
+"""Share of the tokens that `keep_only` is judged on."""
+
+
+def causal(
+    model: PreTrainedModel,
+    reading: Reading,
+    *,
+    tokens: int = TOKENS,
+    mode: str = "mean",
+    nulls: int = NULLS,
+    seed: int = 0,
+    report: Reporter | None = None,
+    work: Path | None = None,
+) -> dict[str, Table]:
+    """Tables `causal`, `screen`, `keep_only`, `non_additivity`, columns of `experts`, and for language
+    models the hunt between the dense and the moefied model.
+
+    About `tokens` tokens of the held-out shard are read, as many documents of every domain. `nulls`
+    random sets stand beside every bin of experts; 0 leaves them out. With `work`, a folder, a run that
+    was broken off is taken up again after the last layer; another model, text or setting starts anew.
+
+    Raises `MoefyError` for a mode that does not exist.
+    """
+    if mode not in MODES:
+        raise MoefyError(unknown_choice("mode", mode, MODES))
+    run = _Run.of(model, reading, tokens, mode, nulls, seed, report, work)
+    measured = run.dense_matrix()
+    found, rows = matrix(measured, run.texts, seed=seed)
+    how = "exact" if run.exact else f"exact, the first {len(found.experts)} of the screen"
+    parts = [labelled(rows, which=DENSE, mode=mode, how=how)]
+    top = strongest(found, OTHER)
+    best = [found.experts[i] for i in top]
+    parts += [labelled(rows, which=w, mode=m, how=f"exact, strongest {len(best)}")
+              for w, m, rows in run.others(best)]  # fmt: skip
+    alone = Effects.join(part.effects for part in measured).take(top)
+    shown = with_q(joined(parts))
+    tables = {
+        "causal": shown,
+        "screen": screen_table(run.engine, run.screen(HELD_OUT), run.texts, found, seed=seed),
+        "keep_only": run.keep_only(),
+        "non_additivity": non_additivity(run.engine, run.texts, best, alone, run.report),
+        "experts": _experts(run.engine, found, shown, run.texts),
+    }
+    if reading.kind == "decoder":
+        tables |= dense_against_moefied(model, reading, report=run.report)
+    return {name: given for name, given in tables.items() if given}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `causal`: the texts, the engines, and what is kept between runs."""
+
+    model: PreTrainedModel
+    texts: Texts
+    select: Texts
+    kept: Texts
+    engine: Engine
+    nulls: int
+    seed: int
+    report: Reporter
+    stages: Stages
+    means: dict[str, ExpertStatistics]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        reading: Reading,
+        tokens: int,
+        mode: str,
+        nulls: int,
+        seed: int,
+        report: Reporter | None,
+        work: Path | None,
+    ) -> "_Run":
+        texts, select = (draw(reading, s, tokens, seed=seed) for s in (HELD_OUT, SELECT))
+        kept = draw(reading, HELD_OUT, round(KEPT_SHARE * tokens), seed=seed)
+        # Means are of text that no effect is judged on.
+        with all_experts(model):
+            dense = statistics(model, select.batches)
+        means = {DENSE: dense, MOEFIED: statistics(model, select.batches)}
+        engine = Engine(model, mode=mode, means=dense)
+        read = [[_content(batch) for batch in t.batches] for t in (texts, select)]
+        decided = None if work is None else [_digest(model), read, seed, versions()]
+        return cls(
+            model, texts, select, kept, engine, nulls, seed, report or Reporter(quiet=True),
+            Stages(work, decided), means,
+        )  # fmt: skip
+
+    @property
+    def exact(self) -> bool:
+        """Whether every expert is run."""
+        return len(every_expert(self.engine)) <= MOST_EXACT
+
+    def screen(self, shard: str) -> Any:
+        """The screen of one shard, computed once."""
+        texts = self.texts if shard == HELD_OUT else self.select
+        engine = self.engine
+
+        def make() -> dict[str, Any]:
+            return {"screen": screen(engine, texts, self.report, f"screen, {shard}").tolist()}
+
+        return np.array(self.stages.run(f"screen-{shard}", engine.mode, make)["screen"])
+
+    def chosen(self) -> dict[int, list[int]]:
+        """The experts that are run, by layer."""
+        pairs = every_expert(self.engine)
+        if not self.exact:
+            size_S = np.abs(self.screen(SELECT)).mean(1)
+            pairs = sorted(pairs[i] for i in np.argsort(-size_S, kind="stable")[:SCREENED])
+        found: dict[int, list[int]] = defaultdict(list)
+        for layer, expert in pairs:
+            found[layer].append(expert)
+        return dict(found)
+
+    def dense_matrix(self) -> list[Measured]:
+        """The exact effects, layer by layer; finished layers are taken from the work folder."""
+        return [
+            self._layer(self.engine, layer, experts, self.nulls)
+            for layer, experts in self.chosen().items()
+        ]
+
+    def others(self, best: list[Pair]) -> list[tuple[str, str, Table]]:
+        """The strongest experts in the other modes, and in the moefied model."""
+        by_layer: dict[int, list[int]] = defaultdict(list)
+        for layer, expert in sorted(best):
+            by_layer[layer].append(expert)
+        mode = self.engine.mode
+        kinds = [(DENSE, m) for m in MODES if m != mode] + [(MOEFIED, mode)]
+        found = []
+        for which, other in kinds:
+            engine = Engine(self.model, which=which, mode=other, means=self.means[which])
+            measured = [self._layer(engine, layer, e, 0) for layer, e in by_layer.items()]
+            found.append((which, other, matrix(measured, self.texts, seed=self.seed)[1]))
+        return found
+
+    def keep_only(self) -> Table:
+        """Table `keep_only`."""
+
+        def make() -> Table:
+            return keep_only(
+                self.engine,
+                self.screen(SELECT),
+                self.select,
+                self.kept,
+                self.report,
+                seed=self.seed,
+            )
+
+        return self.stages.run("keep-only", self.engine.mode, make)
+
+    def _layer(self, engine: Engine, layer: int, experts: list[int], nulls: int) -> Measured:
+        given = [_neurons(engine, layer, expert) for expert in experts]
+
+        def make() -> dict[str, Any]:
+            what = f"{engine.which}, {engine.mode}, layer {layer}"
+            rows, drawn = given, None
+            if nulls:
+                energy_NN = energy_matrix(engine, self.texts, layer)
+                drawn = random_sets(engine, energy_NN, layer, given, nulls, self.seed)
+                rows = given + drawn.sets
+            numbers = [torch.from_numpy(row) for row in rows]
+            effects = of_layer(engine, self.texts, layer, numbers, self.report, what)
+            return {"effects": _json(effects), "sets": None if drawn is None else _json(drawn)}
+
+        settings = [engine.which, engine.mode, layer, experts, nulls]
+        kept = self.stages.run(f"layer-{layer}", settings, make)
+        effects, pairs = _effects_of(kept["effects"]), [(layer, expert) for expert in experts]
+        if kept["sets"] is None:
+            return Measured(pairs, effects)
+        of_experts, of_sets = slice(len(experts)), slice(len(experts), None)
+        sets = _sets_of(kept["sets"])
+        return Measured(pairs, effects.take(of_experts), sets, effects.take(of_sets))
+
+
+def _neurons(engine: Engine, layer: int, expert: int) -> Ints:
+    size = engine.modules[layer].expert_size
+    return np.arange(expert * size, (expert + 1) * size)
+
+
+def _effects_of(kept: dict[str, Any]) -> Effects:
+    return Effects(**{name: np.array(values, dtype=float) for name, values in kept.items()})
+
+
+def _sets_of(kept: dict[str, Any]) -> RandomSets:
+    sets = [np.array(s, dtype=np.int64) for s in kept["sets"]]
+    return RandomSets(
+        sets, *(np.array(kept[n]) for n in ("bin_S", "energy_S", "bin_E", "energy_E"))
+    )
+
+
+def _json(given: Effects | RandomSets) -> dict[str, Any]:
+    """Arrays as lists."""
+    return {
+        name: [part.tolist() for part in value] if isinstance(value, list) else value.tolist()
+        for name, value in vars(given).items()
+    }
+
+
+def _experts(engine: Engine, found: Matrix, shown: Table, texts: Texts) -> Table:
+    """Columns of `experts`: the domain that each is most selective for; None where it was not run."""
+    domains = texts.documents.domains
+    at = {pair: row for row, pair in enumerate(found.experts)}
+    selective = np.nan_to_num(found.csi.mean_C, nan=-np.inf).argmax(1)
+    rows: dict[str, list[Any]] = {name: [] for name in ("layer", "expert", *_OF_EXPERTS)}
+    for layer, expert in every_expert(engine):
+        row = at.get((layer, expert))
+        best = None if row is None else row * len(domains) + int(selective[row])
+        rows["layer"].append(layer)
+        rows["expert"].append(expert)
+        rows["causal_ce"].append(None if row is None else float(found.ce.mean_C[row].mean()))
+        for name, source in _OF_EXPERTS.items():
+            if source:
+                rows[name].append(None if best is None else shown[source][best])
+    return table(rows)
+
+
+_OF_EXPERTS = {
+    "causal_ce": "",
+    "causal_domain": "domain",
+    "causal_csi": "csi",
+    "causal_csi_low": "csi_low",
+    "causal_csi_high": "csi_high",
+    "causal_csi_q": "csi_q",
+    "causal_percentile": "percentile",
+}
+"""Columns of `experts`, and the columns of `causal` that they show the best cell of."""
+
+
+def _content(batch: Batch) -> list[Any]:
+    return [{name: value.tolist() for name, value in batch.inputs.items()}, _labels(batch)]
+
+
+def _labels(batch: Batch) -> list[list[str]]:
+    return [[s.document.domain, s.document.source_id] for s in batch.samples]
+
+
+def _digest(model: PreTrainedModel) -> list[str]:
+    """What tells one model from another: its routing and every weight that is in memory."""
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        if not value.is_meta:
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+    routing = [repr(entry) for entry in artefact.layers]
+    return [digest.hexdigest(), *routing, *sorted(artefact.sha256.values())]

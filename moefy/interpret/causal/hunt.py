@@ -1,0 +1,210 @@
+"""Where two models differ: `delta_t = log p_base(x_t) - log p_other(x_t)`, token by token.
+
+    tables = hunt(dense, pruned, reading)
+
+The two may be any models with the same tokenizer, or functions from a batch to logits. Positive: the
+other model predicts the token worse. A mean hides where the difference sits: here are both tails,
+every domain, classes of tokens, and the share of all losses that the worst 1 % of tokens holds.
+
+Memory: 40 bytes a token, and the logits of two runs of one batch.
+
+Shapes: B documents, P positions, V vocabulary, J judged tokens, D documents, C cells.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.console import Reporter
+from moefy.data import Batch
+from moefy.errors import MoefyError
+from moefy.evaluate.tails import TOP, tail
+from moefy.interpret.causal.damage import Reference, judged, output
+from moefy.interpret.causal.texts import MIN_DOCUMENTS
+from moefy.interpret.observe import tokens_of
+from moefy.interpret.reading import Reading
+from moefy.interpret.statistics import Floats, Interval, ratio_interval, units
+from moefy.interpret.table import Table, table
+from moefy.interpret.token_classes import classes_of, token_classes
+from moefy.interpret.tokens import HELD_OUT, Tokens
+from moefy.sparse_mlp import all_experts
+
+Logits = Callable[[Batch], Tensor]
+"""From a batch to logits `[B, P, V]`."""
+SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Every judged token `[J]` of the texts."""
+
+    tokens: Tokens
+    delta_J: Floats
+    log_p_J: Floats
+    """Log-probability that the base gives to the token that comes next."""
+    kl_J: Floats
+
+
+@torch.no_grad()
+def differences(
+    base: PreTrainedModel | Logits,
+    other: PreTrainedModel | Logits,
+    reading: Reading,
+    *,
+    shard: str = HELD_OUT,
+    report: Reporter | None = None,
+) -> Differences:
+    """Run both on every document of a shard.
+
+    Raises `MoefyError` where there is no next token to judge by, or the vocabularies differ.
+    """
+    if reading.kind != "decoder":
+        raise MoefyError("the hunt compares next-token probabilities; encoders give none")
+    first, second = _logits(base), _logits(other)
+    report = report or Reporter(quiet=True)
+    tokens: list[Tokens] = []
+    values: list[list[Floats]] = []
+    wanted = {id(batch) for batch in reading.of_shard(shard)}
+    numbered = zip(reading.batches, reading.first_B, strict=True)
+    chosen = [(batch, at) for batch, at in numbered if id(batch) in wanted]
+    for batch, at in report.track(chosen, "compare two models"):
+        reference, out = Reference(batch, first(batch)), second(batch)
+        if out.shape[-1] != reference.base_JV.shape[-1]:
+            raise MoefyError(
+                f"the two models know {reference.base_JV.shape[-1]} and {out.shape[-1]} tokens; only "
+                "models with one tokenizer can be compared token by token"
+            )
+        delta_J, kl_J = reference.compare(out.to(reference.base_JV.device))
+        assert kl_J is not None
+        mask = batch.mask()
+        assert mask is not None
+        keep_J = judged(batch)[mask].numpy()
+        tokens.append(tokens_of(batch, at).take(keep_J))
+        values.append([v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)])
+    columns = (np.concatenate(column) for column in zip(*values, strict=True))
+    return Differences(Tokens.join(tokens), *columns)
+
+
+def hunt(
+    base: PreTrainedModel | Logits,
+    other: PreTrainedModel | Logits,
+    reading: Reading,
+    *,
+    shown: int = SHOWN,
+    report: Reporter | None = None,
+) -> dict[str, Table]:
+    """Tables `hunt` (both tails), `hunt_domains`, `hunt_classes` and `hunt_summary`."""
+    found = differences(base, other, reading, report=report)
+    classes = token_classes(reading.tokenizer, reading.vocabulary)
+    classes_JC = classes_of(found.tokens.target_T, classes).T
+    domains = reading.documents.domains
+    domain_JC = np.eye(len(domains), dtype=bool)[
+        reading.documents.domain_D[found.tokens.document_T]
+    ]
+    every_J1 = np.ones((len(found.tokens), 1), dtype=bool)
+    tables = {
+        "hunt": _tails(found, reading, shown),
+        "hunt_domains": {"domain": domains} | _means(found, domain_JC, reading),
+        "hunt_classes": {"class": [*classes]} | _means(found, classes_JC, reading),
+        "hunt_summary": _means(found, every_J1, reading) | _concentration(found),
+    }
+    return tables if classes else {n: t for n, t in tables.items() if n != "hunt_classes"}
+
+
+def dense_against_moefied(
+    model: PreTrainedModel, reading: Reading, *, report: Reporter | None = None
+) -> dict[str, Table]:
+    """The hunt between the dense model and what `moefy.load` gave."""
+
+    def dense(batch: Batch) -> Tensor:
+        with all_experts(model):
+            return output(model, batch)
+
+    return hunt(dense, model, reading, report=report)
+
+
+def _logits(given: PreTrainedModel | Logits) -> Logits:
+    if isinstance(given, PreTrainedModel):
+        return lambda batch: output(given, batch)
+    return given
+
+
+def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
+    """Mean difference and KL over the tokens of every cell, with intervals over documents."""
+    documents = len(reading.documents)
+    tokens_DC = _by_document(mark_JC.astype(float), found.tokens.document_T, documents)
+    unit_D = units(reading.documents, tokens_DC.sum(1) > 0)
+
+    def interval(values_J: Floats) -> Interval:
+        top_DC = _by_document(mark_JC * values_J[:, None], found.tokens.document_T, documents)
+        return ratio_interval(top_DC, tokens_DC, unit_D)
+
+    losses_C = (mark_JC * found.delta_J.clip(0)[:, None]).sum(0)
+    in_documents = (tokens_DC > 0).sum(0)
+    return table(
+        {
+            **interval(found.delta_J).columns("delta"),
+            **interval(found.kl_J).columns("kl"),
+            "share_of_losses": losses_C / max(found.delta_J.clip(0).sum(), 1e-300),
+            "share_of_tokens": mark_JC.mean(0),
+            "documents": in_documents,
+            "tokens": tokens_DC.sum(0).astype(int),
+            "few": in_documents < MIN_DOCUMENTS,
+        }
+    )
+
+
+def _by_document(values_JC: Floats, document_J: NDArray[np.int64], documents: int) -> Floats:
+    found = np.zeros((documents, values_JC.shape[1]))
+    np.add.at(found, document_J, values_JC)
+    return found
+
+
+def _tails(found: Differences, reading: Reading, shown: int) -> Table:
+    """The tokens that lose most and those that gain most, one of each document."""
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in ("tail", "rank", "document", "domain", "position", "token", "next", "delta",
+                     "p_base", "p_other", "kl")
+    }  # fmt: skip
+    tokens = found.tokens
+    for name, sign in (("loses", -1.0), ("gains", 1.0)):
+        order_J = np.argsort(sign * found.delta_J, kind="stable")
+        _, first = np.unique(tokens.document_T[order_J], return_index=True)
+        for rank, j in enumerate(order_J[np.sort(first)[:shown]].tolist()):
+            if sign * found.delta_J[j] >= 0:
+                break
+            number = int(tokens.document_T[j])
+            row = (
+                name, rank, number, reading.documents.documents[number].domain,
+                int(tokens.position_T[j]), int(tokens.ids_T[j]), int(tokens.target_T[j]),
+                float(found.delta_J[j]), math.exp(found.log_p_J[j]),
+                math.exp(min(0.0, found.log_p_J[j] - found.delta_J[j])), float(found.kl_J[j]),
+            )  # fmt: skip
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+    return table(columns)
+
+
+def _concentration(found: Differences) -> Table:
+    """How few tokens hold the losses."""
+    losses, kl = tail(found.delta_J.clip(0)), tail(found.kl_J)
+    return table(
+        {
+            "top_share_of_tokens": [TOP],
+            "concentration": [losses["top_1_percent_share"]],
+            "kl_concentration": [kl["top_1_percent_share"]],
+            "delta_p99": [float(np.quantile(found.delta_J, 0.99))],
+            "delta_p1": [float(np.quantile(found.delta_J, 0.01))],
+            "kl_p99": [kl["p99"]],
+            "kl_max": [kl["max"]],
+            "worse_share": [float((found.delta_J > 0).mean())],
+        }
+    )

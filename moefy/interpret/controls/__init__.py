@@ -1,0 +1,1 @@
+"""What the experts are compared with: random partitions and weights, other seeds, other texts."""
