@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moefy.convert import convert as convert
     from moefy.experts_interface import register_experts as register_experts
+    from moefy.inspection import inspect as inspect
     from moefy.modeling import load as load
     from moefy.native_linears import native_linears as native_linears
     from moefy.recipe import Recipe as Recipe
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "convert": "moefy.convert",
+    "inspect": "moefy.inspection",
     "load": "moefy.modeling",
     "native_linears": "moefy.native_linears",
     "recover": "moefy.recover",

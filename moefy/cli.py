@@ -335,6 +335,44 @@ def sparsify(
 
 
 @verb
+def inspect_(
+    model: Moefied,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report.")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Text to read, as of convert; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to describe on.")] = 200_000,
+    causal_tokens: Annotated[int, typer.Option(help="Tokens to ablate on.")] = 20_000,
+    mode: Annotated[str, typer.Option(help="Ablation: mean, zero, peak or resample.")] = "mean",
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out controls or causal; may be repeated.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to look at token by token; may be repeated.")
+    ] = None,
+    quiet: bool = False,
+) -> Shown:
+    """Show what every expert does: descriptions, causes, controls; writes an offline report."""
+    from moefy.inspection import REPORT, inspect
+    from moefy.interpret.summary import explained, page_one, strongest
+    from moefy.tables import terminal
+
+    found = inspect(
+        model, corpora={name: name for name in corpus} if corpus else None, out=out, tokens=tokens,
+        causal_tokens=causal_tokens, mode=mode, skip=skip or (), prompts=prompt or (),
+        command=" ".join(["moefy", *sys.argv[1:]]), quiet=quiet,
+    )  # fmt: skip
+    view: list[Any] = [
+        terminal(*page_one(found), title="before you believe the rest"),
+        terminal(*explained(found), title="what predicts which experts run, in bits"),
+    ]
+    if "causal" in found.tables:
+        view.append(terminal(*strongest(found), title="experts that one domain needs most"))
+    view.append(f"written to {out / REPORT}" if out else "-o FOLDER writes the report")
+    return Shown(found.to_dict(), view)
+
+
+@verb
 def compare(
     model: Model,
     recipe_names: Annotated[
@@ -483,6 +521,18 @@ def export(
 
     record = run(model, out, to=to, quantize=quantize, overwrite=overwrite)
     return Shown(record, [f"wrote {out}: {record['architecture']}", *record["warnings"]])
+
+
+@verb
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Folder of a report with an index.html.")],
+    port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
+) -> Shown:
+    """Show a report that is too large for one file, to this machine only; Ctrl-C ends it."""
+    from moefy.report.serve import serve as run
+
+    run(folder, port, typer.echo)
+    return Shown(None)
 
 
 @verb

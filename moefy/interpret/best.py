@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moefy.interpret.ledger import Ledger
@@ -27,7 +28,7 @@ class Chunk:
     norm_TE: Array
     share_TE: Array
     margin_TE: Array
-    """NaN where nothing is scored."""
+    """NaN where nothing is scored, and where all or none of the routed experts ran."""
     ran_TE: Array
 
     @classmethod
@@ -36,7 +37,12 @@ class Chunk:
         norm_TE = ledger.norm_TE.cpu().numpy()
         margin_TE = np.full_like(norm_TE, np.nan)
         if ledger.margin_TE is not None:
-            margin_TE[:, ledger.module.shared :] = ledger.margin_TE.cpu().numpy()
+            ran_TE = ledger.mask_TE[:, ledger.module.shared :]
+            # A token that ran all or none of the routed experts has no threshold.
+            some_T1 = ran_TE.any(1, keepdim=True) & ~ran_TE.all(1, keepdim=True)
+            margin_TE[:, ledger.module.shared :] = (
+                ledger.margin_TE.masked_fill(~some_T1, torch.nan).cpu().numpy()
+            )
         return cls(
             ledger.tokens,
             norm_TE,

@@ -50,7 +50,9 @@ class DirectEffects:
         tokens: int = TOKENS,
         seed: int = 0,
     ) -> None:
-        self.documents, self.unembedding, self.spectrum = reading.documents, unembedding, spectrum
+        self.documents, self.spectrum = reading.documents, spectrum
+        # An encoder's logits are made from its stream in another way, whatever norm comes last.
+        self.unembedding = unembedding if reading.kind == "decoder" else None
         self.share, self.seed = tokens / max(1, int(reading.tokens_D.sum())), seed
         self.blocks = Blocks(reading.documents)
         self.modules: dict[int, SparseMlp] = {}
@@ -108,6 +110,7 @@ class DirectEffects:
         self.sums[ledger.layer].add(chosen, sums)
         self.seen[ledger.layer].add(chosen.document_T, ran_CE)
 
+    @torch.no_grad()
     def tables(self) -> dict[str, Table]:
         """`logits`, and columns of `experts` and `layers`; nothing where no logit can be traced."""
         layers = sorted(self.modules)
@@ -122,6 +125,7 @@ class DirectEffects:
     def _early(self, layer: int) -> bool:
         return layer + 1 <= DEEP * len(self.modules)
 
+    @torch.no_grad()
     def mean_difference(self, layer: int) -> Tensor:
         """Mean of `y_e / sigma` over routed tokens less that over all tokens `[E, D]`; NaN where no token
         was routed."""

@@ -37,9 +37,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from moefy.interpret.routing_frame import Bools, Doubles, Groups, Routed, RoutingFrame, Singles
+from moefy.interpret.routing_frame import Bools, Doubles, Routed, RoutingFrame, Singles
 from moefy.interpret.routing_totals import Totals
 from moefy.interpret.statistics import ratio_interval
+from moefy.interpret.tokens import Ints
 
 SHARES = ("token", "domain", "previous", "position")
 PATHS = (
@@ -54,6 +55,8 @@ FACTOR_WEIGHTS = (OFF, MAIN, 100.0, 30.0, 10.0)
 """Choices of `b`: not at all, main effects alone, and main effects with rests."""
 RIDGE = 10.0
 """Tokens of no effect added to every main effect."""
+CHOOSING = 8192
+"""Most tokens by which weights are chosen, drawn evenly from their documents."""
 STEPS = 10
 """Conjugate gradient steps."""
 FLOOR = 2e-3
@@ -102,7 +105,8 @@ def explained(frame: RoutingFrame, routed: Routed) -> Explained:
     for fold in range(frame.folds):
         judge_T, choose_T = frame.fold_T == fold, frame.fold_T == (fold + 1) % frame.folds
         document = frame.document.take(judge_T)
-        trial = _Chain(frame, routed, ~(judge_T | choose_T), choose_T)
+        every = -(-int(choose_T.sum()) // CHOOSING)
+        trial = _Chain(frame, routed, ~(judge_T | choose_T), np.flatnonzero(choose_T)[::every])
         final = _Chain(frame, routed, ~judge_T, judge_T)
         bits_DE += document.sums(final.bits_TE.astype(np.float64))
         before_TE = final.bits_TE
@@ -121,17 +125,19 @@ def explained(frame: RoutingFrame, routed: Routed) -> Explained:
 class _Chain:
     """Means fitted on some tokens and judged on others, one factor after the other."""
 
-    def __init__(self, frame: RoutingFrame, routed: Routed, learn_T: Bools, judge_T: Bools) -> None:
+    def __init__(
+        self, frame: RoutingFrame, routed: Routed, learn_T: Bools, judge_T: Bools | Ints
+    ) -> None:
         self.frame, self.learn_T, self.judge_T = frame, learn_T, judge_T
         learnt_TE = routed.mask_TE[learn_T]
-        self.runs_TE = routed.mask_TE[judge_T] > 0
+        self.idle_TE = routed.mask_TE[judge_T] == 0
         self.load_E = (learnt_TE.sum(0) + np.float32(0.5)) / np.float32(len(learnt_TE) + 1)
         self.token, self.judged_token_T = frame.token.take(learn_T), frame.token.index_T[judge_T]
         self.size_V1 = self.token.count_C[:, None].astype(np.float32)
         self.ran_VE = self.token.sums(learnt_TE)
         self.weight = TOKEN_WEIGHTS[-1]
         """`a` of the tokens."""
-        self.mean_TE = np.broadcast_to(self.load_E, self.runs_TE.shape)
+        self.mean_TE = np.broadcast_to(self.load_E, self.idle_TE.shape)
         """P(e runs) of the judged tokens, which may lie outside of 0 to 1."""
         self.rest_TE = learnt_TE - (self.ran_VE / np.maximum(self.size_V1, 1))[self.token.index_T]
         """What the learnt tokens did beyond the means of what was added."""
@@ -139,8 +145,9 @@ class _Chain:
 
     def _bits(self, mean_TE: Singles) -> Singles:
         low_E, high_E = FLOOR * self.load_E, 1 - FLOOR * (1 - self.load_E)
-        mean_TE = np.clip(mean_TE, low_E, high_E)
-        return np.asarray(-np.log2(np.where(self.runs_TE, mean_TE, 1 - mean_TE)))
+        clipped_TE = np.clip(mean_TE, low_E, high_E)
+        np.subtract(1, clipped_TE, out=clipped_TE, where=self.idle_TE)
+        return np.negative(np.log2(clipped_TE, out=clipped_TE), out=clipped_TE)
 
     def add_token(self, weights: Sequence[float]) -> float:
         """Add the token id with the best of these weights `a`; returns it."""
@@ -156,7 +163,7 @@ class _Chain:
 
     def add(self, factor: str, weights: Sequence[float]) -> float:
         """Add a factor with the best of these weights `b`; returns it."""
-        group, pair = _grouped(self.frame, factor)
+        group, pair = self.frame.factors[factor]
         learnt, learnt_pair = group.take(self.learn_T), pair.take(self.learn_T)
         size_VG = sparse.csr_array(
             (
@@ -200,12 +207,6 @@ class _Chain:
 
 def _least(trials: list[Singles]) -> int:
     return int(np.argmin([bits_TE.sum(dtype=np.float64) for bits_TE in trials]))
-
-
-def _grouped(frame: RoutingFrame, factor: str) -> tuple[Groups, Groups]:
-    """The values of a factor, and its pairs with the token id."""
-    group = {"domain": frame.domain, "previous": frame.previous, "position": frame.bin}[factor]
-    return group, Groups.of(frame.token.index_T, group.index_T)
 
 
 def _main_effects(size_VG: sparse.csr_array, sum_GE: Singles) -> Singles:

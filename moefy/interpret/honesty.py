@@ -8,7 +8,7 @@ Shapes: B documents, T tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,14 @@ from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.convert import TOLERANCE
-from moefy.data import Batch, Corpus, load_corpus, split_shards
+from moefy.data import Batch, Corpus, load_corpus, make_batches, split_shards
 from moefy.errors import CorpusError
 from moefy.evaluate import evaluate, outputs
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import read_batches
 from moefy.interpret.in_context import LATE, MODELS, induction, late_tokens
 from moefy.interpret.reading import Reading
+from moefy.interpret.routing_sample import drawn_documents
 from moefy.interpret.statistics import Interval
 from moefy.interpret.table import Table
 from moefy.interpret.tokens import HELD_OUT, SELECT
@@ -37,7 +38,24 @@ from moefy.offload import device_of
 from moefy.recipe import from_dict
 from moefy.sparse_mlp import all_experts
 
+_ROUTING = {
+    "share_token": "share of the bits of routing that the token alone explains",
+    "share_domain": "share of the bits of routing that the domain explains beyond the token",
+    "share_rest": "share of the bits of routing that neither token, domain, the token before nor "
+    "position explain",
+    "lexical_recall": "share of the experts that ran which a table by token id would have run",
+}
+_STABLE = {
+    0.5: "the partition is much the same every time",
+    0.1: "partly the same every time",
+    -1.0: "the partition is arbitrary: another seed or text gives another one",
+}
+"""By the least ARI."""
+
 Entries = dict[str, dict[str, Any]]
+
+TOKENS = 60_000
+"""Most held-out tokens that quality is measured on."""
 
 _FIGURES = {
     "ce_dense": "cross-entropy of the dense model, nats a token",
@@ -70,22 +88,31 @@ def honesty(
     tables: Mapping[str, Table],
     *,
     bigram: Bigram | None = None,
+    tokens: int = TOKENS,
     seed: int = 0,
     report: Reporter | None = None,
 ) -> Entries:
     """The record of page one, as JSON values.
 
-    Quality is measured on the held-out shard of the reading. `bigram` is the baseline of language
+    Quality is measured on about `tokens` tokens of the held-out shard of the reading, whole documents
+    drawn evenly. `bigram` is the baseline of language
     models, fitted on none of its documents; left out, it is fitted on `other_text`. `tables` are those
     of the inspection: what is missing there is None here.
     """
-    held_out = reading.of_shard(HELD_OUT)
+    held_out = _drawn(reading, tokens, seed)
     if bigram is None and held_out[0].targets_BT is not None:
         bigram = fit_bigram(model, reading)
     record = evaluate(model, held_out, bigram=bigram, report=report, seed=seed)
     found = {**_quality(record), **_context(model, reading, seed)}
     found["perfect"] = perfect(model, held_out[0])
     return found | _from_tables(tables)
+
+
+def _drawn(reading: Reading, tokens: int, seed: int) -> list[Batch]:
+    samples = [sample for batch in reading.of_shard(HELD_OUT) for sample in batch.samples]
+    size_D = reading.tokens_D[reading.documents.of_shard(HELD_OUT)]
+    chosen_D = drawn_documents(size_D, tokens, seed)
+    return make_batches([s for s, chosen in zip(samples, chosen_D, strict=True) if chosen])
 
 
 def fit_bigram(model: PreTrainedModel, reading: Reading) -> Bigram | None:
@@ -146,7 +173,7 @@ def _quality(record: dict[str, Any]) -> Entries:
     if hard is not None and hard["low"] is not None:
         share = found["rank_over_10_share"]["value"]
         more = "yes" if hard["low"] > share else "no" if hard["high"] < share else "not shown"
-        hard["verdict"] = f"does the damage fall on hard tokens more than their share: {more}"
+        hard["verdict"] = f"damage falls on hard tokens more than their share: {more}"
     found["documents"] = _value(record["documents"], "held-out documents behind these figures")
     found["tokens"] = _value(record["tokens"], "tokens of them")
     found["ffn_density"] = _value(record["ffn_density"], "share of MLP neurons that ran")
@@ -196,7 +223,7 @@ def _context(model: PreTrainedModel, reading: Reading, seed: int) -> Entries:
 @torch.no_grad()
 def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """Largest difference of an output to the stock dense model's, every expert on, on one batch."""
-    what = "largest difference of a logit to the dense model's with every expert on"
+    what = "largest difference of an output to the dense model's with every expert on"
     checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
     if memory_of(checkpoint) > free_memory():
         return _value(None, f"{what}; memory does not hold both models")
@@ -217,23 +244,10 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 
 def _from_tables(tables: Mapping[str, Table]) -> Entries:
     """What the other parts found, over layers."""
-    layers = tables.get("layers", {})
-    found = {
-        "stability": _over_layers(
-            layers, "stability_ari", "stability: ARI between partitions from other seeds and texts",
-            lambda v: "the partition is much the same every time" if v > 0.5
-            else "many partitions are about as good" if v > 0.1 else "the partition is arbitrary",
-        ),
-        "share_token": _over_layers(
-            layers, "share_token", "share of routing (bits) that the token alone explains"
-        ),
-        "share_domain": _over_layers(
-            layers, "share_domain", "share of routing (bits) that the domain explains beyond the token"
-        ),
-        "lexical_recall": _over_layers(
-            layers, "lexical_recall", "routing that a table of token ids gives, as recall"
-        ),
-    }  # fmt: skip
+    layers, routing = tables.get("layers", {}), tables.get("routing", {})
+    found = {"stability": _stability(layers)}
+    for name, what in _ROUTING.items():
+        found[name] = _of_routing(routing, name, what)
     control = tables.get("random_weights")
     what = "figures (of a layer) that tell trained weights from random ones, as a share"
     if control is None:
@@ -250,18 +264,23 @@ def _from_tables(tables: Mapping[str, Table]) -> Entries:
     return found
 
 
-def _over_layers(
-    layers: Table, name: str, what: str, verdict: Callable[[float], str] | None = None
-) -> dict[str, Any]:
+def _stability(layers: Table) -> dict[str, Any]:
     """Mean over layers, with the least and the largest layer as its ends."""
-    values = [float(v) for v in layers.get(name, []) if v is not None]
+    what = "stability: ARI between partitions from other seeds and texts"
+    values = [float(v) for v in layers.get("stability_ari", []) if v is not None]
     if not values:
         return _value(None, f"{what}; not measured")
     entry = _value(float(np.mean(values)), f"{what}; mean, least and largest of the layers")
-    entry |= {"low": min(values), "high": max(values)}
-    if verdict is not None:
-        entry["verdict"] = verdict(entry["value"])
-    return entry
+    words = next(word for least, word in _STABLE.items() if entry["value"] >= least)
+    return entry | {"low": min(values), "high": max(values), "verdict": words}
+
+
+def _of_routing(routing: Table, name: str, what: str) -> dict[str, Any]:
+    """A figure over all layers together."""
+    if not routing.get(name) or routing[name][0] is None:
+        return _value(None, f"{what}; not measured")
+    ends = {end: routing.get(f"{name}_{end}", [None])[0] for end in ("low", "high")}
+    return _value(routing[name][0], what) | ends
 
 
 def _entry(given: dict[str, Any] | None, what: str) -> dict[str, Any]:

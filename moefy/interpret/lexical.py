@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from moefy.interpret.routing_frame import Doubles, Groups, Ints, Routed, RoutingFrame, Singles
+from moefy.interpret.routing_frame import Doubles, Groups, Routed, RoutingFrame, Singles
 from moefy.interpret.routing_totals import Totals
 from moefy.interpret.statistics import ratio_interval
+from moefy.interpret.tokens import Ints
 
 Columns = dict[str, Any]
 PERMUTATIONS = 4999
@@ -124,7 +125,7 @@ def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
     parts = []
     for number, domain in enumerate(frame.domains):
         here_D = frame.domain_D == number
-        figures = {}
+        figures: Columns = {}
         pieces = {"ds": ran_DE, "ds_lex": lex_DE, "ds_adj": ran_DE - lex_DE}
         tokens_D = frame.tokens_D[here_D]
         for name, top_DE in pieces.items():

@@ -19,7 +19,7 @@ def load(frame: RoutingFrame, routed: Routed) -> dict[str, Columns]:
     interval = ratio_interval(ran_DE, frame.tokens_D, frame.unit_D, seed=frame.seed)
     documents_E, tokens_E = (ran_DE > 0).sum(0), ran_DE.sum(0)
     whole = len(frame), len(frame.tokens_D)
-    experts = {
+    experts: Columns = {
         name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
     }
     experts["documents"] = _whole(routed.column(documents_E, whole[1]))

@@ -45,6 +45,7 @@ class _Within:
     pairs: tuple[Tensor, Tensor, Tensor]
 
 
+@torch.no_grad()
 def neuron_rows(mlp: DenseMlp) -> Tensor:
     """Features `[N, P]` of unit length in the fixed gauge, in fp32."""
 
@@ -63,9 +64,11 @@ def neuron_rows(mlp: DenseMlp) -> Tensor:
         along_N = (gate_ND[:, :width] * up_ND[:, :width]).sum(1, keepdim=True)
         sign_N1 = torch.where(along_N < 0, -1.0, 1.0)
         parts = [up_ND * sign_N1, down_ND * sign_N1, gate_ND]
-    return torch.cat(parts, dim=1) / len(parts) ** 0.5
+    rows_NP: Tensor = torch.cat(parts, dim=1) / len(parts) ** 0.5
+    return rows_NP
 
 
+@torch.no_grad()
 def neuron_families(modules: dict[int, SparseMlp], *, kept: int = KEPT) -> dict[str, Table]:
     """`families`, and columns of `experts` and `layers`; memory is `4 L N P` bytes and `4 K N` of a block.
 

@@ -1,7 +1,7 @@
 """How well each neuron tells a concept apart: AUROC of its contribution norm, while tokens stream by.
 
 The score of neuron j is `|h_j| ||d_j||`, which no rescale of the neuron changes. Scores are counted in
-bins of half an octave around the layer's mean; the AUROC is that of the binned score, ties counted
+bins of a quarter of an octave around the layer's mean; the AUROC is that of the binned score, ties counted
 half (Zhang et al. 2023 use average precision and the better of both signs, which is inflated where
 a concept is rare; one sign alone is not).
 
@@ -23,9 +23,10 @@ from moefy.interpret.tokens import HELD_OUT, SELECT, Ints, Tokens
 
 TOKENS = 20_000
 """About the most tokens of each layer and shard."""
-BINS = 32
-_LOWEST = -12
-"""Bin 0 ends at 2^-12 of the layer's mean score; the last begins at 2^3.5 of it."""
+BINS = 48
+_OCTAVE = 4
+_LOWEST = -8
+"""Bin 0 holds all below about 2^-8 of the layer's mean score; the last begins at 2^3.75 of it."""
 
 
 class Predictivity:
@@ -72,7 +73,9 @@ class Predictivity:
         if (layer, shard) not in self.counts:
             shape = (len(self.names) + 1, neurons, BINS)
             self.counts[layer, shard] = np.zeros(shape, dtype=np.int32)
-        level_TN = (score_TN / self.mean[layer]).log2().sub_(_LOWEST).mul_(2).clamp_(0, BINS - 1)
+        level_TN = (
+            (score_TN / self.mean[layer]).log2().sub_(_LOWEST).mul_(_OCTAVE).clamp_(0, BINS - 1)
+        )
         cell_TN = (level_TN.int() + torch.arange(neurons, device=h_TN.device) * BINS).cpu().numpy()
         member_CT = self.members(tokens)
         counts = self.counts[layer, shard]

@@ -39,6 +39,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_16 = 5e-2
 
 
+@torch.no_grad()
 def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Table]:
     """What every expert does at every token of one text, as the model runs.
 
@@ -53,14 +54,17 @@ def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Ta
             f"prompt of {len(ids)} token ids: give two or more, each from 0 to {vocabulary - 1}"
         )
     ids_T = torch.tensor(list(ids))
-    unembedding = find_unembedding(model, ids_T)
+    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    unembedding = find_unembedding(model, ids_T) if kind == "decoder" else None
     kept = _Ledgers()
     with _stream(model, unembedding) as stream:
         observe(model, _reading(ids_T, vocabulary), [kept], unembedding=unembedding)
     target_T = torch.cat([ids_T[1:], ids_T[:1]])
     if stream.logits is not None:
         target_T[-1] = int(stream.logits[-1].argmax())
-    reason = stream.refused or (None if unembedding else "no final norm and output embedding found")
+    reason = stream.refused
+    if unembedding is None:
+        reason = f"a model of kind '{kind}' whose logits are no linear map behind a final norm"
     account = None
     if unembedding is not None and reason is None:
         account = _account(model, unembedding, stream, kept, target_T)

@@ -64,11 +64,15 @@ class Groups:
 
     def sums(self, values_TX: NDArray[np.floating]) -> NDArray[np.floating]:
         """Sums `[C, X]` in the precision of the values; counts are exact up to 2^24 in fp32."""
-        ends = np.concatenate([[0], np.cumsum(self.count_C)])
-        ones = np.ones(len(self.index_T), dtype=values_TX.dtype)
-        order_T = np.argsort(self.index_T, kind="stable")
-        rows = sparse.csr_array((ones, order_T, ends), shape=(self.size, len(self.index_T)))
+        order_T, ends_C = self._order
+        ones_T = np.ones(len(self.index_T), dtype=values_TX.dtype)
+        rows = sparse.csr_array((ones_T, order_T, ends_C), shape=(self.size, len(order_T)))
         return np.asarray(rows @ values_TX)
+
+    @cached_property
+    def _order(self) -> tuple[Ints, Ints]:
+        ends_C = np.concatenate([[0], np.cumsum(self.count_C)])
+        return np.argsort(self.index_T, kind="stable"), ends_C
 
     def first(self, values_T: Ints) -> Ints:
         """A value that all tokens of a group share `[C]`; 0 in groups without tokens."""
@@ -94,12 +98,12 @@ class Routed:
     @cached_property
     def active_T(self) -> Ints:
         """How many ran for every token."""
-        return self.mask_TE.sum(1).astype(np.int64)
+        return np.asarray(self.mask_TE.sum(1), dtype=np.int64)
 
     @property
     def experts(self) -> int:
         """E."""
-        return self.mask_TE.shape[1]
+        return int(self.mask_TE.shape[1])
 
     def column(self, values_E: NDArray[np.floating], shared: float = np.nan) -> Doubles:
         """A column of the table of experts: the shared ones first, with a value of their own."""
@@ -144,6 +148,13 @@ class RoutingFrame:
 
     def __len__(self) -> int:
         return len(self.sample.tokens)
+
+    @cached_property
+    def factors(self) -> dict[str, tuple[Groups, Groups]]:
+        """What may explain routing beside the token: its values, and its pairs with the token id."""
+        groups = {"domain": self.domain, "previous": self.previous, "position": self.bin}
+        token_T = self.token.index_T
+        return {name: (g, Groups.of(token_T, g.index_T)) for name, g in groups.items()}
 
     @property
     def tokens_D(self) -> Ints:

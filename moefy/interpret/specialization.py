@@ -19,12 +19,11 @@ from moefy.interpret.routing_frame import (
     MIN_COUNT,
     Doubles,
     Groups,
-    Ints,
     Routed,
     RoutingFrame,
 )
 from moefy.interpret.statistics import LEVEL
-from moefy.interpret.tokens import NONE
+from moefy.interpret.tokens import NONE, Ints
 
 Columns = dict[str, Any]
 

@@ -65,6 +65,7 @@ class Spectrum:
         self.mean[layer] += h_TEF.sum(0).cpu()
         self.tokens[layer] += on_TE.sum(0).cpu()
 
+    @torch.no_grad()
     def directions(self, layer: int, count: int = DIRECTIONS) -> Directions:
         """The first directions of every expert, at most F of them; zeros where none was routed."""
         moment_EFF = self.moment[layer]

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from moefy.artefact import Artefact
 from moefy.console import Reporter
-from moefy.data import Batch
 from moefy.errors import MoefyError, unknown_choice
 from moefy.interpret.causal.ablation import DENSE, MOEFIED, Engine
-from moefy.interpret.causal.effects import Effects, of_layer
+from moefy.interpret.causal.effects import Effects, gone, neurons_of, of_sets
 from moefy.interpret.causal.hunt import dense_against_moefied
 from moefy.interpret.causal.keep_only import keep_only
 from moefy.interpret.causal.matrix import (
@@ -39,13 +38,14 @@ from moefy.interpret.causal.texts import Texts, draw
 from moefy.interpret.reading import Reading
 from moefy.interpret.stages import Stages
 from moefy.interpret.table import Table, joined, table
-from moefy.interpret.tokens import HELD_OUT, SELECT, Ints
+from moefy.interpret.tokens import HELD_OUT, SELECT
 from moefy.interventions import MODES, ExpertStatistics, statistics
 from moefy.provenance import versions
 from moefy.sparse_mlp import all_experts
 
 TOKENS = 20_000
 NULLS = 20
+_LEAST_NULLS = 3
 MOST_EXACT = 256
 """Up to so many experts in all, every one is run; above, `SCREENED` that the screen puts first."""
 SCREENED = 64
@@ -73,10 +73,14 @@ def causal(
     random sets stand beside every bin of experts; 0 leaves them out. With `work`, a folder, a run that
     was broken off is taken up again after the last layer; another model, text or setting starts anew.
 
-    Raises `MoefyError` for a mode that does not exist.
+    Raises `MoefyError` for a mode that does not exist, and for 1 or 2 random sets.
     """
     if mode not in MODES:
         raise MoefyError(unknown_choice("mode", mode, MODES))
+    if 0 < nulls < _LEAST_NULLS:
+        raise MoefyError(
+            f"nulls={nulls}: so few random sets have no spread to measure by; give {NULLS}, or 0 for none"
+        )
     run = _Run.of(model, reading, tokens, mode, nulls, seed, report, work)
     measured = run.dense_matrix()
     found, rows = matrix(measured, run.texts, seed=seed)
@@ -134,8 +138,14 @@ class _Run:
             dense = statistics(model, select.batches)
         means = {DENSE: dense, MOEFIED: statistics(model, select.batches)}
         engine = Engine(model, mode=mode, means=dense)
-        read = [[_content(batch) for batch in t.batches] for t in (texts, select)]
-        decided = None if work is None else [_digest(model), read, seed, versions()]
+        decided = None
+        if work is not None:
+            decided = [
+                _digest(model),
+                *map(_digest_of_texts, (texts, select, kept)),
+                seed,
+                versions(),
+            ]
         return cls(
             model, texts, select, kept, engine, nulls, seed, report or Reporter(quiet=True),
             Stages(work, decided), means,
@@ -170,22 +180,26 @@ class _Run:
     def dense_matrix(self) -> list[Measured]:
         """The exact effects, layer by layer; finished layers are taken from the work folder."""
         return [
-            self._layer(self.engine, layer, experts, self.nulls)
+            self._measured(
+                self.engine,
+                f"{DENSE}, {self.engine.mode}, layer {layer}",
+                [(layer, expert) for expert in experts],
+                self.nulls,
+            )
             for layer, experts in self.chosen().items()
         ]
 
     def others(self, best: list[Pair]) -> list[tuple[str, str, Table]]:
         """The strongest experts in the other modes, and in the moefied model."""
-        by_layer: dict[int, list[int]] = defaultdict(list)
-        for layer, expert in sorted(best):
-            by_layer[layer].append(expert)
-        mode = self.engine.mode
-        kinds = [(DENSE, m) for m in MODES if m != mode] + [(MOEFIED, mode)]
-        found = []
-        for which, other in kinds:
+        mode, found = self.engine.mode, []
+        for which, other in [(DENSE, m) for m in MODES if m != mode] + [(MOEFIED, mode)]:
             engine = Engine(self.model, which=which, mode=other, means=self.means[which])
-            measured = [self._layer(engine, layer, e, 0) for layer, e in by_layer.items()]
-            found.append((which, other, matrix(measured, self.texts, seed=self.seed)[1]))
+            what = f"{which}, {other}, strongest {len(best)}"
+            measured = self._measured(engine, what, sorted(best), 0)
+            rows = matrix([measured], self.texts, seed=self.seed)[1]
+            # Chosen by the same documents: a test of their selectivity would find what was looked for.
+            rows["csi_p"] = [None] * len(rows["csi_p"])
+            found.append((which, other, rows))
         return found
 
     def keep_only(self) -> Table:
@@ -203,33 +217,27 @@ class _Run:
 
         return self.stages.run("keep-only", self.engine.mode, make)
 
-    def _layer(self, engine: Engine, layer: int, experts: list[int], nulls: int) -> Measured:
-        given = [_neurons(engine, layer, expert) for expert in experts]
+    def _measured(self, engine: Engine, what: str, experts: list[Pair], nulls: int) -> Measured:
+        """The effects of these experts, and of random sets beside them where they are of one layer."""
+        given = [neurons_of(engine, *pair) for pair in experts]
+        layers = [layer for layer, _ in experts]
 
         def make() -> dict[str, Any]:
-            what = f"{engine.which}, {engine.mode}, layer {layer}"
-            rows, drawn = given, None
+            sets, drawn = [gone(engine, *row) for row in zip(layers, given, strict=True)], None
             if nulls:
-                energy_NN = energy_matrix(engine, self.texts, layer)
-                drawn = random_sets(engine, energy_NN, layer, given, nulls, self.seed)
-                rows = given + drawn.sets
-            numbers = [torch.from_numpy(row) for row in rows]
-            effects = of_layer(engine, self.texts, layer, numbers, self.report, what)
+                energy_NN = energy_matrix(engine, self.texts, layers[0])
+                drawn = random_sets(engine, energy_NN, layers[0], given, nulls, self.seed)
+                sets += [gone(engine, layers[0], numbers) for numbers in drawn.sets]
+            effects = of_sets(engine, self.texts, sets, self.report, what)
             return {"effects": _json(effects), "sets": None if drawn is None else _json(drawn)}
 
-        settings = [engine.which, engine.mode, layer, experts, nulls]
-        kept = self.stages.run(f"layer-{layer}", settings, make)
-        effects, pairs = _effects_of(kept["effects"]), [(layer, expert) for expert in experts]
+        kept = self.stages.run(what.replace(", ", "-").replace(" ", "-"), [experts, nulls], make)
+        effects = _effects_of(kept["effects"])
         if kept["sets"] is None:
-            return Measured(pairs, effects)
-        of_experts, of_sets = slice(len(experts)), slice(len(experts), None)
+            return Measured(experts, effects)
+        of_experts, of_random = slice(len(experts)), slice(len(experts), None)
         sets = _sets_of(kept["sets"])
-        return Measured(pairs, effects.take(of_experts), sets, effects.take(of_sets))
-
-
-def _neurons(engine: Engine, layer: int, expert: int) -> Ints:
-    size = engine.modules[layer].expert_size
-    return np.arange(expert * size, (expert + 1) * size)
+        return Measured(experts, effects.take(of_experts), sets, effects.take(of_random))
 
 
 def _effects_of(kept: dict[str, Any]) -> Effects:
@@ -281,12 +289,14 @@ _OF_EXPERTS = {
 """Columns of `experts`, and the columns of `causal` that they show the best cell of."""
 
 
-def _content(batch: Batch) -> list[Any]:
-    return [{name: value.tolist() for name, value in batch.inputs.items()}, _labels(batch)]
-
-
-def _labels(batch: Batch) -> list[list[str]]:
-    return [[s.document.domain, s.document.source_id] for s in batch.samples]
+def _digest_of_texts(texts: Texts) -> str:
+    digest = hashlib.sha256()
+    for batch in texts.batches:
+        for sample in batch.samples:
+            label = (sample.document.domain, sample.document.source_id)
+            values = {name: value.tolist() for name, value in sample.inputs.items()}
+            digest.update(repr((label, values)).encode())
+    return digest.hexdigest()
 
 
 def _digest(model: PreTrainedModel) -> list[str]:

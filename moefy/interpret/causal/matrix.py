@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.interpret.causal.damage import COSINE, NATS
-from moefy.interpret.causal.effects import Effects
+from moefy.interpret.causal.effects import Effects, means
 from moefy.interpret.causal.nulls import AgainstNull, RandomSets, against_null
 from moefy.interpret.causal.selectivity import selectivity, selectivity_p
 from moefy.interpret.causal.texts import MIN_DOCUMENTS, Texts
@@ -73,7 +73,7 @@ def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tupl
         "expert": np.repeat([expert for _, expert in experts], len(domains)),
         "domain": domains * len(experts),
         **ce.columns("ce"),
-        "kl": (intervals(effects.kl_SD, texts).mean_C if kl else nothing.ravel()),
+        "kl": (means(effects.kl_SD, domain_D, len(domains)) if kl else nothing).ravel(),
         "kl_p99": (effects.kl_p99_SC if kl else nothing).ravel(),
         **{name: values.ravel() for name, values in csi.columns("csi").items()},
         "csi_p": selectivity_p(effects.ce_SD, domain_D, seed=seed).ravel(),

@@ -8,11 +8,10 @@ Shapes: P pairs, C domains, D documents.
 import itertools
 
 import numpy as np
-import torch
 
 from moefy.console import Reporter
 from moefy.interpret.causal.ablation import Engine
-from moefy.interpret.causal.effects import Effects, Gone, of_sets
+from moefy.interpret.causal.effects import Effects, Gone, gone, neurons_of, of_sets
 from moefy.interpret.causal.matrix import Pair
 from moefy.interpret.causal.texts import Texts
 from moefy.interpret.statistics import ratio_interval, units
@@ -72,9 +71,7 @@ def _chosen(experts: list[Pair], count: int) -> list[tuple[int, int]]:
 
 
 def _both(engine: Engine, a: Pair, b: Pair) -> Gone:
-    gone: dict[int, torch.Tensor] = {}
-    for layer, expert in (a, b):
-        module = engine.modules[layer]
-        gone_N = gone.setdefault(layer, torch.zeros(module.weights.neurons, dtype=torch.bool))
-        gone_N.view(module.experts, -1)[expert] = True
-    return gone
+    first, second = (dict(gone(engine, layer, neurons_of(engine, layer, e))) for layer, e in (a, b))
+    for layer, gone_N in second.items():
+        first[layer] = first[layer] | gone_N if layer in first else gone_N
+    return first

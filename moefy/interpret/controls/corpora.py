@@ -75,7 +75,7 @@ def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
 
 def figures(experts: Table) -> list[str]:
     """Columns of a table of experts that are figures: numbers, no keys, intervals, p or q."""
-    beside = ("_low", "_high", "_p", "_q", "_z", "_percentile", "_documents")
+    beside = ("_low", "_high", "_p", "_q", "_z", "_percentile", "_documents", "_tokens", "_draws")
     keys = ("layer", "expert", "documents", "tokens", "p", "q")
     return [
         name

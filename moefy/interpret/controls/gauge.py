@@ -15,7 +15,7 @@ from moefy.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_or
 def on_cpu(mlp: DenseMlp) -> DenseMlp:
     """The same MLP on the CPU."""
     values: dict[str, Any] = {
-        name: value.cpu() if isinstance(value, Tensor) else value
+        name: value.detach().cpu() if isinstance(value, Tensor) else value
         for name, value in vars(mlp).items()
     }
     return DenseMlp(**values)

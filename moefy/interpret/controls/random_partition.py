@@ -325,7 +325,7 @@ def explained(ran_VE: Floats, size_V: Floats) -> Floats:
 
 def _entropy(count: Floats, size: Floats) -> Floats:
     """`size` times the entropy (nats) of running `count` times out of `size`."""
-    rate = count / size
+    rate = count / np.maximum(size, 1)
     return np.asarray(size * stats.entropy(np.stack([rate, 1 - rate]), axis=0))
 
 

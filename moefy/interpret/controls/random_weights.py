@@ -62,21 +62,25 @@ def random_weights(
     """Table `random_weights`: layer, figure, trained, permuted, reinitialised, separates.
 
     `model` is from `moefy.load`, `trained` is what `describe(model, reading)` gave; every column of
-    numbers of its table `layers` is a figure. `corpus` is what the model was converted with (None: the
-    bundled one). `stages` keeps the controls' tables: they are made once for a checkpoint, recipe,
-    corpus, reading and versions.
+    numbers of its table `layers` is a figure. `corpus` is what the model was converted with; left out,
+    it is the bundled one, and a model that was converted with another has no such table. `stages` keeps
+    the controls' tables: they are made once for a checkpoint, recipe, corpus, reading and versions.
 
-    Raises `CorpusError` where the corpus is not that of the conversion.
+    Raises `CorpusError` where a corpus is given and is not that of the conversion.
     """
     artefact: Artefact = model.moefy  # type: ignore[assignment]
+    report = report or Reporter(quiet=True)
     text = load_corpus(corpus)
     if text.sha256 != artefact.corpus["sha256"]:
-        raise CorpusError(
-            f"random weights: the model was converted with corpus '{artefact.corpus['name']}', got "
-            f"'{text.name}'; give that one, or leave this control out"
+        reason = (
+            f"random weights: the model was converted with corpus '{artefact.corpus['name']}', which "
+            f"'{text.name}' is not"
         )
+        if corpus is not None:
+            raise CorpusError(f"{reason}; give that one")
+        report.say(f"{reason}: this control is left out")
+        return {}
     checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    report = report or Reporter(quiet=True)
     stages = stages or Stages(None, None)
     made: dict[str, Mapping[str, Table]] = {}
     for control in CONTROLS:

@@ -1,0 +1,62 @@
+"""Router saturation: how much of a layer's routing two checkpoints share, token by token.
+
+    mean over tokens of |experts of the first & experts of the second| / k of the second
+
+OLMoE's measure, with the two lines that it needs: what even chance and what the loads alone give.
+
+Shapes: T tokens, D documents, E routed experts.
+"""
+
+import numpy as np
+
+from moefy.errors import MoefyError
+from moefy.interpret.routing_frame import RoutingFrame
+from moefy.interpret.routing_sample import RoutingSample
+from moefy.interpret.routing_totals import Totals, ratio_columns
+from moefy.interpret.table import Table, joined, table
+
+
+def router_saturation(first: RoutingSample, second: RoutingSample, *, seed: int = 0) -> Table:
+    """One row per layer: `saturation`, `saturation_chance` (k / E of the first), `saturation_load`
+    (routing of the first dealt anew to tokens by load alone, `sum_e f_e f'_e / k`), with intervals.
+
+    Raises `MoefyError` where the samples are not of the same tokens or experts.
+    """
+    _check(first, second)
+    frame = RoutingFrame(second, seed)
+    if len(frame) != len(first.tokens):
+        first = first.take(np.isin(first.tokens.document_T, frame.sample.tokens.document_T))
+    before = RoutingFrame(first, seed)
+    parts = []
+    for layer in range(len(second.packed)):
+        one, other = before.routed(layer), frame.routed(layer)
+        k_T = np.maximum(other.active_T, 1)
+        runs_T = (other.active_T > 0).astype(np.float64)
+        shared_T = {
+            "saturation": (one.mask_TE * other.mask_TE).sum(1),
+            "saturation_chance": one.active_T * other.active_T / max(one.experts, 1),
+            "saturation_load": other.mask_TE @ one.load_E,
+        }
+        top_DX = frame.by_document(
+            np.stack([runs_T * values_T / k_T for values_T in shared_T.values()], axis=1)
+        )
+        bottom_D = frame.by_document(runs_T[:, None])[:, 0]
+        totals: Totals = {name: (top_DX[:, at], bottom_D) for at, name in enumerate(shared_T)}
+        parts.append(table({"layer": [layer], **ratio_columns(frame, totals)}))
+    return joined(parts)
+
+
+def _check(first: RoutingSample, second: RoutingSample) -> None:
+    one, other = first.tokens, second.tokens
+    if len(one) != len(other) or not (
+        np.array_equal(one.ids_T, other.ids_T) and np.array_equal(one.position_T, other.position_T)
+    ):
+        raise MoefyError(
+            f"router saturation: the samples are of {len(one)} and {len(other)} tokens that are not "
+            "the same; inspect both checkpoints on the same texts with the same seed"
+        )
+    if (first.experts, first.shared) != (second.experts, second.shared):
+        raise MoefyError(
+            f"router saturation: experts by layer {first.experts} and {second.experts}, shared "
+            f"{first.shared} and {second.shared}; compare checkpoints of the same conversion"
+        )
