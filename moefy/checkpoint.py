@@ -7,6 +7,7 @@ that lacks nothing but its tensors, `overwrite` puts each of them in.
 It knows nothing of layers, experts or recipes.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -23,11 +24,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moefy.errors import CheckpointError, OutputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NOTHING = 2**20
+"""Bytes free on a disk that counts as full."""
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -331,12 +336,22 @@ class OutputFolder:
         """Turn a disk that fills up meanwhile into an `OutputError`; what is done stays."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._is_full(error):
                 raise
             raise OutputError(
                 f"{self.out}: the disk is full; free some room and pass --resume, nothing is lost"
-            ) from None
+            ) from error
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether this is what is raised on a full disk: by Python, by safetensors, by torch."""
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError):
+            return error.errno in codes
+        if isinstance(error, SafetensorError):
+            return any(f"os error {code}" in str(error) for code in codes)
+        # torch's writer does not say why it failed; what it has written still fills the disk.
+        return shutil.disk_usage(self.out.parent).free < NOTHING
 
     def discard(self) -> None:
         """Drop the work of a run that left nothing to go on with."""

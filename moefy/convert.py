@@ -373,6 +373,7 @@ def _record(job: Job, made: Converted, streamed: bool) -> dict[str, Any]:
         "bytes_read": job.clock.read,
         "bytes_written": job.clock.written,
         "peak_memory": peak_memory(),
+        "peak_memory_after": job.clock.peak,
         "machine": machine(),
     }
 

@@ -24,18 +24,15 @@ from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, make_batches
 from moefy.draws import draws
 from moefy.errors import MoefyError
+from moefy.rates import CLIP, matched
 from moefy.recipe import DistilRecipe
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens
 
 WARMUP = 0.1
-CLIP = 1.0
 ROUTER_RATE = 0.1
 """Learning rate of routers over that of compensations: their scores were fitted to the oracle, and the
 straight-through gradient is a rough one (docs/experiments.md)."""
-
-LEAST = 1e-3
-"""Smallest root mean square that a learning rate is relative to: weights may start at zero."""
 
 
 def distil_model(
@@ -103,8 +100,11 @@ def _train(
     All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
     would take as much time and memory as those that are wanted.
     """
-    routers = [p for m in modules for p in m.router.parameters()]
-    parameters = [*routers, *(p for m in modules for p in m.compensation.parameters())]
+    groups = [
+        *matched((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
+        *matched((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
+    ]  # fmt: skip
+    parameters = [p for group in groups for p in group["params"]]
     if not parameters:
         raise MoefyError(
             "distillation found nothing to train: neither the router nor the compensation has "
@@ -114,15 +114,9 @@ def _train(
         if not module.selection.by_score:
             raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
         module.straight_through = True
-    # Adam's steps do not know how large a weight is: relative to its size they suit every matrix.
-    rates = [recipe.learning_rate * max(p.square().mean().sqrt().item(), LEAST) for p in parameters]
-    rates[: len(routers)] = [ROUTER_RATE * rate for rate in rates[: len(routers)]]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)],
-        weight_decay=0.0,
-    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=recipe.steps + 1, pct_start=WARMUP
+        optimizer, [g["lr"] for g in groups], total_steps=recipe.steps + 1, pct_start=WARMUP
     )
     history: list[float] = []
     try:

@@ -51,7 +51,7 @@ class Hooked(Routed):
             self.add_module(name, nn.Identity())
         self.intervention: Intervention | None = None
         """What changes the neurons of this layer, if anything does."""
-        points = [self.get_submodule(name) for name in POINTS]
+        points: list[nn.Module] = [getattr(self, name) for name in POINTS]
         # Looked at in every pass: the dicts themselves, since finding modules by name takes longer.
         self._hooks = tuple(d for p in points for d in (p._forward_pre_hooks, p._forward_hooks))
 
@@ -73,7 +73,7 @@ class Hooked(Routed):
         )
 
     def _hooked_at(self, name: str) -> bool:
-        point = self.get_submodule(name)
+        point: nn.Module = getattr(self, name)
         return bool(point._forward_hooks or point._forward_pre_hooks)
 
     def show(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -83,7 +83,7 @@ class Hooked(Routed):
         input without its last axis. Raises `MoefyError` where they leave another shape or dtype.
         """
         shown = value.reshape(*self._places(shape), *value.shape[1:])
-        got = self.get_submodule(name)(shown)
+        got = getattr(self, name)(shown)
         if not isinstance(got, Tensor) or (got.shape, got.dtype) != (shown.shape, shown.dtype):
             what = (
                 f"{list(got.shape)} {got.dtype}" if isinstance(got, Tensor) else type(got).__name__

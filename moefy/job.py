@@ -11,6 +11,7 @@ from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.data import Batch, Corpus
+from moefy.memory import peak_memory
 from moefy.plan import Plan
 from moefy.processes import Processes
 from moefy.provenance import read_and_written
@@ -21,12 +22,13 @@ Reading = dict[str, tuple[list[Batch], int]]
 
 
 class Clock:
-    """Wall-clock seconds of every stage, and the bytes that it read and wrote."""
+    """Wall-clock seconds of every stage, the bytes that it read and wrote, peak memory up to its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.read: dict[str, int] = {}
         self.written: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -34,7 +36,7 @@ class Clock:
         began, before = time.perf_counter(), read_and_written()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 2)
-        after = read_and_written()
+        self.peak[name], after = peak_memory(), read_and_written()
         if before is not None and after is not None:
             self.read[name], self.written[name] = after[0] - before[0], after[1] - before[1]
 

@@ -7,7 +7,6 @@
 Shapes: N neurons, D width.
 """
 
-import inspect
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +34,21 @@ from moefy.artefact import (
 from moefy.checkpoint import Checkpoint, copy_folder, overwrite, sha256
 from moefy.errors import CheckpointError, MoefyError
 from moefy.heads import HeadSite, head_sites
+from moefy.hooks import hooks, run_with_cache, run_with_hooks
+from moefy.interventions import experts
 from moefy.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.locate import permute as permuted
 from moefy.memory import free_memory
 from moefy.offload import StoredMlp, offload, offloaded, stored_names
+from moefy.pass_context import share_context
 from moefy.routed import Routed
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose
-from moefy.routing.base import Compensation, Context, Router, Selection, stored
+from moefy.routing.base import Compensation, Router, Selection, stored
 from moefy.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
+
+METHODS = (experts, hooks, run_with_cache, run_with_hooks)
+"""What every moefied model can do beyond its class."""
 
 
 def replace_module(model: PreTrainedModel, site: Site, sparse: nn.Module) -> None:
@@ -171,7 +176,7 @@ def moefied(
     """Turn a dense model into the moefied one that `artefact` describes, in place.
 
     `permute` puts the neurons into expert order; without it they stand so already. `checkpoint`
-    holds the weights of layers that are offloaded.
+    holds the weights of layers that are offloaded. The model gets `METHODS`.
     """
     found = sites(model)
     devices = [offloaded(model.get_submodule(site.path("up"))) for site in found]
@@ -193,41 +198,10 @@ def moefied(
     model.moefy = artefact  # type: ignore[assignment]
     model.moefy_sites = found  # type: ignore[assignment]
     model.moefy_heads = blocks  # type: ignore[assignment]
-    _share_context(model)
+    share_context(model)
+    for method in METHODS:
+        setattr(model, method.__name__, MethodType(method, model))
     model.eval()
-
-
-def _share_context(model: PreTrainedModel) -> None:
-    """One context for all layers, filled before every pass, where some layer reads it."""
-    modules = sparse_mlps(model).values()
-    context = Context()
-    for module in modules:
-        module.context = context
-    if all(module.selection.by_score and not module.look_ahead for module in modules):
-        return
-    roots: list[Any] = [model]
-    if model.config.is_encoder_decoder:
-        # Generation runs the encoder by itself; each side has tokens and a cache of its own.
-        roots = [model.get_encoder(), model.get_decoder()]
-    signatures = {id(root): inspect.signature(root.forward) for root in roots}
-
-    def before(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signatures[id(root)].bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        tokens = next(
-            (given[n] for n in ("input_ids", "inputs_embeds", "pixel_values") if n in given), None
-        )
-        cache, mask_BT = given.get("past_key_values"), given.get("attention_mask")
-        context.batch = 1 if tokens is None else len(tokens)
-        context.cache = cache
-        context.prompt = cache is None or int(cache.get_seq_length()) == 0
-        context.previous_TD = None
-        context.mask_BT = None
-        if mask_BT is not None and mask_BT.ndim == 2 and tokens is not None:
-            context.mask_BT = mask_BT[:, -tokens.shape[1] :].bool()
-
-    for root in roots:
-        root.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def weights_of(

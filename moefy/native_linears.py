@@ -2,24 +2,18 @@
 
     moefy.native_linears(model)
 
-With few tokens a linear map costs what reading its weights costs (docs/cpu.md). Every `nn.Linear` of the model then computes up to `MOST` tokens by the native kernel, added
-up in fp32; more tokens, training, other dtypes and what accelerate moves about stay with torch.
-
-Shapes: T tokens, D width, N rows.
+With few tokens a linear map costs what reading its weights costs (docs/cpu.md). Every `nn.Linear` of the
+model then computes up to `MOST` tokens by the native kernel, added up in fp32; more tokens, training, other
+dtypes and what accelerate moves about stay with torch.
 """
 
 from types import MethodType
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from moefy_kernels.cpu.experts import serves
-from moefy_kernels.cpu.linear import native_linear
+from moefy_kernels.cpu.linear import linear
 
-MOST = 16
-"""Tokens up to which reading the weights is what a linear map costs."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -40,17 +34,5 @@ def native_linears(model: Model, on: bool = True) -> Model:
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     """What `nn.Linear` computes, in any shape `[..., D]`."""
-    tokens = x.numel() // x.shape[-1]
-    if 0 < tokens <= MOST and not torch.compiler.is_compiling() and _fits(self, x):
-        y_TN = native_linear(x.reshape(tokens, -1), self.weight, self.bias)
-        return y_TN.view(*x.shape[:-1], -1)
-    return linear(x, self.weight, self.bias)
-
-
-def _fits(module: nn.Linear, x: Tensor) -> bool:
-    autocast = torch.is_autocast_enabled("cpu")
-    bias = module.bias
-    same = bias is None or (
-        bias.dtype == x.dtype and not (torch.is_grad_enabled() and bias.requires_grad)
-    )
-    return same and not autocast and serves(x, module.weight)
+    own = self._parameters  # attributes of a module take longer to find, a hundred times a token
+    return linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]

@@ -4,7 +4,8 @@ They share a file system: what one writes the others read after `wait`. Nothing 
 first, so that many processes find what one would.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import DistError
 
 from moefy.errors import MoefyError
 
@@ -49,13 +51,15 @@ class Processes:
     def wait(self) -> None:
         """Wait until all have come here."""
         if self.count > 1:
-            self._together(PartialState().wait_for_everyone)
+            with self.together():
+                PartialState().wait_for_everyone()
 
     def all(self, items: list[T]) -> list[T]:
         """The items of all processes, in the order of their ranks."""
         if self.count == 1:
             return items
-        found: list[T] = self._together(lambda: gather_object(items))
+        with self.together():
+            found: list[T] = gather_object(items)
         return found
 
     def once(self, run: Callable[[], T]) -> T:
@@ -69,7 +73,8 @@ class Processes:
                 told[0] = run()
             except MoefyError as error:
                 failed, told[1] = error, str(error)
-        value, reason = self._together(lambda: broadcast_object_list(told))
+        with self.together():
+            value, reason = broadcast_object_list(told)
         if failed is not None:
             raise failed
         if reason is not None:
@@ -77,10 +82,15 @@ class Processes:
         found: T = value
         return found
 
-    def _together(self, run: Callable[[], Any]) -> Any:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn what torch says where another process has ended meanwhile into `Elsewhere`."""
         try:
-            return run()
+            yield
         except RuntimeError as error:
+            # Gloo, which connects processes without GPUs, has no error of its own.
+            if not (isinstance(error, DistError) or "gloo" in str(error)):
+                raise
             raise Elsewhere(
                 f"process {self.rank}: another process of this run has ended "
                 f"({str(error).splitlines()[0][:120]}); nothing is lost, --resume continues"

@@ -28,7 +28,7 @@ from moefy.data import load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluate import evaluate
 from moefy.finetuning.dense import cross_entropy, train_dense
-from moefy.finetuning.held_out import HeldOut
+from moefy.finetuning.held_out import RecoveryCheck
 from moefy.finetuning.loop import Diverged, Outcome, begin, fine_tune, make_accelerator
 from moefy.finetuning.objectives import language, towards
 from moefy.finetuning.parts import in_training, trained
@@ -36,6 +36,7 @@ from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import meta_model, sites
 from moefy.modeling import load, load_dense, save, weights_of
+from moefy.processes import launched
 from moefy.provenance import machine
 from moefy.routed import Routed
 from moefy.training_recipe import RecoverRecipe
@@ -85,7 +86,7 @@ def recover(
         f"{folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, {recipe.steps} steps "
         f"of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
     )
-    with output.full_disk():
+    with output.full_disk(), launched().together():
         dense = _frozen(source, accelerator)
         student = load(folder, dtype=torch.float32, verify=False)
         before = _evaluated(student, dense, texts, output.work / "before.json", accelerator, report)
@@ -196,7 +197,7 @@ def _train(
             "train=routers: this model's selection does not decide by one token's scores, its routers "
             "cannot learn; name the other parts with --train"
         )
-    check = HeldOut(student, dense, texts.held, converted, recipe.distil)
+    check = RecoveryCheck(student, dense, texts.held, converted, recipe.distil)
     accelerator.register_for_checkpointing(check)
     in_training(student, recipe.gradient_checkpointing)
     with trained(student, recipe) as learning:

@@ -45,12 +45,16 @@ def straight_through(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
     The midpoint of a token lies between the lowest score that runs and the highest that does not;
     Bengio et al. 2013 for the estimator.
     """
-    with torch.no_grad():
-        lowest_T1 = scores_TE.masked_fill(~mask_TE, torch.inf).amin(1, keepdim=True)
-        highest_T1 = scores_TE.masked_fill(mask_TE, -torch.inf).amax(1, keepdim=True)
-        middle_T1 = torch.nan_to_num((lowest_T1 + highest_T1) / 2, 0.0, 0.0, 0.0)
-    soft_TE = torch.sigmoid(scores_TE - middle_T1)
+    soft_TE = torch.sigmoid(scores_TE - midpoint(scores_TE, mask_TE))
     return mask_TE.to(soft_TE.dtype) + (soft_TE - soft_TE.detach())
+
+
+@torch.no_grad()
+def midpoint(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    """Between the lowest score that runs and the highest that does not `[T, 1]`; 0 where all or none run."""
+    lowest_T1 = scores_TE.masked_fill(~mask_TE, torch.inf).amin(1, keepdim=True)
+    highest_T1 = scores_TE.masked_fill(mask_TE, -torch.inf).amax(1, keepdim=True)
+    return torch.nan_to_num((lowest_T1 + highest_T1) / 2, 0.0, 0.0, 0.0)
 
 
 @contextmanager

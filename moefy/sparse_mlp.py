@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moefy import cpu_backend
 from moefy.errors import MoefyError, unknown_choice
+from moefy.hook_points import IN, MASK, OUT, SCORES, Hooked
 from moefy.mlp import DecidedMlp, DenseMlp, activation_function
-from moefy.routed import Routed
 from moefy.routed import all_experts as all_experts
 from moefy.routing.base import Compensation, Router, Selection
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
@@ -45,9 +45,12 @@ if find_spec("triton") is not None:
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 LEAST_VIEW = 8
 """Smallest experts that are worth a matrix product of their own."""
+ALL_ON_CPU, WITHOUT_VIEWS = tuple(ON_CPU), ("masked", "native")
+NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
+"""For routers that read the input alone."""
 
 
-class SparseMlp(Routed):
+class SparseMlp(Hooked):
     """An MLP in experts: weights in expert order, router, selection, compensation.
 
     The `shared` first experts always run; scores and masks cover the others.
@@ -75,11 +78,13 @@ class SparseMlp(Routed):
         self.backend = "auto"
         self.chosen = ""
         """The backend of the last forward pass."""
+        self._one_token: cpu_backend.OneToken | None = None
 
     @property
     def expert_size(self) -> int:
         """F, neurons per expert."""
-        return self.weights.neurons // self.experts
+        neurons: int = self.up_ND.shape[0]
+        return neurons // self.experts
 
     @property
     def weights(self) -> DenseMlp:
@@ -94,7 +99,9 @@ class SparseMlp(Routed):
     @property
     def routed(self) -> DenseMlp:
         """The routed neurons in expert order, as they run."""
-        mlp = self.running
+        return self._behind_shared(self.running)
+
+    def _behind_shared(self, mlp: DenseMlp) -> DenseMlp:
         return mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
 
     @property
@@ -106,8 +113,10 @@ class SparseMlp(Routed):
         """Which experts run `[T, S + E]`: bool, or in training a number that carries a gradient."""
         return self._route(x_TD)[0]
 
-    def _route(self, x_TD: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """The mask, and the weights to compute it with."""
+    def _route(
+        self, x_TD: Tensor, shown: torch.Size | None = None
+    ) -> tuple[Tensor, ExpertWeights]:
+        """The mask, and the weights to compute it with; `shown` is the shape for hooks that listen."""
         if self.all_on:
             shape = (x_TD.shape[0], self.experts)
             return torch.ones(shape, dtype=torch.bool, device=x_TD.device), self.weights
@@ -118,10 +127,12 @@ class SparseMlp(Routed):
             if self.computes_gate:
                 gate_TN = mlp.deciding(x_TD)
                 routed_TN = gate_TN[:, self.shared * self.expert_size :]
-                scores_TE = self.router.scores(routed_TN, self.routed)
+                scores_TE = self.router.scores(routed_TN, self._behind_shared(mlp))
                 weights = DecidedMlp(mlp, activation_function(mlp.activation)(gate_TN))
             else:
-                scores_TE = self.router(self._read(x_TD), self.routed)
+                scores_TE = self.router(self._read(x_TD), self._behind_shared(mlp))
+            if shown is not None:
+                scores_TE = self.show(SCORES, scores_TE, shown)
             routed_TE = self.select(scores_TE)
         elif len(routed_TE) != len(x_TD):
             routed_TE = routed_TE.repeat_interleave(len(x_TD) // len(routed_TE), 0)
@@ -143,17 +154,76 @@ class SparseMlp(Routed):
 
         `residual` is for families whose MLP module adds it itself.
         """
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        mask_TE, weights = self._route(x_TD)
+        held = self._held(hidden)
+        if held is not None:
+            y = self._decode(held, hidden)
+            return y if residual is None else y + residual
+        x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
+        heard = self.heard
+        if heard:
+            x_TD = self.show(IN, x_TD.clone(), shape)
+        mask_TE, weights = self._route(x_TD, shape if heard else None)
+        if heard:
+            mask_TE = self.show(MASK, mask_TE.clone(), shape)
         self.context.previous_TD = x_TD
         if self.observer is not None:
             self.observer(x_TD, mask_TE)
-        y_TD = self.compute(x_TD, mask_TE, weights)
         extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
-        if extra_TD is not None:
-            y_TD = y_TD + extra_TD.to(y_TD.dtype)
-        y = y_TD.view(*hidden.shape[:-1], -1)
+        if self.tells_all:
+            self.chosen = "masked"
+            h_TN, bias_D = weights.hidden(x_TD), weights.down_bias_D
+            y_TD = self.tell_all(h_TN, mask_TE, weights.down_ND, extra_TD, shape)
+            y_TD = y_TD if bias_D is None else y_TD + bias_D
+        else:
+            y_TD = self.compute(x_TD, mask_TE, weights)
+            if extra_TD is not None:
+                y_TD = y_TD + extra_TD.to(y_TD.dtype)
+        if heard:
+            y_TD = self.show(OUT, y_TD, shape)
+        y = y_TD.view(*shape, -1)
         return y if residual is None else y + residual
+
+    def _held(self, hidden: Tensor) -> cpu_backend.OneToken | None:
+        """What decodes one token on a CPU, where nobody asks for more than the output."""
+        if (
+            hidden.numel() != hidden.shape[-1]
+            or not hidden.is_cpu
+            or self.backend != "auto"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.all_on
+            or self.look_ahead
+            or self.observer is not None
+            or self.heard
+            or self.tells_all
+            or self.compensation.adds
+            or not self.router.reads_input_alone
+        ):
+            return None
+        own = [self._parameters.get(name) for name in _WEIGHTS]
+        if self._one_token is None or not self._one_token.follows(own):
+            weights = self.weights
+            layer = self.kernel_layer(hidden, weights)
+            self._one_token = cpu_backend.OneToken.of(weights, layer, own)
+        held = self._one_token
+        return held if held is not None and held.dtype == hidden.dtype else None
+
+    def _decode(self, held: cpu_backend.OneToken, hidden: Tensor) -> Tensor:
+        """One token, as `forward` computes it, with as little around the kernel as can be."""
+        x_TD = hidden.reshape(1, -1).contiguous()
+        self.context.previous_TD = x_TD
+        mask_TE = self.selection.remembered(self.context)
+        if mask_TE is None:
+            mask_TE = self.select(self.router(x_TD, NO_ROWS))
+        if self.shared:
+            mask_TE = torch.cat([mask_TE.new_ones(1, self.shared), mask_TE], 1)
+        share = _about(int(mask_TE.count_nonzero()) / self.experts)
+        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
+        threads = torch.get_num_threads()
+        self.chosen = choose("cpu", held.layer, 1, share, share, paths=paths, threads=threads)
+        if self.chosen == "native":
+            return held(x_TD, mask_TE).view(hidden.shape)
+        return ON_CPU[self.chosen](x_TD, self.weights, mask_TE).view(hidden.shape)
 
     def compute(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
         """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
@@ -175,25 +245,25 @@ class SparseMlp(Routed):
         # Training needs the smooth path, and a graph cannot hold what depends on the mask.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "masked"
-        paths = ["masked"]
-        # Very small experts are too many to be walked one by one.
-        if self.expert_size >= LEAST_VIEW:
-            paths.append("views")
-        if cpu_backend.fits(x_TD, weights):
-            paths.append("native")
+        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
+        if not cpu_backend.fits(x_TD, weights):
+            paths = tuple(path for path in paths if path != "native")
         tokens = len(x_TD)
-        share = int(mask_TE.any(0).sum()) / mask_TE.shape[1]
-        density = share if tokens == 1 else int(mask_TE.sum()) / mask_TE.numel()
+        density = share = int(mask_TE.count_nonzero()) / mask_TE.numel()
+        if tokens > 1:
+            share = int(mask_TE.any(0).sum()) / mask_TE.shape[1]
         return choose(
             "cpu", self.kernel_layer(x_TD, weights), tokens, _about(density), _about(share),
-            paths=tuple(paths), threads=torch.get_num_threads(),
+            paths=paths, threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
         """What is left to compute, as kernels count it."""
-        mlp, decided = self.weights, isinstance(weights, DecidedMlp)
-        size = 1 if decided and x_TD.device.type == "cuda" else self.expert_size
-        return Layer(mlp.width, mlp.neurons, size, mlp.matrices - decided, x_TD.element_size())
+        decided = isinstance(weights, DecidedMlp)
+        size = 1 if decided and x_TD.is_cuda else self.expert_size
+        matrices = 2 if self.gate_ND is None else 3
+        neurons, width = self.up_ND.shape
+        return Layer(width, neurons, size, matrices - decided, x_TD.element_size())
 
     def _on_gpu(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
         """Chosen by what is known without waiting for the GPU."""

@@ -33,6 +33,7 @@ from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import Site, disk_names, meta_model, sites
 from moefy.modeling import load_dense
+from moefy.processes import launched
 from moefy.provenance import machine
 from moefy.training_recipe import SparsifyRecipe
 
@@ -76,7 +77,7 @@ def sparsify(
         f"{source.folder}: {'ReLU, ' if key else ''}penalty {recipe.penalty} x {recipe.weight:g}, "
         f"{recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
     )
-    with output.full_disk():
+    with output.full_disk(), launched().together():
         plain = load_dense(source, dtype=torch.float32)
         nn.Module.to(plain, processes.device)
         before = _figures(plain, found, texts)

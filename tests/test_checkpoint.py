@@ -1,7 +1,9 @@
+import errno
 import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moefy.checkpoint import Checkpoint, OutputFolder, outline, overwrite, read_header
@@ -91,3 +93,12 @@ def test_hub_ids_that_cannot_be_had_are_one_clear_error():
         Checkpoint.open("someone/no-such-model-anywhere")
     with pytest.raises(CheckpointError, match="Hub"):
         Checkpoint.open("./no/such/folder at all")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EACCES, "denied"), SafetensorError("invalid header"), RuntimeError("shapes")],
+)
+def test_only_a_full_disk_is_called_one(error, tmp_path):
+    with pytest.raises(type(error), match=str(error.args[-1])), OutputFolder(tmp_path).full_disk():
+        raise error

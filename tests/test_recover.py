@@ -1,16 +1,22 @@
 """Recovery: what learns, what stays, and that a run is the same however it is cut up."""
 
+import errno
 import json
+import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build, example_inputs
@@ -22,10 +28,10 @@ from moefy.activations import run as forward
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint
 from moefy.distil import compared, distance
-from moefy.errors import CorpusError, MoefyError, OutputError, RecipeError
+from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, RecipeError
 from moefy.evaluate import outputs
 from moefy.finetuning import loop
-from moefy.finetuning.held_out import HeldOut
+from moefy.finetuning.held_out import RecoveryCheck
 from moefy.finetuning.loop import Diverged
 from moefy.modeling import load_dense
 from moefy.recover import recover
@@ -117,6 +123,22 @@ def test_training_closes_the_gap_and_says_so(moefied: Path, tmp_path: Path) -> N
     assert outputs(model(**example_inputs("llama"))).isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, 6, 60])
+def test_every_step_has_a_learning_rate(steps: int) -> None:
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5}])
+    schedule, found = loop._schedule(optimizer, steps), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    rising = max(1, round(0.05 * steps))
+    want = [0.5 * k / rising for k in range(1, rising + 1)]
+    falling = steps + 1 - rising
+    want += [0.25 * (1 + math.cos(math.pi * k / falling)) for k in range(1, falling)]
+    assert found == pytest.approx(want)
+    assert min(found) > 0
+
+
 @pytest.mark.parametrize("train", ["experts", "routers", "compensations", "rest", "routers,rest"])
 def test_only_what_is_named_learns(train: str, moefied: Path, tmp_path: Path) -> None:
     run(moefied, tmp_path / "out", settings={"train": train})
@@ -169,25 +191,34 @@ from moefy.finetuning import loop
 die, add = int(sys.argv[3]), loop._Log.add
 def add_or_die(self, row):
     add(self, row)
-    if row["step"] == die:
+    if row["step"] == die and os.environ.get("RANK", "0") == sys.argv[4]:
         os.kill(os.getpid(), signal.SIGKILL)
 loop._Log.add = add_or_die
 t.run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 """
 
 
-def launch(
-    moefied: Path, out: Path, die: int = 0, before: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def begin(
+    moefied: Path, out: Path, die: int = 0, rank: int = 0, before: tuple[str, ...] = (), **env: Any
+) -> subprocess.Popen[str]:
     script = out.parent / "train.py"
     script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]))
-    return subprocess.run(
-        [sys.executable, *before, str(script), str(moefied), str(out), str(die)],
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, *before, str(script), str(moefied), str(out), str(die), str(rank)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
+
+
+def end(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
+
+
+def launch(moefied: Path, out: Path, die: int = 0, **options: Any) -> Any:
+    return end(begin(moefied, out, die, **options))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_path: Path) -> None:
@@ -209,21 +240,57 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_pa
     assert logs[0] == logs[1]
 
 
-def test_two_processes_train_as_one(moefied: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two(moefied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes train."""
     # `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they
     # run on its CPUs.
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     rest = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
     port = ("--main_process_port", "0")
-    done = launch(moefied, tmp_path / "two", before=(*launcher, *rest, *port))
+    out = tmp_path_factory.mktemp("two") / "out"
+    done = launch(moefied, out, before=(*launcher, *rest, *port))
     assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_two_processes_train_as_one(moefied: Path, of_two: Path, tmp_path: Path) -> None:
     assert launch(moefied, tmp_path / "one").returncode == 0
-    record = json.loads((tmp_path / "two" / "records.json").read_text())["recovery"]
+    record = json.loads((of_two / "records.json").read_text())["recovery"]
     assert record["processes"] == 2
-    start, one, two = tensors(moefied), tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    start, one, two = tensors(moefied), tensors(tmp_path / "one"), tensors(of_two)
     moved = torch.cat([(one[n] - start[n]).flatten() for n in start]).float().norm()
     apart = torch.cat([(one[n] - two[n]).flatten() for n in start]).float().norm()
     assert apart < 2e-2 * moved
+
+
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(
+    moefied: Path, of_two: Path, tmp_path: Path
+) -> None:
+    def both(die: int) -> list[subprocess.CompletedProcess[str]]:
+        # Started by hand: a launcher would end the one that is to say what has happened.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started = [
+            begin(
+                moefied, tmp_path / "out", die, rank=1, RANK=rank, LOCAL_RANK=rank, **common
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        return [end(process) for process in started]
+
+    first, second = both(die=3)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 1
+    last = first.stderr.strip().splitlines()[-1]
+    assert "Elsewhere: process 0: another process of this run has ended" in last, first.stderr
+    assert "nothing is lost, --resume continues" in last
+    assert not (tmp_path / "out").exists()
+    assert [done.returncode for done in both(die=0)] == [0, 0]
+    want, got = tensors(of_two), tensors(tmp_path / "out")
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_a_run_that_goes_wrong_at_once_leaves_nothing(moefied: Path, tmp_path: Path) -> None:
@@ -288,6 +355,75 @@ def test_a_killed_run_is_not_resumed_with_other_settings(moefied: Path, tmp_path
         run(moefied, tmp_path / "out")
 
 
+def test_a_killed_run_is_not_resumed_with_the_checkpoint_of_another(
+    moefied: Path, tmp_path: Path
+) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.moefy-unfinished"
+    assert launch(moefied, out, die=3).returncode == -signal.SIGKILL
+    # Another model altogether, then another model's checkpoint, then one that is cut short.
+    convert_tiny("opt", build("opt", tmp_path / "source"), tmp_path / "moefied")
+    with pytest.raises(OutputError, match="started with another model, recipe or corpus"):
+        run(tmp_path / "moefied", out, resume=True)
+    other = tmp_path / ".other.moefy-unfinished" / "checkpoint"
+    assert launch(tmp_path / "moefied", tmp_path / "other", die=3).returncode == -signal.SIGKILL
+    (work / "checkpoint").rename(work / "own")
+    shutil.copytree(other, work / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"damaged or of another run.*--overwrite"):
+        run(moefied, out, resume=True)
+    shutil.rmtree(work / "checkpoint")
+    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_1.pkl"):
+        shutil.copytree(work / "own", work / "checkpoint")
+        file = work / "checkpoint" / name
+        file.write_bytes(file.read_bytes()[:500])
+        with pytest.raises(CheckpointError, match="damaged or of another run"):
+            run(moefied, out, resume=True)
+        shutil.rmtree(work / "checkpoint")
+    (work / "own").rename(work / "checkpoint")
+    run(moefied, out, resume=True)
+    run(moefied, tmp_path / "whole")
+    want, got = tensors(tmp_path / "whole"), tensors(out)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+FULL = {
+    "moefy.finetuning.loop._Log.add": OSError(errno.ENOSPC, "No space left on device"),
+    "accelerate.utils.other.safe_save_file": SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
+    "torch.save": RuntimeError(
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"
+    ),
+}
+"""What Python, safetensors and torch raise on a file system that is full."""
+
+
+@pytest.mark.parametrize("writer", list(FULL))
+def test_a_disk_that_fills_up_loses_nothing(
+    writer: str, moefied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(moefied, tmp_path / "whole")
+    passes, checks = loop._passes, []
+
+    def full(*_: Any, **__: Any) -> None:
+        raise FULL[writer]
+
+    def filling(*given: Any) -> bool:
+        checks.append(given)
+        if len(checks) == 2:  # step 4; step 2 has left a checkpoint
+            patch.setattr(writer, full)
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        return passes(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_passes", filling)
+        with pytest.raises(OutputError, match="disk is full; free some room and pass --resume"):
+            run(moefied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(moefied, tmp_path / "out", resume=True)
+    want, got = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("model", ["gpt2", "phi3", "t5", "bert", "vit", "bloom"])
@@ -302,13 +438,17 @@ def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path:
     rate = 1.0 if lora_rank else 0.1
     recipe = replace(RECIPE, lora_rank=lora_rank, learning_rate=rate, batch_tokens=100)
     found: list[dict[str, Any]] = []
-    figures = HeldOut._figures
+    figures = RecoveryCheck._figures
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeldOut, "_figures", lambda self: found.append(figures(self)) or found[-1])
+        patch.setattr(
+            RecoveryCheck, "_figures", lambda self: found.append(figures(self)) or found[-1]
+        )
         patch.setattr(loop, "WORSE", float("inf"))  # whether it is better is not asked here
-        checks: list[HeldOut] = []
-        begin = HeldOut.__init__
-        patch.setattr(HeldOut, "__init__", lambda self, *a: checks.append(self) or begin(self, *a))
+        checks: list[RecoveryCheck] = []
+        begin = RecoveryCheck.__init__
+        patch.setattr(
+            RecoveryCheck, "__init__", lambda self, *a: checks.append(self) or begin(self, *a)
+        )
         recover(
             tmp_path / "moefied",
             tmp_path / "out",

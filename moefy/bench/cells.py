@@ -29,6 +29,8 @@ class Facts:
     """Parameters that a token uses."""
     computed_by: str = ""
     """Where it is not what its name says: the backends that `auto` took."""
+    swapped: float | None = None
+    """Share of the choices of experts that are not those of the reference, where that is known."""
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -98,6 +100,7 @@ def _row(
         "of_bandwidth": None if per_second is None else per_second / bandwidth,
         "active_parameters": facts.parameters,
         "relative_error": facts.error,
+        "swapped": facts.swapped,
         "computed_by": facts.computed_by,
         "seconds": seconds.tolist(),
     }

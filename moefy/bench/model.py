@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, E experts, V vocabulary, L layers, G generated to
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from moefy.bench import moved
 from moefy.bench.bandwidth import read_bandwidth
-from moefy.bench.cells import Facts, cell, checked, record
+from moefy.bench.cells import Facts, cell, checked, record, relative_error
+from moefy.bench.choices import Choices, choosing, moved_on, others
 from moefy.bench.engines import AUTO, EAGER, MASKED, Choice, Unavailable, choose
 from moefy.bench.model_engines import Models, Session, TransformersSession, keeping
 from moefy.bench.prompts import Prompt
@@ -32,14 +33,14 @@ from moefy.sparse_mlp import BACKENDS, sparse_mlps
 
 CHECKED = 4
 """Decoded tokens whose logits are compared."""
-SAME, ROUTED, ELSEWHERE = "same", "routed", "elsewhere"
-TOLERANCE = {
-    torch.float32: {SAME: 1e-3, ROUTED: 0.05, ELSEWHERE: 0.3},
-    torch.float16: {SAME: 0.05, ROUTED: 0.2, ELSEWHERE: 0.3},
-    torch.bfloat16: {SAME: 0.1, ROUTED: 0.2, ELSEWHERE: 0.3},
-}
-"""Largest relative error of logits that is still the same model: of dense ones; of routed ones, where
-rounding may swap experts whose scores are equal; of files that hold rounded or quantised weights."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Largest relative error of logits that is still the same model: of dense engines, and of moefy's own where
+they compute the experts of the reference (`choices`)."""
+ELSEWHERE = 0.3
+"""The same of files that hold rounded or quantised weights."""
+NEARER = 0.5
+"""Files of experts choose for themselves; their error may be this share of the one that other experts of
+the same weights make."""
 PHASES = ("prefill", "decode")
 
 
@@ -56,6 +57,19 @@ class _Pass:
     def tokens(self) -> int:
         """Tokens of a pass, all sequences together."""
         return len(self.masks[0][0])
+
+
+@dataclass
+class _Reference:
+    """What engines are compared with: logits `[1 + G, B, V]` behind the prompt and some tokens."""
+
+    dense: Tensor
+    sparse: Tensor
+    choices: Choices
+    """Of the moefied model."""
+    unrouted: float
+    """Relative error of the moefied model with other experts than it chooses."""
+    passes: tuple[_Pass, _Pass]
 
 
 @torch.no_grad()
@@ -134,18 +148,18 @@ def _cells(
 ) -> list[dict[str, Any]]:
     """The records of prefill and decode for one batch."""
     batch, steps = len(ids_BT), range(length, ids_BT.shape[1])
-    wanted, passes = _references(models, ids_BT, length)
+    reference = _references(models, ids_BT, length)
+    passes = reference.passes
     sessions: dict[str, Session] = {}
     facts: dict[str, dict[str, Facts]] = {phase: {} for phase in PHASES}
     refused: dict[str, str] = {}
     for choice in choices:
         try:
             session = models.session(choice, ids_BT, length)
-            got, by = _run(session, models.sparse, steps[:CHECKED])
-            _by_name(choice, by)
-            error = checked(got, wanted[session.dense], _tolerance(choice, models.sparse.dtype))
+            by, error, swapped = _compared(choice, session, models.sparse, steps, reference)
             for phase, at in zip(PHASES, passes, strict=True):
-                facts[phase][choice.label] = _facts(choice, session, models, at, by[phase], error)
+                known = _facts(choice, session, models, at, by[phase], error)
+                facts[phase][choice.label] = replace(known, swapped=swapped)
             sessions[choice.label] = session
         except Unavailable as reason:
             refused[choice.label] = str(reason)
@@ -174,10 +188,8 @@ def _cells(
     return found
 
 
-def _references(
-    models: Models, ids_BT: Tensor, length: int
-) -> tuple[dict[bool, Tensor], tuple[_Pass, _Pass]]:
-    """Logits of the dense model without a cache and of the moefied one masked; what the latter ran."""
+def _references(models: Models, ids_BT: Tensor, length: int) -> _Reference:
+    """The dense model without a cache, and the moefied one masked, with what it chose and ran."""
     steps = range(length, ids_BT.shape[1])
     some_BT = ids_BT[:, : length + CHECKED].to(device_of(models.dense))
     count = some_BT.shape[1] - length + 1
@@ -187,7 +199,7 @@ def _references(
     dense = whole_BTV[:, -count:].transpose(0, 1).float().cpu()
     session = models.session(Choice(MASKED), ids_BT, length)
     assert isinstance(session, TransformersSession)
-    with _listening(models.sparse) as heard:
+    with _listening(models.sparse) as heard, choosing(models.sparse) as choices:
         session.reset()
         logits = [session.prefill()]
         prefill = _Pass([heard.copy()], moved.cache_bytes(session.cache))
@@ -200,7 +212,9 @@ def _references(
             held += moved.cache_bytes(session.cache)
     decode.cache = held / len(steps)
     sparse = torch.stack(logits[:count]).float().cpu()
-    return {True: dense, False: sparse}, (prefill, decode)
+    with choosing(models.sparse, moved_on(choices)):
+        other, _ = _run(session, models.sparse, steps[:CHECKED])
+    return _Reference(dense, sparse, choices, relative_error(other, sparse), (prefill, decode))
 
 
 @contextmanager
@@ -234,6 +248,34 @@ def _run(
     return torch.stack(logits), by
 
 
+def _compared(
+    choice: Choice,
+    session: Session,
+    sparse: PreTrainedModel,
+    steps: Sequence[int],
+    reference: _Reference,
+) -> tuple[dict[str, dict[str, int]], float, float | None]:
+    """The backends of each phase, the relative error, and the share of other experts chosen.
+
+    Raises `Unavailable` for an engine that computes something else.
+    """
+    tolerance = TOLERANCE[sparse.dtype]
+    if choice.dense:
+        got, by = _run(session, sparse, steps[:CHECKED])
+        return by, checked(got, reference.dense, tolerance), None
+    if choice.path is not None:
+        got, by = _run(session, sparse, steps[:CHECKED])
+        if session.dense:
+            return by, checked(got, reference.dense, ELSEWHERE), None
+        allowed = max(ELSEWHERE, NEARER * reference.unrouted)
+        return by, checked(got, reference.sparse, allowed), None
+    with choosing(sparse, reference.choices) as made:
+        got, by = _run(session, sparse, steps[:CHECKED])
+    _by_name(choice, by)
+    error = checked(got, reference.sparse, tolerance)
+    return by, error, others(made, reference.choices, sparse.dtype)
+
+
 def _backends(model: PreTrainedModel) -> dict[str, int]:
     """How many layers the last pass computed with each backend."""
     chosen = [module.chosen for module in sparse_mlps(model).values()]
@@ -246,11 +288,6 @@ def _by_name(choice: Choice, by: dict[str, dict[str, int]]) -> None:
     if choice.name in BACKENDS and others:
         taken = ", ".join(sorted(others))
         raise Unavailable(f"does not compute these layers, {taken} takes its place")
-
-
-def _tolerance(choice: Choice, dtype: torch.dtype) -> float:
-    kind = SAME if choice.dense else ROUTED if choice.path is None else ELSEWHERE
-    return TOLERANCE[dtype][kind]
 
 
 def _facts(

@@ -10,7 +10,7 @@ Shapes: T tokens, D width, N neurons, E routed experts, F neurons per expert.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,34 +89,59 @@ def _weight(batch: Batch, side: str) -> int:
     return len(batch.samples) if mask is None else int(mask.sum())
 
 
-def _sums(module: SparseMlp, mlp: DenseMlp, x_TD: Tensor, mask_TE: Tensor) -> dict[str, float]:
-    """Hits, experts that ran, and energies (sums of squares) of one chunk of tokens."""
-    ran_TE = mask_TE[:, module.shared :]
+@dataclass(frozen=True)
+class Compared:
+    """The router beside the oracle, token by token."""
+
+    ran_TE: Tensor
+    """Which routed experts ran (bool)."""
+    oracle_TE: Tensor
+    """Which the oracle would have run, as many for each token (bool)."""
+    energy_T: dict[str, Tensor]
+    """Sums of squares, in fp64: `energy` of the dense output without its bias, `model` and `oracle` of
+    what each leaves out, and both `bare`, without the compensation."""
+
+
+def compare_with_oracle(
+    module: SparseMlp, mlp: DenseMlp, x_TD: Tensor, mask_TE: Tensor
+) -> Compared:
+    """What one layer ran for some tokens beside the oracle's choice.
+
+    `mlp` holds all neurons in expert order without the output bias, as they run
+    (`Compensation.centred`); the mask covers shared experts too.
+    """
+    ran_TE = mask_TE[:, module.shared :].bool()
     first = module.shared * module.expert_size
     h_TN = mlp.hidden(x_TD.float())
     routed_TN, down_ND = h_TN[:, first:], mlp.down_ND[first:]
     norm_TE = expert_norms(routed_TN, down_ND, ran_TE.shape[1])
     rank_TE = norm_TE.argsort(dim=1, descending=True).argsort(dim=1)
     oracle_TE = rank_TE < ran_TE.sum(1, keepdim=True)
-    sums = {
-        "tokens": float(len(x_TD)),
-        "hits": float((oracle_TE & ran_TE).sum()),
-        "ran": float(ran_TE.sum()),
-        "energy": _energy(mlp.output(h_TN)),
-    }
+    energy_T = {"energy": _energy(mlp.output(h_TN))}
     for name, on_TE in (("model", ran_TE), ("oracle", oracle_TE)):
         off_TN = (~on_TE).repeat_interleave(module.expert_size, dim=1)
         error_TD = (routed_TN * off_TN) @ down_ND
-        sums[f"{name} bare"] = _energy(error_TD)
+        energy_T[f"{name} bare"] = _energy(error_TD)
         extra_TD = module.compensation(x_TD, on_TE)
         if extra_TD is not None:
             error_TD = error_TD - extra_TD.float()
-        sums[name] = _energy(error_TD)
-    return sums
+        energy_T[name] = _energy(error_TD)
+    return Compared(ran_TE, oracle_TE, energy_T)
 
 
-def _energy(values_TD: Tensor) -> float:
-    return float(values_TD.double().square().sum())
+def _sums(module: SparseMlp, mlp: DenseMlp, x_TD: Tensor, mask_TE: Tensor) -> dict[str, float]:
+    """Hits, experts that ran, and energies of one chunk of tokens."""
+    found = compare_with_oracle(module, mlp, x_TD, mask_TE)
+    return {
+        "tokens": float(len(x_TD)),
+        "hits": float((found.oracle_TE & found.ran_TE).sum()),
+        "ran": float(found.ran_TE.sum()),
+        **{name: float(energy_T.sum()) for name, energy_T in found.energy_T.items()},
+    }
+
+
+def _energy(values_TD: Tensor) -> Tensor:
+    return values_TD.double().square().sum(1)
 
 
 def _figures(sums: dict[str, float]) -> dict[str, Any]:

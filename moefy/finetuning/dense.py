@@ -13,7 +13,8 @@ from moefy.data import Batch, Sample
 from moefy.distil import compared
 from moefy.finetuning.loop import Objective, Outcome, fine_tune, make_accelerator
 from moefy.finetuning.objectives import nats
-from moefy.finetuning.parts import in_training, matched
+from moefy.finetuning.parts import in_training
+from moefy.rates import matched
 from moefy.training_recipe import TrainingRecipe
 
 

@@ -28,7 +28,7 @@ COLLAPSED = 0.5
 """Effective experts over those before training below which a layer counts as collapsed."""
 
 
-class HeldOut:
+class RecoveryCheck:
     """Figures of `model` on held-out batches, against what `dense` says there."""
 
     @torch.no_grad()

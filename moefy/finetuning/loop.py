@@ -23,20 +23,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from moefy.checkpoint import Checkpoint, OutputFolder
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch, Sample, make_batches
 from moefy.draws import draws
-from moefy.errors import MoefyError
+from moefy.errors import CheckpointError, MoefyError
 from moefy.processes import launched
 from moefy.provenance import versions
+from moefy.rates import CLIP
 from moefy.training_recipe import TrainingRecipe
 
 WARMUP = 0.05
-CLIP = 1.0
+"""Share of the steps over which the learning rate rises."""
+
 WORSE = 1.5
 """Held-out loss over that before training at which a check does not pass."""
 
@@ -114,9 +119,7 @@ def fine_tune(
     processes, rank = accelerator.num_processes, accelerator.process_index
     outcome = Outcome()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, round(WARMUP * recipe.steps), recipe.steps
-    )
+    schedule = _schedule(optimizer, recipe.steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, outcome)
     parameters = [p for group in groups for p in group["params"]]
@@ -137,7 +140,7 @@ def fine_tune(
             share = documents[rank::processes]
             row = _backward(wrapped, objective, share, counted, recipe, accelerator)
             norm = float(accelerator.clip_grad_norm_(parameters, CLIP))
-            row |= {"gradient_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            row |= {"gradient_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
             if not math.isfinite(row["loss"] + norm):
                 outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
                 break
@@ -176,6 +179,16 @@ def fine_tune(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.wait_for_everyone()
     return outcome
+
+
+def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Warm-up and cosine. The curve of transformers is 0 at both of its ends: one step more than there
+    are, and the first of them left out, so that every step moves the weights."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    warmup = max(1, round(WARMUP * steps))
+    found: LambdaLR = get_cosine_schedule_with_warmup(optimizer, warmup, steps + 1, last_epoch=0)
+    return found
 
 
 def _backward(
@@ -252,7 +265,15 @@ class _Store:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
-        self.accelerator.load_state(str(self._newest()))
+        """Raises `CheckpointError` where what lies there is damaged or belongs to another run."""
+        place = self._newest()
+        try:
+            self.accelerator.load_state(str(place))
+        except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{place}: is damaged or of another run ({str(error).splitlines()[0][:120]}); put the "
+                "right one back, or pass --overwrite to start anew"
+            ) from error
 
 
 class _Log:

@@ -3,12 +3,12 @@
     with trained(model, recipe) as learning:    # adapters are merged on the way out
         ...
 
-Learning rates are relative to the root mean square of each matrix, so that one number suits all of
-them. An adapter's matrices start anew and take a rate of their own.
+Learning rates are relative to the size of each matrix (`moefy.rates`). An adapter's matrices start
+anew and take a rate of their own.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moefy.errors import MoefyError
+from moefy.rates import matched
 from moefy.routed import Routed
 from moefy.sparse_mlp import SparseMlp
 from moefy.training_recipe import RecoverRecipe
-
-LEAST = 1e-3
-"""Smallest root mean square that a learning rate is relative to: weights may start at zero."""
 
 ADAPTER_RATE = 0.03
 """Learning rate of an adapter's matrices over `learning_rate`."""
@@ -111,12 +109,6 @@ def _merged(wrapped: Any) -> Iterator[None]:
         with torch.no_grad():
             for name, value in weights.items():
                 value.copy_(kept[name])
-
-
-def matched(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
-    """One group for every parameter, with `rate` times its root mean square as learning rate."""
-    sizes = [(p, p.detach().float().square().mean().sqrt().item()) for p in parameters]
-    return [{"params": [p], "lr": rate * max(size, LEAST)} for p, size in sizes]
 
 
 def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:

@@ -16,8 +16,6 @@ from moefy.interpret.tokens import Documents, Ints, Tokens
 
 BLOCKS = 512
 """About the most blocks; at least one for each domain."""
-MIN_DOCUMENTS = 30
-"""A row with fewer documents is greyed out where it is shown."""
 
 
 class Blocks:

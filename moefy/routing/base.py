@@ -112,6 +112,8 @@ class Compensation(nn.Module):
     parameter needs a gradient unless distillation asks for it.
     """
 
+    adds: ClassVar[bool] = True
+    """False where there is nothing to add, whatever runs."""
     centres: ClassVar[bool] = False
     """Whether neurons that are off stand at a constant of their own, from which all is counted."""
 

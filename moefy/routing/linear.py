@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moefy.mlp import DenseMlp
 from moefy.routing.base import Router
+from moefy_kernels.cpu.linear import linear
 
 
 class LinearRouter(Router):
@@ -26,5 +27,6 @@ class LinearRouter(Router):
         self.weight.data.copy_(mean_ED / mlp.width**0.5)
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
-        """Scores `[T, E]`."""
-        return nn.functional.linear(x_TD, self.weight.to(x_TD.dtype))
+        """Scores `[T, E]`, in the wider dtype of inputs and router."""
+        wide = torch.promote_types(x_TD.dtype, self.weight.dtype)
+        return linear(x_TD.to(wide), self.weight.to(wide))

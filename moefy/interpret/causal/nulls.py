@@ -27,7 +27,7 @@ from moefy.interpret.tokens import Ints
 from moefy.mlp import DenseMlp
 from moefy.partition.canonical import canonical_order
 
-BIN = 8
+BIN = 10
 """Experts of a bin, about."""
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64

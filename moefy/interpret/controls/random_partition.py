@@ -45,7 +45,7 @@ from moefy.partition.canonical import canonical_order
 from moefy.sparse_mlp import SparseMlp
 
 DRAWS = 200
-TOKENS = 20_000
+TOKENS = 12_000
 """Most tokens that every draw is looked at on."""
 ENERGY_TOKENS = 1024
 """Of them, how many `captured` is measured on: it takes a product with the whole down projection."""

@@ -96,7 +96,7 @@ def random_weights(
         }
 
         def describe_control(control: str = control) -> dict[str, Any]:
-            with converted(model, control, text, seed, report) as moefied:
+            with converted(model, control, text, seed, report, stages.folder) as moefied:
                 return dict(describe(moefied, reading))
 
         made[control] = stages.run(f"random-weights-{control}", settings, describe_control)
@@ -105,12 +105,20 @@ def random_weights(
 
 @contextmanager
 def converted(
-    model: PreTrainedModel, control: str, corpus: Any, seed: int, report: Reporter
+    model: PreTrainedModel,
+    control: str,
+    corpus: Any,
+    seed: int,
+    report: Reporter,
+    where: Path | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """The control of a moefied model, converted by the same recipe; its folder is gone afterwards."""
+    """The control of a moefied model, converted by the same recipe; its folder, made in `where`, is gone
+    afterwards."""
     artefact: Artefact = model.moefy  # type: ignore[assignment]
     checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder:
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where) as folder:
         source, out = Path(folder) / "source", Path(folder) / "moefied"
         source.mkdir()
         weights = {file.name for file in checkpoint.files}

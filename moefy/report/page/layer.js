@@ -9,7 +9,10 @@ async function layerScreen(number) {
   const figures = layerRows("layers", number)[0] ?? {};
   const screen = el("div", null, layerStrip(number), el("h1", null, `Layer ${number}`),
     el("p.how", null, el("bdi", null, meta().layers[number].name ?? "")), routingOf(figures), expertTable(number, experts));
-  screen.append(...[domainMap(number, layer), errorOf(layer), pairsOf(number), layerFigures(figures)].filter(Boolean));
+  const [wide, side] = [[domainMap(number, layer)], [errorOf(layer), pairsOf(number)]].map((parts) => parts.filter(Boolean));
+  screen.append(wide.length && side.length ? el("div.columns", null, el("div.wide", null, wide), el("div.side", null, side)) : el("div", null, wide, side));
+  const last = layerFigures(figures);
+  if (last) screen.append(last);
   return screen;
 }
 
@@ -36,6 +39,7 @@ const mainCausal = (number) => layerRows("causal", number).filter((row) => isMai
 function expertTable(number, experts) {
   const box = el("section.panel"), all = figuresOf(Object.fromEntries(
     [...new Set(experts.flatMap((row) => Object.keys(row)))].map((name) => [name, experts.map((row) => row[name] ?? null)])));
+  const marked = (name) => `${name}_low` in experts[0];
   const numeric = (name) => experts.some((row) => typeof row[name] === "number");
   layerView.columns ??= [...COLUMNS.filter((name) => all.includes(name)), ...all.filter((name) => !COLUMNS.includes(name))].slice(0, 6);
   const draw = () => {
@@ -43,7 +47,7 @@ function expertTable(number, experts) {
     const axes = Object.fromEntries(shown.filter(numeric).map((name) => [name, axisOf(experts, name)]));
     const by = layerView.sort, sign = layerView.down ? -1 : 1;
     const ordered = [...experts].sort((a, b) => sign * order(a[by], b[by]) || a.expert - b.expert);
-    const head = ["expert", ...shown].map((name) => el("th", { "aria-sort": name === by ? (layerView.down ? "descending" : "ascending") : null, class: name === "expert" ? null : numeric(name) ? "n" : "n text" },
+    const head = ["expert", ...shown].map((name) => el("th", { "aria-sort": name === by ? (layerView.down ? "descending" : "ascending") : null, class: name === "expert" ? null : !numeric(name) ? "n text" : marked(name) ? "n marked" : "n" },
       el("button.sort", { type: "button", "data-tip": name === "expert" ? null : meaningOf(name), onclick: () => {
         layerView.down = name === by ? !layerView.down : name !== "expert";
         layerView.sort = name;
@@ -51,7 +55,7 @@ function expertTable(number, experts) {
       } }, titleOf(name))));
     const line = (row) => el("tr", { class: isThin(row) ? "thin" : null }, el("td", null, expertLink(number, row.expert)),
       shown.map((name) => (typeof row[name] === "number"
-        ? el("td.n", { "data-tip": `${titleOf(name)} ${num(row[name])} ${between(row, name)}` }, num(row[name]), name + "_low" in row ? intervalMark(row, name, axes[name]) : null)
+        ? el("td.n", { "data-tip": `${titleOf(name)} ${num(row[name])} ${between(row, name)}` }, num(row[name]), marked(name) ? intervalMark(row, name, axes[name]) : null)
         : td(num(row[name]), { class: "n text" }))));
     box.replaceChildren(el("h2", null, "Experts"),
       el("p.how", null, "Click a head to sort. Dots are values, lines 95 % intervals over documents, on an axis that the column shares; the tick is zero. Rows of under 30 documents are grey."),
