@@ -56,6 +56,9 @@ class SparseMlp(Hooked):
     The `shared` first experts always run; scores and masks cover the others.
     """
 
+    up_ND: nn.Parameter
+    gate_ND: nn.Parameter | None
+
     def __init__(
         self,
         mlp: DenseMlp,
@@ -83,8 +86,7 @@ class SparseMlp(Hooked):
     @property
     def expert_size(self) -> int:
         """F, neurons per expert."""
-        neurons: int = self.up_ND.shape[0]
-        return neurons // self.experts
+        return self.up_ND.shape[0] // self.experts
 
     @property
     def weights(self) -> DenseMlp:

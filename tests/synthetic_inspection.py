@@ -86,9 +86,7 @@ def inspection(
         "perfect": {"value": 2.1e-6, "what": "largest logit difference to dense, all experts on"},
         "unknown": {"value": None, "what": "not measured"},
     }  # fmt: skip
-    held = {
-        str(i): {"text": text, "ends": _ends(text)} for i, text in enumerate(texts)
-    }
+    held = {str(i): {"text": text, "ends": _ends(text)} for i, text in enumerate(texts)}
     return Inspection(meta, honesty, made, held, [_prompt(draw, layers, experts)])
 
 
@@ -97,7 +95,10 @@ def _texts(documents: int) -> tuple[list[str], list[str]]:
     found = load_corpus(None).documents
     names = sorted({doc.domain for doc in found})[:DOMAINS]
     by_name = [[doc for doc in found if doc.domain == name] for name in names]
-    chosen = [by_name[i % len(names)][i // len(names) % len(by_name[i % len(names)])] for i in range(documents - 1)]
+    chosen = [
+        by_name[i % len(names)][i // len(names) % len(by_name[i % len(names)])]
+        for i in range(documents - 1)
+    ]
     return [HOSTILE, *(doc.text[:2000] for doc in chosen)], ["<b>web", *(d.domain for d in chosen)]
 
 
@@ -142,7 +143,15 @@ def _layers(draw: np.random.Generator, layers: int) -> Table:
 
 def _experts(draw: np.random.Generator, layers: int, experts: int) -> Table:
     size = layers * experts
-    names = ("norm", "norm_routed", "share", "energy", "norm_later", "energy_later", "router_recall")
+    names = (
+        "norm",
+        "norm_routed",
+        "share",
+        "energy",
+        "norm_later",
+        "energy_later",
+        "router_recall",
+    )
     figures = {}
     for name in names:
         figures |= _ranged(name, draw.beta(2, 6, size), 0.02)

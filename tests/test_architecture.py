@@ -61,6 +61,7 @@ KERNEL_CALLERS = {
     "cpu_backend",
     "experts_interface",
     "native_linears",
+    "linear",
     "calibrate",
 }
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names

@@ -44,7 +44,7 @@ def test_an_engine_that_is_led_computes_the_experts_of_the_reference(model):
     assert torch.equal(got, want)
     assert not torch.equal(ran(model)[0], want)
     # What it would have chosen is seen all the same.
-    with pytest.raises(Unavailable, match="chooses other experts"):
+    with pytest.raises(Unavailable, match=r"chooses other experts"):
         others(made, lead, torch.float32)
     other = ran(model, moved_on(lead))[0]
     assert (other - want).norm() > 0.02 * want.norm()
@@ -62,7 +62,7 @@ def test_swaps_among_ties_are_counted_and_others_refused(model):
     disturb(model, lambda parameter: noise(parameter, 1e-4))
     assert others(ran(model, lead)[1], lead, torch.float32) < 0.05
     disturb(model, lambda parameter: noise(parameter, 0.5))
-    with pytest.raises(Unavailable, match="standard deviations"):
+    with pytest.raises(Unavailable, match=r"standard deviations"):
         others(ran(model, lead)[1], lead, torch.bfloat16)
 
 
@@ -78,10 +78,10 @@ def test_the_margin_is_that_of_the_scores():
     assert others(made, lead, torch.float32) == pytest.approx(2 / 200)
     # The same number of swaps, but of an expert that clearly runs.
     far = torch.tensor([[False, True, True, False]])
-    with pytest.raises(Unavailable, match="0.69 standard"):
+    with pytest.raises(Unavailable, match=r"0.69 standard"):
         others([[*made[0][:49], Chosen(far, scores)]], lead, torch.bfloat16)
     # Ties alone, but too many.
-    with pytest.raises(Unavailable, match="50.0% of all choices"):
+    with pytest.raises(Unavailable, match=r"50.0% of all choices"):
         others([[Chosen(close, scores)] * 50], lead, torch.float32)
 
 
@@ -89,5 +89,5 @@ def test_a_choice_without_scores_counts_by_its_share(model):
     mask = torch.tensor([[True, False, True, False]])
     lead = [[Chosen(mask, None)] * 10]
     assert others(lead, lead, torch.float32) == 0
-    with pytest.raises(Unavailable, match="100.0% of all choices"):
+    with pytest.raises(Unavailable, match=r"100.0% of all choices"):
         others(moved_on(lead), lead, torch.float32)

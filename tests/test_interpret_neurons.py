@@ -57,10 +57,8 @@ def test_predictivity_is_the_auroc_of_contribution_norms(model, reading, shard):
         norms_N = sparse_mlps(model)[layer].down_ND.detach().double().norm(dim=1)
         score_TN = (w.h_TN.abs() * norms_N)[keep].numpy()
         got = found.auroc(layer, shard)[1]
-        for neuron in range(64):
-            want = roc_auc_score(label, score_TN[:, neuron])
-            assert got[neuron] == pytest.approx(want, abs=0.06)
-        assert np.abs(got - [roc_auc_score(label, s) for s in score_TN.T]).mean() < 0.02
+        want = np.array([roc_auc_score(label, score_T) for score_T in score_TN.T])
+        assert np.abs(got - want).max() < 0.06 and np.abs(got - want).mean() < 0.02
         assert got.std() > 0.02  # the domains differ in their tokens
         assert found.positives(layer, shard).tolist() == [int((~label).sum()), int(label.sum())]
         assert np.allclose(found.auroc(layer, shard)[0] + got, 1)

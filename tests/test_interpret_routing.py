@@ -163,13 +163,11 @@ def test_a_router_of_tokens_alone_leaves_the_domain_nothing():
         p_VE = world.random.random((types, 8))
         found = shares(world.sample(world.draw(p_VE[world.ids_T])))
         assert abs(found["share_domain"]) < 2e-3 and abs(found["share_previous"]) < 2e-3
-        if types == 60:
-            load_E = p_VE[world.ids_T].mean(0)
-            bits = entropy(load_E).sum()
-            truth = 1 - entropy(p_VE)[world.ids_T].sum(1).mean() / bits
-            assert found["share_token"] == pytest.approx(truth, abs=0.01)
-        else:
-            assert found["share_token"] > 0.1
+        bits = entropy(p_VE[world.ids_T].mean(0)).sum()
+        truth = 1 - entropy(p_VE)[world.ids_T].sum(1).mean() / bits
+        # Rare tokens can hide what they tell, but never add to it.
+        assert found["share_token"] < truth + 0.005
+        assert found["share_token"] > (truth - 0.01 if types == 60 else truth / 2)
 
 
 def test_a_router_that_is_a_table_of_tokens_is_explained_whole():

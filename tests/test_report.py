@@ -50,7 +50,9 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.inside = (dict(attrs).get("id") or tag) if tag in ("script", "title", "style") else None
+        self.inside = (
+            (dict(attrs).get("id") or tag) if tag in ("script", "title", "style") else None
+        )
 
     def handle_endtag(self, tag):
         self.inside = None
@@ -259,6 +261,8 @@ def test_serve_verb_says_where_and_ends_with_ctrl_c(found, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Shells start what is in the background without an ear for Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         url = process.stdout.readline().strip()
@@ -306,7 +310,10 @@ def test_neuronpedia_files_have_the_columns_of_its_tables(found, tmp_path):
         assert files[name], name
         for line in files[name]:
             for column, kind in columns.items():
-                assert isinstance(line[column], kind | int if kind is float else kind), (name, column)
+                assert isinstance(line[column], kind | int if kind is float else kind), (
+                    name,
+                    column,
+                )
     assert [line["index"] for line in files["features"]] == [str(i) for i in range(8)]
     # What points at each other must be there: source -> set -> release, rows -> source.
     (source,), (chosen,), (release,) = files["source"], files["sourceset"], files["release"]

@@ -22,6 +22,7 @@ from moefy.bench.bandwidth import read_bandwidth
 from moefy.bench.cells import Facts, cell, checked, record, relative_error
 from moefy.bench.choices import Choices, choosing, moved_on, others
 from moefy.bench.engines import AUTO, EAGER, MASKED, Choice, Unavailable, choose
+from moefy.bench.mlp_share import amdahl, mlp_share
 from moefy.bench.model_engines import Models, Session, TransformersSession, keeping
 from moefy.bench.prompts import Prompt
 from moefy.bench.settings import check
@@ -165,6 +166,7 @@ def _cells(
             refused[choice.label] = str(reason)
         except RuntimeError as failure:  # what torch says of a compiler or a shape that does not do
             refused[choice.label] = f"failed: {str(failure).strip().splitlines()[0]}"
+    share = _mlp_share(models, ids_BT, length)
     runs = {
         name: Run([s.prefill, *(partial(s.step, p) for p in steps)], before=s.reset)
         for name, s in sessions.items()
@@ -173,7 +175,7 @@ def _cells(
     found = []
     for phase, at, part in zip(PHASES, passes, (slice(0, 1), slice(1, None)), strict=True):
         masks = [mask_TE for one in at.masks for mask_TE in one]
-        place = {
+        place: dict[str, Any] = {
             "phase": phase,
             "batch": batch,
             "tokens": batch * (length if phase == "prefill" else 1),
@@ -182,7 +184,11 @@ def _cells(
             "union": fmean(map(moved.union, masks)),
             "least_bytes": _bytes(models.sparse, at),
             "router": None,
+            "mlp_share": None,
+            "amdahl": None,
         }
+        if phase == "decode" and share is not None:
+            place |= {"mlp_share": share, "amdahl": amdahl(share, place["density"])}
         timed = {name: seconds_RC[:, part] for name, seconds_RC in seconds.items()}
         found.append(cell(place, timed, facts[phase], refused, bandwidth))
     return found
@@ -215,6 +221,15 @@ def _references(models: Models, ids_BT: Tensor, length: int) -> _Reference:
     with choosing(models.sparse, moved_on(choices)):
         other, _ = _run(session, models.sparse, steps[:CHECKED])
     return _Reference(dense, sparse, choices, relative_error(other, sparse), (prefill, decode))
+
+
+def _mlp_share(models: Models, ids_BT: Tensor, length: int) -> float | None:
+    """Of decoding behind the prompt by the dense model as stock has it."""
+    session = models.session(Choice(EAGER), ids_BT, length)
+    session.reset()
+    session.prefill()
+    steps = range(length, ids_BT.shape[1])
+    return mlp_share(models.dense, [partial(session.step, position) for position in steps])
 
 
 @contextmanager

@@ -5,7 +5,7 @@
     energy  ||y_e||^2
 
 `y` is the dense output of the layer without its bias. First tokens (position 0) dwarf all others in
-trained models, so every mean comes with them and, as `..._later`, without.
+many models, so every mean comes with them and, as `..._later`, without.
 
 Shapes: T tokens, E experts, G blocks of documents, C domains.
 """

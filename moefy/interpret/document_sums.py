@@ -2,7 +2,7 @@
 
 A block is a unit of the statistics (a document, or a source where a domain has many), or several
 units of one domain where there are more than `BLOCKS`: memory then no longer grows with the text. The
-first token of a document is kept apart, because its norms dwarf all others.
+first token of a document is kept apart, because in many models its norms dwarf all others.
 
 Shapes: T tokens, D documents, G blocks, C columns.
 """

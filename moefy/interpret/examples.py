@@ -7,7 +7,7 @@
     negative   the most negative shares, one per document
 
 All come from the shard `select`; top and spectrum from `held_out` too. First tokens are in no panel:
-their norms dwarf all others, and every document would show the same. Tokens that were not routed to an
+where their norms dwarf all others, every document would show the same. Tokens that were not routed to an
 expert are in `top`, `spectrum` and `negative` as well; `ran` tells them apart.
 
 The norms around an example are kept while its document is in memory, so no second pass is needed.

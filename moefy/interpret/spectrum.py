@@ -6,7 +6,7 @@ From the second moment `[F, F]` of its activations over the tokens that were rou
 `[T, E, D]` are never formed. The moment is not centred: an expert that always writes one vector has
 one direction of share 1.
 
-First tokens are left out: their norms would decide everything.
+First tokens are left out: in many models their norms would decide everything.
 
 Shapes: T tokens, D width, N neurons, E experts, F neurons per expert, K directions.
 """

@@ -1,7 +1,7 @@
 """The report of an inspection: one offline HTML file, a folder to serve, plots, other tools' formats.
 
-    write_report(inspection, "report.html")
-    Report(inspection)                        # shows itself in a notebook
+write_report(inspection, "report.html")
+Report(inspection)                        # shows itself in a notebook
 """
 
 from moefy.report.neuronpedia import export_neuronpedia as export_neuronpedia

@@ -97,7 +97,9 @@ def _of_layer(given: Table, layer: int) -> Table:
 def _short(value: Any) -> Any:
     """The same JSON values with the digits that are shown."""
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 1e9 else float(f"{value:.{_DIGITS}g}")
+        return (
+            int(value) if value.is_integer() and abs(value) < 1e9 else float(f"{value:.{_DIGITS}g}")
+        )
     if isinstance(value, list):
         return [_short(item) if isinstance(item, float | list | dict) else item for item in value]
     if isinstance(value, dict):

@@ -80,7 +80,7 @@ def random_sets(
     bins = max(1, round(len(experts) / BIN))
     bin_E = np.empty(len(experts), dtype=np.int64)
     bin_E[np.argsort(energy_E, kind="stable")] = np.arange(len(experts)) * bins // len(experts)
-    order_N = canonical_order(_on_cpu(engine.modules[layer].weights)).numpy()
+    order_N = canonical_order(on_cpu(engine.modules[layer].weights)).numpy()
     ordered_NN = energy_NN[np.ix_(order_N, order_N)]
     random = np.random.default_rng([seed, 13, layer])
     sets, bin_S = [], []
@@ -90,19 +90,20 @@ def random_sets(
         for turn in range(count):
             expert = members[turn % len(members)]
             size = len(experts[expert])
-            sets.append(np.sort(order_N[_matched(ordered_NN, energy_E[expert], size, random)]))
+            sets.append(np.sort(order_N[matched(ordered_NN, energy_E[expert], size, random)]))
             bin_S.append(number)
     return RandomSets(sets, np.array(bin_S), energies(energy_NN, sets), bin_E, energy_E)
 
 
-def _on_cpu(mlp: DenseMlp) -> DenseMlp:
+def on_cpu(mlp: DenseMlp) -> DenseMlp:
+    """The same MLP in main memory."""
     held: dict[str, Any] = {
         name: v.detach().cpu() for name, v in vars(mlp).items() if isinstance(v, Tensor)
     }
     return replace(mlp, **held)
 
 
-def _matched(
+def matched(
     energy_NN: Floats, target: float, size: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
     """A random set of so many neurons whose energy is near the target, or as near as swaps come."""
