@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moefy.inspection import inspect as inspect
     from moefy.modeling import load as load
     from moefy.native_linears import native_linears as native_linears
+    from moefy.prune import prune as prune
     from moefy.recipe import Recipe as Recipe
     from moefy.recover import recover as recover
     from moefy.sparsify import sparsify as sparsify
@@ -31,6 +32,7 @@ _HOME = {
     "inspect": "moefy.inspection",
     "load": "moefy.modeling",
     "native_linears": "moefy.native_linears",
+    "prune": "moefy.prune",
     "recover": "moefy.recover",
     "register_experts": "moefy.experts_interface",
     "Recipe": "moefy.recipe",

@@ -335,6 +335,52 @@ def sparsify(
 
 
 @verb
+def prune(
+    model: Model,
+    out: Out,
+    forget: Annotated[str, typer.Option(help="Domain whose experts go.")],
+    retain: Annotated[
+        list[str] | None,
+        typer.Option(help="Domain that is to stay as it is; may be repeated (all others)."),
+    ] = None,
+    unit: Annotated[str, typer.Option(help="What is removed: expert or neuron.")] = "expert",
+    retain_loss: Annotated[
+        float | None,
+        typer.Option(help="Rise of the cross-entropy to retain that is allowed (0.01)."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of the experts that goes instead, 0 to 1.")
+    ] = None,
+    corpus: Text = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to read for each of ranking, deciding and measuring.")
+    ] = 20_000,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: bool = False,
+) -> Shown:
+    """Remove the experts that one domain needs, measure what that costs and whether it comes back.
+
+    Example: moefy prune ./llama-moefied ./llama-no-code --forget python_code
+    """
+    from moefy.prune import prune as run
+    from moefy.prune.summary import control_rows, curve_rows, lines
+    from moefy.tables import terminal
+
+    record = run(
+        model, out, forget=forget, retain=retain, unit=unit, retain_loss=retain_loss, share=share,
+        corpus=corpus, tokens=tokens, resume=resume, overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    view = [
+        terminal(*curve_rows(record), title=f"without the {unit}s of {forget}"),
+        terminal(*control_rows(record), title="what was removed, beside controls"),
+        *lines(record),
+        f"written to {out}",
+    ]
+    return Shown(record, view)
+
+
+@verb
 def inspect_(
     model: Moefied,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report.")] = None,

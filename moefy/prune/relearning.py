@@ -34,7 +34,12 @@ CLEAR = 1.5
 
 @torch.enable_grad()
 def relearn(
-    removable: Removable, gone: Gone, lesson: list[Batch], texts: Texts, goal: float, most: int = STEPS
+    removable: Removable,
+    gone: Gone,
+    lesson: list[Batch],
+    texts: Texts,
+    goal: float,
+    most: int = STEPS,
 ) -> dict[str, Any]:
     """Train the model without these neurons until its cross-entropy on `texts` is `goal`.
 

@@ -83,7 +83,7 @@ def choose_domains(corpus: Corpus, forget: str, retain: list[str] | None) -> Dom
     if len(known) < 2:
         raise CorpusError(
             f"corpus {corpus.name}: all its documents are of one domain, '{known[0]}'; removal takes "
-            'one to forget and one to retain: give a folder with a sub-folder for each, or .jsonl lines '
+            "one to forget and one to retain: give a folder with a sub-folder for each, or .jsonl lines "
             'with "domain"'
         )
     kept = list(dict.fromkeys(retain)) if retain else [name for name in known if name != forget]

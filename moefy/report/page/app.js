@@ -123,16 +123,17 @@ function onKey(event) {
 
 // Paper is light, and shows what is folded.
 function watchPrint() {
-  let before, folded = [];
+  let before, closed = [];
   addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
     setTheme("light");
-    folded = [...document.querySelectorAll("details:not([open]):not(.chooser)")];
-    for (const one of folded) one.open = true;
+    closed = [...document.querySelectorAll("details:not([open]):not(.chooser)")];
+    // The browser's own event would come after the page is printed.
+    for (const one of closed) { one.open = true; one.dispatchEvent(new Event("toggle")); }
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    for (const one of folded) one.open = false;
+    for (const one of closed) one.open = false;
   });
 }
 

@@ -88,16 +88,25 @@ function choice(names, chosen, pick) {
     el("button", { type: "button", "aria-pressed": String(key === chosen), onclick: () => pick(key) }, title)));
 }
 
-// A table of which the first few rows are shown until asked for more.
-function longGrid(head, lines, few, what) {
-  lines.slice(few).forEach((line) => { line.hidden = true; });
-  const box = grid(head, lines);
-  if (lines.length <= few) return box;
+// A table of which the first few rows are made, and the others when they are asked for.
+function longGrid(head, items, few, what, draw) {
+  const box = grid(head, items.slice(0, few).map(draw));
+  if (items.length <= few) return box;
   const more = el("button.more", { type: "button", onclick: () => {
-    lines.forEach((line) => { line.hidden = false; });
+    box.querySelector("tbody").append(...items.slice(few).map(draw));
     more.remove();
-  } }, `all ${num(lines.length)} ${what}`);
+  } }, `all ${num(items.length)} ${what}`);
   return el("div", null, box, more);
+}
+
+// A part that is made when it is first unfolded.
+function folded(summary, make, open = false) {
+  const box = el("details", { open, ontoggle: fill }, el("summary", null, summary));
+  function fill() {
+    if (box.open && box.children.length === 1) box.append(...[make()].flat());
+  }
+  fill();
+  return box;
 }
 
 // A longer list, of which the first few are shown until asked for more.

@@ -58,7 +58,7 @@ function figuresPanel(number, expert, row) {
   const first = names.filter((name) => COLUMNS.includes(name) || name in FIGURES), rest = names.filter((name) => !first.includes(name));
   return el("section.panel", null, el("h2", null, "Figures"), el("p.how", null, `Rank: 1 is the largest of the layer's ${all.length}.`),
     grid(["", th("value"), th("rank")], first.map(line), { class: "figures" }),
-    rest.length ? el("details", null, el("summary", null, `${rest.length} more`), grid(["", th("value"), th("rank")], rest.map(line), { class: "figures" })) : null);
+    rest.length ? folded(`${rest.length} more`, () => grid(["", th("value"), th("rank")], rest.map(line), { class: "figures" })) : null);
 }
 
 function rankOf(all, name, value) {
@@ -94,13 +94,13 @@ function causalPanel(number, expert) {
 function tokensPanel(rows_) {
   if (!rows_.length) return null;
   const kinds = [...new Set(rows_.map((row) => row.kind))], box = el("div");
-  const list = (some) => longGrid(["token", th("z"), th("lift"), th("recall"), th("n")], some.map((row) =>
-    el("tr", null, el("td", null, token(row.token)), td(signed(row.z, 2)), td(signed(row.lift, 2)), td(percent(row.recall)), td(num(row.count)))), 8, "tokens");
+  const list = (some) => longGrid(["token", th("z"), th("lift"), th("recall"), th("n")], some, 8, "tokens", (row) =>
+    el("tr", null, el("td", null, token(row.token)), td(signed(row.z, 2)), td(signed(row.lift, 2)), td(percent(row.recall)), td(num(row.count))));
   const draw = (kind) => {
     const own = rows_.filter((row) => row.kind === kind).sort((a, b) => b.z - a.z);
     const above = own.filter((row) => row.z > 0), below = own.filter((row) => row.z <= 0).reverse();
     box.replaceChildren(kinds.length > 1 ? choice(kinds.map((one) => [one, words(one)]), kind, draw) : el("span"),
-      list(above), below.length ? el("details", null, el("summary", null, `${below.length} that it runs less often on`), list(below)) : "");
+      list(above), below.length ? folded(`${below.length} that it runs less often on`, () => list(below)) : "");
   };
   draw(kinds[0]);
   return panel("Tokens", "z: weighted log-odds against all routing of the layer. recall: share of the expert's tokens that are this one. lift: log2 over the load.", box);
@@ -154,7 +154,7 @@ function positionsPanel(rows_) {
 function screenPanel(rows_) {
   if (!rows_.length) return null;
   return panel("A cheap guess, and how good it is", "The screen is one gradient's guess of the loss without this expert. Spearman: how its ranks agree with the true effects of the experts that were measured, domain by domain. It is never the effect itself.",
-    el("details", null, el("summary", null, `${rows_.length} domains`), grid(["", th("screen"), th("true effect"), th("Spearman")], rows_.map((row) => el("tr", null, el("td", null, el("bdi", null, row.domain)),
+    folded(`${rows_.length} domains`, () => grid(["", th("screen"), th("true effect"), th("Spearman")], rows_.map((row) => el("tr", null, el("td", null, el("bdi", null, row.domain)),
       td(signed(row.screen)), td(row.measured ? signed(row.ce) : "not measured"), el("td", null, withInterval(row, "spearman")))))));
 }
 
@@ -173,15 +173,15 @@ function neighboursPanel(number, expert) {
   const twins = rows(table("duplicates")).filter((row) => here(row, "a") || here(row, "b"));
   if (!found.length && !twins.length) return null;
   const other = (row) => (here(row, "a") ? expertLink(row.layer_b, row.expert_b) : expertLink(row.layer_a, row.expert_a));
-  return panel("Neighbours", "Experts whose routing goes with its own (phi above zero) or against it, beyond what loads and the number per token give.",
+  return panel("Neighbours", "Experts whose routing goes with its own (phi above zero) or against it (lift: log2), beyond what loads and the number per token give.",
     twins.length ? el("p", null, "Nearly the same routing: ", twins.map((row) => [other(row), " "])) : null,
-    longGrid(["", th("phi"), th("lift"), th("z"), th("q")], found.map((row) =>
-      el("tr", null, el("td", null, other(row)), td(signed(row.phi)), td(num(row.lift)), td(signed(row.z)), td(num(row.q)))), 10, "neighbours"));
+    longGrid(["", th("phi"), th("lift"), th("z"), th("q")], found, 10, "neighbours", (row) =>
+      el("tr", null, el("td", null, other(row)), td(signed(row.phi)), td(signed(row.lift)), td(signed(row.z)), td(num(row.q)))));
 }
 
 function neuronsPanel(number, rows_) {
   if (!rows_.length) return null;
   return panel("Member neurons", "Its neurons with the nearest neighbour of each, by the cosine of input and output weights (gauge fixed). The same direction in two experts means that the partition cut a group.",
-    longGrid(["neuron", "nearest", th("cosine"), "same expert"], rows_.map((row) => el("tr", null, td(num(row.neuron)),
-      el("td", null, `N${row.neighbour} of `, row.neighbour_expert === undefined ? `L${row.neighbour_layer}` : expertLink(row.neighbour_layer ?? number, row.neighbour_expert)), td(num(row.cosine)), el("td", null, row.same_expert === null ? "–" : row.same_expert ? "yes" : "no"))), 8, "neurons"));
+    longGrid(["neuron", "nearest", th("cosine"), "same expert"], rows_, 8, "neurons", (row) => el("tr", null, td(num(row.neuron)),
+      el("td", null, `N${row.neighbour} of `, row.neighbour_expert === undefined ? `L${row.neighbour_layer}` : expertLink(row.neighbour_layer ?? number, row.neighbour_expert)), td(num(row.cosine)), el("td", null, row.same_expert === null ? "–" : row.same_expert ? "yes" : "no"))));
 }

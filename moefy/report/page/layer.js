@@ -117,8 +117,8 @@ function pairsOf(number) {
   if (!given.length) return null;
   return panel("Experts that run together",
     "phi is the correlation of two experts' routing over tokens; z compares it with routing of the same loads and the same number per token. It says that they run together, not that they work together.",
-    longGrid(["", "", th("phi"), th("lift"), th("z"), th("q")], given.map((row) => el("tr", null, el("td", null, expertLink(number, row.expert_a)),
-      el("td", null, expertLink(number, row.expert_b)), td(signed(row.phi)), td(num(row.lift)), td(signed(row.z)), td(num(row.q)))), 12, "pairs"));
+    longGrid(["", "", th("phi"), th("lift"), th("z"), th("q")], given, 12, "pairs", (row) => el("tr", null, el("td", null, expertLink(number, row.expert_a)),
+      el("td", null, expertLink(number, row.expert_b)), td(signed(row.phi)), td(signed(row.lift)), td(signed(row.z)), td(num(row.q)))));
 }
 
 // What the experts that did not run would have added: kept as an expert of its own, numbered -1.

@@ -32,7 +32,7 @@ function honestyBox() {
   return el("section.panel.honesty", null, el("h2", null, "Before you believe the rest"),
     el("p.how", null, "How good the model is, and how much of what follows chance, tokens or the architecture alone explain. Brackets are 95 % intervals over documents where nothing else is said."),
     el("div.facts", null, (first.length ? first : rest).map(([name, given]) => fact(name, given))),
-    first.length && rest.length ? el("details", null, el("summary", null, `${rest.length} more figures`), grid([th("value"), "what it is"], rest.map(([name, given]) =>
+    first.length && rest.length ? folded(`${rest.length} more figures`, () => grid([th("value"), "what it is"], rest.map(([name, given]) =>
       el("tr", { "data-fact": name }, el("td", null, withInterval(factRow(given), "value")),
         el("td.text", null, given.what ?? words(name), given.verdict ? el("span.muted", null, ` – ${given.verdict}`) : null))), { class: "figures" })) : null);
 }
@@ -153,8 +153,8 @@ function generic(title, how, given, most = 200) {
   const all = rows(given);
   const cells = (row) => el("tr", { class: isThin(row) ? "thin" : null }, names.map((name) =>
     (typeof row[name] === "number" ? el("td", null, withInterval(row, name)) : el("td", null, el("bdi", null, num(row[name]))))));
-  return panel(title, how, el("details", null, el("summary", null, `${num(all.length)} rows`), grid(names.map(titleOf), all.slice(0, most).map(cells)),
-    all.length > most ? el("p.how", null, `The first ${most} rows; inspection.json has all.`) : null));
+  return panel(title, how, folded(`${num(all.length)} rows`, () => [grid(names.map(titleOf), all.slice(0, most).map(cells)),
+    el("p.how", null, all.length > most ? `The first ${most} rows; inspection.json has all.` : "")]));
 }
 
 function missing() {

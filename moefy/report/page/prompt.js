@@ -46,9 +46,10 @@ const PARTS = [["embedding", "embedding"], ["attention", "attention"], ["experts
 // Where the logit of the next token comes from; some models' accounts cannot be kept, and say why.
 function logitAccount(prompt, piece) {
   if (!prompt.account) return prompt.reason ? panel("Account of the logit", null, el("p.none", null, `Not given: ${prompt.reason}.`)) : null;
-  const lines = rows(prompt.account).map((row, at, all) => el("tr", null, el("td", null, el("bdi.piece", null, visible(piece(at)) || "∅")),
-    el("td", null, at + 1 < all.length ? el("bdi.piece", null, visible(piece(at + 1)) || "∅") : token(row.target)), PARTS.map(([name]) => td(signed(name === "error" ? -row.error : row[name])))));
+  const all = rows(prompt.account), shown = (at) => el("bdi.piece", null, visible(piece(at)) || "∅");
+  const line = (row) => el("tr", null, el("td", null, shown(row.position)), el("td", null, row.position + 1 < all.length ? shown(row.position + 1) : token(row.target)),
+    PARTS.map(([name]) => td(signed(name === "error" ? -row.error : row[name]))));
   return panel("Account of the logit",
     `Parts of the next token's logit, less the mean over the vocabulary, with the final norm's scale held fixed; at the last token, of the one that the model puts first. They sum to the model's logit: largest gap ${num(prompt.largest_gap, 2)} of the largest logit. Layers' parts are what they write directly.`,
-    longGrid(["token", "next", ...PARTS.map(([, title]) => th(title))], lines, 40, "tokens"));
+    longGrid(["token", "next", ...PARTS.map(([, title]) => th(title))], all, 40, "tokens", line));
 }

@@ -34,9 +34,8 @@ function shardOf(kind, shard, examples, line) {
     for (const bin of bins) {
       const own = examples.filter((row) => (row.bin ?? 0) === bin);
       const norms = own.map((row) => row.norm).filter((norm) => typeof norm === "number");
-      box.append(el("details.bin", { open: bin === bins[0] || bin === bins.at(-1) },
-        el("summary", null, `tenth ${bin + 1} of ${Math.max(...bins) + 1}`, el("span.range", null, ` norms ${num(Math.min(...norms))} to ${num(Math.max(...norms))}`)),
-        own.map(line)));
+      box.append(folded(`tenth ${bin + 1} of ${Math.max(...bins) + 1}, norms ${num(Math.min(...norms))} to ${num(Math.max(...norms))}`,
+        () => own.map(line), bin === bins[0] || bin === bins.at(-1)));
     }
   } else {
     box.append(shortened(examples, FEW, line, "examples"));
