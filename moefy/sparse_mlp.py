@@ -205,7 +205,7 @@ class SparseMlp(Hooked):
         own = [self._parameters.get(name) for name in _WEIGHTS]
         if self._one_token is None or not self._one_token.follows(own):
             weights = self.weights
-            layer = self.kernel_layer(hidden, weights)
+            layer = self.kernel_layer(self.up_ND, weights)
             self._one_token = cpu_backend.OneToken.of(weights, layer, own)
         held = self._one_token
         return held if held is not None and held.dtype == hidden.dtype else None

@@ -8,11 +8,8 @@
 // Where tokens share an expert, rows in bf16 are widened once into the first-level cache, and tiles of 4 rows
 // by 3 tokens (rows) or of 6 tokens by 2 vectors (columns) keep the arithmetic busy. Everything is added up
 // in fp32, in an order that does not depend on how many threads there are.
-//
-// Vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and machines without.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -21,252 +18,29 @@
 #include <omp.h>
 #endif
 
-namespace {
+#include "rows.h"
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-struct bf16 {
-    uint16_t bits;
-};
-
-constexpr int STEP = 2 * LANES;  // numbers that are read at once
-
-// STEP numbers as two vectors. Of bf16 the first holds the even ones and the second the odd ones, which is
-// what a shift and a mask give of whole words; every buffer in fp32 keeps that order, and `narrow` undoes it.
-struct Pair {
-    Vector one, two;
-};
-inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
-inline Pair pair(const float* at) { return {load(at), load(at + LANES)}; }
-inline Pair pair(const bf16* at) {
-    const Bits words = *reinterpret_cast<const Bits*>(at);
-    return {(Vector)(words << 16), (Vector)(words & 0xffff0000u)};
-}
-inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
-
-inline float widened(float value) { return value; }
-inline float widened(bf16 value) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-// Rounded to the nearest, ties to even; a NaN stays one.
-inline uint16_t rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-template <class W>
-inline void widen(const W* from, int64_t n, float* to) {
-    int64_t d = 0;
-    for (; d + STEP <= n; d += STEP) {
-        const Pair both = pair(from + d);
-        store(to + d, both.one);
-        store(to + d + LANES, both.two);
-    }
-    for (; d < n; ++d) to[d] = widened(from[d]);
-}
-inline void narrow(const float* from, int64_t n, float* to) { std::copy(from, from + n, to); }
-inline void narrow(const float* from, int64_t n, bf16* to) {
-    int64_t d = 0;
-    for (; d + STEP <= n; d += STEP)
-        for (int i = 0; i < LANES; ++i) {
-            to[d + 2 * i].bits = rounded(from[d + i]);
-            to[d + 2 * i + 1].bits = rounded(from[d + LANES + i]);
-        }
-    for (; d < n; ++d) to[d].bits = rounded(from[d]);
-}
-
-inline float total(Vector value) {
-    float lane[LANES];
-    std::memcpy(lane, &value, sizeof lane);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-}
-
-constexpr int BLOCK_ROWS = 32;    // rows of one piece of work
-constexpr int BLOCK_TOKENS = 48;  // tokens whose inputs stay in the second-level cache
-constexpr int BLOCK_WIDTH = 1024; // columns of them
-
-constexpr int BLOCK = (BLOCK_ROWS + 8) * BLOCK_TOKENS;  // and room for rows that do not exist
-
-// Rows that one pass works on. For one token they are streams that the memory serves side by side; for
-// several, R rows by C tokens are sums that fit into registers.
-constexpr int ALONE = 8, TILE = 4;
-
-// The rows at `w`; those that do not exist are the last one once more.
-template <int R, class W>
-struct Rows {
-    const W* at[R];
-    Rows(const W* w, int64_t stride, int64_t rows) {
-        for (int r = 0; r < R; ++r) at[r] = w + std::min<int64_t>(r, rows - 1) * stride;
-    }
-    Rows(const W* w, int64_t stride, const int64_t* row, int64_t rows) {
-        for (int r = 0; r < R; ++r) at[r] = w + row[std::min<int64_t>(r, rows - 1)] * stride;
-    }
-};
-
-// sum[r] = w[r] . x for one token.
-template <class W>
-inline void dots_alone(const Rows<ALONE, W>& w, const float* x, int64_t n, float* sum) {
-    constexpr int LINE = std::max<int>(64 / sizeof(W), STEP);  // a row is taken a cache line at a time
-    Vector part[ALONE] = {};
-    int64_t d = 0;
-    for (; d + LINE <= n; d += LINE)
-        for (int r = 0; r < ALONE; ++r)
-            for (int i = 0; i < LINE; i += STEP) {
-                const Pair weight = pair(w.at[r] + d + i), value = pair(x + d + i);
-                part[r] += weight.one * value.one;
-                part[r] += weight.two * value.two;
-            }
-    for (int r = 0; r < ALONE; ++r) {
-        int64_t i = d;
-        for (; i + STEP <= n; i += STEP) {
-            const Pair weight = pair(w.at[r] + i), value = pair(x + i);
-            part[r] += weight.one * value.one + weight.two * value.two;
-        }
-        sum[r] = total(part[r]);
-        for (; i < n; ++i) sum[r] += widened(w.at[r][i]) * x[i];
-    }
-}
-
-// sum[r][c] += w[r] . x[c] for C tokens; rows of `sum` are BLOCK_TOKENS apart.
-template <int C>
-inline void dots(const Rows<TILE, float>& w, const float* const* x, int64_t n, float* sum) {
-    Vector part[TILE][C] = {};
-    int64_t d = 0;
-    for (; d + LANES <= n; d += LANES) {
-        Vector value[C];
-        for (int c = 0; c < C; ++c) value[c] = load(x[c] + d);
-        for (int r = 0; r < TILE; ++r) {
-            const Vector weight = load(w.at[r] + d);
-            for (int c = 0; c < C; ++c) part[r][c] += weight * value[c];
-        }
-    }
-    for (int r = 0; r < TILE; ++r)
-        for (int c = 0; c < C; ++c) {
-            float rest = total(part[r][c]);
-            for (int64_t i = d; i < n; ++i) rest += w.at[r][i] * x[c][i];
-            sum[r * BLOCK_TOKENS + c] += rest;
-        }
-}
-
-// y[c] += sum_r h[c][r] w[r], over n columns.
-template <int R, int C, class W>
-inline void add_rows(const Rows<R, W>& rows, const float (*h)[R], int64_t n, float* const* out) {
-    const Rows<R, W> w = rows;
-    float* y[C];
-    float number[C][R];
-    std::copy(out, out + C, y);
-    std::memcpy(number, h, sizeof number);
-    int64_t d = 0;
-    for (; d + STEP <= n; d += STEP) {
-        Pair sum[C];
-        for (int c = 0; c < C; ++c) sum[c] = pair(y[c] + d);
-        for (int r = 0; r < R; ++r) {
-            const Pair weight = pair(w.at[r] + d);
-            for (int c = 0; c < C; ++c) {
-                sum[c].one += weight.one * number[c][r];
-                sum[c].two += weight.two * number[c][r];
-            }
-        }
-        for (int c = 0; c < C; ++c) {
-            store(y[c] + d, sum[c].one);
-            store(y[c] + d + LANES, sum[c].two);
-        }
-    }
-    for (; d < n; ++d)
-        for (int c = 0; c < C; ++c)
-            for (int r = 0; r < R; ++r) y[c][d] += widened(w.at[r][d]) * number[c][r];
-}
-
-// Up to TILE rows of up to BLOCK_WIDTH columns in fp32: where they are, or widened into `wide`.
-inline Rows<TILE, float> in_fp32(const float* w, int64_t stride, int64_t rows, int64_t, float*) {
-    return {w, stride, rows};
-}
-inline Rows<TILE, float> in_fp32(const bf16* w, int64_t stride, int64_t rows, int64_t columns, float* wide) {
-    for (int64_t r = 0; r < rows; ++r) widen(w + r * stride, columns, wide + r * BLOCK_WIDTH);
-    return {wide, BLOCK_WIDTH, rows};
-}
-
-// sum[r][c] = w[r] . x[c] for up to BLOCK_ROWS rows and BLOCK_TOKENS tokens; `sum` has room for BLOCK numbers.
-template <class W>
-void products(const W* w, int64_t stride, int64_t rows, const float* const* x, int64_t n, int64_t width,
-              float* sum) {
-    if (n == 1) {
-        for (int64_t r = 0; r < rows; r += ALONE) {
-            float row[ALONE];
-            dots_alone(Rows<ALONE, W>(w + r * stride, stride, rows - r), x[0], width, row);
-            for (int i = 0; i < ALONE; ++i) sum[(r + i) * BLOCK_TOKENS] = row[i];
-        }
-        return;
-    }
-    std::fill(sum, sum + rows * BLOCK_TOKENS, 0.0f);
-    float wide[TILE * BLOCK_WIDTH];
-    for (int64_t d = 0; d < width; d += BLOCK_WIDTH) {
-        const int64_t columns = std::min<int64_t>(BLOCK_WIDTH, width - d);
-        const float* block[BLOCK_TOKENS];
-        for (int64_t c = 0; c < n; ++c) block[c] = x[c] + d;
-        for (int64_t r = 0; r < rows; r += TILE) {
-            const auto held = in_fp32(w + r * stride + d, stride, std::min<int64_t>(TILE, rows - r), columns, wide);
-            float* out = sum + r * BLOCK_TOKENS;
-            int64_t c = 0;
-            for (; c + 3 <= n; c += 3) dots<3>(held, block + c, columns, out + c);
-            if (n - c == 2) dots<2>(held, block + c, columns, out + c);
-            if (n - c == 1) dots<1>(held, block + c, columns, out + c);
-        }
-    }
-}
-
-enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, LINEAR };
-
-inline float activate(float v, int kind) {
-    switch (kind) {
-        case SILU: return v / (1.0f + std::exp(-v));
-        case GELU: return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-        case GELU_TANH: {
-            const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);
-            return 0.5f * v * (1.0f + std::tanh(inner));
-        }
-        case RELU: return v > 0 || v != v ? v : 0.0f;
-        case RELU2: return v > 0 || v != v ? v * v : 0.0f;
-        default: return v;
-    }
-}
-
-}  // namespace
-
-// The twin of `_Arguments` in experts.py. Matrices have rows of `width` numbers, `*_stride` apart.
+// The twin of `_CALL` and `_LAYER` in experts.py. Matrices have rows of `width` numbers, `*_stride` apart.
 struct Arguments {
-    int64_t tokens, width, experts, size;
-    int64_t activation, is_bf16, threads;
-    const void* x;          // [tokens, width]
-    const float* weight;    // [tokens, experts]; 0: the token does not run the expert
+    // Of a call:
+    int64_t tokens, threads;
+    const void* x;        // [tokens, width]
+    const float* weight;  // [tokens, experts]; 0: the token does not run the expert
+    const void* active;   // [tokens, experts * size], the activation where a router has computed it
+    void* y;              // [tokens, width]
+    // Of a layer:
+    int64_t width, experts, size, activation, is_bf16;
     const void* selecting;  // [experts * size, width], or null where `active` is given
     const void* up;         // the same, or null without a gate
     const void* down;       // rows of the transposed down projection
     int64_t selecting_stride, up_stride, down_stride;
-    const void* active;     // [tokens, experts * size], the activation where a router has computed it
     const void* selecting_bias;
     const void* up_bias;
     const void* centre;
     const void* down_bias;  // [width]
-    void* y;                // [tokens, width]
 };
 
-// The twin of `_LinearArguments`.
+// The twin of `_ARGUMENTS` in linear.py.
 struct LinearArguments {
     int64_t tokens, width, rows, stride, is_bf16, threads;
     const void* x;     // [tokens, width]
@@ -431,7 +205,7 @@ class Experts {
             float* out = &h[split * a.width];
             std::fill(out, out + a.width, 0.0f);
             for (int64_t i = steps * split / SPLITS; i < steps * (split + 1) / SPLITS; ++i)
-                add_alone(&neuron[i * ALONE], std::min<int64_t>(ALONE, all - i * ALONE), out);
+                add_alone(i * ALONE, std::min(i + 1, steps - 1) * ALONE, out);
         }
         barrier();
         const auto [from, to] = own_columns(thread, threads);
@@ -441,13 +215,27 @@ class Experts {
         end(from, to);
     }
 
-    void add_alone(const int64_t* row, int64_t n, float* out) {
+    // The neurons of a step; those of the step at `next` are fetched meanwhile.
+    void add_alone(int64_t from, int64_t next, float* out) {
+        const int64_t n = std::min<int64_t>(ALONE, static_cast<int64_t>(neuron.size()) - from);
+        const auto gate = taken(a.selecting, a.selecting_stride, from), up = taken(a.up, a.up_stride, from),
+                   down = taken(a.down, a.down_stride, from);
+        const auto then = a.selecting ? taken(a.selecting, a.selecting_stride, next)
+                          : a.up      ? taken(a.up, a.up_stride, next)
+                                      : taken(a.down, a.down_stride, next);
         float s[ALONE], u[ALONE], numbers[1][ALONE] = {};
-        if (a.selecting)
-            dots_alone(Rows<ALONE, W>(matrix(a.selecting), a.selecting_stride, row, n), &x[0], a.width, s);
-        if (a.up) dots_alone(Rows<ALONE, W>(matrix(a.up), a.up_stride, row, n), &x[0], a.width, u);
-        for (int64_t r = 0; r < n; ++r) numbers[0][r] = number(row[r] / a.size, row[r], 0, s[r], u[r]);
-        add_rows<ALONE, 1>(Rows<ALONE, W>(matrix(a.down), a.down_stride, row, n), numbers, a.width, &out);
+        if (a.selecting) dots_alone(gate, a.up ? up : down, &x[0], a.width, s);
+        if (a.up) dots_alone(up, down, &x[0], a.width, u);
+        for (int64_t r = 0; r < n; ++r) {
+            const int64_t row = neuron[from + r];
+            numbers[0][r] = number(row / a.size, row, 0, s[r], u[r]);
+        }
+        add_rows<ALONE, 1>(down, then, numbers, a.width, &out);
+    }
+
+    // Rows of the neurons that run, from one of them on.
+    Rows<ALONE, W> taken(const void* w, int64_t stride, int64_t from) const {
+        return {matrix(w), stride, &neuron[from], static_cast<int64_t>(neuron.size()) - from};
     }
 
     void columns(int64_t from, int64_t to) {
@@ -489,27 +277,30 @@ class Experts {
             for (int64_t d = from; d < to; d += BLOCK_WIDTH) {
                 const int64_t rows = std::min(step, a.size - r), width = std::min<int64_t>(BLOCK_WIDTH, to - d);
                 const W* at = w + r * stride + d;
-                if (n == 1)
-                    add<1>(Rows<ALONE, W>(at, stride, rows), expert, 0, r, rows, d, width);
-                else {
+                if (n == 1) {
+                    const int64_t next = std::min(r + step, a.size - 1);
+                    const Rows<ALONE, W> then(w + next * stride + d, stride, a.size - next);
+                    add<1>(Rows<ALONE, W>(at, stride, rows), then, expert, 0, r, rows, d, width);
+                } else {
                     const auto held = in_fp32(at, stride, rows, width, wide);
                     int64_t c = 0;
-                    for (; c + 2 <= n; c += 2) add<2>(held, expert, c, r, rows, d, width);
-                    if (c < n) add<1>(held, expert, c, r, rows, d, width);
+                    for (; c + 2 <= n; c += 2) add<2>(held, held, expert, c, r, rows, d, width);
+                    if (c < n) add<1>(held, held, expert, c, r, rows, d, width);
                 }
             }
     }
 
     // Some rows of an expert, to the outputs of C of its tokens.
     template <int C, int R, class V>
-    void add(const Rows<R, V>& w, int64_t expert, int64_t c, int64_t r, int64_t rows, int64_t d, int64_t width) {
+    void add(const Rows<R, V>& w, const Rows<R, V>& next, int64_t expert, int64_t c, int64_t r, int64_t rows,
+             int64_t d, int64_t width) {
         float number[C][R] = {};
         float* out[C];
         for (int i = 0; i < C; ++i) {
             std::memcpy(number[i], &h[begins[expert] + (c + i) * a.size + r], rows * sizeof(float));
             out[i] = &y[of[expert][c + i] * a.width + d];
         }
-        add_rows<R, C>(w, number, width, out);
+        add_rows<R, C>(w, next, number, width, out);
     }
 
     static constexpr int PANEL = 4 * STEP;  // columns that are packed together
@@ -564,12 +355,34 @@ class Experts {
 };
 
 template <class W>
+inline void put(const LinearArguments& a, int64_t token, int64_t row, float value) {
+    if (a.bias) value += widened(static_cast<const W*>(a.bias)[row]);
+    narrow(&value, 1, static_cast<W*>(a.y) + token * a.rows + row);
+}
+
+// One token: every thread reads its rows from end to end.
+template <class W>
+void linear_alone(const LinearArguments& a, const float* x) {
+    const int64_t steps = (a.rows + ALONE - 1) / ALONE;
+#pragma omp parallel for num_threads(static_cast<int>(a.threads)) schedule(static)
+    for (int64_t i = 0; i < steps; ++i) {
+        const int64_t from = i * ALONE, next = std::min(i + 1, steps - 1) * ALONE;
+        const W* w = static_cast<const W*>(a.w);
+        float sum[ALONE];
+        dots_alone(Rows<ALONE, W>(w + from * a.stride, a.stride, a.rows - from),
+                   Rows<ALONE, W>(w + next * a.stride, a.stride, a.rows - next), x, a.width, sum);
+        for (int64_t r = from; r < std::min(from + ALONE, a.rows); ++r) put<W>(a, 0, r, sum[r - from]);
+    }
+}
+
+template <class W>
 void linear(const LinearArguments& a) {
     static thread_local std::vector<float> wide;
     wide.resize(a.tokens * a.width);
     for (int64_t t = 0; t < a.tokens; ++t)
         widen(static_cast<const W*>(a.x) + t * a.width, a.width, wide.data() + t * a.width);
     const float* const x = wide.data();
+    if (a.tokens == 1) return linear_alone<W>(a, x);
     const int64_t pieces = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel for num_threads(static_cast<int>(a.threads)) schedule(static)
     for (int64_t i = 0; i < pieces; ++i) {
@@ -581,11 +394,7 @@ void linear(const LinearArguments& a) {
             for (int64_t c = 0; c < n; ++c) input[c] = x + (c0 + c) * a.width;
             products(static_cast<const W*>(a.w) + from * a.stride, a.stride, rows, input, n, a.width, sum);
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t c = 0; c < n; ++c) {
-                    const float bias = a.bias ? widened(static_cast<const W*>(a.bias)[from + r]) : 0.0f;
-                    const float value = sum[r * BLOCK_TOKENS + c] + bias;
-                    narrow(&value, 1, static_cast<W*>(a.y) + (c0 + c) * a.rows + from + r);
-                }
+                for (int64_t c = 0; c < n; ++c) put<W>(a, c0 + c, from + r, sum[r * BLOCK_TOKENS + c]);
         }
     }
 }

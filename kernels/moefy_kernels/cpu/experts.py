@@ -9,28 +9,17 @@ depend on the number of threads. `experts.cpp` says how.
 Shapes: T tokens, D width, N neurons, E experts.
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
-from moefy_kernels.cpu.library import library
+from moefy_kernels.cpu.library import call, library
 from moefy_kernels.expert_mlp import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class _Arguments(ctypes.Structure):
-    """The twin of `Arguments` in experts.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "width", "experts", "size")),
-        *((name, ctypes.c_int64) for name in ("activation", "is_bf16", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "selecting", "up", "down")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("selecting", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("active", "selecting_bias", "up_bias", "centre")),
-        *((name, ctypes.c_void_p) for name in ("down_bias", "y")),
-    )
+_CALL, _LAYER = struct.Struct("2q4P"), struct.Struct("5q3P3q4P")
+"""The two halves of `Arguments` in experts.cpp."""
 
 
 def native_experts(
@@ -61,14 +50,18 @@ def native_experts(
 
 def serves(x_TD: Tensor, *matrices: Tensor | None) -> bool:
     """Whether the library is there and computes with these: see `native_experts`."""
-    given = [m for m in matrices if m is not None]
-    return (
-        x_TD.device.type == "cpu"
-        and x_TD.dtype in DTYPES
-        and all(m.dtype == x_TD.dtype and m.stride(-1) == 1 for m in given)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, *given)))
-        and library() is not None
-    )
+    dtype, trains = x_TD.dtype, torch.is_grad_enabled()
+    if not x_TD.is_cpu or dtype not in DTYPES or (trains and x_TD.requires_grad):
+        return False
+    for matrix in matrices:
+        if matrix is not None and (
+            matrix.dtype != dtype
+            or matrix.stride(-1) != 1
+            or not matrix.is_cpu
+            or (trains and matrix.requires_grad)
+        ):
+            return False
+    return library() is not None
 
 
 def _run(
@@ -84,45 +77,64 @@ def _run(
     down_bias_D: Tensor | None,
     activation: str,
 ) -> Tensor:
-    matrices = {"selecting": selecting_ND, "up": up_ND, "down": down_ND}
-    if not serves(x_TD, *matrices.values()) or (selecting_ND is None) == (active_TN is None):
+    matrices = (selecting_ND, up_ND, down_ND)
+    if not serves(x_TD, *matrices) or (selecting_ND is None) == (active_TN is None):
         raise ValueError(
             "native_experts takes CPU tensors of one dtype, fp32 or bf16, rows in one piece, no gradients, "
             f"and either selecting_ND or active_TN: got {x_TD.dtype} on {x_TD.device}, matrices "
-            f"{[None if m is None else (m.dtype, tuple(m.shape), m.stride()) for m in matrices.values()]}"
+            f"{[None if m is None else (m.dtype, tuple(m.shape), m.stride()) for m in matrices]}"
         )
     x_TD, weight_TE = x_TD.contiguous(), weight_TE.to(torch.float32).contiguous()
-    vectors = {
-        "active": active_TN,
-        "selecting_bias": selecting_bias_N,
-        "up_bias": up_bias_N,
-        "centre": centre_N,
-        "down_bias": down_bias_D,
-    }
-    held = {
-        name: None if value is None else value.to(x_TD.dtype).contiguous()
-        for name, value in vectors.items()
-    }
-    y_TD = torch.empty_like(x_TD)
-    experts = weight_TE.shape[1]
-    arguments = _Arguments(
-        tokens=x_TD.shape[0],
-        width=x_TD.shape[1],
-        experts=experts,
-        size=down_ND.shape[0] // experts,
-        activation=ACTIVATIONS.index(activation),
-        is_bf16=x_TD.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        x=x_TD.data_ptr(),
-        weight=weight_TE.data_ptr(),
-        y=y_TD.data_ptr(),
-        **{name: None if m is None else m.data_ptr() for name, m in (matrices | held).items()},
-        **{f"{name}_stride": 0 if m is None else m.stride(0) for name, m in matrices.items()},
+    # Copies have to live until the call is over.
+    vectors = [
+        None if vector is None else vector.to(x_TD.dtype).contiguous()
+        for vector in (active_TN, selecting_bias_N, up_bias_N, centre_N, down_bias_D)
+    ]
+    active_TN, *rest = vectors
+    layer = described(weight_TE.shape[1], activation, down_ND, selecting_ND, up_ND, *rest)
+    return called(layer, x_TD, weight_TE, active_TN)
+
+
+def described(
+    experts: int,
+    activation: str,
+    down_ND: Tensor,
+    selecting_ND: Tensor | None,
+    up_ND: Tensor | None,
+    *vectors: Tensor | None,
+) -> bytes:
+    """What is the same in every call for a layer: it holds as long as its tensors stay where they are.
+
+    `vectors` are the biases of `selecting_ND` and `up_ND`, the centre and the bias of the output, in one
+    piece and of the dtype of the matrices.
+    """
+    matrices = (selecting_ND, up_ND, down_ND)
+    neurons, width = down_ND.shape
+    return _LAYER.pack(
+        width,
+        experts,
+        neurons // experts,
+        ACTIVATIONS.index(activation),
+        down_ND.dtype == torch.bfloat16,
+        *map(address, matrices),
+        *(0 if matrix is None else matrix.stride(0) for matrix in matrices),
+        *map(address, vectors),
     )
-    native = library()
-    assert native is not None
-    native.moefy_experts(ctypes.byref(arguments))
+
+
+def called(
+    layer: bytes, x_TD: Tensor, weight_TE: Tensor, active_TN: Tensor | None = None
+) -> Tensor:
+    """`native_experts` of a layer that was `described`: all in one piece, the weights of experts in fp32."""
+    y_TD = torch.empty_like(x_TD)
+    places = map(address, (x_TD, weight_TE, active_TN, y_TD))
+    call("moefy_experts", _CALL.pack(len(x_TD), torch.get_num_threads(), *places) + layer)
     return y_TD
+
+
+def address(value: Tensor | None) -> int:
+    """Where a tensor lies, for C."""
+    return 0 if value is None else value.data_ptr()
 
 
 _operation = torch.library.custom_op("moefy::native_experts", _run, mutates_args=())

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("experts.cpp")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("experts.cpp", "rows.h"))
 FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
@@ -46,6 +46,13 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def call(name: str, arguments: bytes) -> None:
+    """Call a function of the library with the address of its packed `arguments`."""
+    native = library()
+    assert native is not None
+    getattr(native, name)(arguments)
 
 
 def instruction_set() -> str:
@@ -72,7 +79,8 @@ def build(name: str, folder: Path) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler was found")
     version = _run(compiler, "--version").split("\n")[0]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((version, COMMON, FLAGS[name])).encode())
+    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
+    key.update(repr((version, COMMON, FLAGS[name])).encode())
     path = folder / f"native-{name}-{key.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,41 +3,53 @@
 Shapes: T tokens, D width, N rows.
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moefy_kernels.cpu.library import library
+from moefy_kernels.cpu.experts import address, serves
+from moefy_kernels.cpu.library import call
+
+MOST = 16
+"""Tokens up to which reading the weights is what a linear map costs."""
+_ARGUMENTS = struct.Struct("6q4P")
+"""The twin of `LinearArguments` in experts.cpp."""
 
 
-class _Arguments(ctypes.Structure):
-    """The twin of `LinearArguments` in experts.cpp."""
+def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by the native kernel where that is faster.
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "width", "rows")),
-        *((name, ctypes.c_int64) for name in ("stride", "is_bf16", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "y")),
+    Which is for up to `MOST` tokens in any shape `[..., D]`, without gradients, autocast and
+    `torch.compile`, where `serves` agrees (`experts`).
+    """
+    trains = bias_N is not None and torch.is_grad_enabled() and bias_N.requires_grad
+    if (
+        not 0 < x.numel() <= MOST * x.shape[-1]
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or (bias_N is not None and bias_N.dtype != x.dtype)
+        or trains
+        or not serves(x, weight_ND)
+    ):
+        return functional.linear(x, weight_ND, bias_N)
+    return native_linear(x, weight_ND, bias_N)
+
+
+def native_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`x W^T + b` `[..., N]` in the dtype of all three, added up in fp32; for what `serves` (`experts`)."""
+    x = x.contiguous()
+    rows, width = weight_ND.shape
+    y = x.new_empty((*x.shape[:-1], rows))
+    arguments = _ARGUMENTS.pack(
+        x.numel() // width,
+        width,
+        rows,
+        weight_ND.stride(0),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+        *map(address, (x, weight_ND, bias_N, y)),
     )
-
-
-def native_linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`x W^T + b` `[T, N]` in the dtype of all three, added up in fp32; for what `serves` (`experts`)."""
-    x_TD = x_TD.contiguous()
-    y_TN = x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
-    arguments = _Arguments(
-        tokens=x_TD.shape[0],
-        width=x_TD.shape[1],
-        rows=weight_ND.shape[0],
-        stride=weight_ND.stride(0),
-        is_bf16=x_TD.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
-        x=x_TD.data_ptr(),
-        w=weight_ND.data_ptr(),
-        bias=None if bias_N is None else bias_N.data_ptr(),
-        y=y_TN.data_ptr(),
-    )
-    native = library()
-    assert native is not None
-    native.moefy_linear(ctypes.byref(arguments))
-    return y_TN
+    call("moefy_linear", arguments)
+    return y

@@ -135,7 +135,9 @@ def _layer(
     read = min(len(sample.inputs(site)) for sample in samples)
     jaccard_PE = np.stack([matched(own_N, other_N) for other_N in found.values()])
     draw = np.random.default_rng([seed, layer])
-    chance_PE = np.stack([matched(own_N, draw.permutation(own_N)) for _ in range(CHANCE)])
+    # From the sizes alone, so that the order of neurons decides no draw.
+    sized_N = np.sort(own_N)
+    chance_PE = np.stack([matched(sized_N, draw.permutation(sized_N)) for _ in range(CHANCE)])
     columns["stability"] = jaccard_PE.mean(0)
     columns["stability_chance"] = np.full(module.experts, chance_PE.mean())
     return table(columns), table({"layer": [layer], **_agreement(found, own_N, read)})
