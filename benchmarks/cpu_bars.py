@@ -124,26 +124,43 @@ def _save(record: dict[str, Any], name: str, tiny: bool) -> None:
 
 
 def table() -> None:
-    """Fill the tables of the page."""
+    """Fill the tables of the page whose records are there; the others stay as they are."""
+    names = [f"cpu_layer_{dtype}_{experts}" for dtype in DTYPES for experts in EXPERTS]
+    if found := [name for name in names if _recorded(name)]:
+        fill(PAGE, "layers", _layers_table(found))
+    if all(_recorded(f"cpu_prefill_{experts}") for experts in EXPERTS):
+        fill(PAGE, "prefill", _prefill_table())
+    if _recorded("cpu_dispatch"):
+        fill(PAGE, "dispatch", _dispatch_table())
+    models()
+
+
+def _layers_table(names: Sequence[str]) -> str:
     lines = [
         "| dtype | experts | batch | density | baseline | native, times faster | auto | of the bandwidth |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for dtype in DTYPES:
-        for experts in EXPERTS:
-            for cell in _record(f"cpu_layer_{dtype}_{experts}")["cells"]:
-                row, auto = cell["engines"]["native"], cell["engines"]["auto"]
-                lines.append(
-                    f"| {dtype} | {experts} | {cell['batch']} | {cell['density']:.2f} | "
-                    f"{cell['baseline']} | {_times(row)} | {_times(auto)} | {row['of_bandwidth']:.0%} |"
-                )
-    fill(PAGE, "layers", "\n".join(lines))
+    for name in names:
+        *_, dtype, experts = name.split("_")
+        for cell in _record(name)["cells"]:
+            row, auto = cell["engines"]["native"], cell["engines"]["auto"]
+            lines.append(
+                f"| {dtype} | {experts} | {cell['batch']} | {cell['density']:.2f} | "
+                f"{cell['baseline']} | {_times(row)} | {_times(auto)} | {row['of_bandwidth']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def _prefill_table() -> str:
     lines = ["| experts | native | views | auto |", "| --- | --- | --- | --- |"]
     for experts in EXPERTS:
         rows = _record(f"cpu_prefill_{experts}")["cells"][0]["engines"]
         times = " | ".join(_times(rows[name]) for name in ("native", "views", "auto"))
         lines.append(f"| {experts} | {times} |")
-    fill(PAGE, "prefill", "\n".join(lines))
+    return "\n".join(lines)
+
+
+def _dispatch_table() -> str:
     choices = _record("cpu_dispatch")["choices"]
     densities = sorted({choice["density"] for choice in choices})
     lines = [
@@ -164,8 +181,11 @@ def table() -> None:
         f"{worst['density']:g}), {sum(c['of_best'] >= 0.95 for c in choices)} of {len(choices)} cells reach "
         f"0.95, and {min(c['of_dense'] for c in choices):.2f} of plain dense at worst."
     )
-    fill(PAGE, "dispatch", "\n".join(lines))
-    models()
+    return "\n".join(lines)
+
+
+def _recorded(name: str) -> bool:
+    return (RECORDS / f"{name}.json").exists()
 
 
 NAMES = {
@@ -186,7 +206,7 @@ MODEL_DENSITIES = ("0.1", "0.25", "0.5")
 
 def models() -> None:
     """The table and the picture of whole models (`cpu_model.py`)."""
-    found = [d for d in MODEL_DENSITIES if (RECORDS / f"cpu_model_{d}.json").exists()]
+    found = [d for d in MODEL_DENSITIES if _recorded(f"cpu_model_{d}")]
     records = {density: _record(f"cpu_model_{density}") for density in found}
     lines = [
         "| engine | "

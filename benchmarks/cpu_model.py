@@ -104,7 +104,7 @@ def main() -> None:
     if not (given.work / "dense" / "config.json").exists():
         make(given.work / "dense", TINY if given.tiny else SHAPE)
     for density in given.densities:
-        samples, generated = (5, 4) if given.tiny else (5, 16)
+        samples, generated = (5, 4) if given.tiny else (5, 12)
         record = measure(given.work, density, given.prompt, samples, generated)
         print(terminal(*speed_rows(record)), *speed_lines(record), sep="\n")
         if not given.tiny:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.convert import convert as convert
+    from moefy.difference import diff as diff
     from moefy.experts_interface import register_experts as register_experts
     from moefy.inspection import inspect as inspect
     from moefy.modeling import load as load
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "convert": "moefy.convert",
+    "diff": "moefy.difference",
     "inspect": "moefy.inspection",
     "load": "moefy.modeling",
     "native_linears": "moefy.native_linears",

@@ -1,111 +1,31 @@
 """The command line: each verb calls one function and shows what it returned.
 
-Results go to stdout, as tables or with `--json` as one document; progress and errors to stderr. An
-error of the user's is one line and exit code 1, a usage error exit code 2.
+`moefy.command` says what all verbs share.
 """
 
-import functools
-import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from moefy.errors import MoefyError, RecipeError
-
-app = typer.Typer(
-    help="Turn the MLPs of a trained transformer into experts.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
+from moefy.command import (
+    Model,
+    Moefied,
+    Out,
+    Overwrite,
+    Precision,
+    Resume,
+    Settings,
+    Shown,
+    Text,
+    Tokens,
+    app,
+    verb,
 )
-
-Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub id.")]
-Moefied = Annotated[Path, typer.Argument(help="Folder that moefy convert wrote.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-Text = Annotated[
-    str | None,
-    typer.Option(help="Text: file, folder with a sub-folder per domain, .jsonl, or dataset name."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Setting a=b of the training; may be repeated.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
-
-
-@dataclass
-class Shown:
-    """What a verb gives back: JSON values, and what a person sees instead."""
-
-    data: Any
-    view: list[Any] = field(default_factory=list)
-
-
-def verb(run: Callable[..., Shown]) -> None:
-    """Register a verb; adds `--json`, `--quiet`, `--verbose` and `--debug`, and reports errors."""
-    extra = {
-        "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
-        "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")],
-        "verbose": Annotated[
-            bool, typer.Option("--verbose", "-v", help="More detail, and messages of libraries.")
-        ],
-        "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
-    }
-    signature = inspect.signature(run, eval_str=True)
-    takes = signature.parameters.keys()
-
-    @functools.wraps(run)
-    def command(as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
-        common = {"quiet": quiet, "verbose": verbose}
-        arguments |= {name: value for name, value in common.items() if name in takes}
-        _hush(verbose)
-        try:
-            shown = run(**arguments)
-        except MoefyError as error:
-            if debug:
-                raise
-            typer.echo(f"moefy: {error}", err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("moefy: interrupted; nothing is lost, --resume continues", err=True)
-            raise typer.Exit(130) from None
-        if as_json and shown.data is not None:
-            typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
-            return
-        console = Console(
-            width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True
-        )
-        for item in shown.view:
-            console.print(item, markup=False) if isinstance(item, str) else console.print(item)
-
-    own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in extra.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *added], return_annotation=None)  # type: ignore[attr-defined]
-    app.command(run.__name__.rstrip("_"))(command)
-
-
-def _hush(verbose: bool) -> None:
-    """Libraries say what they have to say only when asked."""
-    import logging
-    import os
-
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+from moefy.errors import RecipeError
 
 
 def _settings(pairs: list[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -408,6 +328,8 @@ def inspect_(
         causal_tokens=causal_tokens, mode=mode, skip=skip or (), prompts=prompt or (),
         command=" ".join(["moefy", *sys.argv[1:]]), quiet=quiet,
     )  # fmt: skip
+    if not found.tables:  # of many processes only the first has something to show
+        return Shown(None)
     view: list[Any] = [
         terminal(*page_one(found), title="before you believe the rest"),
         terminal(*explained(found), title="what predicts which experts run, in bits"),
@@ -416,6 +338,37 @@ def inspect_(
         view.append(terminal(*strongest(found), title="experts that one domain needs most"))
     view.append(f"written to {out / REPORT}" if out else "-o FOLDER writes the report")
     return Shown(found.to_dict(), view)
+
+
+@verb
+def diff(
+    base: Annotated[str, typer.Argument(help="Checkpoint, dense or moefied.")],
+    other: Annotated[str, typer.Argument(help="Another one with the same tokenizer.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report.")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Text to read, as of convert; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 50_000,
+    quiet: bool = False,
+) -> Shown:
+    """Show where two models differ: tokens in context, domains, classes of tokens, with intervals."""
+    from moefy.difference import diff
+    from moefy.inspection import REPORT
+    from moefy.interpret.summary import differences, tails
+    from moefy.tables import terminal
+
+    found = diff(
+        base, other, corpora={name: name for name in corpus} if corpus else None, out=out,
+        tokens=tokens, command=" ".join(["moefy", *sys.argv[1:]]), quiet=quiet,
+    )  # fmt: skip
+    return Shown(
+        found.to_dict(),
+        [
+            terminal(*differences(found), title="log p(base) - log p(other)"),
+            terminal(*tails(found), title="tokens that lose and gain most"),
+            f"written to {out / REPORT}" if out else "-o FOLDER writes the report",
+        ],
+    )
 
 
 @verb

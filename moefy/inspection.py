@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from moefy.interpret.table import Table
 from moefy.interpret.texts import documents_table, prompt_record, texts_of, vocabulary_of
 from moefy.memory import peak_memory
 from moefy.modeling import load, placement, weights_of
+from moefy.processes import ALONE, Processes, launched
 from moefy.provenance import machine, versions
 from moefy.report import Report
 from moefy.sparse_mlp import sparse_mlps
@@ -42,6 +43,8 @@ PARTS = ("controls", "causal")
 """What may be skipped."""
 CONTROL_TOKENS = 20_000
 """Tokens that trained and random weights are compared on."""
+CAUSAL_SOURCE = 5_000_000
+"""Tokens to draw documents for ablation from: first tokens of many tell more than all of a few."""
 REPORT = "report.html"
 WORK = "work"
 
@@ -89,28 +92,38 @@ def inspect(
     `inspection.json` are written there; finished parts are kept in `out/work`, so that a run that was
     broken off goes on, and one with another setting or prompt repeats only what that changes.
 
+    Under `accelerate launch` texts and layers are shared out over all processes, and the result is that
+    of one; the first has it and writes it, what the others get is empty.
+
     Raises `MoefyError` for anything that is the user's to mend.
     """
     unknown = [part for part in skip if part not in PARTS]
     if unknown:
         raise MoefyError(unknown_choice("part to skip", unknown[0], PARTS))
-    began, report = time.perf_counter(), Reporter(quiet=quiet)
+    processes, began = launched(), time.perf_counter()
+    report = Reporter(quiet=quiet or not processes.main)
     moefied = _loaded(model)
-    reading = read(moefied, corpora, tokens=tokens, seed=seed)
+    reading = read(moefied, corpora, tokens=tokens)
     # A model in memory may have been changed since it was loaded: only folders have parts to keep.
     kept = out is not None and moefied is not model
-    run = _Run(moefied, reading, corpora, seed, report, Path(out or ".") / WORK if kept else None)
+    work = Path(out or ".") / WORK if kept else None
+    run = _Run(moefied, reading, corpora, seed, report, work, processes)
 
     with run.clock("description"):
-        tables = run.described(controls="controls" not in skip)
+        parts = [run.described(controls="controls" not in skip)]
 
     if "controls" not in skip:
         with run.clock("controls"):
-            tables = merged([tables, run.controlled()])
+            parts.append(run.controlled())
 
     if "causal" not in skip:
         with run.clock("causal"):
-            tables = merged([tables, run.ablated(causal_tokens, mode)])
+            parts.append(run.ablated(causal_tokens, mode))
+
+    if not processes.main:
+        processes.wait()
+        return Inspected({}, {}, {})
+    tables = merged(parts)
 
     with run.clock("page one"):
         judged = run.judged(tables)
@@ -136,6 +149,7 @@ def inspect(
     found = Inspected(meta, judged, tables, texts_of(reading, tables), shown)
     if out is not None:
         found.save(out)
+    processes.wait()
     return found
 
 
@@ -149,6 +163,7 @@ class _Run:
     seed: int
     report: Reporter
     work: Path | None
+    processes: Processes
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -161,7 +176,8 @@ class _Run:
     @property
     def stages(self) -> Stages:
         """Where finished parts are kept."""
-        return Stages(self.work, _decided_by(self.model, self.reading, self.seed))
+        decided_by = _decided_by(self.model, self.reading, self.seed)
+        return Stages(self.work, decided_by, self.processes)
 
     def described(self, *, controls: bool) -> dict[str, Table]:
         """Descriptive tables, beside random partitions and other texts."""
@@ -169,19 +185,25 @@ class _Run:
             "description",
             controls,
             lambda: describe(
-                self.model, self.reading, controls=controls, seed=self.seed, report=self.report
-            ),
+                self.model, self.reading, controls=controls, seed=self.seed, report=self.report,
+                processes=self.processes,
+            ),  # fmt: skip
         )
 
     def controlled(self) -> dict[str, Table]:
         """Other seeds of the partition, and random weights."""
-        few = read(self.model, self.corpora, tokens=CONTROL_TOKENS, seed=self.seed)
-        quietly = functools.partial(describe, controls=False, seed=self.seed)
+        few = read(self.model, self.corpora, tokens=CONTROL_TOKENS)
+        quietly = functools.partial(
+            describe, controls=False, seed=self.seed, processes=self.processes
+        )
         parts = [
             self.stages.run(
                 "seeds",
                 None,
-                lambda: seeds(self.model, self.reading, seed=self.seed, report=self.report),
+                lambda: seeds(
+                    self.model, self.reading, seed=self.seed, report=self.report,
+                    processes=self.processes,
+                ),  # fmt: skip
             ),
         ]
         here = self.stages.run("trained", CONTROL_TOKENS, lambda: quietly(self.model, few))
@@ -195,14 +217,16 @@ class _Run:
 
     def ablated(self, tokens: int, mode: str) -> dict[str, Table]:
         """What the loss is without each expert."""
+        source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE, seed=self.seed)
         return causal(
-            self.model, self.reading, tokens=tokens, mode=mode, seed=self.seed, report=self.report,
-            work=None if self.work is None else self.work / "causal",
+            self.model, self.reading, source=source, tokens=tokens, mode=mode, seed=self.seed,
+            report=self.report, work=None if self.work is None else self.work / "causal",
+            processes=self.processes,
         )  # fmt: skip
 
     def judged(self, tables: dict[str, Table]) -> dict[str, Any]:
-        """Page one."""
-        return self.stages.run(
+        """Page one, of one process by itself."""
+        return replace(self.stages, processes=ALONE).run(
             "honesty",
             sorted(tables),
             lambda: honesty(self.model, self.reading, tables, seed=self.seed, report=self.report),

@@ -4,10 +4,13 @@ They share a file system: what one writes the others read after `wait`. Nothing 
 first, so that many processes find what one would.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +64,21 @@ class Processes:
         with self.together():
             found: list[T] = gather_object(items)
         return found
+
+    def in_order(self, numbered: list[tuple[int, T]]) -> list[T]:
+        """What all processes have made, in the order of its numbers."""
+        return [item for _, item in sorted(self.all(numbered), key=lambda pair: pair[0])]
+
+    @contextmanager
+    def folder(self, where: Path | None = None) -> Iterator[Path]:
+        """A temporary folder, in `where`, that all work in; it is gone when all are done with it."""
+        path = Path(self.once(lambda: tempfile.mkdtemp(dir=where)))
+        try:
+            yield path
+            self.wait()
+        finally:
+            if self.main:
+                shutil.rmtree(path, ignore_errors=True)
 
     def once(self, run: Callable[[], T]) -> T:
         """What `run` gives on the main process, for all; its error is the error of all."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 _COLUMNS = {
@@ -132,7 +133,8 @@ def terminal(header: list[str], rows: list[list[str]], title: str | None = None)
         numbers = all(row[index][:1].isdigit() or row[index][:1] in ("", "-") for row in rows)
         table.add_column(name, justify="right" if numbers and index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        # Texts of users are shown as they are: brackets are no markup.
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -405,7 +405,7 @@ def _large_rows(big: dict[str, Any]) -> list[str]:
 
 def _growth_rows(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "`growth`, two threads, other work on the machine held still:", "",
+        "`growth`, two threads, other work that was running held still meanwhile:", "",
         "| layers | width | neurons | tokens to partition | first pass, s | second pass, s | "
         "peak in the first, GB | peak in all, GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

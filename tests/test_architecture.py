@@ -26,6 +26,7 @@ LAYERS = (
         "mlp",
         "kernel_activations",
         "console",
+        "command",
         "memory",
         "provenance",
         "processes",
@@ -51,6 +52,7 @@ LAYERS = (
     {"interpret"},
     {"report", "prune"},
     {"inspection", "quickstart"},
+    {"difference"},
     {"cli"},
     {"__main__"},
 )

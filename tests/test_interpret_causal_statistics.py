@@ -20,7 +20,7 @@ from moefy.data import Document
 from moefy.interpret.causal.ablation import Engine
 from moefy.interpret.causal.effects import Effects, gone, neurons_of, of_sets
 from moefy.interpret.causal.matrix import Measured, matrix, pooled_p, strongest
-from moefy.interpret.causal.nulls import RandomSets, against_null
+from moefy.interpret.causal.nulls import RandomSets, against_null, energy_slope, matches
 from moefy.interpret.causal.selectivity import selectivity, selectivity_p
 from moefy.interpret.causal.texts import Texts, draw
 from moefy.interpret.reading import read
@@ -136,6 +136,64 @@ def test_experts_like_random_sets_are_not_told_from_them():
     assert found.percentile_EC[11, 1] == 100
     missing = np.where(np.arange(3) == 1, np.nan, found.z_EC[:1])
     assert np.isnan(pooled_p(missing, found.null_z_SC.ravel())[0]).tolist() == [False, True, False]
+
+
+def layer_of_a_law(random, slope: float):
+    """32 experts that are random sets themselves, energies a factor of 100 apart, and what damage such a
+    set of any energy does: energy^slope, a spread that grows with it, and noise that does not."""
+    energy_E = np.exp(random.uniform(0, np.log(100), 32))
+
+    def damage(energy):
+        size = energy[:, None] ** slope * random.lognormal(0, 0.4, (len(energy), 1))
+        return size * random.lognormal(0, 0.2, (len(energy), 3)) + 0.05 * random.normal(
+            size=(len(energy), 3)
+        )
+
+    return energy_E, damage
+
+
+def equal_counts(energy_E, count):
+    """Three bins of equal count, a set for each expert in turn: what `matches` must be better than."""
+    bin_E = np.empty(32, dtype=int)
+    bin_E[np.argsort(energy_E)] = np.arange(32) * 3 // 32
+    members = [np.flatnonzero(bin_E == b) for b in range(3)]
+    return bin_E, np.concatenate([m[np.argsort(energy_E[m])][np.arange(count) % len(m)] for m in members])
+
+
+def p_of_a_law(slope: float, choose, *, corrected: bool, layers: int = 150):
+    """p and percentile of every expert `[layers, E, C]`, the weakest first."""
+    random = np.random.default_rng(6)
+    z, percentile, null = [], [], []
+    for _ in range(layers):
+        energy_E, damage = layer_of_a_law(random, slope)
+        bin_E, model_S = choose(energy_E, 20)
+        energy_S = energy_E[model_S] * random.uniform(0.95, 1.05, len(model_S))
+        damage_EC, null_SC = damage(energy_E), damage(energy_S)
+        order = np.argsort(energy_E)
+        if not corrected:
+            energy_E, energy_S = (np.ones_like(v) for v in (energy_E, energy_S))
+        found = against_null(
+            damage_EC, null_SC, RandomSets([], bin_E[model_S], energy_S, bin_E, energy_E)
+        )
+        z.append(found.z_EC[order])
+        percentile.append(found.percentile_EC[order])
+        null.append(found.null_z_SC.ravel())
+    p = pooled_p(np.concatenate(z), np.concatenate(null)).reshape(layers, 32, 3)
+    return p, np.stack(percentile)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
+def test_the_strongest_expert_is_not_flattered_by_weaker_random_sets(slope):
+    p, percentile = p_of_a_law(slope, matches, corrected=True)
+    print(slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
+
+
+def test_the_old():
+    for slope in (0, 0.5, 1.0):
+        p, percentile = p_of_a_law(slope, equal_counts, corrected=False)
+        print("old", slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
+        p, percentile = p_of_a_law(slope, matches, corrected=False)
+        print("bins only", slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
 
 
 def test_matrix_is_the_mean_over_documents_of_means_over_tokens():

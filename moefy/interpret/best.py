@@ -89,6 +89,20 @@ class Best:
             np.full((*shape, 2 * reach + 1 if reach else 0), np.nan, dtype=np.float16),
         )
 
+    def merge(self, other: Records) -> None:
+        """Take in the records of other documents; equal keys stand in the order of their tokens."""
+        both = {
+            field.name: np.concatenate(
+                [getattr(self.records, field.name), getattr(other, field.name)], axis=1
+            )
+            for field in fields(Records)
+        }
+        order_EN = np.lexsort((both["position_EN"], both["document_EN"], -both["key_EN"]), axis=1)
+        order_EN = order_EN[:, : self.records.key_EN.shape[1]]
+        window_ENW = np.take_along_axis(both.pop("window_ENW"), order_EN[..., None], axis=1)
+        taken = {name: np.take_along_axis(value, order_EN, 1) for name, value in both.items()}
+        self.records = Records(**taken, window_ENW=window_ENW)
+
     def add(self, key_CE: Floats, at_CE: Ints, chunk: Chunk) -> None:
         """Offer candidates: their keys, and the token of the chunk that each is."""
         kept = self.records

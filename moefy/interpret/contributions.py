@@ -60,6 +60,17 @@ class Contributions:
         gap = float((share_TE.double().sum(1) - 1).abs().max())
         self.share_error[layer] = max(self.share_error[layer], gap)
 
+    def part(self, layer: int) -> tuple[torch.Tensor, float] | None:
+        """What was heard of a layer: what `merge` takes."""
+        if layer not in self.sums:
+            return None
+        return self.sums[layer].part, self.share_error[layer]
+
+    def merge(self, layer: int, part: tuple[torch.Tensor, float]) -> None:
+        """Take in what was heard of other documents."""
+        self.sums[layer].merge(part[0])
+        self.share_error[layer] = max(self.share_error[layer], part[1])
+
     def tables(self) -> dict[str, Table]:
         """`experts`, `layers` and `energy`."""
         layers = sorted(self.sums)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from moefy.interpret.contributions import Contributions
 from moefy.interpret.direct import DirectEffects
 from moefy.interpret.enrichment import enrichment
-from moefy.interpret.examples import KEPT, Examples
+from moefy.interpret.examples import Examples, sizes
 from moefy.interpret.neuron_families import neuron_families
-from moefy.interpret.observe import Listener
+from moefy.interpret.gather import Shared
 from moefy.interpret.predictivity import Predictivity
 from moefy.interpret.reading import Reading
 from moefy.interpret.router import RouterQualityOfExperts
@@ -36,19 +36,19 @@ class Description:
         reading: Reading,
         unembedding: Unembedding | None,
         *,
-        kept: int = KEPT,
         seed: int = 0,
     ) -> None:
         self.modules, self.seed = sparse_mlps(model), seed
+        kept, sampled = sizes(sum(module.experts for module in self.modules.values()))
         self.contributions = Contributions(reading.documents)
         self.router = RouterQualityOfExperts(reading, seed=seed)
-        self.examples = Examples(reading.documents, kept=kept, seed=seed)
+        self.examples = Examples(reading.documents, kept=kept, sampled=sampled, seed=seed)
         self.spectrum = Spectrum()
         self.direct = DirectEffects(reading, unembedding, self.spectrum, seed=seed)
         self.predictivity = Predictivity(reading, seed=seed)
 
     @property
-    def listeners(self) -> list[Listener]:
+    def listeners(self) -> list[Shared]:
         """What `observe` hands ledgers to."""
         return [
             self.contributions,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.interpret.document_sums import Blocks, BlockSums, SeenDocuments
@@ -35,6 +36,8 @@ TOKENS = 20_000
 """About the most tokens of each layer whose own next token is looked at."""
 _VOCABULARY = 8192
 """Output embeddings at a time."""
+
+Part = tuple[Tensor, Tensor, int, Tensor, NDArray[np.uint8]]
 
 
 class DirectEffects:
@@ -109,6 +112,22 @@ class DirectEffects:
         chosen = tokens.take(at_C)
         self.sums[ledger.layer].add(chosen, sums)
         self.seen[ledger.layer].add(chosen.document_T, ran_CE)
+
+    def part(self, layer: int) -> Part | None:
+        """What was heard of a layer: what `merge` takes."""
+        if layer not in self.modules:
+            return None
+        sums, seen = self.sums[layer].part, self.seen[layer].part
+        return self.scaled[layer], self.inverse[layer], self.all_tokens[layer], sums, seen
+
+    def merge(self, layer: int, part: Part) -> None:
+        """Take in what was heard of other documents."""
+        scaled, inverse, tokens, sums, seen = part
+        self.scaled[layer] += scaled
+        self.inverse[layer] += inverse
+        self.all_tokens[layer] += tokens
+        self.sums[layer].merge(sums)
+        self.seen[layer].merge(seen)
 
     @torch.no_grad()
     def tables(self) -> dict[str, Table]:

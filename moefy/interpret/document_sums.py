@@ -9,6 +9,7 @@ Shapes: T tokens, D documents, G blocks, C columns.
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.interpret.statistics import Floats, Interval, ratio_interval, units
@@ -55,6 +56,15 @@ class BlockSums:
         self._sums.index_add_(0, torch.from_numpy(row_T), values_TC.cpu().double())
 
     @property
+    def part(self) -> Tensor:
+        """What `merge` takes."""
+        return self._sums
+
+    def merge(self, part: Tensor) -> None:
+        """Add the sums over other tokens."""
+        self._sums += part
+
+    @property
     def first_GC(self) -> Floats:
         """Sums over first tokens."""
         return np.asarray(self._sums[0::2].numpy())
@@ -71,17 +81,26 @@ class BlockSums:
 
 
 class SeenDocuments:
-    """In how many documents each of E things happened, and whether."""
+    """In how many documents each of E things happened: a bit for each document and thing."""
 
     def __init__(self, documents: int, things: int) -> None:
-        self._seen_DE = np.zeros((documents, things), dtype=bool)
+        self.things = things
+        self.part: NDArray[np.uint8] = np.zeros((documents, -(-things // 8)), dtype=np.uint8)
+        """What `merge` takes."""
 
     def add(self, document_T: Ints, happened_TE: Tensor) -> None:
-        """Take in tokens and what happened at each."""
-        token, thing = np.nonzero(happened_TE.cpu().numpy())
-        self._seen_DE[document_T[token], thing] = True
+        """Take in tokens and what happened at each; tokens of a document follow each other."""
+        starts = np.flatnonzero(np.diff(document_T, prepend=-1))
+        if len(starts):
+            any_DE = np.logical_or.reduceat(happened_TE.cpu().numpy(), starts, axis=0)
+            self.part[document_T[starts]] |= np.packbits(any_DE, axis=1)
+
+    def merge(self, part: NDArray[np.uint8]) -> None:
+        """Take in other tokens."""
+        self.part |= part
 
     @property
     def count_E(self) -> Ints:
         """Documents `[E]`."""
-        return np.asarray(self._seen_DE.sum(0), dtype=np.int64)
+        seen_DE = np.unpackbits(self.part, axis=1, count=self.things)
+        return np.asarray(seen_DE.sum(0, dtype=np.int64))

@@ -112,7 +112,7 @@ def _counted(found: Predictivity, layer: int, partitions: int, seed: int) -> _La
         _counts(owner_N[order_N][None], top_CK, experts)[0],
         np.where(known_C1, _counts(owner_N[order_N][None], held_CK, experts)[0], -1),
         _counts(owners_RN, top_CK, experts),
-        auroc_CN[concepts].reshape(len(concepts), experts, -1).mean(2),
+        auroc_CN[concepts].reshape(len(concepts), experts, neurons // experts).mean(2),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from moefy.interpret.best import Array, Best, Chunk, best_of_documents
+from moefy.interpret.best import Array, Best, Chunk, Records, best_of_documents
 from moefy.interpret.ledger import Ledger
 from moefy.interpret.statistics import Floats
 from moefy.interpret.table import Table, joined, table
@@ -31,6 +31,9 @@ KEPT = 50
 """Records of a panel."""
 SAMPLE = 500
 """Tokens of each shard drawn for `spectrum` and for quantiles."""
+MANY = 4096
+"""With more experts in all than this, fewer are kept of each: memory then grows no further."""
+LEAST_KEPT, LEAST_SAMPLE = 10, 100
 BINS = 10
 REACH = 24
 """Tokens to either side of an example whose norms are kept."""
@@ -42,13 +45,18 @@ LEAST = 20
 
 _NEAR = ("near_routed", "near_unrouted")
 
+Part = tuple[dict[tuple[str, str], Records], Array]
+
 
 class Examples:
-    """Listens to ledgers; memory is about `L E (2 SAMPLE (2 REACH + 24) 2 + 6 KEPT (4 REACH + 50))`
-    bytes, whatever is read."""
+    """Listens to ledgers; memory is `L E (37 (4 S + 5 K) + 2 (2 REACH + 1) (2 S + 5 K) + 4)` bytes
+    for K kept and S sampled, whatever is read; fewer tokens for quantiles of those that ran are never
+    drawn than `SAMPLE`."""
 
-    def __init__(self, documents: Documents, *, kept: int = KEPT, seed: int = 0) -> None:
-        self.documents, self.kept, self.seed = documents, kept, seed
+    def __init__(
+        self, documents: Documents, *, kept: int = KEPT, sampled: int = SAMPLE, seed: int = 0
+    ) -> None:
+        self.documents, self.kept, self.sampled, self.seed = documents, kept, sampled, seed
         self.panels: dict[int, dict[tuple[str, str], Best]] = {}
         self.largest: dict[int, Array] = {}
 
@@ -70,6 +78,19 @@ class Examples:
             if len(row_C):
                 self._offer(self.panels[layer], shard, chunk, row_C)
 
+    def part(self, layer: int) -> Part | None:
+        """What was heard of a layer: what `merge` takes."""
+        if layer not in self.panels:
+            return None
+        return {k: best.records for k, best in self.panels[layer].items()}, self.largest[layer]
+
+    def merge(self, layer: int, part: Part) -> None:
+        """Take in what was heard of other documents."""
+        panels, largest = part
+        self.largest[layer] = np.maximum(self.largest[layer], largest)
+        for key, records in panels.items():
+            self.panels[layer][key].merge(records)
+
     def _empty(self, experts: int) -> dict[tuple[str, str], Best]:
         def one(size: int, *, by_document: bool = False, reach: int = REACH) -> Best:
             return Best(experts, size, reach=reach, by_document=by_document)
@@ -77,7 +98,7 @@ class Examples:
         found = {}
         for shard in (SELECT, HELD_OUT):
             found["top", shard] = one(self.kept, by_document=True)
-            found["spectrum", shard] = one(SAMPLE)
+            found["spectrum", shard] = one(self.sampled)
             found["routed", shard] = one(SAMPLE, reach=0)
         found["random", SELECT] = one(self.kept)
         found["negative", SELECT] = one(self.kept, by_document=True)
@@ -215,6 +236,13 @@ class Examples:
                 for name, column in zip(names, columns, strict=True)
             }
         )
+
+
+def sizes(experts: int) -> tuple[int, int]:
+    """How many records a panel keeps and how many tokens `spectrum` draws, with so many experts in
+    all layers together."""
+    share = min(1.0, MANY / max(1, experts))
+    return max(LEAST_KEPT, round(KEPT * share)), max(LEAST_SAMPLE, round(SAMPLE * share))
 
 
 def _bytes(window_RW: Array, largest_R: Array) -> list[str | None]:

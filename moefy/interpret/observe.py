@@ -54,7 +54,6 @@ def observe(
     """
     listeners, report = list(listeners), report or Reporter(quiet=True)
     modules = sparse_mlps(model)
-    weights = {layer: bare(module) for layer, module in modules.items()}
     numbers = range(len(reading.batches)) if batches is None else batches
     for number in report.track(numbers, what):
         batch = reading.batches[number]
@@ -66,12 +65,14 @@ def observe(
         for layer, module in modules.items():
             given = heard[layer]
             scores_TE = None if given.scores_TE is None else given.scores_TE[keep_T]
-            size = max(1, _ENTRIES // weights[layer].neurons)
+            # Of one layer at a time: in fp32 the weights of all may be twice the model.
+            weights = bare(module)
+            size = max(1, _ENTRIES // weights.neurons)
             x_TD, mask_TE = given.x_TD[keep_T], given.mask_TE[keep_T]
             for first in range(0, len(x_TD), size):
                 at = slice(first, first + size)
                 ledger = Ledger(
-                    layer, module, weights[layer], x_TD[at], mask_TE[at],
+                    layer, module, weights, x_TD[at], mask_TE[at],
                     None if scores_TE is None else scores_TE[at],
                     tokens.take(at),
                     None if scale_T is None else scale_T[at],

@@ -10,6 +10,8 @@ Concepts are the domains of documents and the classes of tokens. First tokens ar
 Shapes: T tokens, N neurons, C concepts, B bins.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,8 +31,28 @@ _LOWEST = -8
 """Bin 0 holds all below about 2^-8 of the layer's mean score; the last begins at 2^3.75 of it."""
 
 
+Part = tuple[tuple[int, int] | None, dict[str, NDArray[Any]], dict[str, NDArray[np.bool_]]]
+
+
+class Scales:
+    """Mean score of every layer over the first tokens that are heard: what bins are set around.
+
+    Where several processes listen, all are to have heard the same batch first.
+    """
+
+    def __init__(self) -> None:
+        self.mean: dict[int, float] = {}
+
+    def add(self, ledger: Ledger) -> None:
+        """Take in one layer and a chunk of tokens."""
+        later_T = torch.from_numpy(ledger.tokens.position_T > 0).to(ledger.x_TD.device)
+        if ledger.layer not in self.mean and bool(later_T.any()):
+            score_TN = ledger.h_TN[later_T].abs() * ledger.mlp.down_ND.norm(dim=1)
+            self.mean[ledger.layer] = float(score_TN.mean()) or 1.0
+
+
 class Predictivity:
-    """Listens to ledgers; memory is `4 L 2 (C + 1) N B` bytes."""
+    """Listens to ledgers; memory is `2 L 2 (C + 1) N B` bytes."""
 
     def __init__(self, reading: Reading, *, tokens: int = TOKENS, seed: int = 0) -> None:
         documents = reading.documents
@@ -44,9 +66,11 @@ class Predictivity:
             shard: tokens / max(1, int(reading.tokens_D[here].sum()))
             for shard, here in self.shard_D.items()
         }
-        self.counts: dict[tuple[int, str], NDArray[np.int32]] = {}
+        # The draw may give some tokens more than was asked for, never twice as many.
+        self.dtype = np.uint16 if 2 * tokens < 2**16 else np.uint32
+        self.counts: dict[tuple[int, str], NDArray[Any]] = {}
         """By layer and shard `[C + 1, N, B]`; the last row counts all tokens."""
-        self.mean: dict[int, float] = {}
+        self.scales = Scales()
         self.neurons: dict[int, tuple[int, int]] = {}
         self.seen = {
             shard: np.zeros((len(self.names), len(documents)), dtype=bool) for shard in self.share
@@ -55,6 +79,7 @@ class Predictivity:
     def add(self, ledger: Ledger) -> None:
         """Take in one layer and a chunk of tokens."""
         tokens, layer = ledger.tokens, ledger.layer
+        self.scales.add(ledger)
         drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
         for shard, here_D in self.shard_D.items():
             here_T = here_D[tokens.document_T] & later_T & (drawn_T < self.share[shard])
@@ -67,25 +92,40 @@ class Predictivity:
     ) -> None:
         score_TN = h_TN.abs() * ledger.mlp.down_ND.norm(dim=1)
         neurons = score_TN.shape[1]
-        if layer not in self.mean:
-            self.mean[layer] = float(score_TN.mean()) or 1.0
-            self.neurons[layer] = (neurons, ledger.experts)
+        self.neurons[layer] = (neurons, ledger.experts)
         if (layer, shard) not in self.counts:
             shape = (len(self.names) + 1, neurons, BINS)
-            self.counts[layer, shard] = np.zeros(shape, dtype=np.int32)
-        level_TN = (
-            (score_TN / self.mean[layer]).log2().sub_(_LOWEST).mul_(_OCTAVE).clamp_(0, BINS - 1)
-        )
+            self.counts[layer, shard] = np.zeros(shape, dtype=self.dtype)
+        level_TN = score_TN.div_(self.scales.mean[layer]).log2_().sub_(_LOWEST).mul_(_OCTAVE)
+        level_TN.clamp_(0, BINS - 1)
         cell_TN = (level_TN.int() + torch.arange(neurons, device=h_TN.device) * BINS).cpu().numpy()
         member_CT = self.members(tokens)
         counts = self.counts[layer, shard]
         for concept, member_T in enumerate(member_CT):
             if member_T.any():
                 cells = np.bincount(cell_TN[member_T].ravel(), minlength=neurons * BINS)
-                counts[concept] += cells.reshape(neurons, BINS).astype(np.int32)
+                counts[concept] += cells.reshape(neurons, BINS).astype(self.dtype)
                 self.seen[shard][concept, tokens.document_T[member_T]] = True
         cells = np.bincount(cell_TN.ravel(), minlength=neurons * BINS)
-        counts[-1] += cells.reshape(neurons, BINS).astype(np.int32)
+        counts[-1] += cells.reshape(neurons, BINS).astype(self.dtype)
+
+    def part(self, layer: int) -> Part | None:
+        """What was heard of a layer, and which documents: what `merge` takes."""
+        counts = {shard: self.counts[at, shard] for at, shard in self.counts if at == layer}
+        return self.neurons.get(layer), counts, self.seen
+
+    def merge(self, layer: int, part: Part) -> None:
+        """Take in what was heard of other documents, with the same `scales`."""
+        neurons, counts, seen = part
+        if neurons is not None:
+            self.neurons[layer] = neurons
+        for shard, counts_CNB in counts.items():
+            if (layer, shard) in self.counts:
+                self.counts[layer, shard] += counts_CNB
+            else:
+                self.counts[layer, shard] = counts_CNB
+        for shard, seen_CD in seen.items():
+            self.seen[shard] |= seen_CD
 
     def members(self, tokens: Tokens) -> NDArray[np.bool_]:
         """Which tokens `[C, T]` are of each concept."""
@@ -95,7 +135,7 @@ class Predictivity:
 
     def positives(self, layer: int, shard: str) -> Ints:
         """Tokens of each concept `[C]` that were counted."""
-        return np.asarray(self.counts[layer, shard][:-1, 0].sum(1), dtype=np.int64)
+        return np.asarray(self.counts[layer, shard][:-1, 0].sum(1, dtype=np.int64))
 
     def auroc(self, layer: int, shard: str) -> Floats:
         """AUROC `[C, N]` of every neuron for every concept against all other tokens; NaN where a concept

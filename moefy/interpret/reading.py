@@ -19,7 +19,7 @@ from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.data import Batch, Corpus, load_corpus, split_shards
 from moefy.errors import CorpusError, UnsupportedModel
-from moefy.inputs import load_tokenizer, read_batches
+from moefy.inputs import load_tokenizer, read_batches, read_config
 from moefy.interpret.tokens import HELD_OUT, SELECT, Documents, Ints
 from moefy.recipe import from_dict
 
@@ -67,7 +67,6 @@ def read(
     corpora: Mapping[str, Any] | Any = None,
     *,
     tokens: int = TOKENS,
-    seed: int = 0,
 ) -> Reading:
     """The documents to inspect `model` (from `moefy.load`) on, about `tokens` tokens of them.
 
@@ -85,7 +84,21 @@ def read(
             f"{type(model).__name__}: inspect reads tokens of decoders and encoders, not of a model "
             f"of kind '{kind}'"
         )
-    recipe = from_dict(artefact.recipe)
+    context = from_dict(artefact.recipe).context
+    return read_texts(checkpoint, kind, context, artefact, corpora, tokens=tokens)
+
+
+def read_texts(
+    checkpoint: Checkpoint,
+    kind: str,
+    context: int,
+    artefact: Artefact | None,
+    corpora: Mapping[str, Any] | Any = None,
+    *,
+    tokens: int = TOKENS,
+) -> Reading:
+    """`read` for any checkpoint, documents cut to `context` tokens; `artefact` says what must be left
+    out because something was fitted on it."""
     named = corpora if isinstance(corpora, Mapping) else {None: corpora}
     shards: dict[str, list[tuple[str, Corpus]]] = {SELECT: [], HELD_OUT: []}
     hashes = {}
@@ -93,7 +106,7 @@ def read(
         corpus = load_corpus(source)
         name = given or corpus.name
         hashes[name] = corpus.sha256
-        for shard, part in _shards(corpus, artefact, recipe.seed).items():
+        for shard, part in _shards(corpus, artefact).items():
             shards[shard].append((name, part))
     each = {
         shard: max(1, round(tokens * len_ / sum(map(_documents, shards.values()))))
@@ -104,7 +117,7 @@ def read(
     for shard, parts in shards.items():
         owner = {doc: name for name, part in parts for doc in _keys(part)}
         joined = Corpus(shard, [doc for _, part in parts for doc in part.documents])
-        found = read_batches(checkpoint, kind, joined, recipe.context, each[shard])
+        found = read_batches(checkpoint, kind, joined, context, each[shard])
         batches += found
         for batch in found:
             labels += [(shard, owner[_key(s.document)]) for s in batch.samples]
@@ -113,7 +126,7 @@ def read(
         [shard for shard, _ in labels],
         [name for _, name in labels],
     )
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = read_config(checkpoint).get_text_config().vocab_size
     return Reading(batches, documents, load_tokenizer(checkpoint.folder), kind, vocabulary, hashes)
 
 
@@ -129,9 +142,9 @@ def _keys(corpus: Corpus) -> list[tuple[str, str, str]]:
     return [_key(doc) for doc in corpus.documents]
 
 
-def _shards(corpus: Corpus, artefact: Artefact, seed: int) -> dict[str, Corpus]:
-    if corpus.sha256 == artefact.corpus["sha256"]:
-        parts = split_shards(corpus, seed)
+def _shards(corpus: Corpus, artefact: Artefact | None) -> dict[str, Corpus]:
+    if artefact is not None and corpus.sha256 == artefact.corpus["sha256"]:
+        parts = split_shards(corpus, from_dict(artefact.recipe).seed)
         return {SELECT: parts["examples"], HELD_OUT: parts["evaluation"]}
     unique = list({doc.sha256: doc for doc in corpus.documents}.values())
     select = [doc for doc in unique if int(doc.sha256[:8], 16) < SELECT_SHARE * 2**32]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moefy.evaluate.router_quality import compare_with_oracle
 from moefy.interpret.document_sums import Blocks, BlockSums, SeenDocuments
@@ -18,11 +19,12 @@ from moefy.interpret.ledger import Ledger
 from moefy.interpret.reading import Reading
 from moefy.interpret.table import Table, joined, table
 from moefy.interpret.token_draw import uniforms
-from moefy.mlp import DenseMlp
 
 TOKENS = 20_000
 """About the most tokens of each layer that are compared."""
 _ENERGIES = ("energy", "model", "oracle")
+
+Part = tuple[torch.Tensor, NDArray[np.uint8]]
 
 
 class RouterQualityOfExperts:
@@ -34,7 +36,6 @@ class RouterQualityOfExperts:
         self.blocks = Blocks(reading.documents)
         self.sums: dict[int, BlockSums] = {}
         self.seen: dict[int, SeenDocuments] = {}
-        self.running: dict[int, DenseMlp] = {}
         self.experts: dict[int, tuple[int, int]] = {}
 
     def add(self, ledger: Ledger) -> None:
@@ -43,22 +44,31 @@ class RouterQualityOfExperts:
         routed = ledger.experts - module.shared
         if layer not in self.sums:
             self.experts[layer] = (module.shared, routed)
-            self.running[layer] = module.compensation.centred(ledger.mlp)
             self.sums[layer] = BlockSums(self.blocks, 3 * routed + len(_ENERGIES))
             self.seen[layer] = SeenDocuments(len(self.documents), routed)
         drawn_T = uniforms(ledger.tokens, self.seed) < self.share
         if not drawn_T.any():
             return
         at_T = torch.from_numpy(drawn_T).to(ledger.x_TD.device)
-        found = compare_with_oracle(
-            module, self.running[layer], ledger.x_TD[at_T], ledger.mask_TE[at_T]
-        )
+        running = module.compensation.centred(ledger.mlp)
+        found = compare_with_oracle(module, running, ledger.x_TD[at_T], ledger.mask_TE[at_T])
         ran_TE, oracle_TE = found.ran_TE, found.oracle_TE
         counts = [(ran_TE & oracle_TE).double(), ran_TE.double(), oracle_TE.double()]
         energy_T3 = torch.stack([found.energy_T[name] for name in _ENERGIES], dim=1)
         tokens = ledger.tokens.take(drawn_T)
         self.sums[layer].add(tokens, torch.cat([*counts, energy_T3], dim=1))
         self.seen[layer].add(tokens.document_T, ran_TE | oracle_TE)
+
+    def part(self, layer: int) -> Part | None:
+        """What was heard of a layer: what `merge` takes."""
+        if layer not in self.sums:
+            return None
+        return self.sums[layer].part, self.seen[layer].part
+
+    def merge(self, layer: int, part: Part) -> None:
+        """Take in what was heard of other documents."""
+        self.sums[layer].merge(part[0])
+        self.seen[layer].merge(part[1])
 
     def tables(self) -> dict[str, Table]:
         """Columns of `experts` and `layers`."""

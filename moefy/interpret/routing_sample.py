@@ -69,15 +69,28 @@ class RoutingSampler:
         mask_TE = ledger.mask_TE.cpu().numpy()[keep_T]
         self.packed[layer].append(np.packbits(mask_TE, axis=1))
 
+    def part(self, layer: int) -> tuple[list[Tokens], list[NDArray[np.uint8]]]:
+        """What was heard of a layer, with the tokens beside the first: what `merge` takes."""
+        return (self.tokens if layer == 0 else [], self.packed[layer])
+
+    def merge(self, layer: int, part: tuple[list[Tokens], list[NDArray[np.uint8]]]) -> None:
+        """Take in what was heard of other documents."""
+        self.tokens += part[0]
+        self.packed[layer] += part[1]
+
     def sample(self) -> RoutingSample:
-        """What was collected."""
-        return RoutingSample(
+        """What was collected, in the order of the documents."""
+        found = RoutingSample(
             self.documents,
             Tokens.join(self.tokens),
             [np.concatenate(packed) for packed in self.packed],
             self.experts,
             self.shared,
         )
+        document_T = found.tokens.document_T
+        if (np.diff(document_T) >= 0).all():
+            return found
+        return found.take(np.argsort(document_T, kind="stable"))
 
 
 def drawn_documents(tokens_D: Ints, limit: int, seed: int) -> Bools:

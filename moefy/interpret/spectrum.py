@@ -65,6 +65,17 @@ class Spectrum:
         self.mean[layer] += h_TEF.sum(0).cpu()
         self.tokens[layer] += on_TE.sum(0).cpu()
 
+    def part(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What was heard of a layer: what `merge` takes."""
+        if layer not in self.modules:
+            return None
+        return self.moment[layer], self.mean[layer], self.tokens[layer]
+
+    def merge(self, layer: int, part: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take in what was heard of other documents."""
+        for own, other in zip((self.moment, self.mean, self.tokens), part, strict=True):
+            own[layer] += other
+
     @torch.no_grad()
     def directions(self, layer: int, count: int = DIRECTIONS) -> Directions:
         """The first directions of every expert, at most F of them; zeros where none was routed."""

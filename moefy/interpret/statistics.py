@@ -27,7 +27,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """Estimates and 95 % intervals `[C]`; NaN where there is nothing to divide by."""
+    """Estimates and 95 % intervals `[C]`; NaN where there is nothing to divide by, and for the interval
+    where there is one unit alone."""
 
     mean_C: Floats
     low_C: Floats
@@ -109,6 +110,9 @@ def _interval(top_GC: Floats, bottom_GC: Floats, times_RG: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn_RC = (times_RG @ top_GC) / (times_RG @ bottom_GC)
     tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if groups == 1:
+        # One document does not say how much documents differ.
+        return np.stack([mean_C, *np.full((2, len(mean_C)), np.nan)])
     if groups >= FEW or groups < 3:
         low, high = np.nanquantile(drawn_RC, tails, axis=0)
         return np.stack([mean_C, low, high])

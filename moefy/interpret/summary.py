@@ -6,6 +6,8 @@ from moefy.interpret.inspection import Inspection
 from moefy.interpret.table import rows
 
 STRONGEST = 10
+CONTEXT = 12
+"""Tokens that are shown before one."""
 _SHARES = {
     "share_token": "the token",
     "share_previous": "the token before",
@@ -48,7 +50,14 @@ def strongest(inspection: Inspection) -> Rows:
         if row["csi"] is not None
     ]
     causal.sort(key=lambda row: row["csi"], reverse=True)
-    header = ["expert", "domain", "selectivity, nats", "CE increase, nats", "beside random sets", "q"]
+    header = [
+        "expert",
+        "domain",
+        "selectivity, nats",
+        "CE increase, nats",
+        "beside random sets",
+        "q",
+    ]
     found = []
     for row in causal[:STRONGEST]:
         place = "" if row["percentile"] is None else f"percentile {row['percentile']:.0f}"
@@ -79,3 +88,40 @@ def _percent(value: float | None, low: float | None = None, high: float | None =
         return ""
     shown = f"{value:.1%}"
     return shown if low is None or high is None else f"{shown} [{low:.1%}, {high:.1%}]"
+
+
+def differences(inspection: Inspection) -> Rows:
+    """Header and rows of where two models differ: all tokens, domains, classes of tokens."""
+    header = [
+        "tokens",
+        "delta, nats",
+        "KL, nats",
+        "share of losses",
+        "share of tokens",
+        "documents",
+    ]
+    total = rows(inspection.table("hunt_summary"))[0]
+    found = [["all", *_difference(total), "", "", str(total["documents"])]]
+    for name, key in (("hunt_domains", "domain"), ("hunt_classes", "class")):
+        for row in rows(inspection.table(name)):
+            shares = [_percent(row[column]) for column in ("share_of_losses", "share_of_tokens")]
+            found.append([row[key], *_difference(row), *shares, str(row["documents"])])
+    return header, found
+
+
+def _difference(row: dict[str, Any]) -> list[str]:
+    return [_ranged(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("delta", "kl")]
+
+
+def tails(inspection: Inspection) -> Rows:
+    """Header and rows of the tokens that change most, either way, in context."""
+    found = []
+    for row in rows(inspection.table("hunt")):
+        if row["rank"] < STRONGEST:
+            text = inspection.texts[str(row["document"])]
+            at, ends = row["position"], text["ends"]
+            before = text["text"][ends[max(0, at - CONTEXT)] : ends[at]]
+            after = text["text"][ends[at] : ends[min(at + 1, len(ends) - 1)]]
+            shown = "".join(c if c.isprintable() else "\u00b7" for c in f"{before}[{after}]")
+            found.append([row["tail"], f"{row['delta']:+.2f}", row["domain"], shown])
+    return ["", "delta, nats", "domain", "context, and the token that comes next"], found

@@ -16,6 +16,7 @@ from moefy.data import Document
 Ints = NDArray[np.int64]
 SELECT, HELD_OUT = "select", "held_out"
 """The two shards: what examples are chosen from, and what claims are checked on."""
+NOTHING: Ints = np.zeros(0, dtype=np.int64)
 NONE = -1
 """Where there is no such token."""
 
@@ -80,10 +81,10 @@ class Tokens:
 
     @classmethod
     def join(cls, parts: list["Tokens"]) -> "Tokens":
-        """Several runs of tokens as one."""
+        """Several runs of tokens as one, or none."""
         return cls(
             *(
-                np.concatenate([getattr(part, field.name) for part in parts])
+                np.concatenate([NOTHING, *(getattr(part, field.name) for part in parts)])
                 for field in fields(cls)
             )
         )

@@ -23,9 +23,9 @@ from moefy.interpret.table import Table
 FIRST = ("experts", "causal")
 """Tables of experts that the first screens show for all layers together."""
 SHOWN = {
-    ("top", "select"): 12, ("top", "held_out"): 6, ("spectrum", "select"): 2,
-    ("spectrum", "held_out"): 1, ("random", "select"): 8, ("near", "select"): 8,
-    ("negative", "select"): 6,
+    ("top", "select"): 10, ("top", "held_out"): 6, ("spectrum", "select"): 2,
+    ("spectrum", "held_out"): 1, ("random", "select"): 6, ("near", "select"): 6,
+    ("negative", "select"): 4,
 }  # fmt: skip
 """Examples of an expert by panel and shard; of `spectrum` those of every bin. Others: all."""
 UNSHOWN = {

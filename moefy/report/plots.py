@@ -61,7 +61,7 @@ def _figure() -> Iterator[Any]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 9, "text.color": INK, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT,
         "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,
         "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 10,
@@ -105,7 +105,7 @@ def _causal(inspection: Inspection, plt: Any) -> Any:
         for row in rows(inspection.tables.get("causal", {}))
         if row.get("model", "dense") == "dense" and row.get("mode", "mean") == "mean"
     ]
-    by_expert = defaultdict(dict)
+    by_expert: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)
     for row in cells:
         if row.get("csi") is not None:
             by_expert[row["layer"], row["expert"]][row["domain"]] = row

@@ -27,6 +27,7 @@ from moefy.interpret.causal.damage import Reference, output
 from moefy.interventions import ExpertStatistics, experts
 from moefy.locate import Site
 from moefy.mlp import DenseMlp
+from moefy.processes import ALONE, Processes
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 
 DENSE, MOEFIED = "dense", "moefied"
@@ -46,14 +47,16 @@ class Engine:
         mode: str = "mean",
         means: ExpertStatistics | None = None,
         start: str = "",
+        processes: Processes = ALONE,
     ) -> None:
         """`means` are those of `moefy.interventions.statistics` of the same `which`, for the modes
-        `mean` and `peak`. `start` is where runs are taken up; left out, `shortcut` finds it."""
+        `mean` and `peak`. `start` is where runs are taken up; left out, `shortcut` finds it.
+        `processes` share out the batches of `of_sets` and `screen`, and need a `start`."""
         self.model, self.which, self.mode, self.means = model, which, mode, means
         self.modules = sparse_mlps(model)
         sites: list[Site] = model.moefy_sites  # type: ignore[assignment]
         self.blocks = [model.get_submodule(site.layer) for site in sites]
-        self.start = start
+        self.start, self.processes = start, processes
 
     def running(self) -> AbstractContextManager[None]:
         """The model as this engine runs it."""

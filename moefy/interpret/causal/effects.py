@@ -77,19 +77,18 @@ def of_sets(
     engine: Engine, texts: Texts, sets: Sequence[Gone], report: Reporter, what: str
 ) -> Effects:
     """Effects of sets of neurons; fastest where sets of one layer stand side by side."""
-    document_J = np.repeat(np.arange(len(texts.documents)), texts.tokens_D)
-    ce_SJ = np.zeros((len(sets), len(document_J)), dtype=np.float32)
-    kl_SJ = np.full_like(ce_SJ, np.nan)
-    first = 0
-    for batch in report.track(texts.batches, what):
-        base = engine.base(batch)
-        at = slice(first, first + int(base.reference.keep.sum()))
-        first = at.stop
-        for number, neurons in enumerate(sets):
+    own = []
+    for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
+        base = engine.base(texts.batches[number])
+        # Damage and KL of every set, token by token.
+        found_2SJ = np.full((2, len(sets), int(base.reference.keep.sum())), np.nan, np.float32)
+        for row, neurons in enumerate(sets):
             ce_J, kl_J = base.reference.compare(base.output(neurons))
-            ce_SJ[number, at] = ce_J.cpu().numpy()
+            found_2SJ[0, row] = ce_J.cpu().numpy()
             if kl_J is not None:
-                kl_SJ[number, at] = kl_J.cpu().numpy()
+                found_2SJ[1, row] = kl_J.cpu().numpy()
+        own.append((number, found_2SJ))
+    ce_SJ, kl_SJ = np.concatenate(engine.processes.in_order(own), axis=2)
     return _summed(ce_SJ, kl_SJ, texts)
 
 

@@ -40,6 +40,7 @@ from moefy.interpret.stages import Stages
 from moefy.interpret.table import Table, joined, table
 from moefy.interpret.tokens import HELD_OUT, SELECT
 from moefy.interventions import MODES, ExpertStatistics, statistics
+from moefy.processes import ALONE, Processes
 from moefy.provenance import versions
 from moefy.sparse_mlp import all_experts
 
@@ -62,16 +63,20 @@ def causal(
     tokens: int = TOKENS,
     mode: str = "mean",
     nulls: int = NULLS,
+    source: Reading | None = None,
     seed: int = 0,
     report: Reporter | None = None,
     work: Path | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Table]:
     """Tables `causal`, `screen`, `keep_only`, `non_additivity`, columns of `experts`, and for language
     models the hunt between the dense and the moefied model.
 
-    About `tokens` tokens of the held-out shard are read, as many documents of every domain. `nulls`
-    random sets stand beside every bin of experts; 0 leaves them out. With `work`, a folder, a run that
+    About `tokens` tokens of the held-out shard are read, as many documents of every domain. They are
+    drawn from `source`, a larger `Reading` of the same corpora, or from `reading` where there is none;
+    document numbers in the hunt are those of `reading`. `nulls` random sets stand beside every bin of experts; 0 leaves them out. With `work`, a folder, a run that
     was broken off is taken up again after the last layer; another model, text or setting starts anew.
+    `processes`, all of which call this, share out the batches of every step.
 
     Raises `MoefyError` for a mode that does not exist, and for 1 or 2 random sets.
     """
@@ -81,7 +86,7 @@ def causal(
         raise MoefyError(
             f"nulls={nulls}: so few random sets have no spread to measure by; give {NULLS}, or 0 for none"
         )
-    run = _Run.of(model, reading, tokens, mode, nulls, seed, report, work)
+    run = _Run.of(model, source or reading, tokens, mode, nulls, seed, report, work, processes)
     measured = run.dense_matrix()
     found, rows = matrix(measured, run.texts, seed=seed)
     how = "exact" if run.exact else f"exact, the first {len(found.experts)} of the screen"
@@ -100,7 +105,9 @@ def causal(
         "experts": _experts(run.engine, found, shown, run.texts),
     }
     if reading.kind == "decoder":
-        tables |= dense_against_moefied(model, reading, report=run.report)
+        tables |= dense_against_moefied(
+            model, reading, report=run.report, processes=processes
+        )
     return {name: given for name, given in tables.items() if given}
 
 
@@ -130,6 +137,7 @@ class _Run:
         seed: int,
         report: Reporter | None,
         work: Path | None,
+        processes: Processes,
     ) -> "_Run":
         texts, select = (draw(reading, s, tokens, seed=seed) for s in (HELD_OUT, SELECT))
         kept = draw(reading, HELD_OUT, round(KEPT_SHARE * tokens), seed=seed)
@@ -137,7 +145,7 @@ class _Run:
         with all_experts(model):
             dense = statistics(model, select.batches)
         means = {DENSE: dense, MOEFIED: statistics(model, select.batches)}
-        engine = Engine(model, mode=mode, means=dense)
+        engine = _engine(texts, Engine(model, mode=mode, means=dense, processes=processes))
         decided = None
         if work is not None:
             decided = [
@@ -148,7 +156,7 @@ class _Run:
             ]
         return cls(
             model, texts, select, kept, engine, nulls, seed, report or Reporter(quiet=True),
-            Stages(work, decided), means,
+            Stages(work, decided, processes), means,
         )  # fmt: skip
 
     @property
@@ -193,7 +201,11 @@ class _Run:
         """The strongest experts in the other modes, and in the moefied model."""
         mode, found = self.engine.mode, []
         for which, other in [(DENSE, m) for m in MODES if m != mode] + [(MOEFIED, mode)]:
-            engine = Engine(self.model, which=which, mode=other, means=self.means[which])
+            given = Engine(
+                self.model, which=which, mode=other, means=self.means[which],
+                processes=self.engine.processes,
+            )  # fmt: skip
+            engine = _engine(self.texts, given)
             what = f"{which}, {other}, strongest {len(best)}"
             measured = self._measured(engine, what, sorted(best), 0)
             rows = matrix([measured], self.texts, seed=self.seed)[1]
@@ -222,11 +234,14 @@ class _Run:
         given = [neurons_of(engine, *pair) for pair in experts]
         layers = [layer for layer, _ in experts]
 
+        def draw_sets() -> RandomSets:
+            energy_NN = energy_matrix(engine, self.texts, layers[0])
+            return random_sets(engine, energy_NN, layers[0], given, nulls, self.seed)
+
         def make() -> dict[str, Any]:
             sets, drawn = [gone(engine, *row) for row in zip(layers, given, strict=True)], None
             if nulls:
-                energy_NN = energy_matrix(engine, self.texts, layers[0])
-                drawn = random_sets(engine, energy_NN, layers[0], given, nulls, self.seed)
+                drawn = engine.processes.once(draw_sets)
                 sets += [gone(engine, layers[0], numbers) for numbers in drawn.sets]
             effects = of_sets(engine, self.texts, sets, self.report, what)
             return {"effects": _json(effects), "sets": None if drawn is None else _json(drawn)}
@@ -238,6 +253,12 @@ class _Run:
         of_experts, of_random = slice(len(experts)), slice(len(experts), None)
         sets = _sets_of(kept["sets"])
         return Measured(experts, effects.take(of_experts), sets, effects.take(of_random))
+
+
+def _engine(texts: Texts, engine: Engine) -> Engine:
+    """The engine with its runs taken up where the first batch says, the same in all processes."""
+    engine.start = engine.shortcut(texts.batches[0])
+    return engine
 
 
 def _effects_of(kept: dict[str, Any]) -> Effects:

@@ -34,6 +34,7 @@ from moefy.interpret.statistics import Floats, Interval, ratio_interval, units
 from moefy.interpret.table import Table, table
 from moefy.interpret.token_classes import classes_of, token_classes
 from moefy.interpret.tokens import HELD_OUT, Tokens
+from moefy.processes import ALONE, Processes
 from moefy.sparse_mlp import all_experts
 
 Logits = Callable[[Batch], Tensor]
@@ -64,8 +65,10 @@ def differences(
     *,
     tokens: int = TOKENS,
     report: Reporter | None = None,
+    processes: Processes = ALONE,
 ) -> Differences:
     """Run both on held-out documents: all batches, or as many, evenly spaced, as hold about `tokens`.
+    `processes`, all of which call this, share them out.
 
     Raises `MoefyError` where there is no next token to judge by, or the vocabularies differ.
     """
@@ -73,9 +76,8 @@ def differences(
         raise MoefyError("the hunt compares next-token probabilities; encoders give none")
     first, second = _logits(base), _logits(other)
     report = report or Reporter(quiet=True)
-    heard: list[Tokens] = []
-    values: list[list[Floats]] = []
-    for batch, at in report.track(_spaced(reading, tokens), "compare two models"):
+    own: list[tuple[int, tuple[Tokens, list[Floats]]]] = []
+    for batch, at in report.track(processes.mine(_spaced(reading, tokens)), "compare two models"):
         reference, out = Reference(batch, first(batch)), second(batch)
         if out.shape[-1] != reference.base_JV.shape[-1]:
             raise MoefyError(
@@ -87,10 +89,11 @@ def differences(
         mask = batch.mask()
         assert mask is not None
         keep_J = judged(batch)[mask].numpy()
-        heard.append(tokens_of(batch, at).take(keep_J))
-        values.append([v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)])
-    columns = (np.concatenate(column) for column in zip(*values, strict=True))
-    return Differences(Tokens.join(heard), *columns)
+        values = [v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)]
+        own.append((at, (tokens_of(batch, at).take(keep_J), values)))
+    heard, every = zip(*processes.in_order(own), strict=True)
+    columns = (np.concatenate(column) for column in zip(*every, strict=True))
+    return Differences(Tokens.join(list(heard)), *columns)
 
 
 def hunt(
@@ -101,9 +104,10 @@ def hunt(
     tokens: int = TOKENS,
     shown: int = SHOWN,
     report: Reporter | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Table]:
     """Tables `hunt` (both tails), `hunt_domains`, `hunt_classes` and `hunt_summary`."""
-    found = differences(base, other, reading, tokens=tokens, report=report)
+    found = differences(base, other, reading, tokens=tokens, report=report, processes=processes)
     classes = token_classes(reading.tokenizer, reading.vocabulary)
     classes_JC = classes_of(found.tokens.target_T, classes).T
     domains = reading.documents.domains
@@ -126,6 +130,7 @@ def dense_against_moefied(
     *,
     tokens: int = TOKENS,
     report: Reporter | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Table]:
     """The hunt between the dense model and what `moefy.load` gave."""
 
@@ -133,7 +138,7 @@ def dense_against_moefied(
         with all_experts(model):
             return output(model, batch)
 
-    return hunt(dense, model, reading, tokens=tokens, report=report)
+    return hunt(dense, model, reading, tokens=tokens, report=report, processes=processes)
 
 
 def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:

@@ -91,7 +91,8 @@ def _null_columns(
     measured: Sequence[Measured], texts: Texts, shape: tuple[int, int]
 ) -> dict[str, Floats]:
     """Where every expert stands among the random sets of its bin; NaN without random sets."""
-    names = ("z_random", "percentile", "p", "null_sets", "null_energy_low", "null_energy_high")
+    names = ("z_random", "percentile", "p", "null_sets", "null_energy_low", "null_energy_high",
+             "null_slope", "null_slope_error")  # fmt: skip
     found = {name: np.full(shape, np.nan) for name in names}
     parts: list[AgainstNull] = []
     first = 0
@@ -103,6 +104,7 @@ def _null_columns(
         against = against_null(part.effects.by_domain(texts), part.null.by_domain(texts), part.sets)
         parts.append(against)
         found["z_random"][at], found["percentile"][at] = against.z_EC, against.percentile_EC
+        found["null_slope"][at], found["null_slope_error"][at] = against.slope, against.slope_error
         for row, (number, energy) in enumerate(
             zip(part.sets.bin_E, part.sets.energy_E, strict=True), start=at.start
         ):

@@ -1,10 +1,15 @@
 """Random sets of neurons to compare experts with: of the same size and of the same energy.
 
 The energy of a set is that of what its replacement takes away, `E ||sum_{j in S} (c_j - v_j) d_j||^2`:
-a big expert does more damage than a small one whatever it does. Experts of a layer are sorted by energy
-into bins of about `BIN` experts, and each bin has its own random sets. Each set is matched to one of the
-bin's experts, in turn, to within `TOLERANCE`: neurons are drawn at random, then swapped for others
-until the energy fits.
+a big expert does more damage than a small one whatever it does. Experts of a layer are cut into `BINS`
+bins at equal widths of log energy, `WIDTH` from end to end, counted down from the strongest; the last
+holds all that are weaker. Each bin has its own random sets, matched to its experts, weakest to
+strongest, to within `TOLERANCE`: neurons are drawn at random, then swapped for others until the energy
+fits. For the difference that is left inside a bin the damage of a set is corrected:
+
+    M_r (E_e / E_r)^s
+
+where s is how damage grows with energy among the layer's own random sets.
 
 All draws are made in the canonical order of neurons (`moefy.partition.canonical`), so that neither their
 order nor a rescale decides them.
@@ -27,10 +32,11 @@ from moefy.interpret.tokens import Ints
 from moefy.mlp import DenseMlp
 from moefy.partition.canonical import canonical_order
 
-BIN = 10
-"""Experts of a bin, about."""
+BINS, WIDTH = 4, 2.0
+"""Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64
+_DRAWN = 500
 
 
 @torch.no_grad()
@@ -77,22 +83,26 @@ def random_sets(
 ) -> RandomSets:
     """`count` random sets for each bin of these experts, given as the numbers of their neurons."""
     energy_E = energies(energy_NN, experts)
-    bins = max(1, round(len(experts) / BIN))
-    bin_E = np.empty(len(experts), dtype=np.int64)
-    bin_E[np.argsort(energy_E, kind="stable")] = np.arange(len(experts)) * bins // len(experts)
+    bin_E, model_S = matches(energy_E, count)
     order_N = canonical_order(on_cpu(engine.modules[layer].weights)).numpy()
     ordered_NN = energy_NN[np.ix_(order_N, order_N)]
     random = np.random.default_rng([seed, 13, layer])
-    sets, bin_S = [], []
-    for number in range(bins):
+    sets = [
+        np.sort(order_N[matched(ordered_NN, energy_E[e], len(experts[e]), random)]) for e in model_S
+    ]
+    return RandomSets(sets, bin_E[model_S], energies(energy_NN, sets), bin_E, energy_E)
+
+
+def matches(energy_E: Floats, count: int) -> tuple[Ints, Ints]:
+    """The bin of every expert, and the expert that each of `count` random sets a bin is matched to."""
+    below_E = np.log(energy_E.max() / np.maximum(energy_E, 1e-300)) / np.log(WIDTH)
+    bin_E = np.unique(np.minimum(below_E.astype(np.int64), BINS - 1), return_inverse=True)[1]
+    chosen = []
+    for number in range(int(bin_E.max()) + 1):
         members = np.flatnonzero(bin_E == number)
         members = members[np.argsort(energy_E[members], kind="stable")]
-        for turn in range(count):
-            expert = members[turn % len(members)]
-            size = len(experts[expert])
-            sets.append(np.sort(order_N[matched(ordered_NN, energy_E[expert], size, random)]))
-            bin_S.append(number)
-    return RandomSets(sets, np.array(bin_S), energies(energy_NN, sets), bin_E, energy_E)
+        chosen.append(members[np.linspace(0, len(members) - 1, count).round().astype(np.int64)])
+    return bin_E, np.concatenate(chosen)
 
 
 def on_cpu(mlp: DenseMlp) -> DenseMlp:
@@ -136,6 +146,35 @@ def matched(
     return np.asarray(chosen)
 
 
+def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
+    """How damage grows with energy, `damage ~ energy^s`: s between 0 and 1, and its standard error.
+
+    The median of the slopes of log damage between all pairs of sets, weighted by how far their log
+    energies lie apart (Jaeckel 1972; Sievers 1978): what a few sets do does not move it. A set that
+    does no harm counts as less than any other: the slope to it has no end, which a median bears.
+    The error is half of what the middle 68 % of `_DRAWN` bootstraps over sets span. Without two
+    sets to compare s is 1, and the error NaN.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x_S, y_S = np.log(energy_S), np.log(np.maximum(damage_S, 0.0))
+        i, j = np.triu_indices(len(x_S), 1)
+        wide, slope = np.abs(x_S[i] - x_S[j]), (y_S[i] - y_S[j]) / (x_S[i] - x_S[j])
+    known = np.isfinite(wide) & (wide > 0) & ~np.isnan(slope)
+    if not known.any():
+        return 1.0, np.nan
+    i, j, wide, slope = (v[known] for v in (i, j, wide, slope))
+    order = np.argsort(slope, kind="stable")
+    i, j, wide, slope = (v[order] for v in (i, j, wide, slope))
+    sets = len(x_S)
+    random = np.random.default_rng([sets, 16])
+    times_RS = random.multinomial(sets, np.full(sets, 1 / sets), size=_DRAWN)
+    times_RS = np.vstack([np.ones(sets, dtype=np.int64), times_RS])
+    reached_RP = (wide * times_RS[:, i] * times_RS[:, j]).cumsum(1)
+    median_R = slope[(reached_RP < reached_RP[:, -1:] / 2).sum(1).clip(max=len(slope) - 1)]
+    low, high = np.quantile(median_R[1:].clip(-1e9, 1e9), [0.16, 0.84])
+    return float(median_R[0].clip(0, 1)), float((high - low) / 2)
+
+
 @dataclass(frozen=True)
 class AgainstNull:
     """How experts stand among the random sets of their bins `[E, C]`."""
@@ -144,19 +183,26 @@ class AgainstNull:
     percentile_EC: Floats
     null_z_SC: Floats
     """Every random set against the others of its bin: what z is where there is nothing to find."""
+    slope: float
+    slope_error: float
 
 
 def against_null(damage_EC: Floats, null_SC: Floats, sets: RandomSets) -> AgainstNull:
-    """`z = (M - mean of the random sets) / their standard deviation`, and the share of them below."""
+    """`z = (M - mean of the random sets) / their standard deviation`, and the share of them below,
+    the sets of a bin corrected to the energy of what they are compared with."""
     z_EC, percentile_EC = np.full(damage_EC.shape, np.nan), np.full(damage_EC.shape, np.nan)
     null_z_SC = np.full(null_SC.shape, np.nan)
-    for number in range(int(sets.bin_S.max()) + 1):
-        here_E, here_S = sets.bin_E == number, np.flatnonzero(sets.bin_S == number)
-        null = null_SC[here_S]
-        z_EC[here_E] = null_z(damage_EC[here_E], null[:, None])
-        below = (null[:, None] < damage_EC[here_E]).mean(0)
-        same = (null[:, None] == damage_EC[here_E]).mean(0)
-        percentile_EC[here_E] = 100 * (below + same / 2)
-        for place, s in enumerate(here_S):
-            null_z_SC[s] = null_z(null_SC[s], np.delete(null, place, axis=0))
-    return AgainstNull(z_EC, percentile_EC, null_z_SC)
+    slope, error = energy_slope(np.nanmean(null_SC, axis=1), sets.energy_S)
+
+    def corrected(at_S: Ints, energy: float) -> Floats:
+        factor_S = (energy / np.maximum(sets.energy_S[at_S], 1e-300)) ** slope
+        return np.asarray(null_SC[at_S] * factor_S[:, None])
+
+    for e, (number, energy) in enumerate(zip(sets.bin_E, sets.energy_E, strict=True)):
+        null = corrected(np.flatnonzero(sets.bin_S == number), energy)
+        z_EC[e] = null_z(damage_EC[e], null)
+        percentile_EC[e] = 50 * ((null < damage_EC[e]).mean(0) + (null <= damage_EC[e]).mean(0))
+    for s, (number, energy) in enumerate(zip(sets.bin_S, sets.energy_S, strict=True)):
+        others = np.flatnonzero((sets.bin_S == number) & (np.arange(len(null_SC)) != s))
+        null_z_SC[s] = null_z(null_SC[s], corrected(others, energy))
+    return AgainstNull(z_EC, percentile_EC, null_z_SC, slope, error)

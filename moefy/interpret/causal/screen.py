@@ -38,12 +38,10 @@ def every_expert(engine: Engine) -> list[Pair]:
 
 def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
     """A of every expert and document `[S, K]`."""
-    tokens_K = texts.tokens_D
-    found = np.zeros((len(every_expert(engine)), len(tokens_K)))
-    first = 0
-    for batch in report.track(texts.batches, what):
-        at = slice(first, first + len(batch.samples))
-        first = at.stop
+    own = []
+    for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
+        batch = texts.batches[number]
+        found = np.zeros((len(every_expert(engine)), len(batch.samples)))
         base = engine.base(batch)
         gradient = _gradients(engine, batch) if batch.targets_BT is not None else None
         row = 0
@@ -53,9 +51,10 @@ def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
             # The loss at one position moves with what is added at all positions before it.
             counted = keep_BT1 if gradient is None else torch.ones_like(keep_BT1)
             along_BTE = along_TE.view(*keep_BT1.shape[:2], -1) * counted
-            found[row : row + module.experts, at] = along_BTE.double().sum(1).T.cpu().numpy()
+            found[row : row + module.experts] = along_BTE.double().sum(1).T.cpu().numpy()
             row += module.experts
-    return found / tokens_K
+        own.append((number, found))
+    return np.concatenate(engine.processes.in_order(own), axis=1) / texts.tokens_D
 
 
 @torch.no_grad()

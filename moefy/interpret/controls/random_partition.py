@@ -42,6 +42,7 @@ from moefy.interpret.table import Table, joined, table
 from moefy.interpret.tokens import Tokens
 from moefy.mlp import DenseMlp
 from moefy.partition.canonical import canonical_order
+from moefy.processes import ALONE, Processes
 from moefy.sparse_mlp import SparseMlp
 
 DRAWS = 200
@@ -115,25 +116,54 @@ class RandomPartitions:
         self.filled[ledger.layer] = at.stop
 
     @torch.no_grad()
-    def tables(self, report: Reporter | None = None) -> dict[str, Table]:
-        """Columns `oracle_*` of `experts` and `layers`, once the pass is over."""
+    def tables(
+        self, report: Reporter | None = None, processes: Processes = ALONE
+    ) -> dict[str, Table]:
+        """Columns `oracle_*` of `experts` and `layers`, once the pass is over.
+
+        With `processes`, all of which call this after each has heard its batches, layers are shared out.
+        """
         report = report or Reporter(quiet=True)
-        tokens = Tokens.join(self.tokens)
-        ways = _Ways.of(tokens, self.domain_D)
-        rows = [
-            self._layer(layer, ways) for layer in report.track(self.modules, "random partitions")
-        ]
+        tokens = Tokens.join(processes.all([Tokens.join(self.tokens)]))
+        order_T = np.argsort(tokens.document_T, kind="stable")
+        ways = _Ways.of(tokens.take(order_T), self.domain_D)
+        layers, rows = list(self.modules), []
+        for first in report.track(range(0, len(layers), processes.count), "random partitions"):
+            mine = None
+            for place, layer in enumerate(layers[first : first + processes.count]):
+                inputs = self._inputs(layer, order_T, processes)
+                if place == processes.rank:
+                    mine = (layer, *inputs)
+            if mine is not None:
+                rows.append((mine[0], self._layer(*mine, ways)))
+        found = processes.in_order(rows)
         return {
-            "experts": joined(experts for experts, _ in rows),
-            "layers": joined(layers for _, layers in rows),
+            "experts": joined(experts for experts, _ in found),
+            "layers": joined(layers for _, layers in found),
         }
 
-    def _layer(self, layer: int, ways: "_Ways") -> tuple[Table, Table]:
+    def _inputs(
+        self, layer: int, order_T: NDArray[np.int64], processes: Processes
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """What a layer read and how many experts ran, heard by all processes, in this order."""
+        filled, width = self.filled[layer], self.modules[layer].weights.width
+        mine = (np.array(self.x_LTD[layer, :filled, :width]), self.k_LT[layer, :filled])
+        if processes.count == 1:
+            return mine
+        parts = processes.all([mine])
+        return (
+            np.concatenate([x_TD for x_TD, _ in parts])[order_T],
+            np.concatenate([k_T for _, k_T in parts])[order_T],
+        )
+
+    def _layer(
+        self, layer: int, inputs_TD: NDArray[np.float32], k_T: NDArray[np.int32], ways: "_Ways"
+    ) -> tuple[Table, Table]:
         module = self.modules[layer]
         mlp = bare(module).take(slice(module.shared * module.expert_size, None))
-        experts, width = module.experts - module.shared, mlp.width
-        x_TD = torch.from_numpy(np.array(self.x_LTD[layer, :, :width])).to(mlp.up_ND.device)
-        held = _Held.of(mlp, x_TD, self.k_LT[layer], experts, ways)
+        experts = module.experts - module.shared
+        x_TD = torch.from_numpy(inputs_TD).to(mlp.up_ND.device)
+        held = _Held.of(mlp, x_TD, k_T, experts, ways)
         real = held.figures(torch.arange(mlp.neurons))
         order_N = canonical_order(on_cpu(mlp))
         random = [

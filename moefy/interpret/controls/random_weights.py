@@ -12,10 +12,8 @@ that is the same for trained and for random weights is no evidence of anything l
 Shapes: N neurons, D width.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +62,8 @@ def random_weights(
     `model` is from `moefy.load`, `trained` is what `describe(model, reading)` gave; every column of
     numbers of its table `layers` is a figure. `corpus` is what the model was converted with; left out,
     it is the bundled one, and a model that was converted with another has no such table. `stages` keeps
-    the controls' tables: they are made once for a checkpoint, recipe, corpus, reading and versions.
+    the controls' tables: they are made once for a checkpoint, recipe, corpus, reading and versions. All
+    its processes call this; the table is the first one's.
 
     Raises `CorpusError` where a corpus is given and is not that of the conversion.
     """
@@ -96,10 +95,12 @@ def random_weights(
         }
 
         def describe_control(control: str = control) -> dict[str, Any]:
-            with converted(model, control, text, seed, report, stages.folder) as moefied:
+            with converted(model, control, text, seed, report, stages) as moefied:
                 return dict(describe(moefied, reading))
 
         made[control] = stages.run(f"random-weights-{control}", settings, describe_control)
+    if not stages.processes.main:
+        return {}
     return {"random_weights": compared(trained["layers"], {n: made[n]["layers"] for n in CONTROLS})}
 
 
@@ -110,23 +111,27 @@ def converted(
     corpus: Any,
     seed: int,
     report: Reporter,
-    where: Path | None = None,
+    stages: Stages,
 ) -> Iterator[PreTrainedModel]:
-    """The control of a moefied model, converted by the same recipe; its folder, made in `where`, is gone
-    afterwards."""
+    """The control of a moefied model, converted by the same recipe; its folder, made in that of the
+    stages, is gone afterwards. Their processes convert it together."""
     artefact: Artefact = model.moefy  # type: ignore[assignment]
     checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    where, processes = stages.folder, stages.processes
     if where is not None:
         where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        source, out = Path(folder) / "source", Path(folder) / "moefied"
-        source.mkdir()
-        weights = {file.name for file in checkpoint.files}
-        copy_folder(checkpoint.folder, source, skip=weights | {META, SIDE})
-        dense = load_dense(checkpoint, dtype="auto")
-        randomise(dense, control, seed)
-        dense.save_pretrained(source)
-        del dense
+    with processes.folder(where) as folder:
+        source, out = folder / "source", folder / "moefied"
+
+        def write() -> None:
+            source.mkdir()
+            weights = {file.name for file in checkpoint.files}
+            copy_folder(checkpoint.folder, source, skip=weights | {META, SIDE})
+            dense = load_dense(checkpoint, dtype="auto")
+            randomise(dense, control, seed)
+            dense.save_pretrained(source)
+
+        processes.once(write)
         report.say(f"random weights: {control}")
         quiet = report.console.quiet
         convert(source, out, recipe=from_dict(artefact.recipe), corpus=corpus, quiet=quiet)

@@ -12,10 +12,8 @@ on the seed and is run once for each text.
 Shapes: T tokens, D width, N neurons, E experts, P partitions.
 """
 
-import tempfile
 from collections.abc import Iterable
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,7 @@ from moefy.interpret.reading import Reading
 from moefy.interpret.table import Table, joined, table
 from moefy.locate import Site
 from moefy.partition import partition
+from moefy.processes import ALONE, Processes
 from moefy.recipe import from_dict
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 
@@ -56,11 +55,13 @@ def seeds(
     tokens: int = TOKENS,
     seed: int = 0,
     report: Reporter | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Table]:
     """Columns `stability*` of `experts` and `layers`.
 
     `model` is from `moefy.load`; its recipe says how it was split. Experts of single neurons leave
-    nothing to cluster: their columns are None.
+    nothing to cluster: their columns are None. `processes`, all of which call this, share out the
+    batches and then the layers.
     """
     report = report or Reporter(quiet=True)
     artefact: Artefact = model.moefy  # type: ignore[assignment]
@@ -68,20 +69,21 @@ def seeds(
     limit = min(tokens, from_dict(artefact.recipe).partition.tokens)
     shards = halves(reading, seed)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        samples = [Captured(Path(folder), f"shard-{number}") for number in range(SHARDS)]
+    with processes.folder() as folder:
+        samples = [Captured(folder, f"shard-{number}") for number in range(SHARDS)]
         if any(module.expert_size > 1 for module in modules.values()):
             for batches, sample in zip(shards, samples, strict=True):
                 with all_experts(model):
                     capture(
                         model, model.moefy_sites, batches, sample,  # type: ignore[arg-type]
-                        limit=limit, seed=seed, report=report,
+                        limit=limit, seed=seed, report=report, processes=processes,
                     )  # fmt: skip
-        for layer, module in report.track(list(modules.items()), "partitions again"):
-            rows.append(_layer(model, layer, module, samples, count, seed))
+        for layer in report.track(processes.mine(list(modules)), "partitions again"):
+            rows.append((layer, _layer(model, layer, modules[layer], samples, count, seed)))
+        found = processes.in_order(rows)
     return {
-        "experts": joined(experts for experts, _ in rows),
-        "layers": joined(layers for _, layers in rows),
+        "experts": joined(experts for experts, _ in found),
+        "layers": joined(layers for _, layers in found),
     }
 
 

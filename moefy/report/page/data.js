@@ -81,13 +81,26 @@ const meta = () => store.index.meta;
 const layerCount = () => meta().layers.length;
 const expertCount = (layer) => meta().layers[layer]?.experts ?? 0;
 
-// Rows of a table of the index that are about one layer, in the table's order.
+// Rows of a table of the index that are about one layer, in the table's order; made once.
+const layerRowsMade = new Map();
+
 function layerRows(name, layer) {
-  const given = table(name);
+  const given = table(name), key = `${name} ${layer}`;
   if (!given) return [];
-  const places = [];
-  given.layer.forEach((number, at) => { if (number === layer) places.push(at); });
-  return rowsAt(given, places);
+  if (!layerRowsMade.has(key)) {
+    const places = [];
+    given.layer.forEach((number, at) => { if (number === layer) places.push(at); });
+    layerRowsMade.set(key, rowsAt(given, places));
+  }
+  return layerRowsMade.get(key);
+}
+
+// All rows of a table of the index, made once.
+const rowsMade = new Map();
+
+function tableRows(name) {
+  if (!rowsMade.has(name)) rowsMade.set(name, rows(table(name)));
+  return rowsMade.get(name);
 }
 
 // Names of the figures of a table: what is neither a key nor one end of another's interval.

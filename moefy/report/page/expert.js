@@ -169,8 +169,8 @@ function enrichmentPanel(rows_) {
 
 function neighboursPanel(number, expert) {
   const here = (row, side) => row[`layer_${side}`] === number && row[`expert_${side}`] === expert;
-  const found = rows(table("pairs")).filter((row) => here(row, "a") || here(row, "b")).sort((a, b) => Math.abs(b.phi) - Math.abs(a.phi));
-  const twins = rows(table("duplicates")).filter((row) => here(row, "a") || here(row, "b"));
+  const found = tableRows("pairs").filter((row) => here(row, "a") || here(row, "b")).sort((a, b) => Math.abs(b.phi) - Math.abs(a.phi));
+  const twins = tableRows("duplicates").filter((row) => here(row, "a") || here(row, "b"));
   if (!found.length && !twins.length) return null;
   const other = (row) => (here(row, "a") ? expertLink(row.layer_b, row.expert_b) : expertLink(row.layer_a, row.expert_a));
   return panel("Neighbours", "Experts whose routing goes with its own (phi above zero) or against it (lift: log2), beyond what loads and the number per token give.",

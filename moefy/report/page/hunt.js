@@ -1,7 +1,7 @@
 // Where two models differ most: both ends of the change of every token's log-probability.
 
 async function huntScreen() {
-  const found = rows(table("hunt"));
+  const found = tableRows("hunt");
   if (!found.length) {
     return panel("Diff hunt", null, el("p", null, "No second model was compared. Make one with:"),
       el("div.command", null, el("code", null, "moefy diff BASE OTHER")));
@@ -16,7 +16,7 @@ async function huntScreen() {
 }
 
 function huntMeans(name, key, title) {
-  const given = rows(table(name));
+  const given = tableRows(name);
   if (!given.length) return null;
   const axis = axisOf(given, "delta");
   return panel(title, "Mean of delta with its interval over documents; share of losses: how much of all that is lost is lost here, beside its share of the tokens.",

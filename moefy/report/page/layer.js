@@ -113,7 +113,7 @@ function domainMap(number, layer) {
 }
 
 function pairsOf(number) {
-  const given = rows(table("pairs")).filter((row) => row.layer_a === number && row.layer_b === number);
+  const given = tableRows("pairs").filter((row) => row.layer_a === number && row.layer_b === number);
   if (!given.length) return null;
   return panel("Experts that run together",
     "phi is the correlation of two experts' routing over tokens; z compares it with routing of the same loads and the same number per token. It says that they run together, not that they work together.",

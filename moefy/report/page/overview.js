@@ -97,7 +97,7 @@ function expertMap() {
 }
 
 function randomWeights() {
-  const given = rows(table("random_weights"));
+  const given = tableRows("random_weights");
   if (!given.length) return null;
   const figures = new Map();
   for (const row of given) figures.set(row.figure, [...(figures.get(row.figure) ?? []), row]);

@@ -1,0 +1,113 @@
+"""Where two models differ, over a lot of text: what `moefy diff` runs.
+
+    found = moefy.diff("dense", "out", out="diff")      # diff/report.html, diff/inspection.json
+
+Any two language models with one tokenizer: dense and moefied, before and after training, a checkpoint
+and a later one, a model and one with a layer more.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moefy.artefact import META, Artefact, read_artefact
+from moefy.checkpoint import Checkpoint
+from moefy.console import Reporter
+from moefy.errors import CheckpointError, MoefyError
+from moefy.inputs import load_tokenizer
+from moefy.inspection import Inspected
+from moefy.interpret.causal.hunt import TOKENS, hunt
+from moefy.interpret.reading import read_texts
+from moefy.interpret.texts import documents_table, texts_of, vocabulary_of
+from moefy.interpret.tokens import HELD_OUT
+from moefy.modeling import load, load_dense, placement, weights_of
+from moefy.provenance import machine, versions
+from moefy.recipe import Recipe
+
+HELD_OUT_SHARE = 0.7
+"""About how much of a text is held out, the least share that `read_texts` leaves."""
+
+
+def diff(
+    base: str | Path,
+    other: str | Path,
+    *,
+    corpora: Any = None,
+    out: str | Path | None = None,
+    tokens: int = TOKENS,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Inspected:
+    """Compare the log-probabilities that two checkpoints give to about `tokens` tokens of text.
+
+    Either is a folder that `convert` wrote, which runs moefied, or any dense checkpoint. Texts are as
+    for `inspect`; with the text of a conversion only documents are read that nothing was fitted on.
+    `delta = log p_base - log p_other`: positive where the other is worse. Tables `hunt` (both tails in
+    context), `hunt_domains`, `hunt_classes` and `hunt_summary`, with intervals over documents.
+
+    Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
+    """
+    report = Reporter(quiet=quiet)
+    weights = [_weights(name) for name in (base, other)]
+    artefacts = [_artefact(name) for name in (base, other)]
+    _require_one_tokenizer(weights)
+    fitted = next((artefact for artefact in artefacts if artefact is not None), None)
+    reading = read_texts(
+        weights[0], "decoder", Recipe().context, fitted, corpora,
+        tokens=round(tokens / HELD_OUT_SHARE),
+    )  # fmt: skip
+    models = [
+        _model(name, checkpoint, artefact)
+        for name, checkpoint, artefact in zip((base, other), weights, artefacts, strict=True)
+    ]
+    for model, name in zip(models, (base, other), strict=True):
+        if not model.can_generate():
+            raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
+    tables = hunt(models[0], models[1], reading, tokens=tokens, report=report)
+    tables["documents"] = documents_table(reading)
+    compared = reading.documents.of_shard(HELD_OUT)
+    meta: dict[str, Any] = {
+        "model": f"{Path(base).name} and {Path(other).name}",
+        "base": str(base),
+        "other": str(other),
+        "layers": [],
+        "command": command,
+        "settings": {"tokens": tokens},
+        "seeds": {},
+        "corpora": reading.corpora,
+        "documents": int(compared.sum()),
+        "vocabulary": vocabulary_of(reading, tables),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    found = Inspected(meta, {}, tables, texts_of(reading, tables))
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _artefact(name: str | Path) -> Artefact | None:
+    return read_artefact(Path(name), verify=False) if (Path(name) / META).exists() else None
+
+
+def _weights(name: str | Path) -> Checkpoint:
+    artefact = _artefact(name)
+    return (
+        Checkpoint.open(name) if artefact is None else weights_of(artefact, Path(name), None, False)
+    )
+
+
+def _model(name: str | Path, checkpoint: Checkpoint, artefact: Artefact | None) -> PreTrainedModel:
+    if artefact is None:
+        return load_dense(checkpoint, **placement(checkpoint))
+    return load(name, **placement(checkpoint))
+
+
+def _require_one_tokenizer(weights: list[Checkpoint]) -> None:
+    first, second = (load_tokenizer(checkpoint.folder) for checkpoint in weights)
+    if first is not None and second is not None and first.get_vocab() != second.get_vocab():
+        raise CheckpointError(
+            f"{weights[0].folder} and {weights[1].folder}: have different tokenizers; only models with "
+            "one tokenizer can be compared token by token"
+        )

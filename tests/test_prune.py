@@ -1,0 +1,443 @@
+"""Selective removal: the ranking, the checkpoint that is written, the figures, and what is refused."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_conversion import convert_tiny
+from tiny_models import VOCAB, build, tiny_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
+
+import moefy
+from moefy.artefact import read_artefact
+from moefy.cli import app
+from moefy.console import Reporter
+from moefy.data import Corpus, Document, load_corpus
+from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
+from moefy.prune.amount import largest
+from moefy.prune.controls import energy_matched, random_neurons
+from moefy.prune.figures import against, area, relative_rise
+from moefy.prune.importance import importance, ranked, relative
+from moefy.prune.points import Kept, Point, judge
+from moefy.prune.relearning import verdict
+from moefy.prune.removable import EXPERT, NEURON, Removable, open_source
+from moefy.prune.summary import lines
+from moefy.prune.texts import Parts, choose_domains, read_parts
+
+QUIET = Reporter(quiet=True)
+FORGOTTEN = 2
+"""Number of the domain, and of the expert, that planted models forget."""
+
+
+def two_domains(documents: int = 40) -> Corpus:
+    """Random token ids under two labels, of unlike ranges."""
+    draw = np.random.default_rng(5)
+    found = []
+    for domain, (low, high) in {"low": (3, 40), "high": (30, VOCAB - 4)}.items():
+        for number in range(documents):
+            ids = tuple(int(i) for i in draw.integers(low, high, 10 + number % 7))
+            found.append(Document(domain, f"{domain}{number}", ids=ids))
+    return Corpus("two", found)
+
+
+def parts_of(removable: Removable, source: Any, corpus: Corpus, forget: str) -> Parts:
+    domains = choose_domains(corpus, forget, None)
+    return read_parts(source.checkpoint, "decoder", corpus, domains, 2000, split=0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """The planted model, and what removing one of its domains found."""
+    folder = tmp_path_factory.mktemp("prune")
+    made, corpus = planted.build(folder, "domain")
+    out = folder / "out"
+    record = moefy.prune(made, out, forget=f"d{FORGOTTEN}", corpus=corpus, tokens=6000, quiet=True)
+    return made, out, record
+
+
+def test_the_expert_of_the_domain_goes_and_no_other(planted_run) -> None:
+    _, out, record = planted_run
+    block = range(FORGOTTEN * planted.CONTENT, (FORGOTTEN + 1) * planted.CONTENT)
+    assert record["neurons"] == [list(block)]
+    assert record["removed"]["units"] == 1 and record["removed"]["of_units"] == planted.DOMAINS
+    removal, energy = record["at"]["removal"], record["at"]["energy"]
+    assert removal["forget_rise"]["ci95"][0] > 0.5
+    assert abs(removal["retain_loss"]["mean"]) < 1e-4
+    # Random neurons of that energy hurt all domains alike.
+    assert energy["retain_loss"]["ci95"][0] > 0.01
+    assert record["energy"]["close"]
+    assert record["against_energy"]["selective"]
+    assert record["area"] < 0.7
+    assert json.loads((out / "removal.json").read_text()) == record
+    assert (out / "removal.png").stat().st_size > 5000
+    assert "without d2" in (out / "README.md").read_text()
+
+
+def test_what_is_written_is_what_was_measured(planted_run) -> None:
+    _, out, record = planted_run
+    source = open_source(out, NEURON)
+    removable = Removable.load(source)
+    parts = parts_of(removable, source, planted.corpus(), f"d{FORGOTTEN}")
+    again = read_parts(
+        source.checkpoint, "decoder", planted.corpus(),
+        choose_domains(planted.corpus(), f"d{FORGOTTEN}", None), 6000, split=0, seed=0,
+    )  # fmt: skip
+    assert parts.measure.forget.length < again.measure.forget.length
+    got = judge(removable.model, again.measure.forget).ce(again.measure.forget)
+    assert got == pytest.approx(record["at"]["removal"]["ce_forget"], rel=1e-6)
+
+
+def stored(folder: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """Header and tensors of a weight file."""
+    file = folder / "model.safetensors"
+    with file.open("rb") as stream:
+        header = stream.read(8 + int.from_bytes(file.read_bytes()[:8], "little"))
+    with safe_open(file, "pt") as opened:
+        return header, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+FORMS = {
+    "llama": ("llama", EXPERT, {}),
+    "an adapter": ("opt", EXPERT, {"adapter": True}),
+    "fused": ("phi3", EXPERT, {}),
+    "transposed": ("gpt2", EXPERT, {}),
+    "neurons": ("llama_mlp_bias", NEURON, None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_path: Path) -> None:
+    name, unit, options = FORMS[form]
+    source = build(name, tmp_path / "source", torch.bfloat16)
+    model = source
+    if options is not None:
+        model = tmp_path / "moefied"
+        convert_tiny(name, source, model, **options)
+    out = tmp_path / "out"
+    record = moefy.prune(
+        model,
+        out,
+        forget="low",
+        unit=unit,
+        share=0.25,
+        corpus=two_domains(),
+        tokens=600,
+        quiet=True,
+    )
+    (before, want), (after, got) = stored(source), stored(out)
+    assert before == after
+    removable = Removable.load(open_source(source, NEURON))
+    downs = {f"{site.path('down')}.weight": site for site in removable.sites}
+    seen = 0
+    for tensor in want:
+        site = next((s for n, s in downs.items() if n.endswith(tensor)), None)
+        expected = want[tensor].clone()
+        if site is not None:
+            seen += 1
+            down_ND = expected if site.family.transposed else expected.T
+            down_ND[record["neurons"][site.index]] = 0.0
+        assert torch.equal(expected.view(torch.int16), got[tensor].view(torch.int16)), tensor
+    assert seen == len(downs)
+    removed = sum(map(len, record["neurons"]))
+    assert removed == record["removed"]["neurons"] == 32
+    if options is not None:
+        # Whole experts, as the folder says which neurons they are.
+        artefact = read_artefact(model)
+        for site in removable.sites:
+            experts = artefact.permutation(site.index).view(-1, 8).tolist()
+            whole = [sorted(e) for e in experts if set(e) <= set(record["neurons"][site.index])]
+            assert sorted(n for expert in whole for n in expert) == record["neurons"][site.index]
+    assert not (out / "moefy.json").exists()
+    plain = tiny_model(name).auto.from_pretrained(out)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    gone = [torch.zeros(site.neurons, dtype=torch.bool) for site in removable.sites]
+    for site in removable.sites:
+        gone[site.index][record["neurons"][site.index]] = True
+    with torch.no_grad(), removable.without(gone):
+        want_logits = removable.model(ids).logits
+    with torch.no_grad():
+        whole_logits = removable.model(ids).logits
+        torch.testing.assert_close(plain.float()(ids).logits, want_logits)
+    assert (want_logits - whole_logits).norm() > 0.01 * whole_logits.norm()
+
+
+@pytest.mark.parametrize("unit", [EXPERT, NEURON])
+def test_importance_is_that_of_a_naive_loop(unit: str, tmp_path: Path) -> None:
+    source_folder = build("llama", tmp_path / "source")
+    convert_tiny("llama", source_folder, tmp_path / "moefied")
+    source = open_source(tmp_path / "moefied", EXPERT)
+    removable = Removable.load(source)
+    part = parts_of(removable, source, two_domains(), "low").rank
+    got = importance(removable, part, unit, QUIET)
+    for texts, per_layer in zip((part.forget, part.retain), got, strict=True):
+        samples = [sample for batch in texts.batches for sample in batch.samples]
+        for site, mlp, found_E in zip(removable.sites, removable.mlps, per_layer, strict=True):
+            sums, tokens = torch.zeros(len(found_E), dtype=torch.float64), 0
+            heard: list[Tensor] = []
+            handle = removable.model.get_submodule(site.module).register_forward_pre_hook(
+                lambda _, args, heard=heard: heard.append(args[0][0])
+            )
+            for sample in samples:
+                with torch.no_grad():
+                    removable.model(sample.inputs["input_ids"][None])
+            handle.remove()
+            for x_TD in heard:
+                for h_N in mlp.hidden(x_TD).double():
+                    y_ND = h_N[:, None] * mlp.down_ND.double()
+                    y_ED = y_ND.view(len(found_E), -1, y_ND.shape[1]).sum(1)
+                    sums += y_ED.square().sum(1)
+                    tokens += 1
+            torch.testing.assert_close(found_E, sums / tokens, rtol=1e-4, atol=0)
+    score = relative(*got)
+    forget_E, retain_E = (torch.cat([layer[:1] for layer in side]) for side in got)
+    alpha = 0.01 * float((got[0][0] + got[1][0]).mean()) / 2
+    first = np.log((float(forget_E[0]) + alpha) / (float(retain_E[0]) + alpha))
+    assert float(score[0]) == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_rescale_that_changes_nothing_leaves_the_ranking(name: str, tmp_path: Path) -> None:
+    """Up by c and down by 1/c: any c with a gate, positive ones before a ReLU."""
+    source = open_source(build(name, tmp_path / name), NEURON)
+    removable = Removable.load(source)
+    part = parts_of(removable, source, two_domains(), "low").rank
+    before = relative(*importance(removable, part, NEURON, QUIET))
+    generator = torch.Generator().manual_seed(4)
+    for mlp in removable.mlps:
+        c_N = torch.randn(mlp.neurons, generator=generator).exp()
+        if mlp.gate_ND is not None:
+            c_N *= torch.randint(0, 2, c_N.shape, generator=generator) * 2 - 1
+        mlp.up_ND.mul_(c_N[:, None])
+        mlp.down_ND.div_(c_N[:, None])
+        if mlp.up_bias_N is not None:
+            mlp.up_bias_N.mul_(c_N)
+    after = relative(*importance(removable, part, NEURON, QUIET))
+    assert before.std() > 0.05
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert torch.equal(ranked(after)[:16], ranked(before)[:16])
+
+
+def test_points_are_those_of_one_document_at_a_time(tmp_path: Path) -> None:
+    source = open_source(build("llama", tmp_path / "source"), NEURON)
+    removable = Removable.load(source)
+    texts = parts_of(removable, source, two_domains(), "low").measure.retain
+    point = judge(removable.model, texts)
+    ce, right = [], []
+    for batch in texts.batches:
+        for sample in batch.samples:
+            ids = sample.inputs["input_ids"]
+            with torch.no_grad():
+                logits = removable.model(ids[None]).logits[0, :-1].double()
+            ce.append(float(cross_entropy(logits, ids[1:], reduction="sum")))
+            right.append(int((logits.argmax(-1) == ids[1:]).sum()))
+    np.testing.assert_allclose(point.ce_D, ce, rtol=1e-4)
+    np.testing.assert_array_equal(point.right_D, right)
+
+
+def test_energy_matched_sets_have_the_number_and_the_energy(tmp_path: Path) -> None:
+    source = open_source(build("opt", tmp_path / "source"), NEURON)
+    removable = Removable.load(source)
+    part = parts_of(removable, source, two_domains(), "low").rank
+    gone = random_neurons(removable, 20, seed=7)
+    found = energy_matched(removable, part, gone, 0, QUIET)
+
+    def energy(layer: int, gone_N: Tensor) -> float:
+        """`E ||sum_j h_j d_j||^2`, token by token; both domains count alike."""
+        total = 0.0
+        for texts in (part.forget, part.retain):
+            squares = []
+            for batch in texts.batches:
+                for sample in batch.samples:
+                    heard: list[Tensor] = []
+                    site, mlp = removable.sites[layer], removable.mlps[layer]
+                    handle = removable.model.get_submodule(site.module).register_forward_pre_hook(
+                        lambda _, a, heard=heard: heard.append(a[0])
+                    )
+                    with torch.no_grad():
+                        removable.model(sample.inputs["input_ids"][None])
+                    handle.remove()
+                    h_TN = mlp.hidden(heard[0].reshape(-1, site.width)).double() * gone_N
+                    squares.append((h_TN @ mlp.down_ND.double()).square().sum(1))
+            total += float(torch.cat(squares).mean()) / 2
+        return total
+
+    assert found.close
+    for drawn in found.sets:
+        for layer, (want_N, got_N) in enumerate(zip(gone, drawn, strict=True)):
+            assert got_N.sum() == want_N.sum() and not torch.equal(got_N, want_N)
+            assert energy(layer, got_N) == pytest.approx(energy(layer, want_N), rel=0.051)
+
+
+def test_the_area_by_hand() -> None:
+    straight = [(0.6 * x, 0.4 * x) for x in (1.0, 0.7, 0.3)]
+    assert area(straight) == pytest.approx(1.0)
+    assert area([(0.6, 0.4), (0.6, 0.0), (0.2, 0.0)]) == pytest.approx(0.0)
+    # 0.25 (0.2 + 0.1) / 2 + 0.25 * 0.1 / 2 over 0.5 * 0.5 * 0.4.
+    assert area([(0.5, 0.4), (0.5, 0.2), (0.25, 0.1)]) == pytest.approx(0.5)
+    # What costs the others everything and the domain nothing is twice as bad as unselective.
+    assert area([(0.5, 0.4), (0.0, 0.4)]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 192])
+def test_the_largest_number_that_fits(total: int) -> None:
+    for limit in range(total + 2):
+        got = largest(total, lambda n, limit=limit: n <= limit)
+        assert got <= min(limit, total)
+        assert got >= min(limit, total) * 0.97 - 1e-9
+
+
+def test_ratios_are_paired_and_say_when_there_is_none(planted_run) -> None:
+    made, *_ = planted_run
+    source = open_source(made, EXPERT)
+    texts = parts_of(Removable.load(source), source, planted.corpus(), "d0").measure.forget
+    count = len(texts.documents)
+    draw = np.random.default_rng(0)
+    base = Point(draw.uniform(50, 60, count), np.zeros(count))
+    up_D = draw.uniform(1, 2, count)
+    ours = Point(base.ce_D + 6 * up_D, base.right_D)
+    found = against(ours, base, [Point(base.ce_D + 2 * up_D, base.right_D)] * 2, texts)
+    assert found["ratio"]["mean"] == pytest.approx(3.0)
+    assert found["ratio"]["ci95"] == pytest.approx([3.0, 3.0])
+    assert found["selective"] is bool(6 * up_D.sum() > 3 * 2 * up_D.sum())
+    found = against(ours, base, [Point(base.ce_D + up_D, base.right_D)], texts)
+    assert found["ratio"]["mean"] == pytest.approx(6.0) and found["selective"]
+    found = against(ours, base, [Point(base.ce_D - 0.1, base.right_D)], texts)
+    assert found["ratio"] is None and found["selective"]
+    same = against(base, base, [Point(base.ce_D + up_D, base.right_D)], texts)
+    assert not same["selective"]
+    share = relative_rise(Point(base.ce_D * 1.25, base.right_D), base, texts)
+    assert share["mean"] == pytest.approx(0.25)
+
+
+def test_relearning_says_what_steps_say(planted_run) -> None:
+    _, _, record = planted_run
+    found = record["relearning"]
+    assert found["tokens"] <= 1000
+    for run in (found["removal"], found["control"]):
+        assert run["ce"][0] > run["goal"]
+        if run["steps"] is not None:
+            assert run["ce"][-1] <= run["goal"] < run["ce"][-2]
+            assert len(run["ce"]) == run["steps"] + 1
+    assert any(line.startswith("relearning") for line in lines(record))
+    steps = [(3, 9), (9, 3), (5, 5), (3, None), (None, 3), (None, None)]
+    said = [
+        verdict({"removal": {"steps": ours}, "control": {"steps": theirs}}).split()[0]
+        for ours, theirs in steps
+    ]
+    assert said == ["hiding", "removal", "no", "hiding", "removal", "neither"]
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    planted_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, whole = planted_run
+    put, names = Kept.put, []
+    given: dict[str, Any] = {"forget": f"d{FORGOTTEN}", "corpus": planted.corpus(), "tokens": 6000}
+
+    def filling(self: Kept, name: str, value: Any) -> None:
+        if len(names) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        names.append(name)
+        put(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "put", filling)
+        with pytest.raises(OutputError, match="disk is full; free some room and pass --resume"):
+            moefy.prune(made, tmp_path / "out", quiet=True, **given)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="unfinished run"):
+        moefy.prune(made, tmp_path / "out", quiet=True, **given)
+    with pytest.raises(OutputError, match="another model, recipe or corpus"):
+        moefy.prune(made, tmp_path / "out", quiet=True, resume=True, **{**given, "tokens": 5000})
+    again: list[str] = []
+
+    def counted(self: Kept, name: str, value: Any) -> None:
+        again.append(name)
+        put(self, name, value)
+
+    monkeypatch.setattr(Kept, "put", counted)
+    record = moefy.prune(made, tmp_path / "out", quiet=True, resume=True, **given)
+    assert not set(names) & set(again)
+    assert {**record, "machine": 0} == {**whole, "machine": 0}
+
+
+def few(documents: int) -> Corpus:
+    """A domain with too few documents beside one that has enough."""
+    enough = two_domains()
+    rare = [Document("rare", f"r{n}", ids=(5, 6, n + 7)) for n in range(documents)]
+    return Corpus("few", enough.documents + rare)
+
+
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "unknown": (MoefyError, "unknown domain 'd22'; did you mean 'd2'", {"forget": "d22"}),
+    "unknown to retain": (MoefyError, "unknown domain 'x'", {"retain": ["x"]}),
+    "in both": (MoefyError, "--retain d2: that is the domain to forget", {"retain": ["d1", "d2"]}),
+    "no labels": (
+        CorpusError, "all its documents are of one domain, 'tokens'",
+        {"corpus": [[1, 2, 3], [2, 3, 4]]},
+    ),
+    "few": (
+        CorpusError, "domain 'rare' has 6 documents, of which 1 fall to the part 'rank'",
+        {"corpus": few(6), "forget": "rare"},
+    ),
+    "both amounts": (MoefyError, "give one of them", {"share": 0.1, "retain_loss": 0.1}),
+    "share": (MoefyError, "--share 1.5: must be above 0 and at most 1", {"share": 1.5}),
+    "loss": (MoefyError, "--retain-loss 0: must be above 0", {"retain_loss": 0.0}),
+    "unit": (MoefyError, "unknown unit 'neurons'; did you mean 'neuron'", {"unit": "neurons"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str, planted_run, tmp_path: Path) -> None:
+    made, *_ = planted_run
+    kind, message, given = BAD[case]
+    given = {"forget": "d2", "corpus": planted.corpus(), **given}
+    with pytest.raises(kind, match=message.replace("(", r"\(")):
+        moefy.prune(made, tmp_path / "out", quiet=True, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_pruned_is_refused(planted_run, tmp_path: Path) -> None:
+    made, out, _ = planted_run
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir())
+    given: dict[str, Any] = {"forget": "low", "corpus": two_domains(), "quiet": True}
+    with pytest.raises(OutputError, match="exists already"):
+        moefy.prune(made, out, forget="d2", corpus=planted.corpus(), tokens=600, quiet=True)
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir()) == before
+    dense = build("llama", tmp_path / "dense")
+    with pytest.raises(MoefyError, match="a dense checkpoint has no experts"):
+        moefy.prune(dense, tmp_path / "out", **given)
+    encoder = build("bert", tmp_path / "encoder")
+    with pytest.raises(UnsupportedModel, match="give a decoder"):
+        moefy.prune(encoder, tmp_path / "out", unit=NEURON, **given)
+    result = CliRunner().invoke(
+        app, ["prune", str(made), str(tmp_path / "out"), "--forget", "python_kode"]
+    )
+    assert result.exit_code == 1
+    assert "did you mean 'python_code'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_parts_share_no_document() -> None:
+    source = open_source(Path(moefy.__file__).parent / "demo" / "opt", NEURON)
+    corpus = load_corpus().take(11 * 40)
+    domains = choose_domains(corpus, "novels", None)
+    parts = read_parts(source.checkpoint, "decoder", corpus, domains, 3000, split=0, seed=0)
+    seen: set[str] = set()
+    for part in (parts.rank, parts.decide, parts.measure):
+        for texts in (part.forget, part.retain):
+            found = {doc.sha256 for doc in texts.documents.documents}
+            assert found and not found & seen
+            seen |= found
+        assert set(part.retain.documents.domains) == set(domains.retain)
+        assert part.forget.documents.domains == ["novels"]
+    lesson = [sample for batch in parts.lesson for sample in batch.samples]
+    assert not {sample.document.sha256 for sample in lesson} & seen
+    assert 0 < sum(len(sample.inputs["input_ids"]) for sample in lesson) <= 1000
