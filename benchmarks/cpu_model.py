@@ -84,7 +84,7 @@ def measure(
     return bench(
         out,
         engines=engines,
-        prompt_tokens=64,
+        prompt_tokens=prompt,
         generated=generated,
         samples=samples,
         dtype="bfloat16",

@@ -23,7 +23,7 @@ from moefy import recipe as recipes
 from moefy.data import load_corpus
 from moefy.errors import MoefyError
 from moefy.provenance import machine
-from moefy.prune.summary import MEANING, percent, ratio, with_interval
+from moefy.prune.summary import MEANING, percent, ratio, way, with_interval
 from moefy.tables import markdown
 
 DEMO, RECORDS = Path("moefy/demo"), Path("benchmarks/records")
@@ -105,7 +105,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 percent(at["removal"]["retain_loss"]), percent(at["removal"]["forget_loss"]),
                 with_interval(at["removal"]["forget_rise"]), with_interval(at["energy"]["forget_rise"]),
                 ratio(one), "yes" if one["against_energy"]["selective"] else "no",
-                f"{one['area']:.2f}", f"{_steps(relearned, 'removal')} ({_steps(relearned, 'control')})",
+                way(one), f"{_steps(relearned, 'removal')} ({_steps(relearned, 'control')})",
                 again if again in MEANING else "-",
             ]
         )  # fmt: skip

@@ -157,7 +157,9 @@ def equal_counts(energy_E, count):
     bin_E = np.empty(32, dtype=int)
     bin_E[np.argsort(energy_E)] = np.arange(32) * 3 // 32
     members = [np.flatnonzero(bin_E == b) for b in range(3)]
-    return bin_E, np.concatenate([m[np.argsort(energy_E[m])][np.arange(count) % len(m)] for m in members])
+    return bin_E, np.concatenate(
+        [m[np.argsort(energy_E[m])][np.arange(count) % len(m)] for m in members]
+    )
 
 
 def p_of_a_law(slope: float, choose, *, corrected: bool, layers: int = 150):
@@ -182,18 +184,77 @@ def p_of_a_law(slope: float, choose, *, corrected: bool, layers: int = 150):
     return p, np.stack(percentile)
 
 
+def found_rate(p: np.ndarray, at: slice) -> float:
+    return float((p[:, at] < 0.05).mean())
+
+
+WEAKEST, STRONGEST = slice(0, 1), slice(31, 32)
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
 def test_the_strongest_expert_is_not_flattered_by_weaker_random_sets(slope):
     p, percentile = p_of_a_law(slope, matches, corrected=True)
-    print(slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
-
-
-def test_the_old():
-    for slope in (0, 0.5, 1.0):
+    assert 0.03 < found_rate(p, slice(None)) < 0.07
+    for at in (WEAKEST, STRONGEST):
+        assert 0.01 < found_rate(p, at) < 0.09
+        assert abs(percentile[:, at].mean() - 50) < 7
+    if slope:  # what this is for
         p, percentile = p_of_a_law(slope, equal_counts, corrected=False)
-        print("old", slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
-        p, percentile = p_of_a_law(slope, matches, corrected=False)
-        print("bins only", slope, [(round((p[:, a:b] < 0.05).mean(), 3), round(percentile[:, a:b].mean(), 1)) for a, b in ((0,1),(0, 32), (31, 32), (28, 32))])
+        assert found_rate(p, STRONGEST) > 0.15 and percentile[:, STRONGEST].mean() > 70
+
+
+def test_a_special_expert_is_found_at_every_energy():
+    random = np.random.default_rng(8)
+    for rank in (0, 16, 31):
+        energy_E, damage = layer_of_a_law(random, 0.6)
+        special = np.argsort(energy_E)[rank]
+        bin_E, model_S = matches(energy_E, 20)
+        energy_S = energy_E[model_S]
+        damage_EC, null_SC = damage(energy_E), damage(energy_S)
+        damage_EC[special, 1] = 8 * energy_E[special] ** 0.6
+        sets = RandomSets([], bin_E[model_S], energy_S, bin_E, energy_E)
+        found = against_null(damage_EC, null_SC, sets)
+        p_EC = pooled_p(found.z_EC, found.null_z_SC.ravel())
+        assert found.z_EC[special, 1] == found.z_EC.max() > 8
+        assert p_EC[special, 1] == p_EC.min() <= 0.005
+        assert found.percentile_EC[special, 1] == 100
+
+
+def test_random_sets_are_matched_to_all_experts_of_their_bins():
+    energy_E = np.array([1.0, 12.0, 13.0, 24.0, 26.0, 49.0, 51.0, 100.0])
+    bin_E, model_S = matches(energy_E, 3)
+    assert bin_E.tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
+    assert energy_E[model_S].reshape(4, 3)[:, [0, 2]].tolist() == [
+        [51, 100], [26, 49], [13, 24], [1, 12],
+    ]  # fmt: skip
+    # More experts than sets: the strongest is among those that are matched.
+    bin_E, model_S = matches(np.linspace(60, 100, 50), 5)
+    assert not bin_E.any() and model_S.tolist() == [0, 12, 24, 37, 49]
+    bin_E, model_S = matches(np.array([0.0, 0.0, 5.0]), 2)
+    assert bin_E.tolist() == [1, 1, 0] and model_S.tolist() == [2, 2, 0, 1]
+
+
+def test_the_slope_is_that_of_the_law_whatever_a_few_sets_do():
+    random = np.random.default_rng(9)
+    for slope in (0.2, 0.5, 0.8):
+        away = []
+        for _ in range(60):
+            energy_S = np.exp(random.uniform(0, 4, 80))
+            damage_S = energy_S**slope * random.lognormal(0, 0.5, 80)
+            found, error = energy_slope(damage_S, energy_S)
+            away.append((found - slope) / error)
+            least_squares = stats.linregress(np.log(energy_S), np.log(damage_S))
+            assert found == pytest.approx(least_squares.slope, abs=0.08)
+            assert error == pytest.approx(least_squares.stderr, rel=0.6)
+        assert abs(np.mean(away)) < 0.5 and 0.7 < np.std(away) < 1.4
+        # Sets that do no harm, at any energy, and one that does enormous harm.
+        damage_S[::16] *= -1
+        damage_S[5] = 1e6
+        assert energy_slope(damage_S, energy_S)[0] == pytest.approx(slope, abs=0.15)
+    assert energy_slope(energy_S**-1.0, energy_S)[0] == 0.0
+    assert energy_slope(energy_S**3.0, energy_S)[0] == 1.0
+    slope, error = energy_slope(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert slope == 1.0 and np.isnan(error)
 
 
 def test_matrix_is_the_mean_over_documents_of_means_over_tokens():

@@ -17,7 +17,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_share_is_that_of_a_clock(family, tmp_path):
     model = load_dense(Checkpoint.open(build(family, tmp_path)))
-    path = {"llama": "model.layers.0.mlp", "opt": "model.decoder.layers.0.fc1"}[family]
+    path = {"llama": "model.layers.0.mlp", "opt": "model.decoder.layers.0.fc2"}[family]
     slow, step = model.get_submodule(path), partial(model, IDS)
     forward = slow.forward
 

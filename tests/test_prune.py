@@ -28,9 +28,10 @@ from moefy.prune.figures import against, area, relative_rise
 from moefy.prune.importance import importance, ranked, relative
 from moefy.prune.points import Kept, Point, judge
 from moefy.prune.relearning import verdict
-from moefy.prune.removable import EXPERT, NEURON, Removable, open_source
+from moefy.prune.removable import EXPERT, NEURON, Removable, Source, gone_of, open_source
 from moefy.prune.summary import lines
 from moefy.prune.texts import Parts, choose_domains, read_parts
+from moefy.prune.written import write
 
 QUIET = Reporter(quiet=True)
 FORGOTTEN = 2
@@ -48,9 +49,9 @@ def two_domains(documents: int = 40) -> Corpus:
     return Corpus("two", found)
 
 
-def parts_of(removable: Removable, source: Any, corpus: Corpus, forget: str) -> Parts:
+def parts_of(source: Source, corpus: Corpus, forget: str, tokens: int = 2000) -> Parts:
     domains = choose_domains(corpus, forget, None)
-    return read_parts(source.checkpoint, "decoder", corpus, domains, 2000, split=0, seed=0)
+    return read_parts(source.checkpoint, "decoder", corpus, domains, tokens, split=0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,8 @@ def test_the_expert_of_the_domain_goes_and_no_other(planted_run) -> None:
 def test_what_is_written_is_what_was_measured(planted_run) -> None:
     _, out, record = planted_run
     source = open_source(out, NEURON)
-    removable = Removable.load(source)
-    parts = parts_of(removable, source, planted.corpus(), f"d{FORGOTTEN}")
-    again = read_parts(
-        source.checkpoint, "decoder", planted.corpus(),
-        choose_domains(planted.corpus(), f"d{FORGOTTEN}", None), 6000, split=0, seed=0,
-    )  # fmt: skip
-    assert parts.measure.forget.length < again.measure.forget.length
-    got = judge(removable.model, again.measure.forget).ce(again.measure.forget)
+    texts = parts_of(source, planted.corpus(), f"d{FORGOTTEN}", tokens=6000).measure.forget
+    got = judge(Removable.load(source).model, texts).ce(texts)
     assert got == pytest.approx(record["at"]["removal"]["ce_forget"], rel=1e-6)
 
 
@@ -116,26 +111,18 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_path: Path) -> None:
     name, unit, options = FORMS[form]
-    source = build(name, tmp_path / "source", torch.bfloat16)
-    model = source
+    dense = model = build(name, tmp_path / "source", torch.bfloat16)
     if options is not None:
         model = tmp_path / "moefied"
-        convert_tiny(name, source, model, **options)
-    out = tmp_path / "out"
-    record = moefy.prune(
-        model,
-        out,
-        forget="low",
-        unit=unit,
-        share=0.25,
-        corpus=two_domains(),
-        tokens=600,
-        quiet=True,
-    )
-    (before, want), (after, got) = stored(source), stored(out)
+        convert_tiny(name, dense, model, **options)
+    source, out = open_source(model, unit), tmp_path / "out"
+    units = Removable.load(source).units(unit)
+    numbers = torch.arange(0, sum(map(len, units)), 3)
+    removed = write(source, gone_of(units, numbers, [64, 64]), out, QUIET)
+    (before, want), (after, got) = stored(dense), stored(out)
     assert before == after
-    removable = Removable.load(open_source(source, NEURON))
-    downs = {f"{site.path('down')}.weight": site for site in removable.sites}
+    whole = Removable.load(open_source(dense, NEURON))
+    downs = {f"{site.path('down')}.weight": site for site in whole.sites}
     seen = 0
     for tensor in want:
         site = next((s for n, s in downs.items() if n.endswith(tensor)), None)
@@ -143,30 +130,25 @@ def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_pa
         if site is not None:
             seen += 1
             down_ND = expected if site.family.transposed else expected.T
-            down_ND[record["neurons"][site.index]] = 0.0
+            down_ND[removed[site.index]] = 0.0
         assert torch.equal(expected.view(torch.int16), got[tensor].view(torch.int16)), tensor
     assert seen == len(downs)
-    removed = sum(map(len, record["neurons"]))
-    assert removed == record["removed"]["neurons"] == 32
+    assert sum(int(removed_N.sum()) for removed_N in removed) == len(numbers) * units[0].shape[1]
     if options is not None:
         # Whole experts, as the folder says which neurons they are.
         artefact = read_artefact(model)
-        for site in removable.sites:
-            experts = artefact.permutation(site.index).view(-1, 8).tolist()
-            whole = [sorted(e) for e in experts if set(e) <= set(record["neurons"][site.index])]
-            assert sorted(n for expert in whole for n in expert) == record["neurons"][site.index]
+        experts = [artefact.permutation(site.index).view(-1, 8) for site in whole.sites]
+        named = [removed_N[e_EF] for removed_N, e_EF in zip(removed, experts, strict=True)]
+        assert torch.cat(named).all(1).nonzero().flatten().tolist() == numbers.tolist()
     assert not (out / "moefy.json").exists()
-    plain = tiny_model(name).auto.from_pretrained(out)
+    plain = tiny_model(name).auto.from_pretrained(out).float()
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-    gone = [torch.zeros(site.neurons, dtype=torch.bool) for site in removable.sites]
-    for site in removable.sites:
-        gone[site.index][record["neurons"][site.index]] = True
-    with torch.no_grad(), removable.without(gone):
-        want_logits = removable.model(ids).logits
     with torch.no_grad():
-        whole_logits = removable.model(ids).logits
-        torch.testing.assert_close(plain.float()(ids).logits, want_logits)
-    assert (want_logits - whole_logits).norm() > 0.01 * whole_logits.norm()
+        before_logits = whole.model(ids).logits
+        with whole.without(removed):
+            torch.testing.assert_close(plain(ids).logits, whole.model(ids).logits)
+        assert (plain(ids).logits - before_logits).norm() > 0.01 * before_logits.norm()
+        assert torch.equal(whole.model(ids).logits, before_logits)
 
 
 @pytest.mark.parametrize("unit", [EXPERT, NEURON])
@@ -175,7 +157,7 @@ def test_importance_is_that_of_a_naive_loop(unit: str, tmp_path: Path) -> None:
     convert_tiny("llama", source_folder, tmp_path / "moefied")
     source = open_source(tmp_path / "moefied", EXPERT)
     removable = Removable.load(source)
-    part = parts_of(removable, source, two_domains(), "low").rank
+    part = parts_of(source, two_domains(), "low").rank
     got = importance(removable, part, unit, QUIET)
     for texts, per_layer in zip((part.forget, part.retain), got, strict=True):
         samples = [sample for batch in texts.batches for sample in batch.samples]
@@ -208,7 +190,7 @@ def test_a_rescale_that_changes_nothing_leaves_the_ranking(name: str, tmp_path: 
     """Up by c and down by 1/c: any c with a gate, positive ones before a ReLU."""
     source = open_source(build(name, tmp_path / name), NEURON)
     removable = Removable.load(source)
-    part = parts_of(removable, source, two_domains(), "low").rank
+    part = parts_of(source, two_domains(), "low").rank
     before = relative(*importance(removable, part, NEURON, QUIET))
     generator = torch.Generator().manual_seed(4)
     for mlp in removable.mlps:
@@ -228,7 +210,7 @@ def test_a_rescale_that_changes_nothing_leaves_the_ranking(name: str, tmp_path: 
 def test_points_are_those_of_one_document_at_a_time(tmp_path: Path) -> None:
     source = open_source(build("llama", tmp_path / "source"), NEURON)
     removable = Removable.load(source)
-    texts = parts_of(removable, source, two_domains(), "low").measure.retain
+    texts = parts_of(source, two_domains(), "low").measure.retain
     point = judge(removable.model, texts)
     ce, right = [], []
     for batch in texts.batches:
@@ -245,7 +227,7 @@ def test_points_are_those_of_one_document_at_a_time(tmp_path: Path) -> None:
 def test_energy_matched_sets_have_the_number_and_the_energy(tmp_path: Path) -> None:
     source = open_source(build("opt", tmp_path / "source"), NEURON)
     removable = Removable.load(source)
-    part = parts_of(removable, source, two_domains(), "low").rank
+    part = parts_of(source, two_domains(), "low").rank
     gone = random_neurons(removable, 20, seed=7)
     found = energy_matched(removable, part, gone, 0, QUIET)
 
@@ -297,7 +279,7 @@ def test_the_largest_number_that_fits(total: int) -> None:
 def test_ratios_are_paired_and_say_when_there_is_none(planted_run) -> None:
     made, *_ = planted_run
     source = open_source(made, EXPERT)
-    texts = parts_of(Removable.load(source), source, planted.corpus(), "d0").measure.forget
+    texts = parts_of(source, planted.corpus(), "d0").measure.forget
     count = len(texts.documents)
     draw = np.random.default_rng(0)
     base = Point(draw.uniform(50, 60, count), np.zeros(count))

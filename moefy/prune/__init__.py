@@ -85,7 +85,11 @@ def prune(
     with output.full_disk():
         judge = Judge(removable, Kept(output.work / "points"))
         removal = _Removal(removable, judge, parts, unit, seed, report)
-        count = removal.count(allowed, share)
+        try:
+            count = removal.count(allowed, share)
+        except MoefyError:
+            output.discard()
+            raise
         finished = output.work / "model"
         record = {
             "kind": "removal",
@@ -155,10 +159,10 @@ class _Removal:
 
         count = largest(self.total, lambda count: rise(count) <= allowed)
         if not count:
-            smaller = " or with smaller experts" if self.unit == EXPERT else ""
+            smaller = ", or remove single neurons with --unit neuron" if self.unit == EXPERT else ""
             raise MoefyError(
                 f"--retain-loss {allowed:g}: the first {self.unit} alone raises the cross-entropy of the "
-                f"domains to retain by {rise(1):.2%}; allow more, or name fewer domains{smaller}"
+                f"domains to retain by {rise(1):.2%}; allow more{smaller}"
             )
         return count
 

@@ -85,15 +85,15 @@ def mean_row(pairs: Sequence[Pair], base: Pair, part: Part) -> dict[str, Any]:
     return row(both, base, part) | {"draws": len(pairs)}
 
 
-def area(path: Sequence[tuple[float, float]]) -> float:
+def area(path: Sequence[tuple[float, float]]) -> float | None:
     """Area under the way of (retain, forget) accuracies from the whole model on, over `r0 f0 / 2`.
 
-    The last point is joined with the origin. 1 is a removal that lowers both alike, 0 one that takes
+    The last point is joined with the origin; None where the whole model is never right. 1 is a removal that lowers both alike, 0 one that takes
     all of the domain and nothing else; the lower, the better they separate (taker's area).
     """
     (retain, forget), points = path[0], [*path, (0.0, 0.0)]
     under = sum((r - s) * (f + g) / 2 for (r, f), (s, g) in itertools.pairwise(points))
-    return float("nan") if retain * forget == 0 else under / (0.5 * retain * forget)
+    return under / (0.5 * retain * forget) if retain * forget else None
 
 
 def against(point: Point, base: Point, others: Sequence[Point], texts: Texts) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def energy_matrices(
                 if layer in group:
                     h_TN = removable.mlps[layer].hidden(x_TD)
                     weight_T1 = share * weight_TC.mean(1, keepdim=True).to(h_TN)
-                    found[layer] = found.get(layer, 0.0) + (h_TN * weight_T1).T @ h_TN
+                    moment_NN = (h_TN * weight_T1).T @ h_TN
+                    found[layer] = found[layer] + moment_NN if layer in found else moment_NN
 
             _listen(removable, texts, heard, report, f"energy of {len(group)} layers")
         for layer in group:

@@ -74,7 +74,7 @@ def control_rows(record: dict[str, Any]) -> Rows:
 def lines(record: dict[str, Any]) -> list[str]:
     """What the tables cannot say, a line each."""
     found = [
-        f"area under the way of accuracies: {record['area']:.2f} (1 = unselective, lower = separable)",
+        f"area under the way of accuracies: {way(record)} (1 = unselective, lower = separable)",
         f"forget rise over that of energy-matched random neurons: {ratio(record)}; "
         + ("selective" if record["against_energy"]["selective"] else "not selective")
         + " (more than 3 times, interval excludes 1)",
@@ -113,6 +113,11 @@ MEANING = {
     "no difference": "It comes back as after random damage: no sign of hiding, none of removal beyond "
     "damage.",
 }
+
+
+def way(record: dict[str, Any]) -> str:
+    """The area, where there is one."""
+    return "none" if record["area"] is None else f"{record['area']:.2f}"
 
 
 def ratio(record: dict[str, Any]) -> str:

@@ -105,9 +105,7 @@ def causal(
         "experts": _experts(run.engine, found, shown, run.texts),
     }
     if reading.kind == "decoder":
-        tables |= dense_against_moefied(
-            model, reading, report=run.report, processes=processes
-        )
+        tables |= dense_against_moefied(model, reading, report=run.report, processes=processes)
     return {name: given for name, given in tables.items() if given}
 
 

@@ -20,7 +20,7 @@ from moefy.interpret.causal.effects import Effects, means
 from moefy.interpret.causal.nulls import AgainstNull, RandomSets, against_null
 from moefy.interpret.causal.selectivity import selectivity, selectivity_p
 from moefy.interpret.causal.texts import MIN_DOCUMENTS, Texts
-from moefy.interpret.statistics import Floats, Interval, null_p, q_values, ratio_interval, units
+from moefy.interpret.statistics import Floats, Interval, q_values, ratio_interval, units
 from moefy.interpret.table import Table, table
 
 Pair = tuple[int, int]
@@ -119,8 +119,8 @@ def _null_columns(
 
 def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
     """One-sided p of every z among those of all random sets; NaN where there is no z."""
-    p = null_p(z_EC, null_z[:, None, None])
-    return np.where(np.isfinite(z_EC), p, np.nan)
+    reached_EC = len(null_z) - np.searchsorted(np.sort(null_z), z_EC)
+    return np.where(np.isfinite(z_EC), (1 + reached_EC) / (1 + len(null_z)), np.nan)
 
 
 def labelled(given: Table, *, which: str, mode: str, how: str) -> Table:

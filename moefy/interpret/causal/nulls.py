@@ -37,6 +37,8 @@ BINS, WIDTH = 4, 2.0
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64
 _DRAWN = 500
+_LEAST = 1e-9
+"""Energies below this share of the largest count as it: experts that add nothing."""
 
 
 @torch.no_grad()
@@ -95,7 +97,8 @@ def random_sets(
 
 def matches(energy_E: Floats, count: int) -> tuple[Ints, Ints]:
     """The bin of every expert, and the expert that each of `count` random sets a bin is matched to."""
-    below_E = np.log(energy_E.max() / np.maximum(energy_E, 1e-300)) / np.log(WIDTH)
+    log_E = np.log(np.maximum(energy_E, 1e-300))
+    below_E = (log_E.max() - log_E) / np.log(WIDTH)
     bin_E = np.unique(np.minimum(below_E.astype(np.int64), BINS - 1), return_inverse=True)[1]
     chosen = []
     for number in range(int(bin_E.max()) + 1):
@@ -192,17 +195,18 @@ def against_null(damage_EC: Floats, null_SC: Floats, sets: RandomSets) -> Agains
     the sets of a bin corrected to the energy of what they are compared with."""
     z_EC, percentile_EC = np.full(damage_EC.shape, np.nan), np.full(damage_EC.shape, np.nan)
     null_z_SC = np.full(null_SC.shape, np.nan)
-    slope, error = energy_slope(np.nanmean(null_SC, axis=1), sets.energy_S)
+    slope, error = energy_slope(null_SC.mean(1), sets.energy_S)
+    least = max(_LEAST * float(sets.energy_S.max()), 1e-300)
+    energy_S, energy_E = (np.maximum(v, least) for v in (sets.energy_S, sets.energy_E))
 
     def corrected(at_S: Ints, energy: float) -> Floats:
-        factor_S = (energy / np.maximum(sets.energy_S[at_S], 1e-300)) ** slope
-        return np.asarray(null_SC[at_S] * factor_S[:, None])
+        return np.asarray(null_SC[at_S] * ((energy / energy_S[at_S]) ** slope)[:, None])
 
-    for e, (number, energy) in enumerate(zip(sets.bin_E, sets.energy_E, strict=True)):
+    for e, (number, energy) in enumerate(zip(sets.bin_E, energy_E, strict=True)):
         null = corrected(np.flatnonzero(sets.bin_S == number), energy)
         z_EC[e] = null_z(damage_EC[e], null)
         percentile_EC[e] = 50 * ((null < damage_EC[e]).mean(0) + (null <= damage_EC[e]).mean(0))
-    for s, (number, energy) in enumerate(zip(sets.bin_S, sets.energy_S, strict=True)):
+    for s, (number, energy) in enumerate(zip(sets.bin_S, energy_S, strict=True)):
         others = np.flatnonzero((sets.bin_S == number) & (np.arange(len(null_SC)) != s))
         null_z_SC[s] = null_z(null_SC[s], corrected(others, energy))
     return AgainstNull(z_EC, percentile_EC, null_z_SC, slope, error)

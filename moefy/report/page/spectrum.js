@@ -51,7 +51,7 @@ function exampleLine(row, largest) {
     typeof row.share === "number" ? el("span.n.muted", { "data-tip": "share of the layer's output; shares of all experts sum to 100 %" }, percent(row.share)) : null,
     el("bdi.muted", null, documents?.domain?.[documents.document ? documents.document.indexOf(at) : at] ?? ""));
   const holder = el("div.text", null);
-  documentOf(at).then((doc) => holder.replaceChildren(contextOf(doc, row.position, shadeOf(row))));
+  documentOf(at).then((doc) => holder.replaceChildren(contextOf(doc, row.position, shadeOf(row, largest))));
   return el("div.example", null, place, holder);
 }
 
