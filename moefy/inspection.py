@@ -181,14 +181,11 @@ class _Run:
 
     def described(self, *, controls: bool) -> dict[str, Table]:
         """Descriptive tables, beside random partitions and other texts."""
-        return self.stages.run(
-            "description",
-            controls,
-            lambda: describe(
-                self.model, self.reading, controls=controls, seed=self.seed, report=self.report,
-                processes=self.processes,
-            ),  # fmt: skip
-        )
+        make = functools.partial(
+            describe, self.model, self.reading, controls=controls, seed=self.seed,
+            report=self.report, processes=self.processes,
+        )  # fmt: skip
+        return self.stages.run("description", controls, make)
 
     def controlled(self) -> dict[str, Table]:
         """Other seeds of the partition, and random weights."""
@@ -196,16 +193,11 @@ class _Run:
         quietly = functools.partial(
             describe, controls=False, seed=self.seed, processes=self.processes
         )
-        parts = [
-            self.stages.run(
-                "seeds",
-                None,
-                lambda: seeds(
-                    self.model, self.reading, seed=self.seed, report=self.report,
-                    processes=self.processes,
-                ),  # fmt: skip
-            ),
-        ]
+        again = functools.partial(
+            seeds, self.model, self.reading, seed=self.seed, report=self.report,
+            processes=self.processes,
+        )  # fmt: skip
+        parts = [self.stages.run("seeds", None, again)]
         here = self.stages.run("trained", CONTROL_TOKENS, lambda: quietly(self.model, few))
         parts.append(
             random_weights(
@@ -217,7 +209,7 @@ class _Run:
 
     def ablated(self, tokens: int, mode: str) -> dict[str, Table]:
         """What the loss is without each expert."""
-        source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE, seed=self.seed)
+        source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE)
         return causal(
             self.model, self.reading, source=source, tokens=tokens, mode=mode, seed=self.seed,
             report=self.report, work=None if self.work is None else self.work / "causal",

@@ -384,7 +384,7 @@ def _prompt(draw: np.random.Generator, layers: int, experts: int) -> dict[str, A
         name: draw.normal(0, 1, size)
         for name in ("embedding", "attention", "experts", "bias", "error", "constant")
     }
-    logit = sum(parts.values()) - 2 * parts["error"]
+    logit = sum(parts.values())
     at = np.arange(size)
     account = table({"position": at, "token": at, "target": at, **parts, "logit": logit})
     summary = {"accounted": True, "reason": None, "largest_gap": 2e-7, "tolerance": 1e-4}

@@ -447,7 +447,14 @@ def test_prompt_map_is_coloured_by_share(page, found):
             value = share[token][expert] / most
             if abs(value) > 0.25:
                 assert (blue > red) == (value > 0), (expert, token, value)
-    assert "Account of the logit" in page.text
+    lines = page.js(
+        "return [...document.querySelectorAll('#screen section:last-of-type tbody tr')]"
+        ".map((line) => [...line.cells].slice(2).map((cell) => cell.textContent))"
+    )
+    assert len(lines) == len(share)
+    for line in lines:
+        *parts, logit = (float(cell.replace("\N{MINUS SIGN}", "-")) for cell in line)
+        assert sum(parts) == pytest.approx(logit, abs=0.03)
 
 
 def test_hunt_marks_the_token_that_was_to_come(page, found):

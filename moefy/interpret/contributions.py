@@ -23,7 +23,7 @@ from moefy.interpret.tokens import Documents
 
 ERROR = -1
 """In the place of an expert: what the experts that did not run would have added."""
-_FIGURES = 6
+FIGURES = 6
 """Sums of each expert: norm, norm where it ran, share, share where it ran, energy, tokens run."""
 
 
@@ -42,7 +42,7 @@ class Contributions:
         layer, experts = ledger.layer, ledger.experts
         if layer not in self.sums:
             self.experts[layer] = experts
-            self.sums[layer] = BlockSums(self.blocks, _FIGURES * experts + 4)
+            self.sums[layer] = BlockSums(self.blocks, FIGURES * experts + 4)
             self.share_error[layer] = 0.0
         norm_TE, share_TE, ran_TE = ledger.norm_TE, ledger.share_TE, ledger.mask_TE.float()
         energy_TE = norm_TE.square()
@@ -82,8 +82,8 @@ class Contributions:
 
     def _split(self, sums_GC: Floats, layer: int) -> tuple[list[Floats], Floats]:
         """Six figures `[G, E]` and four of the layer `[G, 4]`."""
-        cut = _FIGURES * self.experts[layer]
-        return np.split(sums_GC[:, :cut], _FIGURES, axis=1), sums_GC[:, cut:]
+        cut = FIGURES * self.experts[layer]
+        return np.split(sums_GC[:, :cut], FIGURES, axis=1), sums_GC[:, cut:]
 
     def _experts(self, layer: int) -> Table:
         experts = self.experts[layer]

@@ -13,8 +13,8 @@ from moefy.interpret.contributions import Contributions
 from moefy.interpret.direct import DirectEffects
 from moefy.interpret.enrichment import enrichment
 from moefy.interpret.examples import Examples, sizes
-from moefy.interpret.neuron_families import neuron_families
 from moefy.interpret.gather import Shared
+from moefy.interpret.neuron_families import neuron_families
 from moefy.interpret.predictivity import Predictivity
 from moefy.interpret.reading import Reading
 from moefy.interpret.router import RouterQualityOfExperts

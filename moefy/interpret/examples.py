@@ -49,9 +49,8 @@ Part = tuple[dict[tuple[str, str], Records], Array]
 
 
 class Examples:
-    """Listens to ledgers; memory is `L E (37 (4 S + 5 K) + 2 (2 REACH + 1) (2 S + 5 K) + 4)` bytes
-    for K kept and S sampled, whatever is read; fewer tokens for quantiles of those that ran are never
-    drawn than `SAMPLE`."""
+    """Listens to ledgers; memory is `L E (135 (2 S + 5 K) + 74 SAMPLE + 4)` bytes for K kept and S
+    sampled, whatever is read."""
 
     def __init__(
         self, documents: Documents, *, kept: int = KEPT, sampled: int = SAMPLE, seed: int = 0

@@ -67,7 +67,7 @@ class Predictivity:
             for shard, here in self.shard_D.items()
         }
         # The draw may give some tokens more than was asked for, never twice as many.
-        self.dtype = np.uint16 if 2 * tokens < 2**16 else np.uint32
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if 2 * tokens < 2**16 else np.uint32)
         self.counts: dict[tuple[int, str], NDArray[Any]] = {}
         """By layer and shard `[C + 1, N, B]`; the last row counts all tokens."""
         self.scales = Scales()

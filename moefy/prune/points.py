@@ -53,7 +53,8 @@ def over_domains(values_D: Floats, texts: Texts) -> float:
 @torch.no_grad()
 def judge(model: PreTrainedModel, texts: Texts) -> Point:
     """How a model predicts these texts."""
-    ce, right = [], []
+    ce: list[Floats] = []
+    right: list[Floats] = []
     for batch in texts.batches:
         logits_BTV = output(model, batch)
         keep_BT = judged(batch).to(logits_BTV.device)

@@ -56,7 +56,7 @@ def relearn(
     ce = [judge(model, texts).ce(texts)]
     while ce[-1] > goal and len(ce) <= most:
         for batch in lesson:
-            (objective(model, batch)["loss"] / tokens).backward()  # type: ignore[no-untyped-call]
+            (objective(model, batch)["loss"] / tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()

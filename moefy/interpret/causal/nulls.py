@@ -36,7 +36,7 @@ BINS, WIDTH = 4, 2.0
 """Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64
-_DRAWN = 500
+_DRAWN = 200
 _LEAST = 1e-9
 """Energies below this share of the largest count as it: experts that add nothing."""
 
@@ -169,13 +169,17 @@ def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
     order = np.argsort(slope, kind="stable")
     i, j, wide, slope = (v[order] for v in (i, j, wide, slope))
     sets = len(x_S)
-    random = np.random.default_rng([sets, 16])
-    times_RS = random.multinomial(sets, np.full(sets, 1 / sets), size=_DRAWN)
-    times_RS = np.vstack([np.ones(sets, dtype=np.int64), times_RS])
-    reached_RP = (wide * times_RS[:, i] * times_RS[:, j]).cumsum(1)
-    median_R = slope[(reached_RP < reached_RP[:, -1:] / 2).sum(1).clip(max=len(slope) - 1)]
-    low, high = np.quantile(median_R[1:].clip(-1e9, 1e9), [0.16, 0.84])
-    return float(median_R[0].clip(0, 1)), float((high - low) / 2)
+    drawn_RS = np.random.default_rng([sets, 16]).multinomial(
+        sets, np.full(sets, 1 / sets), size=_DRAWN
+    )
+
+    def median(times_S: Ints) -> float:
+        reached_P = (wide * times_S[i] * times_S[j]).cumsum()
+        return float(slope[np.searchsorted(reached_P, reached_P[-1] / 2).clip(max=len(slope) - 1)])
+
+    found = median(np.ones(sets, dtype=np.int64))
+    low, high = np.quantile(np.clip([median(row) for row in drawn_RS], -1e9, 1e9), [0.16, 0.84])
+    return min(max(found, 0.0), 1.0), float((high - low) / 2)
 
 
 @dataclass(frozen=True)

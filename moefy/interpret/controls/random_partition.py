@@ -52,9 +52,9 @@ ENERGY_TOKENS = 1024
 """Of them, how many `captured` is measured on: it takes a product with the whole down projection."""
 LEAST_COUNT = 10
 """A kind of token counts for `token_share` where it occurs so often."""
-_ENTRIES = 2**28
+ENTRIES = 2**28
 """Most activations of one layer that are held: 1 GiB in fp32."""
-_INPUTS = 2**30
+INPUTS = 2**30
 """Most numbers of all layers' inputs in the scratch file: 4 GiB."""
 _CHUNK = 1024
 
@@ -90,7 +90,7 @@ class RandomPartitions:
         self.domain_D = reading.documents.domain_D
         width = max(module.weights.width for module in self.modules.values())
         neurons = max(module.weights.neurons for module in self.modules.values())
-        limit = min(tokens, _ENTRIES // neurons, _INPUTS // (width * len(self.modules)))
+        limit = min(tokens, ENTRIES // neurons, INPUTS // (width * len(self.modules)))
         self.chosen_D = drawn_documents(reading.tokens_D, limit, seed)
         size = int(reading.tokens_D[self.chosen_D].sum())
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this listener
@@ -127,7 +127,8 @@ class RandomPartitions:
         tokens = Tokens.join(processes.all([Tokens.join(self.tokens)]))
         order_T = np.argsort(tokens.document_T, kind="stable")
         ways = _Ways.of(tokens.take(order_T), self.domain_D)
-        layers, rows = list(self.modules), []
+        layers = list(self.modules)
+        rows: list[tuple[int, tuple[Table, Table]]] = []
         for first in report.track(range(0, len(layers), processes.count), "random partitions"):
             mine = None
             for place, layer in enumerate(layers[first : first + processes.count]):

@@ -10,7 +10,7 @@ async function expertScreen(number, expert) {
   const wide = [spectrum(number, expert, layer), normsPanel(own("quantiles")), energyPanel(own("energy")), positionsPanel(own("positions")), screenPanel(own("screen")), enrichmentPanel(own("enrichment")), neighboursPanel(number, expert),
     neuronsPanel(number, own("families")), ...otherPanels(layer, expert)];
   return el("div", null, layerStrip(number, expert), expertHead(number, expert, row, own("dead")[0]),
-    el("div.columns", null, el("div.wide", null, wide.filter(Boolean)), el("div.side", null, side.filter(Boolean))));
+    el("div.columns.expert-page", null, el("div.wide", null, wide.filter(Boolean)), el("div.side", null, side.filter(Boolean))));
 }
 
 const KNOWN = ["domains", "tokens", "logits", "examples", "quantiles", "energy", "enrichment", "families", "screen", "dead", "positions"];

@@ -6,7 +6,7 @@ const FIGURES = {
   tokens: ["tokens", "tokens that ran it"],
   norm: ["norm", "mean contribution norm over all tokens; first tokens dominate it"],
   norm_later: ["norm, later tokens", "mean contribution norm over all tokens but the first of each document"],
-  energy: ["energy", "share of the energy of all experts of the layer; first tokens dominate it"],
+  energy: ["energy, all tokens", "share of the energy of all experts of the layer; first tokens dominate it"],
   energy_later: ["energy", "share of the energy of all experts of the layer, first tokens left out"],
   share_routed: ["share where it ran", "mean signed share of the layer's output over tokens that ran it"],
   share_token: ["token", "share of the bits of its routing that the token tells"],

@@ -163,6 +163,8 @@ function missing() {
     grid(["what", "how to get it"], gone.map(([, [what, how]]) => [what, el("td", null, el("code", null, how))]))) : null;
 }
 
+const ASIDE = ["recipe", "settings", "machine", "seconds", "peak_memory"];
+
 function provenance() {
   const { layers, vocabulary, command, corpora, ...rest } = meta();
   const text = typeof command === "string" ? command : (command ?? []).join(" ");
@@ -170,9 +172,12 @@ function provenance() {
     await navigator.clipboard.writeText(text).catch(() => getSelection().selectAllChildren(copy.previousElementSibling));
     copy.textContent = "copied";
   } }, "copy");
+  const list = (names) => el("dl.meta", null, Object.entries(flat(Object.fromEntries(names.map((name) => [name, rest[name]])))).map(([key, value]) =>
+    [el("dt", null, key), el("dd", null, el("bdi", null, typeof value === "number" ? String(value) : num(value)))]));
+  const aside = ASIDE.filter((name) => name in rest);
   return panel("Where this comes from", "The command that makes this report again, with what, from which bytes.",
-    text ? el("div.command", null, el("code", null, text), copy) : null,
-    el("dl.meta", null, Object.entries(flat(rest)).map(([key, value]) => [el("dt", null, key), el("dd", null, el("bdi", null, num(value, 6)))])));
+    text ? el("div.command", null, el("code", null, text), copy) : null, list(Object.keys(rest).filter((name) => !ASIDE.includes(name))),
+    aside.length ? folded("recipe, settings, machine", () => list(aside)) : null);
 }
 
 function flat(given, prefix = "") {

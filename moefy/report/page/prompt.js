@@ -48,7 +48,7 @@ function logitAccount(prompt, piece) {
   if (!prompt.account) return prompt.reason ? panel("Account of the logit", null, el("p.none", null, `Not given: ${prompt.reason}.`)) : null;
   const all = rows(prompt.account), shown = (at) => el("bdi.piece", null, visible(piece(at)) || "∅");
   const line = (row) => el("tr", null, el("td", null, shown(row.position)), el("td", null, row.position + 1 < all.length ? shown(row.position + 1) : token(row.target)),
-    PARTS.map(([name]) => td(signed(name === "error" ? -row.error : row[name]))));
+    PARTS.map(([name]) => td(signed(row[name]))));
   return panel("Account of the logit",
     `Parts of the next token's logit, less the mean over the vocabulary, with the final norm's scale held fixed; at the last token, of the one that the model puts first. They sum to the model's logit: largest gap ${num(prompt.largest_gap, 2)} of the largest logit. Layers' parts are what they write directly.`,
     longGrid(["token", "next", ...PARTS.map(([, title]) => th(title))], all, 40, "tokens", line));

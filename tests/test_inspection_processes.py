@@ -1,0 +1,213 @@
+"""An inspection in two processes: the tables of one, and what happens when a process dies."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_processes import LAUNCH
+from tiny_conversion import convert_tiny
+from tiny_models import build
+
+import moefy
+from moefy.interpret.best import Best, Records
+from moefy.interpret.description import Description
+from moefy.interpret.gather import gather
+from moefy.interpret.observe import observe
+from moefy.interpret.reading import read
+from moefy.interpret.routing_sample import RoutingSampler, drawn_documents
+from moefy.interpret.state_size import Sizes, state_bytes
+from moefy.interpret.unembedding import find_unembedding
+from moefy.processes import Processes
+from moefy.sparse_mlp import sparse_mlps
+
+CODE = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import moefy, moefy.interpret.describe
+module = sys.modules["moefy.interpret.describe"]
+
+def dying(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if {dies} and os.environ["RANK"] == "1":
+    module.gather = dying
+found = moefy.inspect({model!r}, **{settings!r})
+print("tables", sorted(found.tables), flush=True)
+"""
+SETTINGS = {"tokens": 20_000, "causal_tokens": 1500, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A model and a text of several batches of either shard."""
+    folder = tmp_path_factory.mktemp("inspected")
+    convert_tiny("llama", build("llama", folder / "source"), folder / "model")
+    generator = torch.Generator().manual_seed(7)
+    lines = []
+    for number in range(700):
+        ids = torch.randint(3, 90, (8 + number % 24,), generator=generator) // 2 * 2 + number % 2
+        domain = "low" if number % 2 else "high"
+        lines.append({"domain": domain, "source_id": str(number), "input_ids": ids.tolist()})
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(map(json.dumps, lines)))
+    return folder / "model", text
+
+
+def launch(tmp_path, case, out, *, dies=False) -> subprocess.CompletedProcess[str]:
+    root, (model, text) = Path(__file__).parent.parent, case
+    script = tmp_path / "run.py"
+    settings = {**SETTINGS, "corpora": {"text": str(text)}, "out": str(out)}
+    paths = [str(root), str(root / "kernels"), str(root / "tests")]
+    script.write_text(CODE.format(paths=paths, model=str(model), settings=settings, dies=dies))
+    command = [sys.executable, *LAUNCH, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+
+
+def same(one, two, where):
+    """Figures are six digits of sums that were added up in another order."""
+    assert one.keys() == two.keys(), where
+    for name, column in one.items():
+        assert len(column) == len(two[name]), (where, name)
+        if any(isinstance(value, float) for value in column):
+            assert two[name] == pytest.approx(column, rel=2e-5, abs=1e-9), (where, name)
+        else:
+            assert two[name] == column, (where, name)
+
+
+def test_two_processes_find_what_one_finds(case, tmp_path):
+    one = moefy.inspect(
+        str(case[0]), corpora={"text": str(case[1])}, out=tmp_path / "one", **SETTINGS
+    )
+    done = launch(tmp_path, case, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("tables ['") == 1 and done.stdout.count("tables []") == 1
+    two = json.loads((tmp_path / "two" / "inspection.json").read_text())
+    first = json.loads((tmp_path / "one" / "inspection.json").read_text())
+    assert first["tables"].keys() == two["tables"].keys()
+    for name, table in first["tables"].items():
+        same(table, two["tables"][name], name)
+    assert first["texts"] == two["texts"]
+    assert len(one.tables["causal"]["layer"]) > 0 and len(one.tables["examples"]["layer"]) > 0
+
+
+def test_a_process_that_dies_ends_the_run(case, tmp_path):
+    done = launch(tmp_path, case, tmp_path / "out", dies=True)
+    assert done.returncode != 0
+    assert not (tmp_path / "out" / "inspection.json").exists()
+
+
+class Taken(Processes):
+    """The first of two processes, the second of which has sent all its parts."""
+
+    def __init__(self, sent):
+        super().__init__(2, 0)
+        object.__setattr__(self, "sent", iter(sent))
+
+    def all(self, items):
+        return [*items, next(self.sent)]
+
+
+def heard(model, reading, batches, seed=0):
+    """What a process has heard of these batches: listeners, by layer what each sends."""
+    unembedding = find_unembedding(model, reading.batches[0].inputs["input_ids"][0])
+    found = Description(model, reading, unembedding, seed=seed)
+    chosen_D = drawn_documents(reading.tokens_D, 6000, seed)
+    sampler = RoutingSampler(reading.documents, chosen_D, len(sparse_mlps(model)))
+    listeners = [*found.listeners, sampler]
+    observe(model, reading, [found.predictivity.scales], batches=[0])
+    observe(model, reading, listeners, unembedding=unembedding, batches=batches)
+    return found, listeners, sampler
+
+
+@pytest.fixture(scope="module")
+def loaded(case):
+    model = moefy.load(case[0])
+    reading = read(model, {"text": str(case[1])}, tokens=20_000)
+    assert len(reading.batches) > 3
+    return model, reading
+
+
+def test_parts_merge_into_the_whole(loaded):
+    model, reading = loaded
+    layers, numbers = list(sparse_mlps(model)), range(len(reading.batches))
+    whole, _, whole_sampler = heard(model, reading, list(numbers))
+    first, listeners, sampler = heard(model, reading, list(numbers[::2]))
+    _, others, _ = heard(model, reading, list(numbers[1::2]))
+    gather(listeners, layers, Taken([o.part(layer) for layer in layers for o in others]))
+    got, want = first.tables(), whole.tables()
+    assert got.keys() == want.keys()
+    for name, table in want.items():
+        same(table, got[name], name)
+    one, two = whole_sampler.sample(), sampler.sample()
+    assert (one.tokens.ids_T == two.tokens.ids_T).all()
+    assert (one.tokens.document_T == two.tokens.document_T).all()
+    assert all((a == b).all() for a, b in zip(one.packed, two.packed, strict=True))
+
+
+def test_of_equal_keys_the_first_token_stands_first():
+    best, other = Best(1, 2), Best(1, 2)
+
+    def records(document):
+        blank = {name: [[0.0, 0.0]] for name in ("norm_EN", "share_EN", "margin_EN", "ran_EN")}
+        values = {"key_EN": [[5.0, 1.0]], "document_EN": [document], "position_EN": [[3, 4]]}
+        arrays = {k: torch.tensor(v).numpy() for k, v in {**blank, **values}.items()}
+        return Records(**arrays, window_ENW=best.records.window_ENW)
+
+    best.records, other.records = records([7, 8]), records([2, 9])
+    best.merge(other.records)
+    assert best.records.document_EN.tolist() == [[2, 7]]
+
+
+def arrays(part):
+    """Every array in what a listener sends, once."""
+    if hasattr(part, "nbytes"):
+        yield part
+    elif isinstance(part, dict):
+        for value in part.values():
+            yield from arrays(value)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from arrays(value)
+    elif hasattr(part, "__dict__"):
+        yield from arrays(vars(part))
+
+
+def test_the_formulas_of_state_are_what_listeners_hold(loaded):
+    model, reading = loaded
+    modules = sparse_mlps(model)
+    found, listeners, sampler = heard(model, reading, None)
+    module = next(iter(modules.values()))
+    sizes = Sizes(
+        layers=len(modules), width=module.weights.width, neurons=module.weights.neurons,
+        experts=module.experts, shared=module.shared, tokens=len(sampler.sample().tokens),
+        documents=len(reading.documents), blocks=len(found.contributions.blocks),
+        concepts=len(found.predictivity.names),
+    )  # fmt: skip
+    names = ["contributions", "router", "examples", "spectrum", "direct", "predictivity"]
+    want = state_bytes(sizes)
+    for name, listener in zip([*names, "routing sample"], listeners, strict=True):
+        held = {id(a): a for layer in modules for a in arrays(listener.part(layer))}
+        assert sum(a.nbytes for a in held.values()) == want[name], name
+
+
+def test_a_large_model_holds_little():
+    llama = Sizes(
+        layers=32, width=4096, neurons=14336, experts=448, shared=0, tokens=10**6, documents=4000,
+        blocks=512, concepts=19,
+    )  # fmt: skip
+    assert sum(state_bytes(llama).values()) < 8e9
+
+
+def test_memory_does_not_grow_with_what_is_read():
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    try:
+        from inspection_memory import measured
+    finally:
+        sys.path.pop(0)
+    few, many = measured([5_000, 50_000])
+    assert many["tokens"] > 8 * few["tokens"]
+    text = many["after_reading"] - few["after_reading"]
+    assert many["peak"] - few["peak"] < 60e6 + text
