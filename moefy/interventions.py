@@ -157,10 +157,10 @@ def _neurons(module: SparseMlp) -> int:
 def _masks(model: PreTrainedModel, chosen: Pairs | Masks, what: str) -> list[Tensor]:
     """What was chosen, as one mask `[N]` per layer."""
     if not isinstance(chosen, Tensor):
-        chosen = list(chosen)  # type: ignore[assignment]
+        chosen = list(chosen)
         if not any(isinstance(entry, Tensor) for entry in chosen):
-            chosen = neuron_mask(model, chosen)  # type: ignore[arg-type]
-    return _fitting(model, chosen, what)  # type: ignore[arg-type]
+            chosen = neuron_mask(model, chosen)
+    return _fitting(model, chosen, what)
 
 
 def _fitting(model: PreTrainedModel, masks: Masks, what: str) -> list[Tensor]:
@@ -280,7 +280,7 @@ def _measured(model: PreTrainedModel, mode: str) -> ExpertStatistics:
     if dense in known:
         return known[dense]
     ask = "give means=moefy.interventions.statistics(model, batches)"
-    checkpoint: Checkpoint | None = getattr(model, "moefy_checkpoint", None)  # type: ignore[assignment]
+    checkpoint: Checkpoint | None = getattr(model, "moefy_checkpoint", None)
     if checkpoint is None:
         raise MoefyError(f"mode='{mode}': this model was not loaded from a folder; {ask}")
     if any(module.hooked for module in modules):

@@ -126,6 +126,10 @@ def test_experts_like_random_sets_are_not_told_from_them():
         assert found.z_EC[expert, domain] == pytest.approx(want)
         below = 100 * np.mean(null < damage_EC[expert, domain])
         assert found.percentile_EC[expert, domain] == pytest.approx(below)
+    for s in (0, 30, 79):
+        others = np.delete(null_SC[sets.bin_S == sets.bin_S[s]], s % 20, axis=0)
+        want_C = (null_SC[s] - others.mean(0)) / others.std(0, ddof=1)
+        assert found.null_z_SC[s] == pytest.approx(want_C)
     # An expert that does far more than its bin is found among 1200 cells.
     extra_EC = np.zeros((400, 3))
     extra_EC[11, 1] = 4.0

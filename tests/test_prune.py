@@ -309,11 +309,14 @@ def test_relearning_says_what_steps_say(planted_run) -> None:
             assert run["ce"][-1] <= run["goal"] < run["ce"][-2]
             assert len(run["ce"]) == run["steps"] + 1
     assert any(line.startswith("relearning") for line in lines(record))
+    told: dict[str, Any] = {"lost": 1.0, "whole_model": {"gain": 0.4}}
     steps = [(3, 9), (9, 3), (5, 5), (3, None), (None, 3), (None, None)]
     said = [
-        verdict({"removal": {"steps": ours}, "control": {"steps": theirs}}).split()[0]
+        verdict({**told, "removal": {"steps": ours}, "control": {"steps": theirs}}).split()[0]
         for ours, theirs in steps
     ]
+    taught = {**told, "whole_model": {"gain": 0.5}, "removal": {"steps": 3}, "control": None}
+    assert verdict(taught).endswith("nothing can be told")
     assert said == ["hiding", "removal", "no", "hiding", "removal", "neither"]
 
 

@@ -106,6 +106,7 @@ def relearning(
     steps = found["removal"]["steps"] or STEPS
     untouched = relearn(removable, removable.nothing(), lesson, measure, -1.0, steps)["ce"]
     found["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": steps}
+    found["lost"] = lost - whole
     found["verdict"] = verdict(found)
     judge_.kept.put("relearning", found)
     return found
@@ -133,6 +134,8 @@ def _tokens(lesson: list[Batch]) -> int:
 def verdict(found: dict[str, Any]) -> str:
     """What the steps say, in a word: `hiding`, `removal`, `no difference`, or why nothing can be said."""
     removal, control = found["removal"], found["control"]
+    if found["whole_model"]["gain"] >= HALF * found["lost"]:
+        return "the lesson teaches the whole model as much: nothing can be told"
     if control is None:
         return "no random removal costs the domain as much: nothing to compare with"
     first, second = removal["steps"], control["steps"]

@@ -60,7 +60,7 @@ def control_rows(record: dict[str, Any]) -> Rows:
     rows = []
     for name, row in record["at"].items():
         label = _NAMES[name].format(unit=record["unit"])
-        if "draws" in row:
+        if row.get("draws", 1) > 1:
             label += f" ({row['draws']} draws)"
         rows.append(
             [
@@ -192,6 +192,7 @@ def draw(record: dict[str, Any], picture: Path) -> bool:
     axes[0].set_xscale("symlog", linthresh=1)
     axes[0].set_yscale("symlog", linthresh=1)
     axes[0].set_xlim(left=0)
+    axes[0].set_ylim(bottom=-0.5)
     axes[0].set_xlabel(f"{record['unit']}s removed, %")
     axes[0].set_ylabel("rise of cross-entropy, %")
     path = [(row["accuracy_retain"], row["accuracy_forget"]) for row in curve]
