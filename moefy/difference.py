@@ -77,7 +77,7 @@ def diff(
         "seeds": {},
         "corpora": reading.corpora,
         "documents": int(compared.sum()),
-        "vocabulary": vocabulary_of(reading, tables),
+        "vocabulary": vocabulary_of(reading, tables.values()),
         "versions": versions(),
         "machine": machine(),
     }

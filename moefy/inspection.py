@@ -129,6 +129,8 @@ def inspect(
         judged = run.judged(tables)
 
     tables["documents"] = documents_table(reading)
+    shown = [prompt_record(moefied, reading.tokenizer, prompt) for prompt in prompts]
+    accounts = [prompt["account"] or {} for prompt in shown]
     meta = {
         **_about(moefied, reading),
         "command": command,
@@ -139,13 +141,12 @@ def inspect(
             "skip": [*skip],
         },
         "seeds": {"seed": seed},
-        "vocabulary": vocabulary_of(reading, tables),
+        "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
         "seconds": {**run.seconds, "in all": round(time.perf_counter() - began, 1)},
         "peak_memory": peak_memory(),
         "versions": versions(),
         "machine": machine(),
     }
-    shown = [prompt_record(moefied, reading.tokenizer, prompt) for prompt in prompts]
     found = Inspected(meta, judged, tables, texts_of(reading, tables), shown)
     if out is not None:
         found.save(out)

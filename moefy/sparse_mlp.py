@@ -115,9 +115,7 @@ class SparseMlp(Hooked):
         """Which experts run `[T, S + E]`: bool, or in training a number that carries a gradient."""
         return self._route(x_TD)[0]
 
-    def _route(
-        self, x_TD: Tensor, shown: torch.Size | None = None
-    ) -> tuple[Tensor, ExpertWeights]:
+    def _route(self, x_TD: Tensor, shown: torch.Size | None = None) -> tuple[Tensor, ExpertWeights]:
         """The mask, and the weights to compute it with; `shown` is the shape for hooks that listen."""
         if self.all_on:
             shape = (x_TD.shape[0], self.experts)

@@ -1,11 +1,13 @@
 """One text, token by token: what every expert adds, what is left out, and how the logit comes about.
 
-    logit[v] - mean logit = embedding + attention of all layers + all experts + biases - error + constant
+    logit[v] - mean logit = embedding + attention of all layers + all experts + biases + error + constant
 
-with the final norm's scale frozen at its value (`moefy.interpret.unembedding`). The terms are measured
-where they arise: attention at its output projection, experts from the ledger of their layer. That they
-add up to the logit the model gives is checked; where they do not, because the model adds something in
-another way, the account is refused with the reason and the shares are given all the same.
+where the term of the error is what the experts that are off would have added, with its sign turned:
+it is missing. The final norm's scale is frozen at its value (`moefy.interpret.unembedding`). The terms
+are measured where they arise: attention at its output projection, experts from the ledger of their
+layer. That they add up to the logit the model gives is checked; where they do not, because the model
+adds something in another way, the account is refused with the reason and the shares are given all the
+same.
 
 Shapes: T tokens, D width, E experts, V vocabulary.
 """

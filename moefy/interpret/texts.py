@@ -59,8 +59,8 @@ def _sums(lengths: Iterable[int]) -> Iterable[int]:
         yield total
 
 
-def vocabulary_of(reading: Reading, tables: Mapping[str, Table]) -> dict[str, str]:
-    """The name of every token id in a column `token` or `next` of a table; nothing without a tokenizer.
+def vocabulary_of(reading: Reading, tables: Iterable[Table]) -> dict[str, str]:
+    """The name of every token id in a column of the tables that holds some; nothing without a tokenizer.
 
     A token that is part of a character has the tokenizer's own name for it.
     """
@@ -68,8 +68,8 @@ def vocabulary_of(reading: Reading, tables: Mapping[str, Table]) -> dict[str, st
         return {}
     ids = {
         number
-        for given in tables.values()
-        for column in ("token", "next")
+        for given in tables
+        for column in ("token", "next", "target")
         for number in given.get(column, ())
         if isinstance(number, int) and number >= 0
     }
