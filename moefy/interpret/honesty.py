@@ -60,7 +60,7 @@ TOKENS = 60_000
 _FIGURES = {
     "ce_dense": "cross-entropy of the dense model, nats a token",
     "ce": "cross-entropy of the moefied model, nats a token",
-    "ce_increase": "how much larger that is than the dense model's, nats a token",
+    "ce_increase": "cross-entropy of the moefied model less the dense one's, nats a token",
     "bits_per_byte_dense": "bits of the dense model for a byte of text",
     "bits_per_byte": "bits of the moefied model for a byte of text",
     "cosine": "cosine of the last hidden states, dense and moefied",

@@ -36,8 +36,6 @@ BINS, WIDTH = 4, 2.0
 """Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64
-_IN_VAIN = 200
-"""So many times no swap of `_TRIED` comes nearer: the target is out of reach."""
 _DRAWN = 200
 _LEAST = 1e-9
 """Energies below this share of the largest count as it: experts that add nothing."""
@@ -131,11 +129,9 @@ def matched(
     reach_N = energy_NN[:, chosen].sum(1, dtype=float)
     diagonal_N = energy_NN.diagonal().astype(float)
     total = float(reach_N[chosen].sum())
-    in_vain = 0
     for _ in range(_SWAPS):
-        if abs(total - target) <= TOLERANCE * target or in_vain == _IN_VAIN:
+        if abs(total - target) <= TOLERANCE * target:
             break
-        in_vain += 1
         place, into = random.integers(size, size=_TRIED), random.integers(neurons, size=_TRIED)
         place, into = place[~inside_N[into]], into[~inside_N[into]]
         if not len(into):
@@ -150,7 +146,6 @@ def matched(
             chosen[place[best]] = j
             reach_N += energy_NN[:, j].astype(float) - energy_NN[:, i]
             total += float(change[best])
-            in_vain = 0
     return np.asarray(chosen)
 
 
