@@ -345,6 +345,7 @@ KEYS = {"kind", "level", "what", "dtype", "device", "threads", "samples", "warmu
 ROW = {
     "dense", "p50", "p95", "tokens_per_second", "speedup", "ratio", "interval", "bytes",
     "of_bandwidth", "active_parameters", "relative_error", "computed_by", "seconds",
+    "swapped",
 }  # fmt: skip
 
 

@@ -72,11 +72,15 @@ def same(one, two, where):
     for name, column in one.items():
         assert len(column) == len(two[name]), (where, name)
         if any(isinstance(value, float) for value in column):
-            assert two[name] == pytest.approx(column, rel=2e-5, abs=1e-9), (where, name)
+            assert [v is None for v in two[name]] == [v is None for v in column], (where, name)
+            known = [v for v in column if v is not None]
+            again = [v for v in two[name] if v is not None]
+            assert again == pytest.approx(known, rel=2e-5, abs=1e-9), (where, name)
         else:
             assert two[name] == column, (where, name)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(case, tmp_path):
     one = moefy.inspect(
         str(case[0]), corpora={"text": str(case[1])}, out=tmp_path / "one", **SETTINGS
@@ -201,6 +205,7 @@ def test_a_large_model_holds_little():
     assert sum(state_bytes(llama).values()) < 8e9
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_read():
     sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
     try:
