@@ -32,6 +32,7 @@ from moefy.interpret.reading import TOKENS, Reading, read
 from moefy.interpret.stages import Stages
 from moefy.interpret.table import Table
 from moefy.interpret.texts import documents_table, prompt_record, texts_of, vocabulary_of
+from moefy.interventions import MODES
 from moefy.memory import peak_memory
 from moefy.modeling import load, placement, weights_of
 from moefy.processes import ALONE, Processes, launched
@@ -100,6 +101,10 @@ def inspect(
     unknown = [part for part in skip if part not in PARTS]
     if unknown:
         raise MoefyError(unknown_choice("part to skip", unknown[0], PARTS))
+    if mode not in MODES:
+        raise MoefyError(unknown_choice("mode", mode, MODES))
+    if min(tokens, causal_tokens) < 1:
+        raise MoefyError(f"inspect on {tokens} and {causal_tokens} tokens: give at least 1 of each")
     processes, began = launched(), time.perf_counter()
     report = Reporter(quiet=quiet or not processes.main)
     moefied = _loaded(model)

@@ -187,6 +187,10 @@ def test_the_verb_prints_page_one_and_bad_input_says_what_to_do(moefied, tmp_pat
     assert "before you believe the rest" in shown.stdout and "bigram skill" in shown.stdout
     wrong = run(app, ["inspect", str(moefied), "--skip", "contrls"])
     assert wrong.exit_code == 1 and "controls" in wrong.stderr
+    mode = run(app, ["inspect", str(moefied), "--mode", "men"])
+    assert mode.exit_code == 1 and "did you mean 'mean'" in mode.stderr
+    none = run(app, ["inspect", str(moefied), "--tokens", "0"])
+    assert none.exit_code == 1 and "at least 1" in none.stderr
     nowhere = run(app, ["inspect", str(tmp_path / "nothing")])
     assert nowhere.exit_code == 1 and len(nowhere.stderr.strip().splitlines()) == 1
 

@@ -18,6 +18,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from PIL import Image
 from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
@@ -357,13 +358,11 @@ def test_neuronpedia_refuses_what_has_no_examples(found, tmp_path):
 
 
 def test_plots_are_pictures_and_miss_only_what_is_missing(found, tmp_path):
-    pytest.importorskip("matplotlib")
-    image = pytest.importorskip("PIL.Image")
     names = ["causal", "domains", "random_weights", "routing"]
     paths = save_plots(found, tmp_path / "plots")
     assert sorted(path.stem for path in paths) == names
     for path in paths:
-        grey = np.asarray(image.open(path).convert("L"))
+        grey = np.asarray(Image.open(path).convert("L"))
         assert grey.shape[0] > 200
         assert grey.std() > 5
     fewer = Inspection(found.meta, {}, {"layers": found.tables["layers"]})

@@ -1,6 +1,6 @@
 """The report in a real browser, headless Chromium: every screen, what a reader does, what must not happen.
 
-Skipped where chromium, its driver or selenium is missing.
+Skipped where chromium or its driver is missing: they are no Python packages.
 """
 
 import base64
@@ -13,24 +13,23 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from sklearn.metrics import adjusted_rand_score
 from synthetic_inspection import HOSTILE, inspection
 
 from moefy.interpret.inspection import Inspection
 from moefy.report import Report, write_report
 from moefy.report.serve import server
 
-selenium = pytest.importorskip("selenium", reason="browser tests need selenium")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 if not CHROMIUM or not DRIVER:
     pytest.skip("browser tests need chromium and chromedriver", allow_module_level=True)
-
-from selenium.webdriver import Chrome  # noqa: E402
-from selenium.webdriver.chrome.options import Options  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 SCREENS = ("overview", "L1", "L1.E3", "prompt", "compare", "hunt", "search=the", "L99")
 OPEN_SECONDS, EXPERT_SECONDS = 1.0, 0.1
@@ -416,9 +415,8 @@ def test_compare_reads_a_second_inspection(page, found, tmp_path):
         "return [...[...document.querySelectorAll('h2')].find((h) => h.textContent.startsWith('Overlap'))"
         ".parentElement.querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))"
     )
-    metrics = pytest.importorskip("sklearn.metrics")
     for layer, line in enumerate(lines):
-        expected = metrics.adjusted_rand_score(
+        expected = adjusted_rand_score(
             found.meta["layers"][layer]["owner"], other.meta["layers"][layer]["owner"]
         )
         assert float(line[1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=6e-3)
