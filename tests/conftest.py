@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +46,28 @@ def corpora() -> Path:
 def shared_models() -> Path:
     """Folder of small trained models, one transformers folder each."""
     return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a moefied model by its kind in `moefied_models.KINDS`, converted when first asked for."""
+    from moefied_models import make
+
+    folder, done = tmp_path_factory.mktemp("moefied"), {}
+
+    def get(kind: str) -> Path:
+        if kind not in done:
+            done[kind] = make(kind, folder)
+        return done[kind]
+
+    return get
+
+
+@pytest.fixture
+def load(made: Callable[[str], Path]) -> Callable[..., Any]:
+    """Loads a moefied model by its kind, in fp64 unless told otherwise."""
+    import torch
+
+    import moefy
+
+    return lambda kind, **options: moefy.load(made(kind), **{"dtype": torch.float64, **options})

@@ -5,39 +5,19 @@ Shapes: b documents, p positions, T = b * p tokens, E experts (the shared ones f
 
 import copy
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from moefied_models import KINDS, inputs_for, make
+from moefied_models import KINDS, inputs_for
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-import moefy
 from moefy.errors import MoefyError
 from moefy.evaluate import outputs
 from moefy.hook_points import OF_ALL, POINTS, say_once
 from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
 
 MASK, OUT = "blocks.1.mlp.hook_expert_mask", "blocks.1.mlp.hook_out"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[[str], Path]:
-    folder, done = tmp_path_factory.mktemp("moefied"), {}
-
-    def get(kind: str) -> Path:
-        if kind not in done:
-            done[kind] = make(kind, folder)
-        return done[kind]
-
-    return get
-
-
-@pytest.fixture
-def load(made) -> Callable[..., PreTrainedModel]:
-    return lambda kind, **options: moefy.load(made(kind), **{"dtype": torch.float64, **options})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moefied_models import inputs_for, make
+from moefied_models import inputs_for
 from scipy.stats import gaussian_kde
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,23 +27,6 @@ from moefy.sparse_mlp import all_experts, sparse_mlps
 
 EXACT = ["demo_llama", "demo_opt", "shared", "encoder"]
 Edit = Callable[[int, Tensor], Tensor]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[[str], Path]:
-    folder, done = tmp_path_factory.mktemp("moefied"), {}
-
-    def get(kind: str) -> Path:
-        if kind not in done:
-            done[kind] = make(kind, folder)
-        return done[kind]
-
-    return get
-
-
-@pytest.fixture
-def load(made) -> Callable[..., PreTrainedModel]:
-    return lambda kind, **options: moefy.load(made(kind), **{"dtype": torch.float64, **options})
 
 
 @torch.no_grad()
