@@ -346,7 +346,8 @@ def diff(
     other: Annotated[str, typer.Argument(help="Another one with the same tokenizer.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report.")] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Text to read, as of convert; may be repeated.")
+        list[str] | None,
+        typer.Option("--text", "--corpus", help="As the corpus of convert; may be repeated."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 50_000,
     quiet: bool = False,
@@ -354,21 +355,21 @@ def diff(
     """Show where two models differ: tokens in context, domains, classes of tokens, with intervals."""
     from moefy.difference import diff
     from moefy.inspection import REPORT
-    from moefy.interpret.summary import differences, tails
+    from moefy.interpret.summary import differences, saturated, tails
     from moefy.tables import terminal
 
     found = diff(
         base, other, corpora={name: name for name in corpus} if corpus else None, out=out,
         tokens=tokens, command=" ".join(["moefy", *sys.argv[1:]]), quiet=quiet,
     )  # fmt: skip
-    return Shown(
-        found.to_dict(),
-        [
-            terminal(*differences(found), title="log p(base) - log p(other)"),
-            terminal(*tails(found), title="tokens that lose and gain most"),
-            f"written to {out / REPORT}" if out else "-o FOLDER writes the report",
-        ],
-    )
+    view = [
+        terminal(*differences(found), title="log p(base) - log p(other)"),
+        terminal(*tails(found), title="tokens that lose and gain most"),
+    ]
+    if "saturation" in found.tables:
+        view.append(terminal(*saturated(found), title="router saturation"))
+    view.append(f"written to {out / REPORT}" if out else "-o FOLDER writes the report")
+    return Shown(found.to_dict(), view)
 
 
 @verb

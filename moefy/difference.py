@@ -3,12 +3,14 @@
     found = moefy.diff("dense", "out", out="diff")      # diff/report.html, diff/inspection.json
 
 Any two language models with one tokenizer: dense and moefied, before and after training, a checkpoint
-and a later one, a model and one with a layer more.
+and a later one, a model and one with a layer more. Two moefied ones with the same neurons in the same
+experts (before and after recovery, say) also show how much of their routing they share.
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moefy.artefact import META, Artefact, read_artefact
@@ -19,6 +21,7 @@ from moefy.inputs import load_tokenizer
 from moefy.inspection import Inspected
 from moefy.interpret.causal.hunt import TOKENS, hunt
 from moefy.interpret.reading import read_texts
+from moefy.interpret.saturation import router_saturation, routing_sample
 from moefy.interpret.texts import documents_table, texts_of, vocabulary_of
 from moefy.interpret.tokens import HELD_OUT
 from moefy.modeling import load, load_dense, placement, weights_of
@@ -44,7 +47,8 @@ def diff(
     Either is a folder that `convert` wrote, which runs moefied, or any dense checkpoint. Texts are as
     for `inspect`; with the text of a conversion only documents are read that nothing was fitted on.
     `delta = log p_base - log p_other`: positive where the other is worse. Tables `hunt` (both tails in
-    context), `hunt_domains`, `hunt_classes` and `hunt_summary`, with intervals over documents.
+    context), `hunt_domains`, `hunt_classes` and `hunt_summary`, with intervals over documents. Where
+    both are moefied into the same experts, `saturation` is `router_saturation` of every layer.
 
     Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
     """
@@ -65,6 +69,9 @@ def diff(
         if not model.can_generate():
             raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
     tables = hunt(models[0], models[1], reading, tokens=tokens, report=report)
+    if same_experts(*artefacts):
+        first, second = (routing_sample(model, reading, tokens, report) for model in models)
+        tables["saturation"] = router_saturation(first, second)
     tables["documents"] = documents_table(reading)
     compared = reading.documents.of_shard(HELD_OUT)
     meta: dict[str, Any] = {
@@ -85,6 +92,17 @@ def diff(
     if out is not None:
         found.save(out)
     return found
+
+
+def same_experts(first: Artefact | None, second: Artefact | None) -> bool:
+    """Whether both are moefied and every expert of one is that of the other, neuron by neuron."""
+    if first is None or second is None or len(first.layers) != len(second.layers):
+        return False
+    return all(
+        (one.layer, one.experts, one.shared) == (other.layer, other.experts, other.shared)
+        and torch.equal(first.permutation(index), second.permutation(index))
+        for index, (one, other) in enumerate(zip(first.layers, second.layers, strict=True))
+    )
 
 
 def _artefact(name: str | Path) -> Artefact | None:

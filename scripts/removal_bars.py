@@ -16,34 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo_experts import moefied
 from pages import fill
 
 import moefy
-from moefy import recipe as recipes
 from moefy.data import load_corpus
 from moefy.errors import MoefyError
 from moefy.provenance import machine
 from moefy.prune.summary import MEANING, percent, ratio, way, with_interval
 from moefy.tables import markdown
 
-DEMO, RECORDS = Path("moefy/demo"), Path("benchmarks/records")
+RECORDS = Path("benchmarks/records")
 PAGE, PICTURE = Path("docs/removal.md"), Path("docs/removal.png")
 MODELS = ("llama", "opt")
 WANTED = 6
-EXPERT_SIZE = 32
-
-
-def moefied(name: str, work: Path) -> Path:
-    """The demo model in experts of 32 neurons: that of `scripts/reproduce`, or made here."""
-    reproduced = Path("runs/reproduce") / name
-    if (reproduced / "moefy.json").exists():
-        return reproduced
-    made = work / f"{name}-moefied"
-    if not made.exists():
-        recipe = recipes.Recipe.named("default", density=0.25)
-        recipe = recipes.override(recipe, {"partition.expert_size": EXPERT_SIZE})
-        moefy.convert(DEMO / name, made, recipe=recipe, resume=True)
-    return made
 
 
 def measure(name: str, domains: list[str], tokens: int, seed: int, work: Path) -> None:

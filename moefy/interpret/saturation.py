@@ -8,12 +8,37 @@ Shapes: T tokens, D documents, E routed experts.
 """
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from moefy.console import Reporter
 from moefy.errors import MoefyError
+from moefy.interpret.observe import observe
+from moefy.interpret.reading import Reading
 from moefy.interpret.routing_frame import RoutingFrame
-from moefy.interpret.routing_sample import RoutingSample
+from moefy.interpret.routing_sample import RoutingSample, RoutingSampler, drawn_documents
 from moefy.interpret.routing_totals import Totals, ratio_columns
 from moefy.interpret.table import Table, joined, table
+from moefy.interpret.tokens import HELD_OUT
+from moefy.sparse_mlp import sparse_mlps
+
+
+def routing_sample(
+    model: PreTrainedModel,
+    reading: Reading,
+    tokens: int,
+    report: Reporter | None = None,
+    *,
+    seed: int = 0,
+) -> RoutingSample:
+    """How a moefied model routes about `tokens` held-out tokens, whole documents drawn evenly."""
+    held_D = reading.documents.of_shard(HELD_OUT)
+    chosen_D = drawn_documents(reading.tokens_D * held_D, tokens, seed) & held_D
+    sampler = RoutingSampler(reading.documents, chosen_D, len(sparse_mlps(model)))
+    sizes = [len(batch.samples) for batch in reading.batches]
+    firsts = enumerate(zip(reading.first_B, sizes, strict=True))
+    batches = [number for number, (at, size) in firsts if chosen_D[at : at + size].any()]
+    observe(model, reading, [sampler], batches=batches, report=report, what="routing")
+    return sampler.sample()
 
 
 def router_saturation(first: RoutingSample, second: RoutingSample, *, seed: int = 0) -> Table:

@@ -113,6 +113,20 @@ def _difference(row: dict[str, Any]) -> list[str]:
     return [_ranged(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("delta", "kl")]
 
 
+def saturated(inspection: Inspection) -> Rows:
+    """Header and rows of how much routing two models with the same experts share, layer by layer."""
+    names = {
+        "saturation": "shared experts",
+        "saturation_load": "by load alone",
+        "saturation_chance": "by chance",
+    }
+    found = [
+        [str(row["layer"]), *(_percent(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)]
+        for row in rows(inspection.table("saturation"))
+    ]
+    return ["layer", *names.values()], found
+
+
 def tails(inspection: Inspection) -> Rows:
     """Header and rows of the tokens that change most, either way, in context."""
     found = []

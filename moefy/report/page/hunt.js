@@ -12,6 +12,7 @@ async function huntScreen() {
     el("p.how", null, "delta is the log-probability of the true token in the base model minus that in the other (nats), one token for each document. The ends of a distribution show what can go wrong, not how often: see the tables below for that."),
     el("div.two", null, ends.map(([tail, title]) => panel(title, null, shortened(found.filter((row) => row.tail === tail), 12, huntLine, "tokens")))),
     huntMeans("hunt_domains", "domain", "By domain"), huntMeans("hunt_classes", "class", "By class of token"),
+    has("saturation") ? generic("Router saturation", "How many of the experts that a token runs in the other model it also runs in the base. chance: k / E. load: the experts of the base dealt to tokens by how often each runs. What is above both is agreement on tokens.", table("saturation")) : null,
     has("hunt_summary") ? generic("All tokens", "concentration: the share of all losses that the worst 1 % of tokens hold. worse share: how many tokens are worse at all.", table("hunt_summary")) : null);
 }
 

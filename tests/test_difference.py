@@ -1,0 +1,159 @@
+"""`moefy diff`: any two checkpoints with one tokenizer, beside stock transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import moefy
+from moefy.cli import app
+from moefy.data import load_corpus
+from moefy.errors import CheckpointError, MoefyError
+from moefy.interpret.table import rows
+from moefy.interpret.tokens import HELD_OUT
+
+LLAMA = Path(__file__).parents[1] / "moefy" / "demo" / "llama"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A few documents of each domain, of which none is the whole bundled corpus."""
+    return load_corpus().take(33)
+
+
+@pytest.fixture(scope="module")
+def shorter(tmp_path_factory):
+    """The llama demo without its last layer."""
+    folder = tmp_path_factory.mktemp("shorter")
+    config = AutoConfig.from_pretrained(LLAMA)
+    config.num_hidden_layers -= 1
+    AutoModelForCausalLM.from_pretrained(LLAMA, config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LLAMA).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(shorter, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("diff") / "out"
+    return moefy.diff(LLAMA, shorter, corpora=texts, out=out, quiet=True), out
+
+
+def log_p(model, ids):
+    """Log-probability of every next token of one document, in fp64."""
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1].double()
+    return logits.log_softmax(-1)
+
+
+def stock(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_a_layer_less_beside_stock_transformers(found, shorter, texts):
+    """Means, KL and both tails, from one document at a time."""
+    inspection, _ = found
+    documents = [r for r in rows(inspection.table("documents")) if r["shard"] == HELD_OUT]
+    assert len(documents) >= 15
+    by_hash = {doc.sha256: doc for doc in texts.documents}
+    tokenizer, models = AutoTokenizer.from_pretrained(LLAMA), [stock(LLAMA), stock(shorter)]
+    deltas, kls, by_domain, at = [], [], {}, {}
+    for row in documents:
+        doc = by_hash[row["sha256"]]
+        ids = tokenizer(doc.text, return_tensors="pt")["input_ids"][0][: row["tokens"]]
+        base, other = (log_p(model, ids) for model in models)
+        kls.append((base.exp() * (base - other)).sum(-1))
+        delta = (base - other).gather(1, ids[1:, None])[:, 0]
+        deltas.append(delta)
+        by_domain.setdefault(doc.domain, []).append(delta)
+        at |= {(row["document"], place): value.item() for place, value in enumerate(delta)}
+    summary = rows(inspection.table("hunt_summary"))[0]
+    assert summary["tokens"] == sum(map(len, deltas))
+    assert summary["delta"] == pytest.approx(torch.cat(deltas).mean().item(), rel=1e-4)
+    assert summary["kl"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    assert summary["delta_low"] < summary["delta"] < summary["delta_high"]
+    assert summary["delta"] > 0.1, "the layer that is gone did something"
+    for row in rows(inspection.table("hunt_domains")):
+        mean = torch.cat(by_domain.pop(row["domain"])).mean().item()
+        assert row["delta"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+    assert not by_domain
+    tail = rows(inspection.table("hunt"))
+    for row in tail:
+        delta = at[row["document"], row["position"]]
+        assert row["delta"] == pytest.approx(delta, rel=1e-3, abs=1e-4)
+    worst, best = (
+        next(row["delta"] for row in tail if row["tail"] == name) for name in ("loses", "gains")
+    )
+    assert worst == pytest.approx(max(at.values()), rel=1e-3)
+    assert best == pytest.approx(min(at.values()), rel=1e-3)
+
+
+def test_the_other_way_round_has_the_other_sign(found, shorter, texts):
+    inspection, _ = found
+    back = moefy.diff(shorter, LLAMA, corpora=texts, quiet=True)
+    forth = rows(inspection.table("hunt_summary"))[0]
+    assert rows(back.table("hunt_summary"))[0]["delta"] == pytest.approx(-forth["delta"], rel=1e-5)
+    losers = [r["document"] for r in rows(inspection.table("hunt")) if r["tail"] == "loses"]
+    gainers = [r["document"] for r in rows(back.table("hunt")) if r["tail"] == "gains"]
+    assert gainers == losers
+
+
+def test_dense_beside_moefied_is_what_eval_measures(made, tmp_path):
+    """A moefied folder runs moefied, and only documents are read that nothing was fitted on."""
+    moefied = made("demo_llama")
+    corpus = load_corpus().take(64)
+    found = moefy.diff(LLAMA, moefied, corpora=corpus, quiet=True)
+    held = {doc.sha256 for doc in moefy.data.split_shards(corpus, 0)["evaluation"].documents}
+    read = [r for r in rows(found.table("documents")) if r["shard"] == HELD_OUT]
+    assert {row["sha256"] for row in read} == held
+    recorded = json.loads((moefied / "records.json").read_text())["evaluation"]["total"]
+    summary = rows(found.table("hunt_summary"))[0]
+    assert summary["kl"] == pytest.approx(recorded["kl"]["mean"], rel=1e-3)
+
+
+def test_a_model_beside_itself_shows_nothing(texts):
+    same = moefy.diff(LLAMA, LLAMA, corpora=texts, quiet=True)
+    assert rows(same.table("hunt")) == []
+    assert rows(same.table("hunt_summary"))[0]["kl"] == 0
+
+
+def test_the_command_prints_tables_and_writes_the_report(shorter, tmp_path):
+    text = tmp_path / "texts.jsonl"
+    documents = load_corpus().take(22).documents
+    text.write_text(
+        "".join(json.dumps({"text": d.text, "domain": d.domain}) + "\n" for d in documents)
+    )
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app, ["diff", str(LLAMA), str(shorter), "--text", str(text), "-o", str(out), "-q"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "delta, nats" in result.output and "novels" in result.output
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "hunt" in page and str(shorter.name) in page
+    kept = json.loads((out / "inspection.json").read_text(encoding="utf-8"))
+    assert np.isfinite(kept["tables"]["hunt_summary"]["delta"][0])
+
+
+def test_two_models_that_only_share_a_tokenizer(texts):
+    found = moefy.diff(LLAMA, LLAMA.parent / "opt", corpora=texts, quiet=True)
+    assert rows(found.table("hunt_summary"))[0]["kl"] > 0.1
+
+
+def test_another_tokenizer_is_said_and_nothing_written(texts, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "out"
+    stock(LLAMA).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CheckpointError, match="different tokenizers"):
+        moefy.diff(LLAMA, other, corpora=texts, out=out, quiet=True)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_there_is_said(texts, tmp_path):
+    with pytest.raises(MoefyError, match="nowhere"):
+        moefy.diff(LLAMA, tmp_path / "nowhere", corpora=texts, quiet=True)
