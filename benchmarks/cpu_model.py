@@ -74,7 +74,8 @@ def measure(
             },
         )  # fmt: skip
         convert(source, out, recipe=recipe, corpus=corpus(work))
-    engines = ["eager", "eager+linears", "auto", "auto+linears"]
+    engines = ["eager", "eager+linears", "compiled+linears", "auto", "auto+linears"]
+    engines.append("auto+compiled+linears")
     if find_spec("llama_cpp"):
         for quantized in (False, True):
             kind = "-q8_0" if quantized else ""

@@ -76,7 +76,8 @@ def verb(run: Callable[..., Shown]) -> None:
             typer.echo(f"moefy: {error}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("moefy: interrupted; nothing is lost, --resume continues", err=True)
+            again = "run the same command again" + (" with --resume" if "resume" in takes else "")
+            typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)
             raise typer.Exit(130) from None
         if as_json and shown.data is not None:
             typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))

@@ -111,7 +111,7 @@ class Processes:
                 raise
             raise Elsewhere(
                 f"process {self.rank}: another process of this run has ended "
-                f"({str(error).splitlines()[0][:120]}); nothing is lost, --resume continues"
+                f"({str(error).splitlines()[0][:120]}); nothing is lost, run again (with --resume where there is one)"
             ) from None
 
 

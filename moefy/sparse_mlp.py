@@ -242,9 +242,10 @@ class SparseMlp(Hooked):
     def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
         if x_TD.device.type == "cuda":
             return self._on_gpu(x_TD, mask_TE, weights)
-        # Training needs the smooth path, and a graph cannot hold what depends on the mask.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return "masked"
+        if torch.is_grad_enabled():
+            return "masked"  # training needs the smooth path
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(x_TD, weights)
         paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
         if not cpu_backend.fits(x_TD, weights):
             paths = tuple(path for path in paths if path != "native")
@@ -256,6 +257,16 @@ class SparseMlp(Hooked):
             "cpu", self.kernel_layer(x_TD, weights), tokens, _about(density), _about(share),
             paths=paths, threads=torch.get_num_threads(),
         )  # fmt: skip
+
+    def _in_a_graph(self, x_TD: Tensor, weights: ExpertWeights) -> str:
+        """Chosen by what is known while a graph is made, which cannot hold what depends on the mask."""
+        tokens = x_TD.shape[0]
+        if not isinstance(tokens, int) or not cpu_backend.fits(x_TD, weights):
+            return "masked"
+        neurons, width = self.up_ND.shape
+        matrices = (2 if self.gate_ND is None else 3) - isinstance(weights, DecidedMlp)
+        itemsize = x_TD.element_size()
+        return _expected(width, neurons, self.expert_size, matrices, itemsize, tokens, self.density)
 
     def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
         """What is left to compute, as kernels count it."""
@@ -279,6 +290,15 @@ class SparseMlp(Hooked):
         paths = tuple(path for path in PATHS if not (exact and path == "grouped"))
         name = device_name(x_TD.device)
         return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
+
+
+@torch.compiler.assume_constant_result
+def _expected(
+    width: int, neurons: int, size: int, matrices: int, itemsize: int, tokens: int, density: float
+) -> str:
+    """The path expected to be fastest on a CPU; of numbers alone, since `torch.compile` holds the answer."""
+    layer, threads = Layer(width, neurons, size, matrices, itemsize), torch.get_num_threads()
+    return choose("cpu", layer, tokens, density, paths=WITHOUT_VIEWS, threads=threads)
 
 
 def _about(share: float) -> float:

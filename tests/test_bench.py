@@ -160,7 +160,7 @@ class TestEngines:
                 with pytest.raises(Unavailable, match="GPU"):
                     prepare(choice, case)
                 continue
-            if choice.name == "llama.cpp" or choice.linears:
+            if choice.name == "llama.cpp" or choice.linears or choice.compiled:
                 with pytest.raises(Unavailable, match="whole models"):
                     prepare(choice, case)
                 continue

@@ -22,9 +22,12 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 
 def ran(model, lead=None):
-    with torch.no_grad(), choosing(model, lead) as made:
-        logits = [model(IDS).logits, model(IDS.flip(1)).logits]
-    return torch.stack(logits), made
+    logits = []
+    with torch.no_grad(), choosing(model, lead) as chosen:
+        for ids in (IDS, IDS.flip(1)):
+            logits.append(model(ids).logits)
+            chosen.next_pass()
+    return torch.stack(logits), chosen.made
 
 
 def disturb(model, change):

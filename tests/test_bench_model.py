@@ -259,19 +259,23 @@ def test_prompts_are_text_where_there_is_a_tokenizer(tmp_path):
     assert int(other.ids_BT.max()) < 10
 
 
+GRAPHS = ("auto+compiled", "auto+compiled+linears")
+
+
 @pytest.mark.slow
 def test_the_compiled_model(pair):
     dense, sparse = pair
     record = bench_model(
         dense, sparse, ids(), what="tiny", generated=3, batches=[1, 2], samples=5,
-        engines=["compiled", "eager+linears"],
+        engines=["compiled", "eager+linears", "auto+linears", *GRAPHS],
     )  # fmt: skip
     for cell in record["cells"]:
         assert cell["refused"] == {}
-        row = cell["engines"]["compiled"]
-        assert row["relative_error"] < 1e-4
-        # Nothing is compiled again while it is timed, though the model is switched to and fro.
-        assert np.max(row["seconds"]) < 1
+        for name in ("compiled", *GRAPHS):
+            row = cell["engines"][name]
+            assert row["relative_error"] < 1e-4
+            # Nothing is compiled again while it is timed, though the model is switched to and fro.
+            assert np.max(row["seconds"]) < 1
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from moefy.sparse_mlp import SparseMlp
 from moefy_kernels import masked_mlp
 from moefy_kernels.cpu import experts, library
 from moefy_kernels.cpu.experts import native_experts
+from moefy_kernels.cpu.linear import linear as few_tokens
 from moefy_kernels.cpu.linear import native_linear
 
 DEMO = Path(moefy.__file__).parent / "demo" / "llama"
@@ -185,7 +186,11 @@ def test_it_compiles_without_a_break():
     compiled = torch.compile(native_experts, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), native_experts(*args))
     tensors = (x, mask, mlp.down_ND, mlp.gate_ND, mlp.up_ND, None, None, None, None, None, "silu")
-    torch.library.opcheck(experts._operation, tensors)
+    torch.library.opcheck(torch.ops.moefy.native_experts.default, tensors)
+    weight_ND, bias_N = draw(1, 5, x.shape[1]), draw(2, 5)
+    torch.library.opcheck(torch.ops.moefy.native_linear.default, (x, weight_ND, bias_N))
+    straight = torch.compile(few_tokens, fullgraph=True, backend="aot_eager")
+    assert torch.equal(straight(x, weight_ND, bias_N), native_linear(x, weight_ND, bias_N))
 
 
 @settings(max_examples=40, deadline=None)

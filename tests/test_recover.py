@@ -286,7 +286,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(
     assert first.returncode == 1
     last = first.stderr.strip().splitlines()[-1]
     assert "Elsewhere: process 0: another process of this run has ended" in last, first.stderr
-    assert "nothing is lost, --resume continues" in last
+    assert "nothing is lost, run again" in last
     assert not (tmp_path / "out").exists()
     assert [done.returncode for done in both(die=0)] == [0, 0]
     want, got = tensors(of_two), tensors(tmp_path / "out")

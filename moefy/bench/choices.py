@@ -38,11 +38,18 @@ class Chosen:
 
 
 class _Led(Selection):
-    """Chooses by another selection, keeps that, and gives what it is led to, if it is."""
+    """Chooses by another selection, remembers that, and gives what it is led to, if it is.
+
+    What changes from pass to pass is a tensor behind an attribute, which a graph of `torch.compile` takes
+    as it finds it; lists are only touched between passes.
+    """
 
     def __init__(self, own: Selection, lead: Sequence[Chosen] | None) -> None:
         self.own, self.lead = own, lead
         self.made: list[Chosen] = []
+        self.mask_TE: Tensor | None = None
+        self.scores_TE: Tensor | None = None
+        self.led_TE = lead[0].mask_TE if lead else None
 
     def remembered(self, context: Context) -> Tensor | None:
         mask_TE = self.own.remembered(context)
@@ -52,23 +59,47 @@ class _Led(Selection):
         return self._keep(self.own(scores_TE, context), scores_TE)
 
     def _keep(self, mask_TE: Tensor, scores_TE: Tensor | None) -> Tensor:
-        self.made.append(Chosen(mask_TE, scores_TE))
-        return mask_TE if self.lead is None else self.lead[len(self.made) - 1].mask_TE
+        self.mask_TE, self.scores_TE = mask_TE, scores_TE
+        return mask_TE if self.led_TE is None else self.led_TE
+
+    def next_pass(self) -> None:
+        """Write down what was chosen; lead to the next."""
+        assert self.mask_TE is not None
+        self.made.append(Chosen(self.mask_TE, self.scores_TE))
+        if self.lead and len(self.made) < len(self.lead):
+            self.led_TE = self.lead[len(self.made)].mask_TE
 
 
 Choices = list[list[Chosen]]
 """Of every layer, of every pass."""
 
 
+class Choosing:
+    """What the layers of a model choose, pass by pass."""
+
+    def __init__(self, led: Sequence[_Led]) -> None:
+        self.led = led
+
+    @property
+    def made(self) -> Choices:
+        """What was chosen so far."""
+        return [selection.made for selection in self.led]
+
+    def next_pass(self) -> None:
+        """To be called after every forward pass."""
+        for selection in self.led:
+            selection.next_pass()
+
+
 @contextmanager
-def choosing(model: PreTrainedModel, lead: Choices | None = None) -> Iterator[Choices]:
+def choosing(model: PreTrainedModel, lead: Choices | None = None) -> Iterator[Choosing]:
     """What the layers choose, as they run; with `lead` they compute those experts instead."""
     modules = list(sparse_mlps(model).values())
     led = [_Led(m.selection, lead[n] if lead else None) for n, m in enumerate(modules)]
     for module, selection in zip(modules, led, strict=True):
         module.selection = selection
     try:
-        yield [selection.made for selection in led]
+        yield Choosing(led)
     finally:
         for module, selection in zip(modules, led, strict=True):
             module.selection = selection.own

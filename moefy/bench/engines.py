@@ -2,7 +2,8 @@
 
     eager, compiled                     the dense computation: torch as it is, torch.compile
     masked, views, ..., auto            moefy's backends, as `BACKENDS` names them
-    eager+linears, auto+linears         the same with `moefy.native_linears`, of whole models on CPUs
+    ...+linears                         the same with `moefy.native_linears`, of whole models on CPUs
+    auto+compiled, auto+compiled+linears    a whole moefied model under torch.compile
     experts:eager, experts:batched_mm,  transformers' implementations of stock mixtures of experts
     experts:grouped_mm, experts:moefy
     llama.cpp                           llama.cpp on a GGUF file
@@ -23,7 +24,7 @@ EAGER, COMPILED, AUTO, LLAMA_CPP, ALL = "eager", "compiled", "auto", "llama.cpp"
 DENSE = (EAGER, COMPILED)
 EXPERTS = ("eager", "batched_mm", "grouped_mm", "moefy")
 """Implementations of transformers' experts; here `experts:` stands before each, alone for all."""
-LINEARS = "+linears"
+LINEARS, GRAPH = "+linears", "+compiled"
 PREFIX = "experts"
 MASKED = "masked"
 """The backend that every device has."""
@@ -52,13 +53,18 @@ class Choice:
 
     @property
     def base(self) -> str:
-        """The name without what is said of linear maps."""
-        return self.name.removesuffix(LINEARS)
+        """The name without what is said of linear maps and of compiling."""
+        return self.name.partition("+")[0]
 
     @property
     def linears(self) -> bool:
         """Whether linear maps are computed by moefy's kernel too."""
-        return self.base != self.name
+        return self.name.endswith(LINEARS)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile makes a graph of the whole model."""
+        return self.base == COMPILED or GRAPH in self.name
 
     @property
     def experts(self) -> str | None:
@@ -70,8 +76,9 @@ class Choice:
 def names() -> list[str]:
     """All engines; backends are read when asked for, so that one registered later is among them."""
     experts = [f"{PREFIX}:{name}" for name in EXPERTS]
-    linears = [f"{name}{LINEARS}" for name in (EAGER, AUTO)]
-    return [*DENSE, *BACKENDS, AUTO, *linears, *experts, LLAMA_CPP]
+    graph = AUTO + GRAPH
+    linears = [f"{name}{LINEARS}" for name in (*DENSE, AUTO, graph)]
+    return [*DENSE, *BACKENDS, AUTO, graph, *linears, *experts, LLAMA_CPP]
 
 
 def choose(given: Sequence[str]) -> list[Choice]:
@@ -83,7 +90,7 @@ def choose(given: Sequence[str]) -> list[Choice]:
     found: list[Choice] = []
     for text in given or [ALL]:
         name, equals, path = text.partition("=")
-        if equals and (name.removesuffix(LINEARS) in (*DENSE, *BACKENDS, AUTO, ALL) or not path):
+        if equals and (name.partition("+")[0] in (*DENSE, *BACKENDS, AUTO, ALL) or not path):
             raise MoefyError(
                 f"--engine {text}: only {LLAMA_CPP}=FILE.gguf and {PREFIX}=FOLDER take a path"
             )

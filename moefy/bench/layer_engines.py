@@ -64,7 +64,7 @@ def prepare(choice: Choice, case: Case) -> list[Call]:
         # What was compiled for other shapes would count against the limit of recompilations.
         torch.compiler.reset()
         return _dense(case, torch.compile(mlp, dynamic=False))
-    if choice.name == LLAMA_CPP or choice.linears:
+    if choice.name == LLAMA_CPP or choice.linears or choice.compiled:
         raise Unavailable("runs whole models: --level model")
     if choice.experts is not None:
         return _stock(case, choice.experts)

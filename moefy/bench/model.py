@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from moefy.bench import moved
 from moefy.bench.bandwidth import read_bandwidth
 from moefy.bench.cells import Facts, cell, checked, record, relative_error
-from moefy.bench.choices import Choices, choosing, moved_on, others
+from moefy.bench.choices import Choices, Choosing, choosing, moved_on, others
 from moefy.bench.engines import AUTO, EAGER, MASKED, Choice, Unavailable, choose
 from moefy.bench.mlp_share import amdahl, mlp_share
 from moefy.bench.model_engines import Models, Session, TransformersSession, keeping
@@ -148,6 +148,8 @@ def _cells(
     bandwidth: float,
 ) -> list[dict[str, Any]]:
     """The records of prefill and decode for one batch."""
+    # Graphs of other shapes would have to be told from these in every call.
+    torch.compiler.reset()
     batch, steps = len(ids_BT), range(length, ids_BT.shape[1])
     reference = _references(models, ids_BT, length)
     passes = reference.passes
@@ -205,22 +207,24 @@ def _references(models: Models, ids_BT: Tensor, length: int) -> _Reference:
     dense = whole_BTV[:, -count:].transpose(0, 1).float().cpu()
     session = models.session(Choice(MASKED), ids_BT, length)
     assert isinstance(session, TransformersSession)
-    with _listening(models.sparse) as heard, choosing(models.sparse) as choices:
+    with _listening(models.sparse) as heard, choosing(models.sparse) as chosen:
         session.reset()
         logits = [session.prefill()]
+        chosen.next_pass()
         prefill = _Pass([heard.copy()], moved.cache_bytes(session.cache))
         decode = _Pass([], 0.0)
         held = 0.0
         for position in steps:
             heard.clear()
             logits.append(session.step(position))
+            chosen.next_pass()
             decode.masks.append(heard.copy())
             held += moved.cache_bytes(session.cache)
     decode.cache = held / len(steps)
     sparse = torch.stack(logits[:count]).float().cpu()
-    with choosing(models.sparse, moved_on(choices)):
-        other, _ = _run(session, models.sparse, steps[:CHECKED])
-    return _Reference(dense, sparse, choices, relative_error(other, sparse), (prefill, decode))
+    with choosing(models.sparse, moved_on(chosen.made)) as moved_experts:
+        other, _ = _run(session, models.sparse, steps[:CHECKED], moved_experts)
+    return _Reference(dense, sparse, chosen.made, relative_error(other, sparse), (prefill, decode))
 
 
 def _mlp_share(models: Models, ids_BT: Tensor, length: int) -> float | None:
@@ -251,15 +255,21 @@ def _listening(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def _run(
-    session: Session, sparse: PreTrainedModel, steps: Sequence[int]
+    session: Session,
+    sparse: PreTrainedModel,
+    steps: Sequence[int],
+    choosing: Choosing | None = None,
 ) -> tuple[Tensor, dict[str, dict[str, int]]]:
     """Logits `[1 + G, B, V]` behind the prompt and some tokens; which backends computed each phase."""
     session.reset()
-    # A graph of torch.compile may reuse the memory of what it returned before.
-    logits = [session.prefill().float().cpu()]
-    by = {"prefill": _backends(sparse)}
-    logits += [session.step(position).float().cpu() for position in steps]
-    by["decode"] = _backends(sparse)
+    passes = [session.prefill, *(partial(session.step, position) for position in steps)]
+    logits, by = [], {}
+    for phase, one in zip(("prefill", *["decode"] * len(steps)), passes, strict=True):
+        # A graph of torch.compile may reuse the memory of what it returned before.
+        logits.append(one().float().cpu())
+        by[phase] = _backends(sparse)
+        if choosing is not None:
+            choosing.next_pass()
     return torch.stack(logits), by
 
 
@@ -284,11 +294,11 @@ def _compared(
             return by, checked(got, reference.dense, ELSEWHERE), None
         allowed = max(ELSEWHERE, NEARER * reference.unrouted)
         return by, checked(got, reference.sparse, allowed), None
-    with choosing(sparse, reference.choices) as made:
-        got, by = _run(session, sparse, steps[:CHECKED])
+    with choosing(sparse, reference.choices) as chosen:
+        got, by = _run(session, sparse, steps[:CHECKED], chosen)
     _by_name(choice, by)
     error = checked(got, reference.sparse, tolerance)
-    return by, error, others(made, reference.choices, sparse.dtype)
+    return by, error, others(chosen.made, reference.choices, sparse.dtype)
 
 
 def _backends(model: PreTrainedModel) -> dict[str, int]:

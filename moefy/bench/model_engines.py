@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from moefy.bench.engines import (
-    COMPILED,
-    LLAMA_CPP,
-    PREFIX,
-    Choice,
-    Unavailable,
-    serve,
-)
+from moefy.bench.engines import LLAMA_CPP, PREFIX, Choice, Unavailable, serve
 from moefy.bench.llama_cpp import LlamaCpp
 from moefy.errors import MoefyError
 from moefy.experts_interface import register_experts
 from moefy.native_linears import native_linears
 from moefy.offload import device_of
 from moefy.sparse_mlp import use_backend
+
+
+GRAPHS = 64
+"""Most graphs of one function: beyond that torch would quietly run without any."""
 
 
 class Session(Protocol):
@@ -73,13 +70,18 @@ class TransformersSession:
             self._compile()
 
     def _compile(self) -> None:
-        """Compile with a cache of fixed size, which a first pass lays out as transformers does."""
-        # What was compiled for other shapes would count against the limit of recompilations.
-        torch.compiler.reset()
+        """Compile with a cache of fixed size, which a first pass lays out as transformers does.
+
+        Raises `Unavailable` for weights that are offloaded.
+        """
+        if self.model.device.type == "meta":
+            raise Unavailable("the weights are offloaded, which cannot be compiled")
         length = self.ids_BT.shape[1]
         self.static = StaticCache(config=self.model.config, max_cache_len=length)
         self.reset()
         self.prefill()
+        # All engines compile one forward, each for prompt and token, as it is led and as it chooses.
+        torch._dynamo.config.recompile_limit = GRAPHS
         self.forward = torch.compile(self.model, dynamic=False)
 
     def reset(self) -> None:
@@ -132,11 +134,8 @@ class Models:
         """
         serve(choice, device_of(self.sparse))
         if choice.dense:
-            compiled = choice.name == COMPILED
-            if compiled and self.dense.device.type == "meta":
-                raise Unavailable("the weights are offloaded, which cannot be compiled")
             return TransformersSession(
-                self.dense, ids_BT, prompt, dense=True, compiled=compiled,
+                self.dense, ids_BT, prompt, dense=True, compiled=choice.compiled,
                 before=lambda: native_linears(self.dense, choice.linears),
             )  # fmt: skip
         if choice.name == LLAMA_CPP:
@@ -144,7 +143,7 @@ class Models:
         if choice.experts is not None:
             return self._experts(choice, ids_BT, prompt)
         return TransformersSession(
-            self.sparse, ids_BT, prompt, dense=False,
+            self.sparse, ids_BT, prompt, dense=False, compiled=choice.compiled,
             before=lambda: use_backend(native_linears(self.sparse, choice.linears), choice.base),
         )  # fmt: skip
 

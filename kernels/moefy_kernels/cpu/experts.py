@@ -10,11 +10,12 @@ Shapes: T tokens, D width, N neurons, E experts.
 """
 
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moefy_kernels.cpu.library import call, library
+from moefy_kernels.cpu.library import available, call
 from moefy_kernels.expert_mlp import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,7 +43,7 @@ def native_experts(
     `active_TN` stands for it where the activation is known already. Raises `ValueError` for what
     `serves` refuses.
     """
-    run = _operation if torch.compiler.is_compiling() else _run
+    run = OPERATIONS.native_experts if torch.compiler.is_compiling() else _native_experts
     matrices = (down_ND, selecting_ND, up_ND)
     vectors = (active_TN, selecting_bias_N, up_bias_N, centre_N, down_bias_D)
     return run(x_TD, weight_TE, *matrices, *vectors, activation)
@@ -61,10 +62,10 @@ def serves(x_TD: Tensor, *matrices: Tensor | None) -> bool:
             or (trains and matrix.requires_grad)
         ):
             return False
-    return library() is not None
+    return available()
 
 
-def _run(
+def _native_experts(
     x_TD: Tensor,
     weight_TE: Tensor,
     down_ND: Tensor,
@@ -137,9 +138,18 @@ def address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
 
-_operation = torch.library.custom_op("moefy::native_experts", _run, mutates_args=())
+def operation(function: Callable[..., Tensor], shaped: Callable[..., Tensor]) -> None:
+    """Make a function of CPU tensors one of `OPERATIONS`, under its own name: what `torch.compile` calls.
+
+    `shaped` gives an empty output. Nothing is between the graph and the function, where
+    `torch.library.custom_op` puts several calls of Python that decoding would pay for in every layer.
+    """
+    name = function.__name__.removeprefix("_")
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.impl(name, function, "CPU")
+    torch.library.register_fake(f"moefy::{name}", shaped, lib=_LIBRARY)
 
 
-@_operation.register_fake
-def _(x_TD: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x_TD)
+_LIBRARY = torch.library.Library("moefy", "FRAGMENT")
+OPERATIONS = torch.ops.moefy
+operation(_native_experts, lambda x_TD, *_: torch.empty_like(x_TD))

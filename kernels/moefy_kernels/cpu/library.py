@@ -48,6 +48,12 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is a library: a constant where `torch.compile` traces."""
+    return library() is not None
+
+
 def call(name: str, arguments: bytes) -> None:
     """Call a function of the library with the address of its packed `arguments`."""
     native = library()

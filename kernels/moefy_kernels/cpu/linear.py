@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moefy_kernels.cpu.experts import address, serves
+from moefy_kernels.cpu.experts import OPERATIONS, address, operation, serves
 from moefy_kernels.cpu.library import call
 
 MOST = 16
@@ -21,20 +21,20 @@ _ARGUMENTS = struct.Struct("6q4P")
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by the native kernel where that is faster.
 
-    Which is for up to `MOST` tokens in any shape `[..., D]`, without gradients, autocast and
-    `torch.compile`, where `serves` agrees (`experts`).
+    Which is for up to `MOST` tokens in any shape `[..., D]`, without gradients and autocast, where
+    `serves` agrees (`experts`).
     """
     trains = bias_N is not None and torch.is_grad_enabled() and bias_N.requires_grad
     if (
         not 0 < x.numel() <= MOST * x.shape[-1]
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or (bias_N is not None and bias_N.dtype != x.dtype)
         or trains
         or not serves(x, weight_ND)
     ):
         return functional.linear(x, weight_ND, bias_N)
-    return native_linear(x, weight_ND, bias_N)
+    run = OPERATIONS.native_linear if torch.compiler.is_compiling() else native_linear
+    return run(x, weight_ND, bias_N)
 
 
 def native_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -53,3 +53,6 @@ def native_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) ->
     )
     call("moefy_linear", arguments)
     return y
+
+
+operation(native_linear, lambda x, weight_ND, *_: x.new_empty((*x.shape[:-1], len(weight_ND))))
