@@ -51,8 +51,16 @@ def measure(name: str) -> None:
         "tables": {key: found.tables[key] for key in WHOLE if key in found.tables},
         "causal": {key: [row[key] for row in causal if row["mode"] == mode] for key in CELL},
     }  # fmt: skip
+    record["seconds"]["causal matrix"] = matrix_seconds(Path("runs/inspect") / name / "work")
     file = RECORDS / f"inspect_{name}.json"
     file.write_text(json.dumps(rounded(record), indent=0) + "\n", encoding="utf-8")
+
+
+def matrix_seconds(work: Path) -> float:
+    """From the last part before the causal matrix to its last layer, by when their files were written."""
+    before = max(file.stat().st_mtime for file in work.glob("random-weights-*.json"))
+    layers = [file.stat().st_mtime for file in (work / "causal").glob("dense-mean-layer-*.json")]
+    return max(layers) - before
 
 
 def rounded(value: Any) -> Any:
@@ -80,6 +88,7 @@ def page() -> None:
     fill(PAGE, "kept", kept(found))
     fill(PAGE, "history", history(record("history_llama")))
     fill(PAGE, "time", seconds(found))
+    fill(Path("docs/inspection_size.md"), "time", each(found["llama"]))
     draw(found)
 
 
@@ -240,6 +249,23 @@ def seconds(found: dict[str, dict[str, Any]]) -> str:
         ["peak memory, GB", *(f"{one['peak_memory'] / 1e9:.1f}" for one in found.values())]
     )
     return markdown(["seconds", *found], lines)
+
+
+def each(one: dict[str, Any]) -> str:
+    """Time for every expert and token."""
+    experts, taken = sum(one["experts"]), one["seconds"]
+    tokens = one["tables"]["routing"]["tokens"][0]
+    documents = dict(zip(one["causal"]["domain"], one["causal"]["documents"], strict=True))
+    causal = one["settings"]["causal_tokens"]
+    lines = [
+        ["description, its controls and statistics", f"{taken['description']:.0f}", f"{tokens}",
+         f"{1e6 * taken['description'] / tokens / experts:.1f} microseconds"],
+        ["causal matrix", f"{taken['causal matrix']:.0f}", f"{causal}, {sum(documents.values())} documents",
+         f"{1e6 * taken['causal matrix'] / causal / experts:.0f} microseconds, random sets included"],
+        ["all of causes", f"{taken['causal']:.0f}", str(causal), ""],
+        ["everything", f"{taken['in all']:.0f}", str(tokens), f"peak memory {one['peak_memory'] / 1e9:.1f} GB"],
+    ]  # fmt: skip
+    return markdown(["part", "seconds", "tokens", "for each expert and token"], lines)
 
 
 def draw(found: dict[str, dict[str, Any]]) -> None:

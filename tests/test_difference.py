@@ -114,6 +114,20 @@ def test_dense_beside_moefied_is_what_eval_measures(made, tmp_path):
     assert summary["kl"] == pytest.approx(recorded["kl"]["mean"], rel=1e-3)
 
 
+def test_models_with_the_same_experts_show_how_much_routing_they_share(made):
+    """Of the same routers everything; models with other experts have no such table."""
+    folders = [made(kind) for kind in ("demo_llama", "demo_opt")]
+    corpus = load_corpus().take(64)
+    same = moefy.diff(folders[0], folders[0], corpora=corpus, quiet=True)
+    table = rows(same.table("saturation"))
+    assert [row["saturation"] for row in table] == [1.0] * 6
+    assert all(row["saturation_chance"] < row["saturation_load"] < 0.95 for row in table)
+    other = moefy.diff(*folders, corpora=corpus, quiet=True)
+    assert "saturation" not in other.tables
+    dense = moefy.diff(LLAMA, folders[0], corpora=corpus, quiet=True)
+    assert "saturation" not in dense.tables
+
+
 def test_a_model_beside_itself_shows_nothing(texts):
     same = moefy.diff(LLAMA, LLAMA, corpora=texts, quiet=True)
     assert rows(same.table("hunt")) == []

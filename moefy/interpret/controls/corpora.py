@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moefy.interpret.routing_sample import RoutingSample
+from moefy.interpret.routing_sample import RoutingSample, drawn_documents
 from moefy.interpret.statistics import q_values, units
 from moefy.interpret.table import Table, table
 from moefy.interpret.tokens import Documents
 
 Q = 0.05
+TOKENS = 60_000
+"""Most tokens of a text that figures are made from."""
 LEAST_EXPERTS = 5
 """Fewer experts than this have no order worth a correlation."""
 
@@ -37,9 +39,9 @@ def replication(
     """
     parts = texts(sample.documents, seed)
     made = {
-        name: describe(sample.take(chosen_D[sample.tokens.document_T]))["experts"]
+        name: describe(sample.take(some_T))["experts"]
         for name, chosen_D in parts.items()
-        if chosen_D[sample.tokens.document_T].any()
+        if (some_T := _some(sample, chosen_D, seed)).any()
     }
     rows: list[dict[str, Any]] = []
     for first, second in combinations(made, 2):
@@ -54,6 +56,13 @@ def replication(
     columns["q"] = q
     columns["replicates"] = [None if np.isnan(value) else bool(value < Q) for value in q]
     return {"replication": table(columns)}
+
+
+def _some(sample: RoutingSample, chosen_D: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """Tokens `[T]` of the sample in documents drawn from the chosen ones."""
+    document_T = sample.tokens.document_T
+    tokens_D = np.bincount(document_T, minlength=len(chosen_D)) * chosen_D
+    return (chosen_D & drawn_documents(tokens_D, TOKENS, seed))[document_T]
 
 
 def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
