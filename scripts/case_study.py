@@ -29,9 +29,12 @@ CELL = ("layer", "expert", "domain", "ce", "ce_low", "ce_high", "csi", "csi_low"
 DIGITS = 5
 
 
-def measure(name: str) -> None:
+def measure(name: str, tokens: int, causal_tokens: int) -> None:
     """The whole inspection of a demo model; the record holds what the page shows and more."""
-    found = moefy.inspect(moefied(name, Path("runs/inspect")), out=Path("runs/inspect") / name)
+    found = moefy.inspect(
+        moefied(name, Path("runs/inspect")), out=Path("runs/inspect") / name,
+        tokens=tokens, causal_tokens=causal_tokens,
+    )  # fmt: skip
     causal = [row for row in rows(found.table("causal")) if row["model"] == "dense"]
     mode = found.meta["settings"]["mode"]
     meta = (
@@ -217,10 +220,12 @@ def kept(found: dict[str, dict[str, Any]]) -> str:
             at = [row for row in table if row["share"] == share]
             lines.append(
                 [name, f"{share:.1%}", *(f"{np.mean([row[key] for row in at]):.2f}" for key in ("ce", "ce_other", "ce_random")),
-                 f"{sum(below(row['q']) for row in at)} of {len(at)}"]
+                 f"{sum(row['ce'] < row['ce_random_least'] for row in at)} of {len(at)}",
+                 f"{sum(row['saved_low'] > 0 for row in at)} of {len(at)}"]
             )  # fmt: skip
     header = ["model", "experts kept", "damage with the domain's own, nats", "with other domains'",
-              "with random ones", "domains better than random"]  # fmt: skip
+              "with random ones", "domains better than each of 20 random draws",
+              "better than their mean (interval above 0)"]  # fmt: skip
     return markdown(header, lines)
 
 
@@ -416,14 +421,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("inspect").add_argument("models", nargs="+", choices=MODELS)
+    inspected = verbs.add_parser("inspect")
+    inspected.add_argument("models", nargs="+", choices=MODELS)
+    inspected.add_argument("--tokens", type=int, default=200_000)
+    inspected.add_argument("--causal-tokens", type=int, default=20_000)
     verbs.add_parser("page")
     given = parser.parse_args()
     if given.verb == "page":
         page()
         return
     for name in given.models:
-        measure(name)
+        measure(name, given.tokens, given.causal_tokens)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 Language models: the change of cross-entropy and KL(base || other), in nats. With `z = logits - base`
 and p the base's probabilities,
 
-    m = <p, z>,   s = sum_v p_v exp(z_v - m),   KL = log s,   CE change = m + log s - z_target
+    m = <p, z>,   s = sum_v p_v exp(z_v - m) / sum_v p_v,   KL = log s,   CE change = m + log s - z_target
 
-so that small effects are not lost in the difference of large numbers. Encoders have no next token:
+so that small effects are not lost in the difference of large numbers, nor in a sum of p that is 1 but for
+rounding. Encoders have no next token:
 their damage is 1 - cosine of the last hidden states, and they have no KL.
 
 Shapes: B documents, T positions, J judged tokens of a batch, V vocabulary, D width.
@@ -73,7 +74,7 @@ class Reference:
         other_JV = self._rows(out)
         if self.target_J is None or self.p_JV is None:
             return 1 - cosine_similarity(self.base_JV, other_JV, dim=-1), None
-        ce, kl = [], []
+        ce, kl, one_V = [], [], torch.ones_like(other_JV[:1])
         step = max(1, _CHUNK // other_JV.shape[1])
         for first in range(0, len(other_JV), step):
             at = slice(first, first + step)
@@ -81,7 +82,7 @@ class Reference:
             of_target = z.gather(1, self.target_J[at, None])[:, 0]
             m = torch.linalg.vecdot(p, z)
             z.sub_(m[:, None]).clamp_(max=_LARGEST).exp_()
-            log_s = torch.linalg.vecdot(p, z).log()
+            log_s = (torch.linalg.vecdot(p, z) / torch.linalg.vecdot(p, one_V)).log()
             ce.append(m + log_s - of_target)
             kl.append(log_s.clamp_min(0))
         return torch.cat(ce), torch.cat(kl)
