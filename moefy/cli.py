@@ -362,7 +362,7 @@ def diff(
         base, other, corpora={name: name for name in corpus} if corpus else None, out=out,
         tokens=tokens, command=" ".join(["moefy", *sys.argv[1:]]), quiet=quiet,
     )  # fmt: skip
-    view = [
+    view: list[Any] = [
         terminal(*differences(found), title="log p(base) - log p(other)"),
         terminal(*tails(found), title="tokens that lose and gain most"),
     ]

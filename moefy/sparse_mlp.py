@@ -20,6 +20,7 @@ from moefy.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy.routed import all_experts as all_experts
 from moefy.routing.base import Compensation, Router, Selection
 from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
+from moefy_kernels.cpu.library import constant
 from moefy_kernels.dispatch import PATHS, choose
 from moefy_kernels.measured import device_name
 from moefy_kernels.roofline import Layer
@@ -292,7 +293,7 @@ class SparseMlp(Hooked):
         return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _expected(
     width: int, neurons: int, size: int, matrices: int, itemsize: int, tokens: int, density: float
 ) -> str:

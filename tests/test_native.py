@@ -25,7 +25,7 @@ from moefy.native_linears import native_linears
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.sparse_mlp import SparseMlp
 from moefy_kernels import masked_mlp
-from moefy_kernels.cpu import experts, library
+from moefy_kernels.cpu import library
 from moefy_kernels.cpu.experts import native_experts
 from moefy_kernels.cpu.linear import linear as few_tokens
 from moefy_kernels.cpu.linear import native_linear

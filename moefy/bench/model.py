@@ -6,7 +6,7 @@ token behind it, each timed by itself.
 Shapes: B sequences, T tokens, E experts, V vocabulary, L layers, G generated tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -262,7 +262,8 @@ def _run(
 ) -> tuple[Tensor, dict[str, dict[str, int]]]:
     """Logits `[1 + G, B, V]` behind the prompt and some tokens; which backends computed each phase."""
     session.reset()
-    passes = [session.prefill, *(partial(session.step, position) for position in steps)]
+    passes: list[Callable[[], Tensor]] = [session.prefill]
+    passes += [partial(session.step, position) for position in steps]
     logits, by = [], {}
     for phase, one in zip(("prefill", *["decode"] * len(steps)), passes, strict=True):
         # A graph of torch.compile may reuse the memory of what it returned before.

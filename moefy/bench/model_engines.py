@@ -20,7 +20,6 @@ from moefy.native_linears import native_linears
 from moefy.offload import device_of
 from moefy.sparse_mlp import use_backend
 
-
 GRAPHS = 64
 """Most graphs of one function: beyond that torch would quietly run without any."""
 

@@ -19,9 +19,13 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("experts.cpp", "rows.h"))
 FLAGS = {
@@ -48,9 +52,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Function) -> Function:
+    """The same function, whose results `torch.compile` holds as constants while it traces."""
+    held: Function = torch.compiler.assume_constant_result(function)
+    return held
+
+
+@constant
 def available() -> bool:
-    """Whether there is a library: a constant where `torch.compile` traces."""
+    """Whether there is a library."""
     return library() is not None
 
 
