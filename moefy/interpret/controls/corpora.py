@@ -83,9 +83,14 @@ def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
 
 
 def figures(experts: Table) -> list[str]:
-    """Columns of a table of experts that are figures: numbers, no keys, intervals, p or q."""
-    beside = ("_low", "_high", "_p", "_q", "_z", "_percentile", "_documents", "_tokens", "_draws")
-    keys = ("layer", "expert", "documents", "tokens", "p", "q")
+    """Columns of a table that are figures: numbers, no keys, intervals, p or q, and neither what a figure
+    is compared with nor out of how many it is counted."""
+    beside = (
+        "_low", "_high", "_p", "_q", "_z", "_percentile", "_documents", "_tokens", "_draws", "_random",
+        "_chance", "_null", "_of", "_types", "_compared",
+    )  # fmt: skip
+    keys = ("layer", "expert", "documents", "tokens", "p", "q", "units", "routed_experts", "active")
+    keys += ("chance_recall", "constant_recall", "load_recall", "share_sum_error")
     return [
         name
         for name, column in experts.items()
