@@ -46,11 +46,11 @@ def alike(step: int, source: Path, work: Path, last: Artefact) -> Path:
         return out
     ordered, checkpoint = work / f"ordered-{step}", Checkpoint.open(source)
     ordered.mkdir(exist_ok=True)
+    # Kept checkpoints have no tokenizer of their own.
+    copy_folder(work.parent / "model", ordered, skip={file.name for file in checkpoint.files})
+    copy_folder(source, ordered, skip={file.name for file in checkpoint.files})
     found = sites(meta_model(read_config(checkpoint)))
     reorder(checkpoint, ordered, found, last, Reporter(quiet=True))
-    tokenizer = work.parent / "model"
-    copy_folder(tokenizer, ordered, skip={"config.json", "model.safetensors"})
-    copy_folder(source, ordered, skip={file.name for file in checkpoint.files})
     moefy.convert(
         ordered, out, recipe=override(RECIPE, {"partition.method": "contiguous"}), quiet=True
     )
