@@ -121,9 +121,10 @@ def domain_table(record: dict[str, Any]) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; a bar inside a cell does not end it."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def terminal(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:

@@ -287,12 +287,12 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
 COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cccccc")
 
 
-def panels(count: int, width: float, height: float) -> tuple[Any, Any]:
+def panels(count: int, width: float, height: float, *, one_scale: bool = True) -> tuple[Any, Any]:
     """A figure with panels side by side."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        1, count, figsize=(width, height), layout="constrained", sharey=True
+        1, count, figsize=(width, height), layout="constrained", sharey=one_scale
     )
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -351,7 +351,7 @@ def draw_controls(found: dict[str, dict[str, Any]]) -> None:
 
 def draw_causes(found: dict[str, dict[str, Any]], experts: int = 24) -> None:
     """Damage of the experts that some domain needs most, in every domain."""
-    figure, axes = panels(len(found), 10, 5.2)
+    figure, axes = panels(len(found), 10, 5.2, one_scale=False)
     for axis, (name, one) in zip(axes, found.items(), strict=True):
         domains = sorted(set(one["causal"]["domain"]))
         square = grid(one["causal"], "ce", len(domains))
@@ -367,7 +367,6 @@ def draw_causes(found: dict[str, dict[str, Any]], experts: int = 24) -> None:
         numbers = one["causal"]["expert"][:: len(domains)]
         axis.set_xticks(range(len(domains)), domains, rotation=60, ha="right", fontsize=8)
         axis.set_yticks(range(len(top)), [f"L{layers[i]}.E{numbers[i]}" for i in top], fontsize=7)
-        axis.tick_params(labelleft=True)
         axis.set_title(f"{name}: rise of cross-entropy, nats", fontsize=10)
         figure.colorbar(shown, ax=axis, shrink=0.8)
     save(figure, "causes")
@@ -381,7 +380,7 @@ def grid(cells: Table, name: str, domains: int) -> np.ndarray[Any, np.dtype[np.f
 
 def draw_history(found: dict[str, Any]) -> None:
     """Router saturation over training."""
-    figure, axes = panels(2, 8, 3)
+    figure, axes = panels(2, 9, 3, one_scale=False)
     steps = [step["step"] for step in found["steps"]]
     for layer in range(len(found["steps"][0]["saturation"])):
         colour = str(0.1 + 0.12 * layer)
@@ -409,10 +408,11 @@ def draw_history(found: dict[str, Any]) -> None:
         axes[1].plot(steps, [v[key] for v in values], "o-", ms=3, color=colour, label=text)
         low, high = ([v[f"{key}_{end}"] for v in values] for end in ("low", "high"))
         axes[1].fill_between(steps, low, high, color=colour, alpha=0.2)
+    axes[1].set_ylabel("share of the bits of routing")
     for axis in axes:
         axis.set_xlabel("training step")
         axis.set_ylim(0, 1)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "history")
 
 
