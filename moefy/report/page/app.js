@@ -10,7 +10,8 @@ function place() {
   }
   if (hash.startsWith("search=")) return { kind: "search", text: hash.slice(7) };
   if (hash && !NAMED.some(([name]) => name === hash)) return { kind: "nowhere", text: hash };
-  return { kind: hash || "overview" };
+  // A comparison of two models has nothing else to show.
+  return { kind: hash || (layerCount() ? "overview" : "hunt") };
 }
 
 // An address that someone cut off is no reason to show nothing.

@@ -13,7 +13,7 @@ function headline() {
   const tokens = documents?.tokens ? `, ${num(documents.tokens.reduce((a, b) => a + b, 0))} tokens` : "";
   return el("div.headline", null,
     el("h1", null, el("bdi", null, modelName())),
-    el("p", null, `${layers.length} layers of ${counts.join(" or ")} experts${read ? "; read on " + read + tokens : ""}.`));
+    el("p", null, layers.length ? `${layers.length} layers of ${counts.join(" or ")} experts${read ? "; read on " + read + tokens : ""}.` : ["Two models compared token by token: ", el("a", { href: "#hunt" }, "Diff hunt"), "."]));
 }
 
 function modelName() {
@@ -148,16 +148,21 @@ function keepOnly() {
 }
 
 // A table that has no screen of its own: its columns as they are.
+// Tables of so few rows are not folded.
+const FEW_ROWS = 8;
+
 function generic(title, how, given, most = 200) {
   const names = Object.keys(given).filter((name) => !/_(low|high)$/.test(name) || !(name.replace(/_(low|high)$/, "") in given));
   const all = rows(given);
   const cells = (row) => el("tr", { class: isThin(row) ? "thin" : null }, names.map((name) =>
     (typeof row[name] === "number" ? el("td", null, withInterval(row, name)) : el("td", null, el("bdi", null, num(row[name]))))));
-  return panel(title, how, folded(`${num(all.length)} rows`, () => [grid(names.map(titleOf), all.slice(0, most).map(cells)),
-    el("p.how", null, all.length > most ? `The first ${most} rows; inspection.json has all.` : "")]));
+  const shown = () => [grid(names.map(titleOf), all.slice(0, most).map(cells)),
+    el("p.how", null, all.length > most ? `The first ${most} rows; inspection.json has all.` : "")];
+  return panel(title, how, all.length > FEW_ROWS ? folded(`${num(all.length)} rows`, shown) : shown());
 }
 
 function missing() {
+  if (!layerCount()) return null;
   const gone = Object.entries(NEEDED).filter(([name]) => !has(name));
   return gone.length ? panel("Not in this report", "Panels that need these are left out.",
     grid(["what", "how to get it"], gone.map(([, [what, how]]) => [what, el("td", null, el("code", null, how))]))) : null;
