@@ -455,6 +455,22 @@ def test_prompt_map_is_coloured_by_share(page, found):
         assert sum(parts) == pytest.approx(logit, abs=0.03)
 
 
+def test_a_comparison_of_two_models_opens_on_its_differences(page, found, tmp_path):
+    """As `moefy diff` makes it: no experts, and how much routing is shared, layer by layer."""
+    tables = {name: found.tables[name] for name in found.tables if name.startswith("hunt")}
+    tables["saturation"] = {
+        "layer": [0, 1],
+        "saturation": [0.75, 0.5],
+        "saturation_load": [0.5, 0.25],
+    }
+    compared = Inspection({**found.meta, "layers": []}, {}, tables, found.texts)
+    page.open(write_report(compared, tmp_path / "report.html").as_uri())
+    assert page.js("return document.body.dataset.screen") == "hunt"
+    assert "Router saturation" in page.text and "0.75" in page.text
+    page.go("overview")
+    assert "Two models compared" in page.text and "Not in this report" not in page.text
+
+
 def test_hunt_marks_the_token_that_was_to_come(page, found):
     page.go("hunt")
     page.wait(lambda: page.count(".example .focus") > 0)
