@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tiny_conversion import convert_tiny
+from tiny_models import build
 from transformers import CompileConfig, StaticCache
 
 import moefy
@@ -14,10 +16,17 @@ IDS = torch.arange(3, 19).view(1, 16)
 PROMPT = 6
 
 
-@pytest.fixture
-def model(made):
+@pytest.fixture(params=["shared", "conditional"])
+def model(made, request, tmp_path):
+    """With a linear router and nothing for what is off; with a mean for each expert that is off."""
     torch.compiler.reset()
-    yield moefy.native_linears(moefy.load(made("shared")))
+    if request.param == "shared":
+        folder = made("shared")
+    else:
+        folder = tmp_path / "out"
+        settings = {"compensation.name": "conditional_mean", "partition.shared": 2}
+        convert_tiny("qwen2", build("qwen2", tmp_path / "in"), folder, settings=settings)
+    yield moefy.native_linears(moefy.load(folder))
     torch.compiler.reset()
 
 

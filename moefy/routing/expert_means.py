@@ -28,7 +28,8 @@ class ExpertMeans(Compensation):
         """The compensation `[T, D]`."""
         training = torch.is_grad_enabled() and self.mean_ED.requires_grad
         one = len(mask_TE) == 1 and not mask_TE.is_floating_point()
-        if one and not training and mask_TE.device.type == "cpu":
+        graph = torch.compiler.is_compiling()  # cannot hold what depends on the mask
+        if one and not training and not graph and mask_TE.device.type == "cpu":
             # One token reads only the rows it needs: this is what `weights_read` counts.
             return self._one_token(mask_TE[0])[None]
         off_TE = off(mask_TE)
