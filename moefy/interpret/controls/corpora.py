@@ -89,8 +89,10 @@ def figures(experts: Table) -> list[str]:
         "_low", "_high", "_p", "_q", "_z", "_percentile", "_documents", "_tokens", "_draws", "_random",
         "_chance", "_null", "_of", "_types", "_compared",
     )  # fmt: skip
-    keys = ("layer", "expert", "documents", "tokens", "p", "q", "units", "routed_experts", "active")
-    keys += ("chance_recall", "constant_recall", "load_recall", "share_sum_error")
+    keys = (
+        "layer", "expert", "documents", "tokens", "p", "q", "units", "routed_experts", "active",
+        "chance_recall", "constant_recall", "load_recall", "share_sum_error",
+    )  # fmt: skip
     return [
         name
         for name, column in experts.items()
