@@ -264,10 +264,7 @@ class SparseMlp(Hooked):
         tokens = x_TD.shape[0]
         if not isinstance(tokens, int) or not cpu_backend.fits(x_TD, weights):
             return "masked"
-        neurons, width = self.up_ND.shape
-        matrices = (2 if self.gate_ND is None else 3) - isinstance(weights, DecidedMlp)
-        itemsize = x_TD.element_size()
-        return _expected(width, neurons, self.expert_size, matrices, itemsize, tokens, self.density)
+        return _expected(self.kernel_layer(x_TD, weights), tokens, self.density)
 
     def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
         """What is left to compute, as kernels count it."""
@@ -294,11 +291,9 @@ class SparseMlp(Hooked):
 
 
 @constant
-def _expected(
-    width: int, neurons: int, size: int, matrices: int, itemsize: int, tokens: int, density: float
-) -> str:
+def _expected(layer: Layer, tokens: int, density: float) -> str:
     """The path expected to be fastest on a CPU; of numbers alone, since `torch.compile` holds the answer."""
-    layer, threads = Layer(width, neurons, size, matrices, itemsize), torch.get_num_threads()
+    threads = torch.get_num_threads()
     return choose("cpu", layer, tokens, density, paths=WITHOUT_VIEWS, threads=threads)
 
 

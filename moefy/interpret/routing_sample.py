@@ -93,11 +93,14 @@ class RoutingSampler:
         return found.take(np.argsort(document_T, kind="stable"))
 
 
-def drawn_documents(tokens_D: Ints, limit: int, seed: int) -> Bools:
-    """Documents `[D]` drawn at random until they hold `limit` tokens; all where they hold fewer."""
+def drawn_documents(tokens_D: Ints, limit: int, seed: int, among_D: Bools | None = None) -> Bools:
+    """Documents `[D]` drawn at random until they hold `limit` tokens, at least one; all where they hold
+    fewer. `among_D` says which may be drawn; left out, any."""
     order_D = np.random.default_rng(seed).permutation(len(tokens_D))
+    if among_D is not None:
+        order_D = order_D[among_D[order_D]]
     within_D = np.cumsum(tokens_D[order_D]) <= limit
-    within_D[0] = True
+    within_D[:1] = True
     chosen_D = np.zeros(len(tokens_D), dtype=bool)
     chosen_D[order_D[within_D]] = True
     return chosen_D

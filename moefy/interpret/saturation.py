@@ -30,9 +30,12 @@ def routing_sample(
     *,
     seed: int = 0,
 ) -> RoutingSample:
-    """How a moefied model routes about `tokens` held-out tokens, whole documents drawn evenly."""
+    """How a moefied model routes about `tokens` held-out tokens, whole documents drawn evenly.
+
+    Two models of one tokenizer and one `seed` get the same documents, as `router_saturation` needs.
+    """
     held_D = reading.documents.of_shard(HELD_OUT)
-    chosen_D = drawn_documents(reading.tokens_D * held_D, tokens, seed) & held_D
+    chosen_D = drawn_documents(reading.tokens_D, tokens, seed, held_D)
     sampler = RoutingSampler(reading.documents, chosen_D, len(sparse_mlps(model)))
     sizes = [len(batch.samples) for batch in reading.batches]
     firsts = enumerate(zip(reading.first_B, sizes, strict=True))

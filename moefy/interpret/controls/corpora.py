@@ -61,8 +61,8 @@ def replication(
 def _some(sample: RoutingSample, chosen_D: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
     """Tokens `[T]` of the sample in documents drawn from the chosen ones."""
     document_T = sample.tokens.document_T
-    tokens_D = np.bincount(document_T, minlength=len(chosen_D)) * chosen_D
-    return (chosen_D & drawn_documents(tokens_D, TOKENS, seed))[document_T]
+    tokens_D = np.bincount(document_T, minlength=len(chosen_D))
+    return drawn_documents(tokens_D, TOKENS, seed, chosen_D & (tokens_D > 0))[document_T]
 
 
 def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
