@@ -264,7 +264,16 @@ class SparseMlp(Hooked):
         tokens = x_TD.shape[0]
         if not isinstance(tokens, int) or not cpu_backend.fits(x_TD, weights):
             return "masked"
-        return _expected(self.kernel_layer(x_TD, weights), tokens, self.density)
+        layer = self.kernel_layer(x_TD, weights)
+        return _expected(
+            tokens,
+            self.density,
+            layer.width,
+            layer.neurons,
+            layer.size,
+            layer.matrices,
+            layer.itemsize,
+        )
 
     def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
         """What is left to compute, as kernels count it."""
@@ -291,10 +300,10 @@ class SparseMlp(Hooked):
 
 
 @constant
-def _expected(layer: Layer, tokens: int, density: float) -> str:
+def _expected(tokens: int, density: float, *layer: int) -> str:
     """The path expected to be fastest on a CPU; of numbers alone, since `torch.compile` holds the answer."""
     threads = torch.get_num_threads()
-    return choose("cpu", layer, tokens, density, paths=WITHOUT_VIEWS, threads=threads)
+    return choose("cpu", Layer(*layer), tokens, density, paths=WITHOUT_VIEWS, threads=threads)
 
 
 def _about(share: float) -> float:
