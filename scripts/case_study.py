@@ -53,6 +53,8 @@ def measure(name: str, tokens: int, causal_tokens: int) -> None:
         "honesty": found.honesty,
         "tables": {key: found.tables[key] for key in WHOLE if key in found.tables},
         "causal": {key: [row[key] for row in causal if row["mode"] == mode] for key in CELL},
+        "domains": {key: found.tables["domains"][key] for key in ("layer", "expert", "domain", "ds", "ds_lex")},
+        "stability": {key: found.tables["experts"][key] for key in ("stability", "stability_chance")},
     }  # fmt: skip
     record["seconds"]["causal matrix"] = matrix_seconds(Path("runs/inspect") / name / "work")
     file = RECORDS / f"inspect_{name}.json"
