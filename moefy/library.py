@@ -126,6 +126,29 @@ def _may_mask(value: Tensor, tokens: Tensor, surely: bool) -> bool:
     )
 
 
+def attending(given: Given, tokens: Tensor) -> Tensor | None:
+    """Where a prompt holds tokens `[B, T]`, by a mask `[B, 1, T, S]` of who attends to whom.
+
+    Such a mask comes with a cache of fixed size, also as one for each kind of layer. Every token attends
+    to itself and nobody to padding. Raises `MoefyError` for several sequences under a mask of
+    another kind.
+    """
+    mask = given.get(MASK_NAME)
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    if mask is None or isinstance(mask, Cache) or len(tokens) == 1:
+        return None
+    B, T = tokens.shape[:2]
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2] != T or mask.shape[3] < T:
+        raise MoefyError(
+            f"the routing of this model depends on the prompt, and {MASK_NAME} is a "
+            f"{type(mask).__name__} {list(getattr(mask, 'shape', ()))} that does not show which of its "
+            f"[{B}, {T}] places are padding; pass a mask [{B}, {T}]"
+        )
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.diagonal(dim1=2, dim2=3).any(1).expand(B, T)
+
+
 def _whole(value: Tensor) -> bool:
     return value.dtype in (torch.int64, torch.int32)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
 from moefy.library import (
+    attending,
     cache_argument,
     cached,
     find_mask,
@@ -85,3 +86,5 @@ def _fill(
     if reads and tokens is not None:  # else the cache would live on for nothing
         context.cache = cache = cached(given, tokens, mask_BS) if decodes else None
         context.prompt = cache is None or is_empty(cache)
+        if context.prompt and mask_BS is None:
+            context.mask_BT = attending(given, tokens)

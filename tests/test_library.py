@@ -47,6 +47,7 @@ from moefy.heads import head_sites
 from moefy.library import (
     ROWS,
     Row,
+    attending,
     cache_argument,
     find_cache,
     find_hidden,
@@ -475,6 +476,37 @@ def test_generation_is_the_same_under_another_name(model: Any) -> None:
     take_cache_as(model, "kv")
     assert torch.equal(model.generate(IDS, **options), want)
     assert torch.equal(model.generate(IDS, num_beams=3, **options), beams)
+
+
+def test_padding_is_seen_under_a_cache_of_fixed_size(model: Any) -> None:
+    """transformers then gives a mask of who attends to whom, with room for all that is to come."""
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    ran: list[list[Tensor]] = [[] for _ in range(3)]
+    for masks, given, kind in zip(
+        ran, (mask, mask, torch.ones_like(mask)), ("dynamic", "static", "static"), strict=True
+    ):
+        sparse_mlps(model)[0].observer = lambda _, mask_TE, masks=masks: masks.append(mask_TE)
+        model.generate(IDS, attention_mask=given, cache_implementation=kind, **options)
+    growing, fixed, whole = (masks[1] for masks in ran)
+    assert torch.equal(fixed, growing)
+    assert not torch.equal(fixed[1], whole[1])
+
+
+def test_a_mask_that_does_not_show_padding_is_refused() -> None:
+    bias = torch.zeros(2, 1, 12, 16).masked_fill(torch.ones(12, 16).triu(1).bool(), -1e38)
+    bias[1, :, :, :5] = torch.finfo(torch.float32).min
+    want = torch.ones(2, 12, dtype=torch.bool)
+    want[1, :5] = False
+    for mask in (bias, {"full_attention": bias}, bias == 0):
+        found = attending({"attention_mask": mask}, IDS)
+        assert found is not None and torch.equal(found, want)
+    assert attending({"attention_mask": bias[:1]}, IDS[:1]) is None
+    assert attending({}, IDS) is None
+    for other in (Holder(None), bias[:, :, :3], bias[0]):
+        with pytest.raises(MoefyError, match="does not show which of its"):
+            attending({"attention_mask": other}, IDS)
 
 
 class Holder:
