@@ -20,6 +20,7 @@ from gpu_kernels import DEVICE, captured, timed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from moefy.library import passing
 from moefy.mlp import DenseMlp
 from moefy.provenance import machine
 from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
@@ -114,14 +115,14 @@ def step(model: LlamaForCausalLM, samples: int = 20) -> float:
     if DEVICE.type == "cuda":
         for layer in model.model.layers:
             layer.compile(fullgraph=True)
-    cache = StaticCache(config=model.config, max_cache_len=256)
+    cache = passing(model, StaticCache(config=model.config, max_cache_len=256))
     ids = torch.ones(1, 128, dtype=torch.long, device=DEVICE)
-    model(ids, past_key_values=cache)
+    model(ids, **cache)
     position = torch.tensor([128], device=DEVICE)
 
     def decode(_: int) -> object:
         return model(
-            ids[:, :1], past_key_values=cache, cache_position=position,
+            ids[:, :1], **cache, cache_position=position,
             position_ids=position[None],
         ).logits  # fmt: skip
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
+from moefy.library import hidden_of
 from moefy.locate import Place, side_of
 from moefy.offload import device_of
 from moefy.processes import ALONE, Processes
@@ -82,7 +83,7 @@ def listen(
 
     def hook(site: Place) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
         def pre(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_of(args, kwargs, site.width)
             heard(site, hidden.detach().reshape(-1, site.width))
 
         return pre

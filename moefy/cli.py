@@ -557,11 +557,13 @@ def ls(
 @verb
 def env() -> Shown:
     """Versions and machine, for a bug report."""
+    from moefy.library import ROWS, moved
     from moefy.provenance import machine
     from moefy.tables import terminal
 
-    found = machine()
+    found = {**machine(), "moved": moved()}
     flat = {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}
+    flat["moved"] = "; ".join(found["moved"]) or f"nothing of {len(ROWS)} things relied on"
     return Shown(found, [terminal(["", "value"], [[k, str(v)] for k, v in flat.items()])])
 
 

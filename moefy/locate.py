@@ -253,7 +253,7 @@ def disk_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
             f"transformers {transformers.__version__} maps tensor names in a way that is not known "
-            f"here ({error}); use transformers 5.17 to 5.23"
+            f"here ({error}); use transformers 5.17 to 5.24"
         ) from error
     return {key: name for key, name in renamed if name in state}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from moefy.errors import MoefyError
+from moefy.library import hidden_of
 from moefy.mlp import HeadOutputs
 from moefy.routed import Routed
 from moefy.routing.base import Compensation, Router, Selection
@@ -87,7 +88,7 @@ def _before(
 ) -> None:
     heads = block.get_submodule(projection)
     assert isinstance(heads, SparseHeads)
-    heads.read = args[0] if args else kwargs["hidden_states"]
+    heads.read = hidden_of(args, kwargs)
 
 
 def sparse_heads(model: nn.Module) -> dict[int, SparseHeads]:

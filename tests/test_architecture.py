@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {
+        "library",
         "recipe",
         "training_recipe",
         "families",

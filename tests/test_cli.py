@@ -71,7 +71,8 @@ def test_revert_and_ls_and_env(folder, tmp_path):
     for word in ("kmeans", "conditional_mean", "threshold", "export", "gpt_neox"):
         assert word in text
     assert "torch" in say("env")
-    assert json.loads(say("env", "--json"))["versions"]["moefy"]
+    found = json.loads(say("env", "--json"))
+    assert found["versions"]["moefy"] and found["moved"] == []
 
 
 @pytest.mark.parametrize("name", sorted(demo_models()))

@@ -7,6 +7,7 @@ from tiny_models import build
 from transformers import CompileConfig, StaticCache
 
 import moefy
+from moefy.library import passing
 from moefy.sparse_mlp import sparse_mlps
 from moefy_kernels.cpu import library
 
@@ -32,11 +33,11 @@ def model(made, request, tmp_path):
 
 def decode(model, forward):
     """Logits of every token behind the prompt, with a cache of fixed size."""
-    cache = StaticCache(config=model.config, max_cache_len=IDS.shape[1])
+    cache = passing(model, StaticCache(config=model.config, max_cache_len=IDS.shape[1]))
     with torch.no_grad():
-        logits = [model(input_ids=IDS[:, :PROMPT], past_key_values=cache).logits[:, -1]]
+        logits = [model(input_ids=IDS[:, :PROMPT], **cache).logits[:, -1]]
         for at in range(PROMPT, IDS.shape[1]):
-            step = forward(input_ids=IDS[:, at, None], past_key_values=cache)
+            step = forward(input_ids=IDS[:, at, None], **cache)
             logits.append(step.logits[:, -1])
     return torch.stack(logits)
 

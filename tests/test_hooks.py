@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moefy.errors import MoefyError
 from moefy.evaluate import outputs
 from moefy.hook_points import OF_ALL, POINTS, say_once
+from moefy.library import passing
 from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
 
 MASK, OUT = "blocks.1.mlp.hook_expert_mask", "blocks.1.mlp.hook_out"
@@ -264,20 +265,18 @@ def test_what_cannot_be_had_is_refused(load):
 @torch.no_grad()
 def test_a_choice_of_the_prompt_is_not_scored_again(load):
     model, ids = load("static"), inputs_for("static")["input_ids"][:, :8]
-    cache = DynamicCache(config=model.config)
-    _, prompt = model.run_with_cache(ids, past_key_values=cache)
+    cache = passing(model, DynamicCache(config=model.config))
+    _, prompt = model.run_with_cache(ids, **cache)
     assert prompt[MASK].all() and point("hook_router_scores") in prompt
 
     def forget(mask: Tensor, hook) -> None:
         mask[:] = False  # in place: the choice itself must not be lost
 
     with pytest.raises(MoefyError, match="prompt_static"):
-        model.run_with_cache(
-            ids[:, :1], past_key_values=cache, names_filter=point("hook_router_scores")
-        )
-    _, before = model.run_with_cache(ids[:, :1], past_key_values=cache, names_filter=MASK)
-    model.run_with_hooks(ids[:, :1], past_key_values=cache, fwd_hooks=[(MASK, forget)])
-    _, after = model.run_with_cache(ids[:, :1], past_key_values=cache, names_filter=MASK)
+        model.run_with_cache(ids[:, :1], **cache, names_filter=point("hook_router_scores"))
+    _, before = model.run_with_cache(ids[:, :1], **cache, names_filter=MASK)
+    model.run_with_hooks(ids[:, :1], **cache, fwd_hooks=[(MASK, forget)])
+    _, after = model.run_with_cache(ids[:, :1], **cache, names_filter=MASK)
     assert torch.equal(after[MASK], before[MASK]) and before[MASK].any()
 
 

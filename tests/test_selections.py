@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_conversion import convert_tiny
@@ -20,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import moefy
 from moefy.errors import MoefyError, RecipeError
+from moefy.library import passing
 from moefy.routing import SELECTIONS
 from moefy.routing.base import Context
 from moefy.routing.dynamic_k import DynamicK
@@ -314,13 +316,14 @@ def test_a_cache_that_no_prompt_filled_is_refused(griffin: Path) -> None:
     model = moefy.load(griffin)
     # A call without a cache is an evaluation; that it returns one does not make it a prompt.
     result = model(IDS, use_cache=True)
+    returned = next(value for value in result.values() if isinstance(value, transformers.Cache))
     with pytest.raises(MoefyError, match="not the prompt of this cache"):
-        model(IDS[:, :1], past_key_values=result.past_key_values)
+        model(IDS[:, :1], **passing(model, returned))
     cache = DynamicCache(config=model.config)
-    model(IDS, past_key_values=cache)
-    model(IDS[:, :1], past_key_values=cache)
+    model(IDS, **passing(model, cache))
+    model(IDS[:, :1], **passing(model, cache))
     with pytest.raises(MoefyError, match="not the prompt of this cache"):
-        model(IDS[:, :1], past_key_values=copy.deepcopy(cache))
+        model(IDS[:, :1], **passing(model, copy.deepcopy(cache)))
 
 
 @torch.no_grad()
@@ -328,15 +331,17 @@ def test_several_new_tokens_at_once_equal_one_by_one(griffin: Path) -> None:
     model = moefy.load(griffin)
     new = IDS.flip(0)[:, :3]
     together, single = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    model(IDS, past_key_values=together)
-    model(IDS, past_key_values=single)
-    got = model(new, past_key_values=together).logits
-    want = torch.cat([model(new[:, t : t + 1], past_key_values=single).logits for t in range(3)], 1)
+    model(IDS, **passing(model, together))
+    model(IDS, **passing(model, single))
+    got = model(new, **passing(model, together)).logits
+    want = torch.cat(
+        [model(new[:, t : t + 1], **passing(model, single)).logits for t in range(3)], 1
+    )
     assert ((got - want).norm() / want.norm()) < 1e-5
     with all_experts(model):
         cache = DynamicCache(config=model.config)
-        model(IDS, past_key_values=cache)
-        dense = model(new, past_key_values=cache).logits
+        model(IDS, **passing(model, cache))
+        dense = model(new, **passing(model, cache)).logits
     assert ((got - dense).norm() / dense.norm()) > 1e-2
 
 

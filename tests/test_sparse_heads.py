@@ -10,7 +10,7 @@ from tiny_conversion import RECIPE, convert_tiny, corpus_for
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, example_inputs, tiny_model
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 import moefy
 from moefy.artefact import part_of, read_artefact
@@ -21,6 +21,7 @@ from moefy.evaluate import evaluate, outputs
 from moefy.export import export
 from moefy.heads import head_sites
 from moefy.inputs import read_batches
+from moefy.library import passing
 from moefy.locate import meta_model, sites
 from moefy.mlp import HeadOutputs
 from moefy.modeling import load_dense
@@ -169,10 +170,9 @@ def test_decoding_with_a_cache_is_the_whole_pass(name, made):
     model = moefy.load(out, dtype=torch.float64)
     ids = example_inputs(name)["input_ids"][:1]
     whole = model(input_ids=ids, use_cache=False).logits
-    cache, steps = None, []
+    cache, steps = passing(model, DynamicCache(config=model.config)), []
     for piece in (ids[:, :5], *ids[:, 5:].split(1, 1)):
-        result = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+        result = model(input_ids=piece, use_cache=True, **cache)
         steps.append(result.logits)
     assert (torch.cat(steps, 1) - whole).abs().max() < 2e-5
     for batch in (ids, example_inputs(name)["input_ids"][:, :6]):

@@ -16,6 +16,7 @@ from moefy.bench.engines import LLAMA_CPP, PREFIX, Choice, Unavailable, serve
 from moefy.bench.llama_cpp import LlamaCpp
 from moefy.errors import MoefyError
 from moefy.experts_interface import register_experts
+from moefy.library import cache_argument
 from moefy.native_linears import native_linears
 from moefy.offload import device_of
 from moefy.sparse_mlp import use_backend
@@ -64,7 +65,7 @@ class TransformersSession:
         self.forward: Any = model
         self.static: StaticCache | None = None
         self.cache: Any = None
-        self.options = keeping(model, 1)
+        self.options, self.cache_name = keeping(model, 1), cache_argument(model)
         if compiled:
             self._compile()
 
@@ -103,7 +104,7 @@ class TransformersSession:
 
     def _run(self, ids_BT: Tensor) -> Tensor:
         output = self.forward(
-            input_ids=ids_BT, past_key_values=self.cache, use_cache=True, **self.options
+            input_ids=ids_BT, use_cache=True, **{self.cache_name: self.cache}, **self.options
         )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV

@@ -33,6 +33,7 @@ from moefy.interpret.statistics import Floats
 from moefy.interpret.table import Table, joined, table
 from moefy.interpret.tokens import HELD_OUT, Documents
 from moefy.interpret.unembedding import Unembedding, find_unembedding
+from moefy.library import hidden_of
 from moefy.locate import Site
 from moefy.sparse_mlp import sparse_mlps
 
@@ -145,7 +146,7 @@ def _stream(model: PreTrainedModel, unembedding: Unembedding | None) -> Iterator
 
     def enters(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            stream.enters[index] = _flat(args[0] if args else given["hidden_states"])
+            stream.enters[index] = _flat(hidden_of(args, given))
 
         return hook
 

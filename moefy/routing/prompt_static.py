@@ -48,7 +48,7 @@ class PromptStatic(Selection):
         if chosen_BE is None:
             raise MoefyError(
                 "prompt_static: it was not the prompt of this cache that chose experts; run the "
-                "prompt with an empty cache (generate does, or past_key_values=DynamicCache()), "
+                "prompt with an empty cache (generate does; DynamicCache() is one), "
                 "and go on with that very cache, not with a copy"
             )
         if len(chosen_BE) != context.batch:

@@ -32,6 +32,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.data import Batch
 from moefy.errors import UnsupportedModel
 from moefy.inputs import read_config
+from moefy.library import find_hidden, hidden_of
 from moefy.locate import Site, meta_model, sites
 from moefy.memory import give_back
 from moefy.modeling import moefied
@@ -52,15 +53,20 @@ class _Given:
     @property
     def hidden(self) -> Tensor:
         """The hidden states, which come first or by their name."""
-        found = self.args[0] if self.args else self.kwargs["hidden_states"]
-        assert isinstance(found, Tensor)
-        return found
+        return hidden_of(self.args, self.kwargs)
 
     @property
     def others(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """All but the hidden states."""
-        named = {key: value for key, value in self.kwargs.items() if key != "hidden_states"}
-        return self.args[1:], named
+        given = self.put(None)
+        return given.args, given.kwargs
+
+    def put(self, hidden: Tensor | None) -> "_Given":
+        """The same call with other hidden states."""
+        place = find_hidden(self.args, self.kwargs)
+        if isinstance(place, int):
+            return _Given((*self.args[:place], hidden, *self.args[place + 1 :]), self.kwargs)
+        return _Given(self.args, {**self.kwargs, place: hidden})
 
 
 class _Reached(Exception):
@@ -224,11 +230,8 @@ class Skeleton:
             self._require_no_more(index, batch, given)
         layer: Any = self.layers[index]
         hidden = hidden.to(self.device, self.dtype)
-        others, named = given.others
-        if given.args:
-            result = type(layer).forward(layer, hidden, *others, **named)
-        else:
-            result = type(layer).forward(layer, hidden_states=hidden, **named)
+        given = given.put(hidden)
+        result = type(layer).forward(layer, *given.args, **given.kwargs)
         self.in_tuple = isinstance(result, tuple)
         found = result[0] if isinstance(result, tuple) else result
         assert isinstance(found, Tensor)
