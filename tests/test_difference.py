@@ -1,45 +1,81 @@
-"""`moefy diff`: any two checkpoints with one tokenizer, beside stock transformers."""
+"""`moefy diff`: any two checkpoints with one tokenizer, beside stock transformers.
+
+What is compared with a loop is stored in fp32, in which every machine then runs it; bf16 is run in 16 bits
+where the processor can, and there a batch and a document by itself round apart.
+"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_conversion import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import moefy
 from moefy.cli import app
-from moefy.data import load_corpus
+from moefy.data import Corpus, load_corpus
 from moefy.errors import CheckpointError, MoefyError
 from moefy.interpret.table import rows
 from moefy.interpret.tokens import HELD_OUT
+from moefy.recipe import override
 
 LLAMA = Path(__file__).parents[1] / "moefy" / "demo" / "llama"
 
 
+def beginnings(documents: int) -> Corpus:
+    """How so many documents begin, as many of each domain."""
+    whole = load_corpus().take(documents)
+    return Corpus("short", [replace(doc, text=doc.text[:300]) for doc in whole.documents])
+
+
 @pytest.fixture(scope="module")
 def texts():
-    """A few documents of each domain, of which none is the whole bundled corpus."""
-    return load_corpus().take(33)
+    return beginnings(33)
 
 
-@pytest.fixture(scope="module")
-def shorter(tmp_path_factory):
-    """The llama demo without its last layer."""
-    folder = tmp_path_factory.mktemp("shorter")
+def of_llama(folder, layers):
+    """The first layers of the llama demo, in fp32."""
     config = AutoConfig.from_pretrained(LLAMA)
-    config.num_hidden_layers -= 1
-    AutoModelForCausalLM.from_pretrained(LLAMA, config=config).save_pretrained(folder)
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_pretrained(LLAMA, config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(LLAMA).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(shorter, texts, tmp_path_factory):
+def llama(tmp_path_factory):
+    return of_llama(tmp_path_factory.mktemp("llama"), 3)
+
+
+@pytest.fixture(scope="module")
+def shorter(tmp_path_factory):
+    """The same without its last layer."""
+    return of_llama(tmp_path_factory.mktemp("shorter"), 2)
+
+
+@pytest.fixture(scope="module")
+def moefied(llama, tmp_path_factory):
+    """The same moefied, with one random partition and with another."""
+    folder = tmp_path_factory.mktemp("moefied")
+    settings = {
+        "partition.method": "random", "partition.expert_size": 64, "partition.tokens": 256,
+        "router.tokens": 512, "router.epochs": 1, "compensation.name": "none",
+    }  # fmt: skip
+    for seed in (0, 1):
+        recipe = override(RECIPE, {**settings, "seed": seed})
+        moefy.convert(llama, folder / str(seed), recipe=recipe, corpus=beginnings(64), quiet=True)
+    return folder / "0", folder / "1"
+
+
+@pytest.fixture(scope="module")
+def found(llama, shorter, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("diff") / "out"
-    return moefy.diff(LLAMA, shorter, corpora=texts, out=out, quiet=True), out
+    return moefy.diff(llama, shorter, corpora=texts, out=out, quiet=True), out
 
 
 def log_p(model, ids):
@@ -70,10 +106,10 @@ def naive(base, other, inspection, corpus):
     return found
 
 
-def test_a_layer_less_beside_stock_transformers(found, shorter, texts):
+def test_a_layer_less_beside_stock_transformers(found, llama, shorter, texts):
     """Means, KL and both tails, from one document at a time."""
     inspection, _ = found
-    documents = naive(stock(LLAMA), stock(shorter), inspection, texts)
+    documents = naive(stock(llama), stock(shorter), inspection, texts)
     assert len(documents) >= 15
     deltas = torch.cat([delta for _, delta, _ in documents.values()])
     kls = torch.cat([kl for _, _, kl in documents.values()])
@@ -97,21 +133,24 @@ def test_a_layer_less_beside_stock_transformers(found, shorter, texts):
     assert best == pytest.approx(deltas.min().item(), rel=1e-3)
 
 
-def test_the_other_way_round_has_the_other_sign(found, shorter, texts):
+def test_the_other_way_round_has_the_other_sign(found, llama, shorter, texts):
     inspection, _ = found
-    back = moefy.diff(shorter, LLAMA, corpora=texts, quiet=True)
+    back = moefy.diff(shorter, llama, corpora=texts, quiet=True)
     forth = rows(inspection.table("hunt_summary"))[0]
     assert rows(back.table("hunt_summary"))[0]["delta"] == pytest.approx(-forth["delta"], rel=1e-5)
-    losers = [r["document"] for r in rows(inspection.table("hunt")) if r["tail"] == "loses"]
-    gainers = [r["document"] for r in rows(back.table("hunt")) if r["tail"] == "gains"]
-    assert gainers == losers
+    losers = [r for r in rows(inspection.table("hunt")) if r["tail"] == "loses"]
+    gainers = [r for r in rows(back.table("hunt")) if r["tail"] == "gains"]
+    lost, gained = ({(r["document"], r["position"]) for r in side} for side in (losers, gainers))
+    assert lost == gained
+    values = [-r["delta"] for r in gainers]
+    assert values == pytest.approx([r["delta"] for r in losers], rel=1e-4, abs=1e-5)
 
 
-def test_dense_beside_moefied(made):
+def test_dense_beside_moefied(llama, moefied):
     """A moefied folder runs moefied, and only documents are read that nothing was fitted on."""
-    moefied, corpus = made("demo_llama"), load_corpus().take(64)
-    found = moefy.diff(LLAMA, moefied, corpora=corpus, quiet=True)
-    documents = naive(stock(LLAMA), moefy.load(moefied, dtype=torch.float32), found, corpus)
+    folder, corpus = moefied[0], beginnings(64)
+    found = moefy.diff(llama, folder, corpora=corpus, quiet=True)
+    documents = naive(stock(llama), moefy.load(folder, dtype=torch.float32), found, corpus)
     read = {r["sha256"] for r in rows(found.table("documents")) if r["shard"] == HELD_OUT}
     held = moefy.data.split_shards(corpus, 0)["evaluation"].documents
     assert read == {doc.sha256 for doc in held}
@@ -120,17 +159,16 @@ def test_dense_beside_moefied(made):
     assert rows(found.table("hunt_summary"))[0]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def test_models_with_the_same_experts_show_how_much_routing_they_share(made):
+def test_models_with_the_same_experts_show_how_much_routing_they_share(llama, moefied):
     """Of the same routers everything; models with other experts have no such table."""
-    folders = [made(kind) for kind in ("demo_llama", "demo_opt")]
-    corpus = load_corpus().take(64)
-    same = moefy.diff(folders[0], folders[0], corpora=corpus, quiet=True)
+    corpus = beginnings(64)
+    same = moefy.diff(moefied[0], moefied[0], corpora=corpus, quiet=True)
     table = rows(same.table("saturation"))
-    assert [row["saturation"] for row in table] == [1.0] * 6
+    assert [row["saturation"] for row in table] == [1.0] * 3
     assert all(row["saturation_chance"] < row["saturation_load"] < 0.95 for row in table)
-    other = moefy.diff(*folders, corpora=corpus, quiet=True)
+    other = moefy.diff(*moefied, corpora=corpus, quiet=True)
     assert "saturation" not in other.tables
-    dense = moefy.diff(LLAMA, folders[0], corpora=corpus, quiet=True)
+    dense = moefy.diff(llama, moefied[0], corpora=corpus, quiet=True)
     assert "saturation" not in dense.tables
 
 
@@ -140,15 +178,15 @@ def test_a_model_beside_itself_shows_nothing(texts):
     assert rows(same.table("hunt_summary"))[0]["kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_command_prints_tables_and_writes_the_report(shorter, tmp_path):
+def test_the_command_prints_tables_and_writes_the_report(llama, shorter, tmp_path):
     text = tmp_path / "texts.jsonl"
-    documents = load_corpus().take(22).documents
+    documents = beginnings(22).documents
     text.write_text(
         "".join(json.dumps({"text": d.text, "domain": d.domain}) + "\n" for d in documents)
     )
     out = tmp_path / "out"
     result = CliRunner().invoke(
-        app, ["diff", str(LLAMA), str(shorter), "--text", str(text), "-o", str(out), "-q"]
+        app, ["diff", str(llama), str(shorter), "--text", str(text), "-o", str(out), "-q"]
     )
     assert result.exit_code == 0, result.output
     assert "delta, nats" in result.output and "novels" in result.output

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import moefy
 from moefy import Recipe
 from moefy.cli import app
+from moefy.data import load_corpus, split_shards
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
 from moefy.interpret.inspection import FILE, Inspection
 from moefy.interpret.reading import read
 from moefy.interpret.table import rows
+from moefy.interpret.texts import prompt_record
 from moefy.interpret.tokens import HELD_OUT, SELECT
 
 DEMO = Path(__file__).parents[1] / "moefy" / "demo"
@@ -36,19 +38,33 @@ PROMPT = "The <b>cat</b> \U0001f642 sat"
 
 
 @pytest.fixture(scope="module")
-def moefied(tmp_path_factory):
-    out = tmp_path_factory.mktemp("moefied") / "out"
-    moefy.convert(DEMO / "llama", out, recipe=RECIPE, quiet=True)
+def text():
+    """Twelve documents of every domain: a tenth of the bundled corpus."""
+    return load_corpus().take(132)
+
+
+@pytest.fixture(scope="module")
+def moefied(text, tmp_path_factory):
+    """The demo, stored in fp32: in which it then runs on every machine."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("moefied") / "out"
+    AutoModelForCausalLM.from_pretrained(DEMO / "llama", dtype=torch.float32).save_pretrained(
+        source
+    )
+    AutoTokenizer.from_pretrained(DEMO / "llama").save_pretrained(source)
+    moefy.convert(source, out, recipe=RECIPE, corpus=text, quiet=True)
     return out
 
 
 @pytest.fixture(scope="module")
-def found(moefied, tmp_path_factory):
+def settings(text):
+    """Of the run that is looked at, and of the one that takes it up."""
+    return {"corpora": text, "tokens": 6000, "skip": ["controls", "causal"], "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def found(moefied, settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("inspected")
-    result = moefy.inspect(
-        moefied, out=out, tokens=6000, skip=["controls", "causal"], prompts=[PROMPT], quiet=True
-    )
-    return result, out
+    return moefy.inspect(moefied, out=out, prompts=[PROMPT], **settings), out
 
 
 def test_all_descriptive_tables_are_there_and_cover_every_expert(found):
@@ -96,12 +112,10 @@ def test_the_select_and_the_held_out_shard_share_no_document(found):
     assert select and held_out and not select & held_out
 
 
-def test_nothing_was_seen_by_partition_or_router(moefied):
-    from moefy.data import load_corpus, split_shards
-
-    shards = split_shards(load_corpus(), RECIPE.seed)
+def test_nothing_was_seen_by_partition_or_router(moefied, text):
+    shards = split_shards(text, RECIPE.seed)
     fitted = {doc.sha256 for name in ("partition", "router") for doc in shards[name].documents}
-    reading = read(moefy.load(moefied, dtype=torch.float32), tokens=3000)
+    reading = read(moefy.load(moefied, dtype=torch.float32), text, tokens=3000)
     assert not fitted & {doc.sha256 for doc in reading.documents.documents}
 
 
@@ -116,15 +130,27 @@ def test_the_text_of_every_example_is_where_the_token_says(found):
         assert text["ends"] == sorted(text["ends"]) and text["ends"][-1] <= len(text["text"])
 
 
-def test_a_prompt_is_accounted_for_token_by_token(found):
-    [prompt] = found[0].prompts
+@pytest.fixture(params=["float32", "bfloat16"])
+def prompt(request, found, moefied):
+    """What is said of a prompt, by the run and by the same model in bf16."""
+    if request.param == "float32":
+        return found[0].prompts[0]
+    model = moefy.load(moefied, dtype=torch.bfloat16)
+    return prompt_record(model, AutoTokenizer.from_pretrained(moefied), PROMPT)
+
+
+def test_a_prompt_is_accounted_for_token_by_token(prompt):
     assert prompt["text"] == PROMPT and prompt["accounted"]
+    assert prompt["largest_gap"] <= prompt["tolerance"] <= 0.05
     for layer in prompt["layers"]:
         np.testing.assert_allclose(np.sum(layer["share"], axis=1), 1.0, atol=1e-4)
     account = prompt["account"]
     parts = ("embedding", "attention", "experts", "bias", "error", "constant")
     total = np.sum([account[name] for name in parts], axis=0)
-    np.testing.assert_allclose(total, account["logit"], atol=1e-3 * np.abs(account["logit"]).max())
+    # What the dtype of the model leaves, and the six digits of every term.
+    most = max(np.abs(account[name]).max() for name in (*parts, "logit"))
+    gap = prompt["tolerance"] * np.abs(account["logit"]).max() + 1e-5 * most
+    np.testing.assert_allclose(total, account["logit"], rtol=0, atol=gap)
 
 
 def test_what_was_saved_is_read_again(found, tmp_path):
@@ -140,10 +166,10 @@ def test_what_was_saved_is_read_again(found, tmp_path):
         Inspection.load(tmp_path / FILE)
 
 
-def test_a_run_takes_up_what_is_finished(found, moefied, monkeypatch):
+def test_a_run_takes_up_what_is_finished(found, moefied, settings, monkeypatch):
     _, out = found
     monkeypatch.setattr("moefy.inspection.describe", lambda *_, **__: pytest.fail("done before"))
-    again = moefy.inspect(moefied, out=out, tokens=6000, skip=["controls", "causal"], quiet=True)
+    again = moefy.inspect(moefied, out=out, **settings)
     assert again.tables["experts"] == found[0].tables["experts"]
     assert again.prompts == []
 
@@ -167,22 +193,13 @@ def _ids():
     return [random.integers(5, 60, 30).tolist() for _ in range(60)]
 
 
-def test_the_verb_prints_page_one_and_bad_input_says_what_to_do(moefied, tmp_path):
-    run = CliRunner().invoke
-    shown = run(
-        app,
-        [
-            "inspect",
-            str(moefied),
-            "--tokens",
-            "3000",
-            "--skip",
-            "controls",
-            "--skip",
-            "causal",
-            "-q",
-        ],
-    )
+def test_the_verb_prints_page_one_and_bad_input_says_what_to_do(moefied, text, tmp_path):
+    run, file = CliRunner().invoke, tmp_path / "text.jsonl"
+    given = [{"text": doc.text, "domain": doc.domain} for doc in text.take(44).documents]
+    file.write_text("\n".join(map(json.dumps, given)))
+    skipped = ["--skip", "controls", "--skip", "causal", "-q"]
+    few = ["--corpus", str(file), "--tokens", "1000"]
+    shown = run(app, ["inspect", str(moefied), *few, *skipped])
     assert shown.exit_code == 0, shown.output
     assert "before you believe the rest" in shown.stdout and "bigram skill" in shown.stdout
     wrong = run(app, ["inspect", str(moefied), "--skip", "contrls"])

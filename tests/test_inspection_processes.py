@@ -97,6 +97,7 @@ def test_two_processes_find_what_one_finds(case, tmp_path):
     assert len(one.tables["causal"]["layer"]) > 0 and len(one.tables["examples"]["layer"]) > 0
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run(case, tmp_path):
     done = launch(tmp_path, case, tmp_path / "out", dies=True)
     assert done.returncode != 0

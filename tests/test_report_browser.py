@@ -555,6 +555,7 @@ def test_a_folder_loads_its_files_when_they_are_needed(chrome, found, tmp_path):
         thread.join()
 
 
+@pytest.mark.slow
 def test_opens_within_a_second_and_experts_within_a_tenth(chrome, tmp_path):
     """The best of a few: what else the machine does is not the page's."""
     report = write_report(inspection(), tmp_path / "full.html")

@@ -7,7 +7,9 @@ and p the base's probabilities,
 
 so that small effects are not lost in the difference of large numbers, nor in a sum of p that is 1 but for
 rounding. Encoders have no next token:
-their damage is 1 - cosine of the last hidden states, and they have no KL.
+their damage is 1 - cosine of the last hidden states, and they have no KL. It is taken as
+`||u - v||^2 / 2` of the states at unit length, which is the same but never below 0, nor anything but 0
+where nothing changed.
 
 Shapes: B documents, T positions, J judged tokens of a batch, V vocabulary, D width.
 """
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from moefy.activations import run
@@ -73,7 +75,8 @@ class Reference:
         """Damage `[J]` of another run of the batch, and KL `[J]` of language models."""
         other_JV = self._rows(out)
         if self.target_J is None or self.p_JV is None:
-            return 1 - cosine_similarity(self.base_JV, other_JV, dim=-1), None
+            away_JD = normalize(self.base_JV, dim=-1) - normalize(other_JV, dim=-1)
+            return away_JD.square().sum(-1) / 2, None
         ce, kl, one_V = [], [], torch.ones_like(other_JV[:1])
         step = max(1, _CHUNK // other_JV.shape[1])
         for first in range(0, len(other_JV), step):
