@@ -1,6 +1,7 @@
 """Settings every test runs under, and the shared models and corpora where they are at hand."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,13 @@ _CACHE = tempfile.TemporaryDirectory(prefix="moefy-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    if "triton" in sys.modules:
+        import fast_interpreter
+
+        fast_interpreter.install()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
