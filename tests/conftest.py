@@ -1,5 +1,6 @@
 """Settings every test runs under, and the shared models and corpora where they are at hand."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -27,6 +28,18 @@ def pytest_collection_finish() -> None:
         import fast_interpreter
 
         fast_interpreter.install()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """A full collection looks at half a million objects of torch and transformers otherwise, a quarter
+    of a second each time, and code that returns memory collects at every layer."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
