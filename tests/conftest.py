@@ -1,6 +1,8 @@
 """Settings every test runs under, and the shared models and corpora where they are at hand."""
 
+import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,25 @@ _CACHE = tempfile.TemporaryDirectory(prefix="moefy-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    if "triton" in sys.modules:
+        import fast_interpreter
+
+        fast_interpreter.install()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """A full collection looks at half a million objects of torch and transformers otherwise, a quarter
+    of a second each time, and code that returns memory collects at every layer."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,7 @@ from tiny_models import build
 from typer.testing import CliRunner
 
 from moefy.cli import app
+from moefy.data import load_corpus
 from moefy.quickstart import demo_models
 
 
@@ -77,16 +78,14 @@ def test_revert_and_ls_and_env(folder, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(demo_models()))
 def test_generate_with_a_demo_model(name, tmp_path):
-    source = demo_models()[name]
-    settings = [
-        "--set",
-        "router.tokens=2048",
-        "--set",
-        "partition.tokens=1024",
-        "--set",
-        "router.epochs=2",
-    ]
-    say("convert", source, tmp_path / "out", "--recipe", "fast", *settings)
+    source, corpus = demo_models()[name], tmp_path / "text.jsonl"
+    texts = (document.text for document in load_corpus().take(40).documents)
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    few = ("context=64", "router.tokens=512", "partition.tokens=256")
+    settings = [word for setting in few for word in ("--set", setting)]
+    say(
+        "convert", source, tmp_path / "out", "--recipe", "fast", "--corpus", corpus, *settings
+    )  # fmt: skip
     text = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8)
     assert text.startswith("Question: What is")
     assert len(text) > len("Question: What is") + 4

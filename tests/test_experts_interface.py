@@ -48,7 +48,7 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("tokens", [1, 5, 20, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 20, 70])
 def test_the_logits_of_eager(name, tokens):
     eager, ours = pair(name)
     ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1))

@@ -42,11 +42,10 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_new", "relu", "relu2"])
-def test_every_layer_as_masked_dense(name, gated, activation):
-    for biased, centred in ((False, False), (True, True)):
-        mlp, x, mask = layer(gated, activation, biased, centred)
+def test_every_layer_as_masked_dense(name, activation):
+    for gated, bare in ((True, False), (activation == "silu", True)):
+        mlp, x, mask = layer(gated, activation, biased=not bare, centred=not bare)
         assert kernel_backends.fits(mlp)
         assert relative(BACKENDS[name](x, mlp, mask), masked_mlp(x, mlp, mask)) < 1e-5
 
@@ -90,7 +89,7 @@ def test_a_layer_that_no_kernel_computes_runs_masked(name):
 def test_a_moefied_model_gives_the_same_logits(name, family, tmp_path):
     convert_tiny(family, build(family, tmp_path / "source"), tmp_path / "out")
     model = moefy.load(tmp_path / "out").eval()
-    inputs = example_inputs(family)
+    inputs = {name: value[:, :3] for name, value in example_inputs(family).items()}
     with torch.no_grad():
         use_backend(model, "masked")
         want = model(**inputs).logits

@@ -117,8 +117,9 @@ def check_gradients(c, weight, dy, limit):
     return got, wanted
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "gated"), [*((name, True) for name in ACTIVATIONS), ("relu2", False)]
+)
 def test_gradients(activation, gated):
     c = case(8, 33, 40, 5, 12, 2, torch.float32, activation, gated, True, True)
     dy = torch.randn(33, 40, generator=torch.Generator().manual_seed(1))
@@ -129,8 +130,8 @@ def test_gradients(activation, gated):
         assert error(got[name].roll(1, 0), value) > 0.1
 
 
-@settings(deadline=None, max_examples=6)
-@given(c=cases(tokens=80), boolean=st.booleans())
+@settings(deadline=None, max_examples=4)
+@given(c=cases(tokens=40), boolean=st.booleans())
 def test_gradients_of_any_shape(c, boolean):
     c = c.without(mlp=c.mlp._replace(activation="silu"))  # ReLU jumps where rounding decides
     weight = c.matrix != 0 if boolean else c.matrix

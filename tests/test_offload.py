@@ -75,4 +75,5 @@ def test_too_little_memory_leaves_layers_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("moefy.modeling.free_memory", lambda: 1000)
     assert placement(checkpoint)["device_map"] == {"": "disk"}
     got = measure.evaluate_folder(tmp_path / "out", corpus=documents, quiet=True)
-    assert got["total"]["kl"] == want["total"]["kl"]
+    # Where weights lie in memory may decide in which order they are added up.
+    assert got["total"]["kl"]["mean"] == pytest.approx(want["total"]["kl"]["mean"], rel=1e-4)

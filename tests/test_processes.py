@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_two
 from safetensors.torch import load_file
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
@@ -31,7 +33,6 @@ LAUNCH = (
 
 CODE = """
 import os, signal, sys
-sys.path[:0] = {paths!r}
 from pathlib import Path
 import moefy.convert
 from tiny_conversion import convert_tiny, corpus_for
@@ -48,26 +49,21 @@ convert_tiny("llama", Path({source!r}), Path({out!r}), settings={settings!r}, re
 
 
 def launch(
-    tmp_path: Path, source: Path, out: Path, *, settings=None, dies=False, resume=False
-) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
-    script = tmp_path / "run.py"
-    script.write_text(
-        CODE.format(
-            paths=[str(root), str(root / "kernels"), str(root / "tests")],
-            source=str(source), out=str(out), settings=settings or {}, dies=dies, resume=resume,
-        )
-    )  # fmt: skip
-    command = [sys.executable, *LAUNCH, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    source: Path, out: Path, *, settings=None, dies=False, resume=False
+) -> list[subprocess.CompletedProcess[str]]:
+    """A conversion in two processes, of which the second may die."""
+    code = CODE.format(
+        source=str(source), out=str(out), settings=settings or {}, dies=dies, resume=resume
+    )
+    return run_two(code)
 
 
 @pytest.mark.parametrize("settings", [{}, GREEDY], ids=["fitted", "allocated"])
 def test_two_processes_find_what_one_finds(settings, tmp_path):
     source = build("llama", tmp_path / "source")
     one = convert_tiny("llama", source, tmp_path / "one", settings=settings)
-    done = launch(tmp_path, source, tmp_path / "two", settings=settings)
-    assert done.returncode == 0, done.stderr
+    for done in launch(source, tmp_path / "two", settings=settings):
+        assert done.returncode == 0, done.stderr
     first, second = read_artefact(tmp_path / "one"), read_artefact(tmp_path / "two")
     for name, value in first.tensors.items():
         if name.endswith("permutation"):
@@ -84,13 +80,14 @@ def test_two_processes_find_what_one_finds(settings, tmp_path):
 def test_a_process_that_dies_ends_the_run_and_it_resumes(tmp_path):
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "whole")
-    done = launch(tmp_path, source, tmp_path / "out", dies=True)
-    assert done.returncode != 0
+    first, second = launch(source, tmp_path / "out", dies=True)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 1 and "another process of this run has ended" in first.stderr
     assert not (tmp_path / "out").exists()
     with pytest.raises(MoefyError, match="--resume"):
         convert_tiny("llama", source, tmp_path / "out")
-    done = launch(tmp_path, source, tmp_path / "out", resume=True)
-    assert done.returncode == 0, done.stderr
+    for done in launch(source, tmp_path / "out", resume=True):
+        assert done.returncode == 0, done.stderr
     want, got = (load_file(tmp_path / n / "moefy.safetensors") for n in ("whole", "out"))
     assert all(torch.equal(want[name], got[name]) for name in want)
 
@@ -113,10 +110,10 @@ def test_the_command_line_in_two_processes(tmp_path):
 def test_an_error_of_the_user_is_told_by_all(tmp_path):
     source = build("llama", tmp_path / "source")
     (tmp_path / "out").mkdir()
-    done = launch(tmp_path, source, tmp_path / "out")
-    assert done.returncode != 0
-    assert "exists already" in done.stderr
-    assert "Elsewhere" in done.stderr or "OutputError" in done.stderr
+    first, second = launch(source, tmp_path / "out")
+    assert first.returncode != 0 and second.returncode != 0
+    assert "exists already" in first.stderr
+    assert "Elsewhere" in second.stderr or "OutputError" in second.stderr
 
 
 def test_alone_there_is_nobody_to_wait_for():

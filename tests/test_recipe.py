@@ -1,7 +1,5 @@
-import subprocess
-import sys
-
 import pytest
+from children import start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,4 +79,5 @@ def test_the_package_names_functions_also_after_their_modules_were_imported():
         "import moefy; first = moefy.convert; second = moefy.convert; "
         "import moefy.convert; assert first is second is moefy.convert and callable(first)"
     )
-    subprocess.run([sys.executable, "-c", probe], check=True)
+    done = start(probe).end()
+    assert done.returncode == 0, done.stderr

@@ -3,12 +3,9 @@
 import errno
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import run_two, start
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_conversion import convert_tiny, corpus_for
@@ -47,7 +45,6 @@ RECIPE = RecoverRecipe(
     learning_rate=0.03,
     distil=1.0,
 )
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +182,6 @@ def test_sixteen_bits(moefied: Path, tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = {paths!r}
 import test_recover as t
 from moefy.finetuning import loop
 die, add = int(sys.argv[3]), loop._Log.add
@@ -198,27 +194,14 @@ t.run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 """
 
 
-def begin(
-    moefied: Path, out: Path, die: int = 0, rank: int = 0, before: tuple[str, ...] = (), **env: Any
-) -> subprocess.Popen[str]:
-    script = out.parent / "train.py"
-    script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]))
-    return subprocess.Popen(
-        [sys.executable, *before, str(script), str(moefied), str(out), str(die), str(rank)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
+def launch(moefied: Path, out: Path, die: int = 0) -> subprocess.CompletedProcess[str]:
+    """A run in another process, killed when it has logged step `die`."""
+    return start(SCRIPT, moefied, out, die, 0).end()
 
 
-def end(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    said = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, *said)
-
-
-def launch(moefied: Path, out: Path, die: int = 0, **options: Any) -> Any:
-    return end(begin(moefied, out, die, **options))
+def launch_two(moefied: Path, out: Path, die: int = 0) -> list[subprocess.CompletedProcess[str]]:
+    """A run in two processes, of which the second is killed when it has logged step `die`."""
+    return run_two(SCRIPT, moefied, out, die, 1)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_path: Path) -> None:
@@ -243,14 +226,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_pa
 @pytest.fixture(scope="module")
 def of_two(moefied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes train."""
-    # `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they
-    # run on its CPUs.
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-    rest = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    port = ("--main_process_port", "0")
     out = tmp_path_factory.mktemp("two") / "out"
-    done = launch(moefied, out, before=(*launcher, *rest, *port))
-    assert done.returncode == 0, done.stderr
+    for done in launch_two(moefied, out):
+        assert done.returncode == 0, done.stderr
     return out
 
 
@@ -267,28 +245,14 @@ def test_two_processes_train_as_one(moefied: Path, of_two: Path, tmp_path: Path)
 def test_a_process_that_dies_ends_the_run_and_it_goes_on(
     moefied: Path, of_two: Path, tmp_path: Path
 ) -> None:
-    def both(die: int) -> list[subprocess.CompletedProcess[str]]:
-        # Started by hand: a launcher would end the one that is to say what has happened.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        started = [
-            begin(
-                moefied, tmp_path / "out", die, rank=1, RANK=rank, LOCAL_RANK=rank, **common
-            )
-            for rank in "01"
-        ]  # fmt: skip
-        return [end(process) for process in started]
-
-    first, second = both(die=3)
+    first, second = launch_two(moefied, tmp_path / "out", die=3)
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 1
     last = first.stderr.strip().splitlines()[-1]
     assert "Elsewhere: process 0: another process of this run has ended" in last, first.stderr
     assert "nothing is lost, run again" in last
     assert not (tmp_path / "out").exists()
-    assert [done.returncode for done in both(die=0)] == [0, 0]
+    assert [done.returncode for done in launch_two(moefied, tmp_path / "out")] == [0, 0]
     want, got = tensors(of_two), tensors(tmp_path / "out")
     assert all(torch.equal(want[name], got[name]) for name in want)
 

@@ -1,13 +1,11 @@
 """Conversions of tiny models, small enough to run dozens of times."""
 
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from children import start
 from tiny_models import tiny_model
 
 from moefy.convert import convert
@@ -43,15 +41,13 @@ def convert_tiny(name: str, source: Path, out: Path, **options: Any) -> dict[str
 
 def kill_conversion(name: str, source: Path, out: Path, after: str, **options: Any) -> None:
     """Begin a conversion in another process; kill it once `after` exists in its work folder."""
-    root = Path(__file__).parent.parent
     code = (
-        f"import sys; sys.path[:0] = {[str(root), str(root / 'kernels'), str(root / 'tests')]!r}\n"
         "from tiny_conversion import convert_tiny; from pathlib import Path\n"
         f"convert_tiny({name!r}, Path({str(source)!r}), Path({str(out)!r}), **{options!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = start(code).process
     mark = out.parent / f".{out.name}.moefy-unfinished" / after
-    while process.poll() is None and not mark.exists():
+    while process.is_alive() and not mark.exists():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
