@@ -438,9 +438,14 @@ def bench(
         int | None, typer.Option(help="Samples of each engine (15; of a model: 7).")
     ] = None,
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Measure for this machine what auto chooses by, on CPUs."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Measure in full, and nothing else, what auto chooses by on this CPU; left out, a few "
+            "seconds do for layers that are new to it; --no-calibrate: not even that.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Picture (PNG) of the speedups to write.")
@@ -465,7 +470,7 @@ def bench(
     record = run(
         model, level=level, layer=layer, against=against, engines=engine or [], batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
-        quiet=quiet,
+        calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip
     _write(record, output)
     lines = speed_lines(record)
@@ -568,14 +573,24 @@ def env() -> Shown:
 @verb
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("moefy-quickstart"),
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Time first, for some seconds, what auto chooses by, where this machine is new to it."
+        ),
+    ] = True,
     quiet: bool = False,
 ) -> Shown:
-    """Convert, evaluate and time the bundled demo models."""
+    """Convert, evaluate and time the bundled demo models, and time one synthetic layer of a 7B model.
+
+    Ends with a table in any case: what fails is named with its reason below, and exit code 1.
+    """
     from moefy.quickstart import quickstart as run
     from moefy.tables import terminal
 
-    record = run(out, quiet=quiet)
-    return Shown(record["data"], [terminal(*table) for table in record["tables"]] + record["notes"])
+    record = run(out, calibrated=calibrate, quiet=quiet)
+    view = [*(terminal(*table) for table in record["tables"]), *record["notes"]]
+    return Shown(record["data"], view, record["error"])
 
 
 def _write(record: dict[str, Any], output: Path | None) -> None:

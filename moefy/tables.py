@@ -148,7 +148,7 @@ def speed_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "", "density", "batch", "engine", "p50 ms", "p95 ms", "tokens/s", "speedup", "MB moved",
         "of bandwidth", "active parameters", "error",
     ]  # fmt: skip
-    header += ["KL"] if record["level"] == "model" else []
+    header += ["KL"] if record.get("level") == "model" else []
     rows = []
     for cell in record["cells"]:
         place = [cell["phase"], f"{cell['density']:.3f}", str(cell["batch"])]
@@ -213,7 +213,9 @@ def speed_lines(record: dict[str, Any]) -> list[str]:
     ]
     lines += dict.fromkeys(_rounding(cell) for cell in record["cells"] if cell.get("rounding"))
     if any(cell["baseline"] is None for cell in record["cells"]):
-        lines.append("no dense engine could be timed, so that no speedup is known: see its reason below")
+        lines.append(
+            "no dense engine could be timed, so that no speedup is known: see its reason below"
+        )
     for phase, density in dict.fromkeys((b["phase"], b["density"]) for b in record["break_even"]):
         found = [b for b in record["break_even"] if (b["phase"], b["density"]) == (phase, density)]
         wins = [f"{b['engine']} {_reach(b)}" for b in found if b["batch"] is not None]
@@ -236,7 +238,11 @@ def speed_lines(record: dict[str, Any]) -> list[str]:
 def _processor(record: dict[str, Any]) -> str:
     """What computes, as far as the record says."""
     machine = record["machine"]
-    return str(machine["gpu"] if record["device"] == "cuda" else machine.get("instructions", machine["cpu"]))
+    return str(
+        machine["gpu"]
+        if record["device"] == "cuda"
+        else machine.get("instructions", machine["cpu"])
+    )
 
 
 def _rounding(cell: dict[str, Any]) -> str:

@@ -95,7 +95,15 @@ def speed() -> str:
                         ours["computed_by"].split(" ")[0] + how,
                     ]
                 )
-    header = ["layer or model", "density", "tokens", "speed over dense", "dense by", "instructions", "computed by"]
+    header = [
+        "layer or model",
+        "density",
+        "tokens",
+        "speed over dense",
+        "dense by",
+        "instructions",
+        "computed by",
+    ]
     return markdown(header, rows)
 
 

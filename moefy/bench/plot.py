@@ -75,7 +75,9 @@ def draw_speed(record: dict[str, Any], picture: Path) -> None:
 
 
 def _title(record: dict[str, Any]) -> str:
+    machine = record["machine"]
     what, where = record["what"], f"{record['dtype']}, {record['device']}"
+    where += f" ({machine['gpu'] or machine.get('instructions', machine['cpu'])})"
     return (
         f"{what}\n{where}, {record['threads']} thread(s); bars: {record['samples']} samples, 99 %"
     )
