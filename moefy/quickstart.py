@@ -14,6 +14,7 @@ from moefy.errors import MoefyError, OutputError
 RECIPE = "fast"
 ENGINES, SAMPLES = ("eager", "auto"), 5
 """What a first look needs; `moefy bench` times all there is."""
+PROMPT, GENERATED = 128, 16
 LAYER = "4096,11008,64,16"
 HEADER = [
     "model", "", "FFN density", "active budget", "active parameters", "cross-entropy", "KL to dense",
@@ -83,7 +84,7 @@ def quickstart(out: Path, *, calibrated: bool = True, quiet: bool = False) -> di
         records = steps.run(f"convert {name}", lambda m=model, t=target: _converted(m, t, quiet))  # type: ignore[misc]
         if records is None:
             continue
-        speed = steps.run(f"time {name}", lambda t=target: bench(t, generated=16, **settings))  # type: ignore[misc]
+        speed = steps.run(f"time {name}", lambda t=target: _timed(t, settings))  # type: ignore[misc]
         rows += _rows(name, records["evaluation"], speed)
         notes += [] if speed is None else _refused(name, speed)
         data[name] = {**records, "speed": speed, "out": str(target)}
@@ -104,6 +105,10 @@ def _converted(model: Path, target: Path, quiet: bool) -> dict[str, Any]:
     if target.exists() and not is_artefact(target):
         raise OutputError(f"{target}: exists and is not a moefied model; choose another folder")
     return convert(model, target, recipe=RECIPE, overwrite=True, quiet=quiet)
+
+
+def _timed(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return bench(target, prompt_tokens=PROMPT, generated=GENERATED, **settings)
 
 
 def _rows(name: str, quality: dict[str, Any], speed: dict[str, Any] | None) -> list[list[str]]:

@@ -1,5 +1,7 @@
 """Whether a bench tells rounding, which swaps experts where a router cuts, from engines that are wrong."""
 
+import sys
+
 import pytest
 import torch
 from tiny_conversion import convert_tiny
@@ -184,7 +186,7 @@ def test_what_a_router_would_not_choose_is_refused_and_what_rounding_flips_is_no
     check_layers(model, passes)
     first = passes[0][0]
     first.mask_TE[0] = first.mask_TE[0].roll(1)
-    with pytest.raises(Unavailable, match="layer 0 chooses experts that its router does not: 1 of"):
+    with pytest.raises(Unavailable, match="chooses experts that its router does not: 1 of"):
         watched._check_choice(sparse_mlps(model)[0], first, first)
     # Of two experts whose scores tie, sums in another order choose the other one.
     module = sparse_mlps(model)[0]
@@ -224,7 +226,9 @@ def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
 def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
     monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
     real = torch.nn.functional.linear
-    monkeypatch.setattr("moefy.native_linears.linear", lambda *a: real(*a).roll(1, -1))
+    monkeypatch.setattr(
+        sys.modules["moefy.native_linears"], "linear", lambda *a: real(*a).roll(1, -1)
+    )
     record = bench(folder, torch.bfloat16, "auto", "auto+linears", "eager+linears")
     for cell in record["cells"]:
         assert set(cell["engines"]) == {"eager", "auto"}
