@@ -441,9 +441,7 @@ def bench(
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Measure in full, and nothing else, what auto chooses by on this CPU; left out, a few "
-            "seconds do for layers that are new to it; --no-calibrate: not even that.",
-            show_default=False,
+            help="Only measure, in full, what auto chooses by on this CPU (layers new to it: for seconds).",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
@@ -574,17 +572,11 @@ def env() -> Shown:
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("moefy-quickstart"),
     calibrate: Annotated[
-        bool,
-        typer.Option(
-            help="Time first, for some seconds, what auto chooses by, where this machine is new to it."
-        ),
+        bool, typer.Option(help="Time first, on a machine that is new, what auto chooses by.")
     ] = True,
     quiet: bool = False,
 ) -> Shown:
-    """Convert, evaluate and time the bundled demo models, and time one synthetic layer of a 7B model.
-
-    Ends with a table in any case: what fails is named with its reason below, and exit code 1.
-    """
+    """Convert, evaluate and time the demo models; what fails is named below the table, exit code 1."""
     from moefy.quickstart import quickstart as run
     from moefy.tables import terminal
 
