@@ -438,9 +438,12 @@ def bench(
         int | None, typer.Option(help="Samples of each engine (15; of a model: 7).")
     ] = None,
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Measure for this machine what auto chooses by, on CPUs."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Only measure, in full, what auto chooses by on this CPU (layers new to it: for seconds).",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Picture (PNG) of the speedups to write.")
@@ -465,7 +468,7 @@ def bench(
     record = run(
         model, level=level, layer=layer, against=against, engines=engine or [], batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
-        quiet=quiet,
+        calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip
     _write(record, output)
     lines = speed_lines(record)
@@ -570,14 +573,18 @@ def env() -> Shown:
 @verb
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("moefy-quickstart"),
+    calibrate: Annotated[
+        bool, typer.Option(help="Time first, on a machine that is new, what auto chooses by.")
+    ] = True,
     quiet: bool = False,
 ) -> Shown:
-    """Convert, evaluate and time the bundled demo models."""
+    """Convert, evaluate and time the demo models; what fails is named below the table, exit code 1."""
     from moefy.quickstart import quickstart as run
     from moefy.tables import terminal
 
-    record = run(out, quiet=quiet)
-    return Shown(record["data"], [terminal(*table) for table in record["tables"]] + record["notes"])
+    record = run(out, calibrated=calibrate, quiet=quiet)
+    view = [*(terminal(*table) for table in record["tables"]), *record["notes"]]
+    return Shown(record["data"], view, record["error"])
 
 
 def _write(record: dict[str, Any], output: Path | None) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -48,6 +48,8 @@ class Shown:
 
     data: Any
     view: list[Any] = field(default_factory=list)
+    error: MoefyError | None = None
+    """What ended the verb early, after what is shown; its cause is what `--debug` shows."""
 
 
 def verb(run: Callable[..., Shown]) -> None:
@@ -71,22 +73,14 @@ def verb(run: Callable[..., Shown]) -> None:
         try:
             shown = run(**arguments)
         except MoefyError as error:
-            if debug:
-                raise
-            typer.echo(f"moefy: {error}", err=True)
-            raise typer.Exit(1) from None
+            _fail(error, debug)
         except KeyboardInterrupt:
             again = "run the same command again" + (" with --resume" if "resume" in takes else "")
             typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)
             raise typer.Exit(130) from None
-        if as_json and shown.data is not None:
-            typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
-            return
-        console = Console(
-            width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True
-        )
-        for item in shown.view:
-            console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+        _show(shown, as_json)
+        if shown.error is not None:
+            _fail(shown.error, debug)
 
     own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
     added = [
@@ -95,6 +89,23 @@ def verb(run: Callable[..., Shown]) -> None:
     ]
     command.__signature__ = signature.replace(parameters=[*own, *added], return_annotation=None)  # type: ignore[attr-defined]
     app.command(run.__name__.rstrip("_"))(command)
+
+
+def _show(shown: Shown, as_json: bool) -> None:
+    if as_json and shown.data is not None:
+        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    for item in shown.view:
+        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+
+
+def _fail(error: MoefyError, debug: bool) -> NoReturn:
+    """One line and exit code 1, or the traceback."""
+    if debug:
+        raise error
+    typer.echo(f"moefy: {error}", err=True)
+    raise typer.Exit(1) from None
 
 
 def _hush(verbose: bool) -> None:

@@ -7,6 +7,8 @@ files, in its own layout. Streaming takes a layer's weights from here too, and k
 Shapes: N neurons.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,3 +67,17 @@ def offload(module: SparseMlp, weights: StoredMlp, device: torch.device) -> None
     """Give `module` its weights, on `device`, while it runs."""
     hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=weights)
     add_hook_to_module(module, hook)
+
+
+@contextmanager
+def present(module: SparseMlp) -> Iterator[None]:
+    """Its weights are there, wherever accelerate keeps them."""
+    if offloaded(module) is None:
+        yield
+        return
+    hook: Any = module._hf_hook
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

@@ -29,10 +29,23 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def instructions() -> str:
+    """What torch and oneDNN compute with on this CPU: their limits where set, and what bf16 has beyond them."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    known = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    for name, ask in known.items():
+        asked = getattr(torch.cpu, ask, None)  # releases differ in which of them they have
+        if asked is not None and asked():
+            found.append(name)
+    return ", ".join(found) + (f"; ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
 
 
 def read_and_written() -> tuple[int, int] | None:

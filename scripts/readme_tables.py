@@ -81,7 +81,7 @@ def speed() -> str:
                 ("auto", ""),
                 ("auto+compiled+linears", ", compiled, its linear maps"),
             ):
-                if engine not in cell["engines"]:
+                if engine not in cell["engines"] or cell["baseline"] is None:
                     continue
                 ours = cell["engines"][engine]
                 rows.append(
@@ -91,10 +91,19 @@ def speed() -> str:
                         str(cell["tokens"]),
                         "none" if ours["speedup"] is None else f"{ours['speedup']:.2f}x",
                         cell["baseline"],
+                        found["machine"].get("instructions", found["machine"]["cpu"]),
                         ours["computed_by"].split(" ")[0] + how,
                     ]
                 )
-    header = ["layer or model", "density", "tokens", "speed over dense", "dense by", "computed by"]
+    header = [
+        "layer or model",
+        "density",
+        "tokens",
+        "speed over dense",
+        "dense by",
+        "instructions",
+        "computed by",
+    ]
     return markdown(header, rows)
 
 

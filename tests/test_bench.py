@@ -15,10 +15,11 @@ from moefy.bench import Shape, bench_kernel, bench_layer, synthetic
 from moefy.bench.bandwidth import read_bandwidth
 from moefy.bench.cells import Facts, break_even, cell
 from moefy.bench.engines import Unavailable, choose
-from moefy.bench.layer_engines import Case, prepare, reference
+from moefy.bench.layer_engines import Case, prepare
 from moefy.bench.layers import drawn_masks
 from moefy.bench.moved import active_parameters, layer_bytes
 from moefy.bench.plot import draw_speed
+from moefy.bench.rounding import exact
 from moefy.bench.timing import Run, percentiles, side_by_side, speedup
 from moefy.errors import MoefyError
 from moefy.mlp import DenseMlp
@@ -232,7 +233,7 @@ def naive(module, x_TD, mask_TE):
 def test_the_reference_is_the_naive_loop():
     layers = tiny()
     module, x_TD, mask_TE = layers.first, layers.inputs(4)[0], drawn_masks(layers.modules, 4)[0]
-    got, want = reference(module.weights, x_TD, mask_TE), naive(module, x_TD, mask_TE)
+    got, want = exact(module.weights, x_TD, mask_TE).y_TD, naive(module, x_TD, mask_TE)
     assert got.dtype == torch.float64
     assert float((got - want).norm() / want.norm()) < 1e-5
 
@@ -320,9 +321,32 @@ def test_speedups_are_over_the_best_dense_engine():
     assert [row[7] for row in table] == ["2.00x [1.98, 2.02]", "best dense", "0.50x [0.50, 0.51]"]
 
 
-def test_without_a_dense_engine_there_is_nothing_to_compare_with():
-    with pytest.raises(MoefyError, match="no dense engine"):
-        made_up({"views": 1e-3})
+def test_without_a_dense_engine_times_stand_alone(tmp_path):
+    found = made_up({"views": 1e-3}, dense=())
+    assert (found["baseline"], found["ideal"]) == (None, None)
+    assert found["engines"]["views"]["speedup"] is found["engines"]["views"]["ratio"] is None
+    (row,) = speed_rows({"cells": [found]})[1]
+    assert row[3:8] == ["views", "1.000", "1.000", "1000", "no dense"]
+    record = bench_kernel(tiny(), engines=["views"], samples=5)
+    record["cells"] = [{**found, "refused": {"eager": "failed: made up"}}]
+    record["break_even"] = break_even(record["cells"])
+    assert record["break_even"][0]["batch"] is None
+    lines = speed_lines(record)
+    assert any(line.startswith("no dense engine could be timed") for line in lines)
+    assert "not timed: eager: failed: made up" in lines
+    draw_speed(record, tmp_path / "picture.png")
+    record["cells"] = [{**found, "engines": {}}]
+    draw_speed(record, tmp_path / "empty.png")
+
+
+def test_an_engine_that_raises_is_a_row_with_its_reason(monkeypatch):
+    def fails(*_):
+        raise KeyError("auto")
+
+    for table in (BACKENDS, ON_CPU):
+        monkeypatch.setitem(table, "wrong", fails)
+    (found,) = bench_kernel(tiny(), engines=["wrong"], samples=5)["cells"]
+    assert found["refused"] == {"wrong": "failed: KeyError: 'auto'"}
 
 
 def test_a_difference_within_the_noise_is_printed_as_none():
@@ -345,7 +369,7 @@ KEYS = {"kind", "level", "what", "dtype", "device", "threads", "samples", "warmu
 ROW = {
     "dense", "p50", "p95", "tokens_per_second", "speedup", "ratio", "interval", "bytes",
     "of_bandwidth", "active_parameters", "relative_error", "computed_by", "seconds",
-    "swapped",
+    "kl",
 }  # fmt: skip
 
 

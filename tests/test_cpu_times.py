@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from moefy.bench import Shape, synthetic
-from moefy.bench.calibrate import calibrate
+from moefy.bench.calibrate import calibrate, calibrate_unknown
+from moefy.cli import app
+from moefy.console import Reporter
 from moefy.errors import MoefyError
 from moefy_kernels import dispatch
 from moefy_kernels.cpu import times
@@ -133,3 +136,45 @@ def test_what_cannot_be_calibrated_is_said():
     layers = synthetic(Shape(16, 64, 4, 1), dtype=torch.float16, tokens=4)
     with pytest.raises(MoefyError, match="float32 or bfloat16"):
         calibrate(layers)
+
+
+def test_the_first_bench_calibrates_coarsely_and_the_next_does_not(capsys):
+    report = Reporter(quiet=False)
+    layers = synthetic(Shape(16, 64, 4, 1), dtype=torch.bfloat16, tokens=4)
+    record = calibrate_unknown(layers.modules, report)
+    assert "first run with such layers in bfloat16" in capsys.readouterr().err
+    assert record["entry"]["tokens"] == [1, 8, 64]
+    assert calibrate_unknown(layers.modules, report) is None
+    # Neither a layer that is much larger, nor another dtype, is known by that.
+    threads = torch.get_num_threads()
+    known = Layer(*record["entry"]["layer"])
+    assert times.knows(known, threads) and times.knows(known._replace(neurons=96), threads)
+    assert not times.knows(known._replace(neurons=6400), threads)
+    assert not times.knows(known._replace(itemsize=4), threads)
+    assert not times.knows(known, threads + 1)
+
+
+def test_after_its_budget_a_calibration_follows_from_fewer_tokens():
+    layers = synthetic(Shape(16, 64, 4, 1), dtype=torch.float32, tokens=4)
+    found = calibrate(layers, tokens=(1, 8), densities=(0.25, 1.0), budget=0.0)["entry"]["seconds"]
+    for one, many in found.values():
+        assert many == pytest.approx([8 * value for value in one])
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-calibrate"], False)])
+def test_no_calibrate_leaves_the_machine_unknown(monkeypatch, options, kept):
+    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    shown = [
+        "bench",
+        "--layer",
+        "32,64,8,2",
+        "--batches",
+        "1",
+        "--engine",
+        "auto",
+        "--samples",
+        "5",
+    ]
+    result = CliRunner().invoke(app, [*shown, *options])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert times.calibration_file().exists() == kept

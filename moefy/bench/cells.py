@@ -1,6 +1,6 @@
 """One cell of a sweep: engines that computed the same thing, timed side by side, and what it says of them.
 
-Shapes: R samples, C calls of a sample, T tokens, D width.
+Shapes: R samples, C calls of a sample.
 """
 
 from collections.abc import Mapping
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moefy.bench.engines import Unavailable
-from moefy.bench.timing import WARMUP, Ratio, Seconds, percentiles, speedup
+from moefy.bench.timing import WARMUP, Seconds, percentiles, speedup
 from moefy.errors import MoefyError
 from moefy.provenance import machine
 
@@ -29,29 +28,16 @@ class Facts:
     """Parameters that a token uses."""
     computed_by: str = ""
     """Where it is not what its name says: the backends that `auto` took."""
-    swapped: float | None = None
-    """Share of the choices of experts that are not those of the reference, where that is known."""
+    kl: dict[str, float] | None = None
+    """From a run in fp32, of whole models: `median`, `mean` and `largest` over tokens, in nats."""
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted; the former where that is all zeros."""
-    got, want = got.double(), want.double()
-    return float((got - want).norm()) / (float(want.norm()) or 1.0)
-
-
-def checked(got: Tensor, want: Tensor, tolerance: float) -> float:
-    """The relative error of an output; raises `Unavailable` where it is something else."""
-    if got.shape != want.shape:
-        raise Unavailable(
-            f"computes something else: an output of shape {tuple(got.shape)}, not "
-            f"{tuple(want.shape)}"
-        )
-    error = relative_error(got, want)
-    if not error <= tolerance:
-        raise Unavailable(
-            f"computes something else: relative error {error:.1e}, at most {tolerance:.0e}"
-        )
-    return error
+def failed(reason: Exception) -> str:
+    """Why an engine is not timed: what it said, or what torch or a library says of it."""
+    if isinstance(reason, (Unavailable, MoefyError)):
+        return str(reason)
+    said = str(reason).strip().splitlines()
+    return f"failed: {type(reason).__name__}{f': {said[0]}' if said else ''}"
 
 
 def cell(
@@ -63,18 +49,19 @@ def cell(
 ) -> dict[str, Any]:
     """The record of a cell: `place` (phase, batch, tokens of a call, ...) and a row for every engine.
 
-    Speedups are over the fastest dense engine. `ideal` is what bandwidth alone would give: the bytes of
-    dense over `least_bytes` of `place`, those of the experts that run. Raises `MoefyError` where no dense
-    engine is left to compare with.
+    Speedups are over the fastest dense engine, `baseline`; None where no dense engine was timed. `ideal` is
+    what bandwidth alone would give: the bytes of dense over `least_bytes` of `place`, those of the experts
+    that run.
     """
     dense = [name for name in seconds if facts[name].dense]
-    if not dense:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in refused.items())
-        raise MoefyError(f"bench: no dense engine to compare with: {reasons}; try another --dtype")
-    baseline = min(dense, key=lambda name: percentiles(seconds[name])["p50"])
+    baseline = min(dense, key=lambda name: percentiles(seconds[name])["p50"], default=None)
     rows = {}
     for name, measured_RC in seconds.items():
-        over = None if name == baseline else speedup(measured_RC, seconds[baseline])
+        over: dict[str, Any] = {"speedup": None, "ratio": None, "interval": None}
+        if name == baseline:
+            over["ratio"] = 1.0
+        elif baseline is not None:
+            over = speedup(measured_RC, seconds[baseline]).record()
         rows[name] = _row(measured_RC, facts[name], over, place["tokens"], bandwidth)
     whole = [f.bytes for f in facts.values() if f.dense and f.bytes]
     return {
@@ -87,7 +74,7 @@ def cell(
 
 
 def _row(
-    seconds: Seconds, facts: Facts, over: Ratio | None, tokens: int, bandwidth: float
+    seconds: Seconds, facts: Facts, over: dict[str, Any], tokens: int, bandwidth: float
 ) -> dict[str, Any]:
     times = percentiles(seconds)
     per_second = None if facts.bytes is None else facts.bytes / times["p50"]
@@ -95,12 +82,12 @@ def _row(
         "dense": facts.dense,
         **times,
         "tokens_per_second": tokens / times["p50"],
-        **({"speedup": None, "ratio": 1.0, "interval": None} if over is None else over.record()),
+        **over,
         "bytes": facts.bytes,
         "of_bandwidth": None if per_second is None else per_second / bandwidth,
         "active_parameters": facts.parameters,
         "relative_error": facts.error,
-        "swapped": facts.swapped,
+        "kl": facts.kl,
         "computed_by": facts.computed_by,
         "seconds": seconds.tolist(),
     }

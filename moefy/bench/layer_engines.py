@@ -182,14 +182,3 @@ def _fits(rows: int, mlp: DenseMlp) -> None:
             f"copies the weights of every token's experts, {copied / 1e9:.1f} GB; "
             f"{free / 1e9:.1f} GB are free"
         )
-
-
-def reference(mlp: DenseMlp, x_TD: Tensor, mask_TE: Tensor) -> Tensor:
-    """The experts of the mask `[T, D]` in fp64, one after the other."""
-    size = mlp.neurons // mask_TE.shape[1]
-    wide_TD = x_TD.double()
-    y_TD = wide_TD.new_zeros(wide_TD.shape)
-    for expert in mask_TE.any(0).nonzero()[:, 0].tolist():
-        part = mlp.take(slice(expert * size, (expert + 1) * size)).to(torch.float64)
-        y_TD += (part.hidden(wide_TD) * mask_TE[:, expert, None]) @ part.down_ND
-    return y_TD if mlp.down_bias_D is None else y_TD + mlp.down_bias_D.double()

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, E experts, V vocabulary, L layers, G generated to
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -19,29 +19,33 @@ from transformers import PreTrainedModel
 
 from moefy.bench import moved
 from moefy.bench.bandwidth import read_bandwidth
-from moefy.bench.cells import Facts, cell, checked, record, relative_error
-from moefy.bench.choices import Choices, Choosing, choosing, moved_on, others
+from moefy.bench.cells import Facts, cell, failed, record
 from moefy.bench.engines import AUTO, EAGER, MASKED, Choice, Unavailable, choose
+from moefy.bench.fidelity import (
+    ELSEWHERE,
+    LEAST,
+    NEARER,
+    TIMES,
+    Fidelity,
+    compare,
+    judge,
+    no_copy,
+    widened,
+)
 from moefy.bench.mlp_share import amdahl, mlp_share
 from moefy.bench.model_engines import Models, Session, TransformersSession, keeping
 from moefy.bench.prompts import Prompt
 from moefy.bench.settings import check
 from moefy.bench.timing import Run, side_by_side
+from moefy.bench.watched import Watched, check_layers, watching
 from moefy.console import Reporter
 from moefy.errors import MoefyError
 from moefy.offload import device_of
+from moefy.routing.base import Context, Selection
 from moefy.sparse_mlp import BACKENDS, sparse_mlps
 
-CHECKED = 4
-"""Decoded tokens whose logits are compared."""
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Largest relative error of logits that is still the same model: of dense engines, and of moefy's own where
-they compute the experts of the reference (`choices`)."""
-ELSEWHERE = 0.3
-"""The same of files that hold rounded or quantised weights."""
-NEARER = 0.5
-"""Files of experts choose for themselves; their error may be this share of the one that other experts of
-the same weights make."""
+CHECKED = 8
+"""Decoded tokens whose layers and logits are compared."""
 PHASES = ("prefill", "decode")
 
 
@@ -60,17 +64,44 @@ class _Pass:
         return len(self.masks[0][0])
 
 
+class _Elsewhere(Selection):
+    """Every expert's neighbour in its stead: a model that has the weights but not the routing."""
+
+    def __init__(self, own: Selection) -> None:
+        self.own = own
+
+    def remembered(self, context: Context) -> Tensor | None:
+        mask_TE = self.own.remembered(context)
+        return None if mask_TE is None else mask_TE.roll(1, 1)
+
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
+        return self.own(scores_TE, context).roll(1, 1)
+
+
 @dataclass
 class _Reference:
     """What engines are compared with: logits `[1 + G, B, V]` behind the prompt and some tokens."""
 
     dense: Tensor
     sparse: Tensor
-    choices: Choices
-    """Of the moefied model."""
-    unrouted: float
-    """Relative error of the moefied model with other experts than it chooses."""
     passes: tuple[_Pass, _Pass]
+    why: str
+    """Why they are not of fp32; empty where they are."""
+    own: dict[str, Fidelity]
+    """What rounding does to the `dense` model and to the moefied one (`masked`), and what `other experts`
+    of the same weights would do."""
+
+    def allowed(self, choice: Choice) -> float:
+        """The largest median KL of an engine."""
+        most = TIMES * max(self.own["dense"].median, self.own["masked"].median)
+        if choice.path is not None:
+            most = max(most, ELSEWHERE, NEARER * self.own["other experts"].median)
+        return max(most, ELSEWHERE if self.why else LEAST)
+
+    def record(self) -> dict[str, Any]:
+        """JSON values; figures are None where there is no run in fp32."""
+        own = {name: None if self.why else found.record() for name, found in self.own.items()}
+        return {"why_not": self.why, "allowed": self.allowed(Choice(MASKED)), **own}
 
 
 @torch.no_grad()
@@ -159,22 +190,22 @@ def _cells(
     for choice in choices:
         try:
             session = models.session(choice, ids_BT, length)
-            by, error, swapped = _compared(choice, session, models.sparse, steps, reference)
+            by, found = _compared(choice, session, models.sparse, steps[:CHECKED], reference)
             for phase, at in zip(PHASES, passes, strict=True):
-                known = _facts(choice, session, models, at, by[phase], error)
-                facts[phase][choice.label] = replace(known, swapped=swapped)
+                known = _facts(choice, session, models, at, by[phase], found.error)
+                facts[phase][choice.label] = replace(known, kl=found.record())
             sessions[choice.label] = session
-        except Unavailable as reason:
-            refused[choice.label] = str(reason)
-        except RuntimeError as failure:  # what torch says of a compiler or a shape that does not do
-            refused[choice.label] = f"failed: {str(failure).strip().splitlines()[0]}"
+        except Exception as reason:  # another engine may do
+            if choice.path is not None and isinstance(reason, MoefyError):
+                raise  # no such file
+            refused[choice.label] = failed(reason)
     share = _mlp_share(models, ids_BT, length)
     runs = {
         name: Run([s.prefill, *(partial(s.step, p) for p in steps)], before=s.reset)
         for name, s in sessions.items()
     }
     seconds = side_by_side(runs, samples)
-    found = []
+    cells = []
     for phase, at, part in zip(PHASES, passes, (slice(0, 1), slice(1, None)), strict=True):
         masks = [mask_TE for one in at.masks for mask_TE in one]
         place: dict[str, Any] = {
@@ -186,45 +217,73 @@ def _cells(
             "union": fmean(map(moved.union, masks)),
             "least_bytes": _bytes(models.sparse, at),
             "router": None,
+            "rounding": reference.record(),
             "mlp_share": None,
             "amdahl": None,
         }
         if phase == "decode" and share is not None:
             place |= {"mlp_share": share, "amdahl": amdahl(share, place["density"])}
         timed = {name: seconds_RC[:, part] for name, seconds_RC in seconds.items()}
-        found.append(cell(place, timed, facts[phase], refused, bandwidth))
-    return found
+        cells.append(cell(place, timed, facts[phase], refused, bandwidth))
+    return cells
 
 
 def _references(models: Models, ids_BT: Tensor, length: int) -> _Reference:
-    """The dense model without a cache, and the moefied one masked, with what it chose and ran."""
+    """The models in fp32 where that fits: dense without a cache, moefied by `masked`; and what they lose."""
     steps = range(length, ids_BT.shape[1])
-    some_BT = ids_BT[:, : length + CHECKED].to(device_of(models.dense))
-    count = some_BT.shape[1] - length + 1
-    options = keeping(models.dense, count)
-    models.session(Choice(EAGER), ids_BT, length).reset()  # as stock has it
-    whole_BTV = models.dense(input_ids=some_BT, use_cache=False, **options).logits
-    dense = whole_BTV[:, -count:].transpose(0, 1).float().cpu()
-    session = models.session(Choice(MASKED), ids_BT, length)
-    assert isinstance(session, TransformersSession)
-    with _listening(models.sparse) as heard, choosing(models.sparse) as chosen:
+    few = steps[:CHECKED]
+    eager = models.session(Choice(EAGER), ids_BT, length)
+    masked = models.session(Choice(MASKED), ids_BT, length)
+    assert isinstance(masked, TransformersSession)
+    why = no_copy(models.dense) or no_copy(models.sparse)
+    wide = nullcontext if why else widened
+    eager.reset()  # as stock has it
+    with wide(models.dense):
+        dense = _uncached(models.dense, ids_BT[:, : length + len(few)], 1 + len(few))
+    with wide(models.sparse):
+        sparse, _ = _run(masked, models.sparse, few)
+    passes, logits = _passes(masked, models.sparse, steps)
+    own = {
+        "dense": compare(_run(eager, models.sparse, few)[0], dense),
+        "masked": compare(logits[: len(sparse)], sparse),
+    }
+    modules = sparse_mlps(models.sparse).values()
+    selections = [module.selection for module in modules]
+    try:
+        for module in modules:
+            module.selection = _Elsewhere(module.selection)
+        own["other experts"] = compare(_run(masked, models.sparse, few)[0], sparse)
+    finally:
+        for module, selection in zip(modules, selections, strict=True):
+            module.selection = selection
+    return _Reference(dense, sparse, passes, why, own)
+
+
+def _uncached(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
+    """The last `count` logits `[C, B, V]` of one pass."""
+    ids_BT, options = ids_BT.to(device_of(model)), keeping(model, count)
+    logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits
+    logits_CBV: Tensor = logits_BTV[:, -count:].transpose(0, 1).float().cpu()
+    return logits_CBV
+
+
+def _passes(
+    session: TransformersSession, sparse: PreTrainedModel, steps: Sequence[int]
+) -> tuple[tuple[_Pass, _Pass], Tensor]:
+    """What prefill and decoding run, and the logits `[1 + G, B, V]` of all of it."""
+    with _listening(sparse) as heard:
         session.reset()
         logits = [session.prefill()]
-        chosen.next_pass()
         prefill = _Pass([heard.copy()], moved.cache_bytes(session.cache))
         decode = _Pass([], 0.0)
         held = 0.0
         for position in steps:
             heard.clear()
             logits.append(session.step(position))
-            chosen.next_pass()
             decode.masks.append(heard.copy())
             held += moved.cache_bytes(session.cache)
     decode.cache = held / len(steps)
-    sparse = torch.stack(logits[:count]).float().cpu()
-    with choosing(models.sparse, moved_on(chosen.made)) as moved_experts:
-        other, _ = _run(session, models.sparse, steps[:CHECKED], moved_experts)
-    return _Reference(dense, sparse, chosen.made, relative_error(other, sparse), (prefill, decode))
+    return (prefill, decode), torch.stack(logits).float().cpu()
 
 
 def _mlp_share(models: Models, ids_BT: Tensor, length: int) -> float | None:
@@ -258,7 +317,7 @@ def _run(
     session: Session,
     sparse: PreTrainedModel,
     steps: Sequence[int],
-    choosing: Choosing | None = None,
+    watched: Watched | None = None,
 ) -> tuple[Tensor, dict[str, dict[str, int]]]:
     """Logits `[1 + G, B, V]` behind the prompt and some tokens; which backends computed each phase."""
     session.reset()
@@ -269,8 +328,8 @@ def _run(
         # A graph of torch.compile may reuse the memory of what it returned before.
         logits.append(one().float().cpu())
         by[phase] = _backends(sparse)
-        if choosing is not None:
-            choosing.next_pass()
+        if watched is not None:
+            watched.next_pass()
     return torch.stack(logits), by
 
 
@@ -280,26 +339,21 @@ def _compared(
     sparse: PreTrainedModel,
     steps: Sequence[int],
     reference: _Reference,
-) -> tuple[dict[str, dict[str, int]], float, float | None]:
-    """The backends of each phase, the relative error, and the share of other experts chosen.
+) -> tuple[dict[str, dict[str, int]], Fidelity]:
+    """The backends of each phase, and how far the logits are from the reference.
 
     Raises `Unavailable` for an engine that computes something else.
     """
-    tolerance = TOLERANCE[sparse.dtype]
-    if choice.dense:
-        got, by = _run(session, sparse, steps[:CHECKED])
-        return by, checked(got, reference.dense, tolerance), None
-    if choice.path is not None:
-        got, by = _run(session, sparse, steps[:CHECKED])
-        if session.dense:
-            return by, checked(got, reference.dense, ELSEWHERE), None
-        allowed = max(ELSEWHERE, NEARER * reference.unrouted)
-        return by, checked(got, reference.sparse, allowed), None
-    with choosing(sparse, reference.choices) as chosen:
-        got, by = _run(session, sparse, steps[:CHECKED], chosen)
-    _by_name(choice, by)
-    error = checked(got, reference.sparse, tolerance)
-    return by, error, others(chosen.made, reference.choices, sparse.dtype)
+    if not choice.dense and choice.path is None:
+        with watching(sparse) as watched:
+            _, by = _run(session, sparse, steps, watched)
+        _by_name(choice, by)
+        check_layers(sparse, watched.passes)
+    # As it is timed: a graph that is watched is another one.
+    got, by = _run(session, sparse, steps)
+    found = compare(got, reference.dense if session.dense else reference.sparse)
+    judge(found, reference.allowed(choice))
+    return by, found
 
 
 def _backends(model: PreTrainedModel) -> dict[str, int]:

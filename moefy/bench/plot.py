@@ -75,7 +75,9 @@ def draw_speed(record: dict[str, Any], picture: Path) -> None:
 
 
 def _title(record: dict[str, Any]) -> str:
+    machine = record["machine"]
     what, where = record["what"], f"{record['dtype']}, {record['device']}"
+    where += f" ({machine['gpu'] or machine.get('instructions', machine['cpu'])})"
     return (
         f"{what}\n{where}, {record['threads']} thread(s); bars: {record['samples']} samples, 99 %"
     )
@@ -134,7 +136,7 @@ def _draw(
         # Beside each other, so that no bar hides another.
         aside = 1.012 ** (marked.index(name) - (len(marked) - 1) / 2) if name in marked else 1.0
         engines = [(x, c["engines"]) for x, c in zip(places, cells, strict=True)]
-        found = [(x * aside, rows[name]) for x, rows in engines if name in rows]
+        found = [(x * aside, rows[name]) for x, rows in engines if _has_ratio(rows.get(name))]
         if found:
             _line(axis, name, found, style, low)
     axis.set_xscale("log", base=2)
@@ -176,8 +178,14 @@ def _line(
     )  # fmt: skip
 
 
+def _has_ratio(row: dict[str, Any] | None) -> bool:
+    """Whether it was timed, and a dense engine beside it."""
+    return row is not None and row["ratio"] is not None
+
+
 def _limits(cells: list[dict[str, Any]]) -> tuple[float, float]:
     """Limits of the y axis: all ratios and ideals with some air, down to `LOWEST`."""
-    values = [row["ratio"] for cell in cells for row in cell["engines"].values()]
+    rows = [row for cell in cells for row in cell["engines"].values()]
+    values = [row["ratio"] for row in rows if _has_ratio(row)]
     values += [cell["ideal"] for cell in cells if cell["ideal"]]
-    return max(LOWEST, min(*values, 0.7)) / 1.15, max(*values, 1.25) * 1.25
+    return max(LOWEST, min([*values, 0.7])) / 1.15, max([*values, 1.25]) * 1.25

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.artefact import read_artefact
-from moefy.bench.calibrate import calibrate
-from moefy.bench.engines import choose
+from moefy.bench.calibrate import calibrate, calibrate_unknown
+from moefy.bench.engines import AUTO, choose
 from moefy.bench.kernel import bench_kernel
 from moefy.bench.layer import bench_layer
 from moefy.bench.layers import Layers, Shape, synthetic
@@ -21,6 +21,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.errors import MoefyError, unknown_choice
 from moefy.modeling import load, load_dense, placement, weights_of
+from moefy.sparse_mlp import sparse_mlps
 
 KERNEL, LAYER, MODEL = LEVELS = ("kernel", "layer", "model")
 BATCHES = {KERNEL: "1,2,4,8,16", LAYER: "1,2,4,8,16", MODEL: "1"}
@@ -41,12 +42,15 @@ def bench(
     prompt_tokens: int = 128,
     generated: int = 32,
     samples: int | None = None,
+    calibrated: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.
 
     `level` is `kernel`, `layer` or `model`: `model` for a folder and `layer` for a shape where it is left
-    out. Raises `MoefyError` for settings that are wrong or do not go together.
+    out. With `calibrated`, paths that `auto` chooses among are timed first, for some seconds, where nothing
+    is known of such layers on this machine. Raises `MoefyError` for settings that are wrong or do not go
+    together.
     """
     level = level or (MODEL if model is not None else LAYER)
     _check_together(model, level, layer, against, densities, dtype)
@@ -58,14 +62,17 @@ def bench(
     count = SAMPLES[level] if samples is None else samples
     # What is wrong is said before anything is loaded.
     check(many, shares, count)
-    choose(engines)
+    calibrated &= any(choice.base == AUTO for choice in choose(engines))
+    report = Reporter(quiet=quiet)
     common: dict[str, Any] = {
-        "batches": many, "engines": engines, "samples": count, "report": Reporter(quiet=quiet),
+        "batches": many, "engines": engines, "samples": count, "report": report,
     }  # fmt: skip
     if level == MODEL:
         assert model is not None
-        return _model(model, against, dtype, prompt_tokens, generated, common)
+        return _model(model, against, dtype, prompt_tokens, generated, common, calibrated)
     layers = _layers(model, layer, dtype, max(many))
+    if calibrated:
+        calibrate_unknown(layers.modules, report)
     run = bench_kernel if level == KERNEL else bench_layer
     return run(layers, densities=shares, **common)
 
@@ -130,12 +137,15 @@ def _model(
     prompt_tokens: int,
     generated: int,
     common: dict[str, Any],
+    calibrated: bool,
 ) -> dict[str, Any]:
     """`bench_model` of a folder, against the stock model of the same weights or another one."""
     artefact = read_artefact(folder, verify=False)
     weights = weights_of(artefact, folder)
     where = _placement(weights, dtype)
     sparse = load(folder, verify=False, **where)
+    if calibrated:
+        calibrate_unknown([*sparse_mlps(sparse).values()], common["report"])
     other = weights if against is None else Checkpoint.open(against)
     dense = load_dense(other, **{**_placement(other, dtype), "dtype": sparse.dtype})
     tokens = prompt_tokens + generated

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from moefy.bench.bandwidth import read_bandwidth
-from moefy.bench.cells import Facts, cell, checked, record
+from moefy.bench.cells import Facts, cell, failed, record
 from moefy.bench.engines import AUTO, MASKED, Choice, Unavailable
-from moefy.bench.layer_engines import Call, Case, prepare, reference
+from moefy.bench.layer_engines import Call, Case, prepare
 from moefy.bench.layers import Layers
 from moefy.bench.moved import active_parameters, dense_parameters, layer_bytes
+from moefy.bench.rounding import Exact, checked, exact
 from moefy.bench.timing import Run, percentiles, side_by_side
 from moefy.console import Reporter
 from moefy.sparse_mlp import BACKENDS
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative error against fp64 of an output that is still the same function."""
 ROUTER = "router and selection"
 
 
@@ -57,17 +56,14 @@ def _cell(
     facts: dict[str, Facts] = {}
     refused: dict[str, str] = {}
     wanted = {True: _dense_output(case), False: _output(case)}
-    tolerance = TOLERANCE[case.inputs[0].dtype]
     for choice in choices:
         try:
             made = prepare(choice, case)
-            error = checked(made[0](), wanted[choice.dense], tolerance)
+            error = checked(made[0](), wanted[choice.dense])
             facts[choice.label] = _facts(choice, case, error)
             calls[choice.label] = made
-        except Unavailable as reason:
-            refused[choice.label] = str(reason)
-        except RuntimeError as failure:  # what torch says of a shape or a compiler that does not do
-            refused[choice.label] = f"failed: {str(failure).strip().splitlines()[0]}"
+        except Exception as reason:  # another engine may do
+            refused[choice.label] = failed(reason)
     runs = {name: _walk(made) for name, made in calls.items()}
     if case.routed:
         pairs = zip(case.layers.modules, case.inputs, strict=True)
@@ -120,14 +116,14 @@ def _facts(choice: Choice, case: Case, error: float) -> Facts:
     return Facts(False, error, fmean(moved), fmean(parameters), by)
 
 
-def _output(case: Case) -> torch.Tensor:
-    """What the first layer puts out, in fp64."""
+def _output(case: Case) -> Exact:
+    """What the first layer puts out."""
     module, x_TD, mask_TE = case.layers.first, case.inputs[0], case.masks[0]
-    y_TD = reference(module.running, x_TD, mask_TE)
     extra_TD = module.compensation(x_TD, mask_TE[:, module.shared :]) if case.routed else None
-    return y_TD if extra_TD is None else y_TD + extra_TD
+    return exact(module.running, x_TD, mask_TE, extra_TD)
 
 
-def _dense_output(case: Case) -> torch.Tensor:
-    module, x_TD = case.layers.first, case.inputs[0]
-    return reference(module.weights, x_TD, torch.ones_like(case.masks[0]))
+def _dense_output(case: Case) -> Exact:
+    x_TD = case.inputs[0]
+    every_T1 = torch.ones(len(x_TD), 1, dtype=torch.bool, device=x_TD.device)
+    return exact(case.layers.first.weights, x_TD, every_T1)

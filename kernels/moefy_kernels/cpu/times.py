@@ -1,7 +1,7 @@
 """What computing a layer on this CPU costs by every path: measured where it was calibrated, else expected.
 
-`moefy bench --calibrate` times every path on a grid of tokens and densities with routing at random, and keeps
-the medians per layer shape, dtype and number of threads in
+`moefy bench` times every path on a grid of tokens and densities with routing at random (`--calibrate`: on
+a finer one), and keeps the medians per layer shape, dtype and number of threads in
 
     $XDG_CACHE_HOME/moefy/times-<machine>.json
 
@@ -27,6 +27,8 @@ from moefy_kernels.cpu.library import cache, instruction_set
 from moefy_kernels.roofline import Layer
 
 PATHS = ("masked", "views", "native")
+ALIKE = 1.0
+"""Up to this distance (`_distance`) what was measured of one layer is taken for another without a thought."""
 FEW = 16
 """Up to so many tokens the weights that have to be read decide, above it the arithmetic."""
 BANDWIDTH, FLOPS = 10e9, 40e9
@@ -54,6 +56,12 @@ def seconds(
     if path not in entry["seconds"]:
         return math.inf
     return _interpolated(entry, path, tokens, density) * layer.parameters / shape.parameters
+
+
+def knows(layer: Layer, threads: int) -> bool:
+    """Whether a layer like this one was measured, in its dtype and with so many threads."""
+    known = (entry for entry in calibration() if _similar(entry, layer, threads))
+    return any(_distance(entry, layer) <= ALIKE for entry in known)
 
 
 @functools.cache
