@@ -84,10 +84,10 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "kernels/README.md"}
-    needed |= {"tests/conftest.py", "scripts/setup", "scripts/constraints.txt"}
+    needed |= {"tests/conftest.py", "scripts/setup", "scripts/lock.txt"}
     assert needed <= names
     tops = {name.split("/")[0] for name in names}
-    assert not tops & {".venv", ".venv-lowest", ".git", "runs", "dist", "build"}
+    assert not tops & {".venv", ".venv-lowest", ".venv-newest", ".git", "runs", "dist", "build"}
 
 
 def test_metadata(metadata):
