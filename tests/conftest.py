@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread: the tensors are tiny, and on a busy machine threads that wait for each other double the
 # time of a run.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Where scripts/real_model.py puts the real LLM: asked before the cache is another one.
+_HOME_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("MOEFY_MODELS", str(_HOME_CACHE / "moefy" / "models"))
 # What this machine was calibrated to must not decide anything here.
 _CACHE = tempfile.TemporaryDirectory(prefix="moefy-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
@@ -67,6 +70,15 @@ def corpora() -> Path:
 def shared_models() -> Path:
     """Folder of small trained models, one transformers folder each."""
     return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real LLM: 135M parameters, 30 layers of 576 x 1536, a vocabulary of 49,152."""
+    folder = Path(os.environ["MOEFY_MODELS"]) / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        pytest.skip("no real LLM here; `scripts/setup --models` fetches it")
+    return folder
 
 
 @pytest.fixture(scope="session")

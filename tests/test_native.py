@@ -4,6 +4,8 @@ import ctypes
 import itertools
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +224,26 @@ def test_every_instruction_set_is_built_and_used(name, tmp_path):
         fused = ["vfmadd"] if name != "portable" else ["mulps"]
         assert all(f"%{register}" in listing and word in listing for word in fused)
         assert ("zmm" in listing) == (name == "avx512")
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for 64-bit ARM"
+)
+def test_it_compiles_for_arm(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    built = library.build("neon", tmp_path).read_bytes()
+    assert built[:4] == b"\x7fELF" and built[18] == 183  # the number of 64-bit ARM
+
+
+def test_one_source_in_one_form_serves_every_instruction_set():
+    """What runs with 16 lanes is what runs with 8 and 4: only their number depends on the set."""
+    source = "".join(file.read_text() for file in (library.SOURCE, library.HEADER))
+    assert not re.search(r"\b_mm\d*_|\bv\w+q_[fsu]\d+|__builtin_ia32|intrin\.h|arm_neon\.h", source)
+    conditions = re.findall(r"#(?:if|elif|ifdef|ifndef)\b.*?#endif", source, flags=re.DOTALL)
+    lanes = [text for text in conditions if "__AVX" in text or "__ARM" in text]
+    assert len(lanes) == 1
+    chosen = [line for line in lanes[0].splitlines() if not line.startswith("#")]
+    assert [re.sub(r"\d+", "N", line) for line in chosen] == ["constexpr int LANES = N;"] * 3
 
 
 def run_python(code, **env):

@@ -84,10 +84,10 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "kernels/README.md"}
-    needed |= {"tests/conftest.py", "scripts/setup", "scripts/constraints.txt"}
+    needed |= {"tests/conftest.py", "scripts/setup", "scripts/lock.txt"}
     assert needed <= names
     tops = {name.split("/")[0] for name in names}
-    assert not tops & {".venv", ".venv-lowest", ".git", "runs", "dist", "build"}
+    assert not tops & {".venv", ".venv-lowest", ".venv-newest", ".git", "runs", "dist", "build"}
 
 
 def test_metadata(metadata):
@@ -119,6 +119,29 @@ def test_one_version_of_ruff_everywhere():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     (revision,) = re.findall(r"ruff-pre-commit\n\s+rev: v(\S+)", hooks)
     assert pinned["ruff"] == f"=={revision}"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_pins_one_allowed_release_of_everything_asked_for(python, machine):
+    """And tells nobody where it was made from."""
+    text = (ROOT / "scripts" / "lock.txt").read_text(encoding="utf-8")
+    assert "://" not in text and "--" not in text
+    lines = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    place = {
+        "python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine,
+        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix",
+    }  # fmt: skip
+    here = [line for line in lines if line.marker is None or line.marker.evaluate(place)]
+    pins = {canonicalize_name(line.name): str(line.specifier).removeprefix("==") for line in here}
+    assert len(pins) == len(here)
+    assert all(str(line.specifier).startswith("==") for line in here)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked_for = [text for name in ("dev", "test", "train", "plots") for text in extras[name]]
+    for asked in map(Requirement, [*project["dependencies"], *asked_for]):
+        if asked.name != "moefy":
+            assert asked.specifier.contains(pins[canonicalize_name(asked.name)]), asked
 
 
 def test_installed_wheel_imports_from_where_it_was_installed(wheel, tmp_path):
