@@ -10,6 +10,7 @@ Shapes: B documents, T tokens, D model width.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moefy.errors import MoefyError
 from moefy.locate import Place, side_of
 from moefy.offload import device_of
 from moefy.processes import ALONE, Processes
+from moefy.trunk import short_logits
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Captured:
 def run(model: PreTrainedModel, batch: Batch) -> object:
     """One forward pass without a cache, on the device of the model."""
     return model(**inputs_of(model, batch))
+
+
+def walk(model: PreTrainedModel, batch: Batch) -> None:
+    """`run` for those who listen alone: logits are made of two positions only."""
+    with short_logits(model) if batch.targets_BT is not None else nullcontext():
+        run(model, batch)
 
 
 def inputs_of(
@@ -146,7 +154,7 @@ def capture(
     try:
         for number in report.track(mine, f"measure for {into.name}"):
             current[:] = [number]
-            run(model, batches[number])
+            walk(model, batches[number])
     finally:
         for handle in handles:
             handle.remove()
@@ -204,6 +212,6 @@ def _sizes(
     # Images have no mask: one pass over the first batch tells how many patches an image has.
     seen: list[int] = []
     handles = listen(model, found[:1], lambda _, x_TD: seen.append(len(x_TD)))
-    run(model, batches[0])
+    walk(model, batches[0])
     handles[0].remove()
     return [len(batch.samples) * seen[0] // len(batches[0].samples) for batch in batches]
