@@ -66,7 +66,8 @@ def run(model: PreTrainedModel, batch: Batch) -> object:
 
 def walk(model: PreTrainedModel, batch: Batch) -> None:
     """`run` for those who listen alone: logits are made of two positions only."""
-    with short_logits(model) if batch.targets_BT is not None else nullcontext():
+    whole = "pixel_values" in batch.inputs or "labels" in batch.inputs
+    with nullcontext() if whole else short_logits(model):
         run(model, batch)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -71,6 +71,12 @@ class Said:
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             found = rows_CD if self.head is None else self.head(rows_CD[None])[0]
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def made(self) -> "Said":
+        """The same with its logits made once and for all, where one chunk holds them."""
+        if self.head is None or len(self.chunks()) > 1:
+            return self
+        return replace(self, rows_JD=self.logits(self.rows_JD), head=None)
 
     def detach(self) -> "Said":
         """The same without a gradient."""
@@ -166,7 +172,9 @@ def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Said) -> tuple[Te
     for at in chunks:
 
         def compare(*rows: Tensor, at: slice = at) -> tuple[Tensor, ...]:
-            made = (one.logits(r).to(first.rows_JD.device) for one, r in zip(said, rows, strict=True))
+            made = (
+                one.logits(r).to(first.rows_JD.device) for one, r in zip(said, rows, strict=True)
+            )
             return of(at, *made)
 
         rows = [one.rows_JD[at] for one in said]
@@ -219,6 +227,15 @@ def compared(dense: Said, sparse: Said) -> dict[str, Tensor]:
 
     found = per_position(of, dense, sparse)
     return dict(zip(("kl", "agreement", "ce_dense", "ce"), found, strict=False))
+
+
+def cosine(dense: Said, sparse: Said) -> Tensor:
+    """Cosine `[J]` of what is compared."""
+
+    def of(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        return (cosine_similarity(p, q, dim=-1),)
+
+    return per_position(of, dense, sparse)[0]
 
 
 def distance(dense: Said, sparse: Said) -> Tensor:

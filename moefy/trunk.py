@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -130,7 +129,8 @@ def _trunk(model: PreTrainedModel) -> tuple[list[str], str]:
     return [
         path
         for path in parents
-        if not own.startswith(f"{path}.") and not isinstance(model.get_submodule(path), nn.ModuleList)
+        if not own.startswith(f"{path}.")
+        and not isinstance(model.get_submodule(path), nn.ModuleList)
     ], last
 
 

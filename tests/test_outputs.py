@@ -3,13 +3,10 @@
 import pytest
 import torch
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, example_inputs, random_model, tiny_model
-from torch import Tensor
 
-from moefy import outputs
 from moefy.activations import run
 from moefy.data import IGNORED, Batch, Document, Sample
-from moefy.outputs import Said, compared, distance, kl, nats, predicted, say
-from moefy.trunk import short_logits
+from moefy.outputs import say
 
 TEXT = [name for name in (*FAMILIES_TINY, *SEARCHED_TINY) if tiny_model(name).family != "vit"]
 

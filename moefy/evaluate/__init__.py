@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from moefy.activations import inputs_of
@@ -49,7 +48,7 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
-from moefy.outputs import Said, compared, of_tensor, per_position, placed, say
+from moefy.outputs import Said, compared, cosine, of_tensor, placed, say
 from moefy.provenance import machine
 from moefy.sparse_mlp import all_experts
 from moefy.trunk import short_logits
@@ -187,7 +186,7 @@ def compare(
         found = compared(dense, sparse)
         kl.append(found["kl"].cpu())
     else:
-        found = {"cosine": per_position(_cosine, dense, sparse)[0]}
+        found = {"cosine": cosine(dense, sparse)}
     values = {name: placed(value_J, keep_BT) for name, value_J in found.items()}
     if batch.targets_BT is not None and bigram is not None:
         values["ce_bigram"], rank_BT = bigram.score(batch)
@@ -196,10 +195,6 @@ def compare(
         DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
         for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
     ]
-
-
-def _cosine(_: slice, dense_CD: Tensor, sparse_CD: Tensor) -> tuple[Tensor, ...]:
-    return (cosine_similarity(dense_CD, sparse_CD, dim=-1),)
 
 
 def _bootstrap(documents: list[DocumentSums], seed: int) -> Bootstrap:
