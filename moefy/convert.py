@@ -45,7 +45,7 @@ from moefy.heads import read_heads
 from moefy.inputs import read_batches, read_config
 from moefy.job import Clock, Converted, Job, Reading
 from moefy.locate import Place, disk_names, meta_model, read_mlp
-from moefy.memory import free_memory, peak_memory
+from moefy.memory import free_memory, give_back, peak_memory
 from moefy.mlp import HeadOutputs
 from moefy.modeling import (
     load,
@@ -154,6 +154,7 @@ def _in_memory(job: Job) -> Converted | None:
     clock = job.clock
     with clock.stage("measure"):
         samples = _measure(job)
+        give_back()
 
     with clock.stage("fit"):
         _fit(job, samples)
@@ -161,6 +162,7 @@ def _in_memory(job: Job) -> Converted | None:
     with clock.stage("tune"):
         artefact, fits, head_fits = collect(job)
         artefact, tuning = _tune(job, artefact, samples)
+        give_back()
 
     if not job.processes.main:
         job.processes.wait()
@@ -172,6 +174,7 @@ def _in_memory(job: Job) -> Converted | None:
     with clock.stage("verify"):
         sparse = load(job.finished, verify=False, **placement())
         error = _verify(job.checkpoint, sparse, job.evaluated[0])
+        give_back()
         quality = evaluate(sparse, job.evaluated, report=job.report)
     return Converted(artefact, error, quality, tuning, fits, head_fits)
 

@@ -22,14 +22,11 @@ from moefy.console import Reporter
 from moefy.data import Batch, Sample, make_batches
 from moefy.draws import draws
 from moefy.errors import MoefyError
-from moefy.outputs import distance, judged, say
+from moefy.outputs import BACKWARD_TOKENS, distance, judged, say
 from moefy.rates import CLIP, matched
 from moefy.recipe import DistilRecipe
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.training import Tokens
-
-BACKWARD_TOKENS = 512
-"""Tokens of a model that are backpropagated at a time: what autograd keeps of them stays in memory."""
 
 WARMUP = 0.1
 ROUTER_RATE = 0.1
@@ -56,7 +53,8 @@ def distil_model(
     def of_step(group: list[Sample]) -> Iterator[Tensor]:
         batches = make_batches(group, tokens=BACKWARD_TOKENS)
         total = sum(_count(batch) for batch in batches)
-        for batch in batches:
+        # The largest first: its memory serves the others.
+        for batch in reversed(batches):
             with torch.no_grad(), all_experts(model):
                 dense = say(model, batch)
             yield distance(dense, say(model, batch)) * (_count(batch) / total)

@@ -33,6 +33,9 @@ from moefy.trunk import SHOWN, Head, Trunk, short_logits
 LOGITS_BYTES = 2**25
 """Memory of one chunk's logits in fp32; a comparison takes several times as much."""
 
+BACKWARD_TOKENS = 512
+"""Positions that are backpropagated at a time: what autograd keeps of every layer stays in memory."""
+
 _ROUNDINGS = 16
 """Most by which a position's logits may depend on what else is in its chunk, in roundings of the
 largest."""
@@ -255,8 +258,8 @@ def difference(got: Said, want: Said) -> tuple[float, float, float]:
     """Norm of the difference over all judged positions, norm of `want`, and the largest difference."""
 
     def of(_: slice, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        away = (a - b).double()
-        return away.square().sum(-1), b.double().square().sum(-1), away.abs().amax(-1)
+        norm = torch.linalg.vector_norm
+        return norm(a - b, dim=-1), norm(b, dim=-1), norm(a - b, torch.inf, dim=-1)
 
-    error_J, size_J, most_J = per_position(of, got, want)
-    return float(error_J.sum().sqrt()), float(size_J.sum().sqrt()), float(most_J.max())
+    error_J, size_J, most_J = (value_J.double() for value_J in per_position(of, got, want))
+    return float(error_J.norm()), float(size_J.norm()), float(most_J.max())

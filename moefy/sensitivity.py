@@ -23,6 +23,7 @@ from moefy.activations import walk
 from moefy.data import Batch
 from moefy.distil import only_training
 from moefy.locate import Site, side_of
+from moefy.memory import give_back
 from moefy.outputs import Said, say
 from moefy.sparse_mlp import all_experts, sparse_mlps
 
@@ -53,7 +54,7 @@ def sensitivities(
                 said = say(model, batch)
                 said.rows_JD.backward(_gradient(said, generator))
             dense.append(said.detach())
-            del said  # and with it what autograd keeps
+            del said
             for index, site in enumerate(found):
                 gradient = outputs[index].grad
                 assert gradient is not None
@@ -63,6 +64,7 @@ def sensitivities(
                 sums[index] += (g_TD.T @ g_TD).float().cpu()
                 tokens[index] += len(g_TD)
             outputs.clear()
+            give_back()  # batches grow, and what was freed of a smaller one would not serve the next
     finally:
         for handle in handles:
             handle.remove()

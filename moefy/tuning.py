@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 from moefy.activations import Captured, walk
 from moefy.console import Reporter
 from moefy.data import Batch, make_batches
-from moefy.distil import BACKWARD_TOKENS, distil_layer, distil_model
+from moefy.distil import distil_layer, distil_model
 from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.memory import free_memory
 from moefy.mlp import DenseMlp
-from moefy.outputs import LOGITS_BYTES, Said, distance, say
+from moefy.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Said, distance, say
 from moefy.plan import Plan
 from moefy.processes import ALONE, Processes
 from moefy.recipe import Recipe

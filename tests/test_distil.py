@@ -116,9 +116,7 @@ def test_the_distance_is_kl_over_predicted_positions(tmp_path: Path) -> None:
         with all_experts(model):
             dense = say(model, batch)
         sparse = say(model, batch)
-    assert distance(dense, sparse).item() == pytest.approx(
-        naive_distance(model, [batch]), rel=1e-4
-    )
+    assert distance(dense, sparse).item() == pytest.approx(naive_distance(model, [batch]), rel=1e-4)
     assert distance(dense, dense).item() == 0
     assert len(dense) == sum(len(sample.inputs["input_ids"]) - 1 for sample in batch.samples)
 

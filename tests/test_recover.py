@@ -24,7 +24,6 @@ from torch import Tensor
 
 import moefy
 from moefy import recipe as recipes
-from moefy.activations import run as forward
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, RecipeError
@@ -33,8 +32,8 @@ from moefy.finetuning import loop
 from moefy.finetuning.held_out import RecoveryCheck
 from moefy.finetuning.loop import Diverged
 from moefy.modeling import load_dense
-from moefy.recover import recover
 from moefy.outputs import distance, say
+from moefy.recover import recover
 from moefy.sparse_mlp import sparse_mlps
 from moefy.training_recipe import RecoverRecipe
 
