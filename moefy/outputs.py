@@ -36,9 +36,9 @@ LOGITS_BYTES = 2**25
 BACKWARD_TOKENS = 512
 """Positions that are backpropagated at a time: what autograd keeps of every layer stays in memory."""
 
-_ROUNDINGS = 16
-"""Most by which a position's logits may depend on what else is in its chunk, in roundings of the
-largest."""
+_CLOSE, _ROUNDINGS = 1e-5, 4
+"""Most by which a position's logits may depend on what else is in its chunk, as a share of the largest;
+in 16 bits, rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def _agrees(head: Head, hidden_BTD: Tensor, shown_1CV: Tensor) -> bool:
     alone_V = head(hidden_BTD[:1, :SHOWN][:, -1:])[0, 0].float()
     together_V = shown_1CV[0, -1].float()
     error = float((alone_V - together_V).abs().max())
-    eps = torch.finfo(hidden_BTD.dtype).eps
-    return error <= _ROUNDINGS * eps * float(together_V.abs().max())
+    share = max(_CLOSE, _ROUNDINGS * torch.finfo(hidden_BTD.dtype).eps)
+    return error <= share * float(together_V.abs().max())
 
 
 def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Said) -> tuple[Tensor, ...]:

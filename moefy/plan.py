@@ -157,7 +157,7 @@ FIXED = 100_000_000
 """Bytes for the corpus, its tokens, records, and libraries that are imported when they are needed."""
 _TOKENIZER = 12
 """Memory of a tokenizer over the size of its file."""
-_COMPARED = 6
+_COMPARED = 7
 """Chunks of logits in fp32 that a comparison holds at once."""
 
 
