@@ -10,6 +10,7 @@ Shapes: B documents, T tokens, D model width.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moefy.library import hidden_of
 from moefy.locate import Place, side_of
 from moefy.offload import device_of
 from moefy.processes import ALONE, Processes
+from moefy.trunk import short_logits
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class Captured:
 def run(model: PreTrainedModel, batch: Batch) -> object:
     """One forward pass without a cache, on the device of the model."""
     return model(**inputs_of(model, batch))
+
+
+def walk(model: PreTrainedModel, batch: Batch) -> None:
+    """`run` for those who listen alone: logits are made of two positions only."""
+    whole = "pixel_values" in batch.inputs or "labels" in batch.inputs
+    with nullcontext() if whole else short_logits(model):
+        run(model, batch)
 
 
 def inputs_of(
@@ -147,7 +156,7 @@ def capture(
     try:
         for number in report.track(mine, f"measure for {into.name}"):
             current[:] = [number]
-            run(model, batches[number])
+            walk(model, batches[number])
     finally:
         for handle in handles:
             handle.remove()
@@ -205,6 +214,6 @@ def _sizes(
     # Images have no mask: one pass over the first batch tells how many patches an image has.
     seen: list[int] = []
     handles = listen(model, found[:1], lambda _, x_TD: seen.append(len(x_TD)))
-    run(model, batches[0])
+    walk(model, batches[0])
     handles[0].remove()
     return [len(batch.samples) * seen[0] // len(batches[0].samples) for batch in batches]

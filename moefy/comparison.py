@@ -14,23 +14,21 @@ import json
 import tempfile
 import time
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
-from moefy.activations import Captured, capture, run
+from moefy.activations import Captured, capture
 from moefy.artefact import FULL, Artefact
 from moefy.baselines import InputSparseMlp
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
-from moefy.data import IGNORED, Batch, Corpus, hold_out, load_corpus, split_shards
-from moefy.distil import compared
+from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
@@ -46,6 +44,7 @@ from moefy.modeling import (
     placement,
     replace_module,
 )
+from moefy.outputs import Said, compared, cosine, nats, say
 from moefy.partition import Partition
 from moefy.plan import Plan, inputs_read, plan
 from moefy.provenance import machine, versions
@@ -54,16 +53,7 @@ from moefy.routing.oracle import OracleRouter
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import needs_tuning, tune
 
-EXACT = 2**28
 """Logits of the dense model that are kept in fp32; of more than these in 16 bits (KL to about 1e-6)."""
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """What the dense model says at the positions of one evaluation batch."""
-
-    output: Tensor
-    nats: Tensor | None
 
 
 class Comparison:
@@ -87,7 +77,7 @@ class Comparison:
         self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
         self.shards = split_shards(text, seed)
         self.documents = documents
-        self._dense_outputs: list[_Dense] = []
+        self._dense_outputs: list[Said] = []
         self._evaluation: list[Batch] = []
 
     def run(self, recipe: Recipe) -> dict[str, Any]:
@@ -109,8 +99,8 @@ class Comparison:
 
     def dense_nats(self) -> float:
         """Cross-entropy of the dense language model on the evaluation documents."""
-        nats = [dense.nats for dense in self._dense() if dense.nats is not None]
-        return float(torch.cat(nats).mean())
+        found = [nats(dense) for dense in self._dense() if dense.targets_J is not None]
+        return float(torch.cat(found).mean())
 
     def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
         """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
@@ -191,19 +181,18 @@ class Comparison:
             if load is None:
                 for module in baselines:
                     module.counted = batch.mask(module.side)
-                got = compared(run(model, batch), batch).float()
+                got = say(model, batch)
             else:
                 with observing(model, batch, load):
-                    got = compared(run(model, batch), batch).float()
-            output = want.output.float()
+                    got = say(model, batch)
             tokens += len(got)
-            if want.nats is None:
-                sums["cosine"] += float(cosine_similarity(output, got, dim=-1).sum())
+            if not got.classes or got.targets_J is None:
+                sums["cosine"] += float(cosine(want, got).sum())
                 continue
-            p, q = output.log_softmax(-1), got.log_softmax(-1)
-            sums["kl"] += float((p.exp() * (p - q)).sum())
-            sums["agreement"] += float((p.argmax(-1) == q.argmax(-1)).sum())
-            sums["ce_increase"] += float((_nats(got, batch) - want.nats).sum())
+            found_J = compared(want, got)
+            sums["kl"] += float(found_J["kl"].sum())
+            sums["agreement"] += float(found_J["agreement"].sum())
+            sums["ce_increase"] += float((found_J["ce"] - found_J["ce_dense"]).sum())
         found: dict[str, Any] = {name: total / tokens for name, total in sums.items() if total}
         if load is not None:
             found["ffn_density"] = load.density()
@@ -263,17 +252,13 @@ class Comparison:
             parameter.requires_grad_(False)
         return model
 
-    def _dense(self) -> list[_Dense]:
+    def _dense(self) -> list[Said]:
         if not self._dense_outputs:
             stock = self._load()
             kind = sites(stock)[0].family.kind
             text = self.shards["evaluation"].take(self.documents)
             self._evaluation = read_batches(self.checkpoint, kind, text, 512)
-            for batch in self._evaluation:
-                output = compared(run(stock, batch), batch).float()
-                nats = None if batch.targets_BT is None else _nats(output, batch)
-                few = nats is None or len(nats) * len(self._evaluation) * output.shape[1] < EXACT
-                self._dense_outputs.append(_Dense(output if few else output.half(), nats))
+            self._dense_outputs = [say(stock, batch) for batch in self._evaluation]
         return self._dense_outputs
 
     def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
@@ -358,10 +343,3 @@ def compare(
         "rows": rows,
         "machine": machine(),
     }
-
-
-def _nats(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of every predicted token."""
-    assert batch.targets_BT is not None
-    targets = batch.targets_BT[batch.targets_BT != IGNORED]
-    return cross_entropy(logits, targets, reduction="none")

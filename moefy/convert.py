@@ -30,14 +30,14 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy import streaming
-from moefy.activations import Captured, capture, run
+from moefy.activations import Captured, capture
 from moefy.artefact import FULL, Artefact, write_side_files
 from moefy.card import model_card
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, sha256
 from moefy.console import Reporter
 from moefy.data import Batch, Corpus, hold_out, load_corpus, split_shards
 from moefy.errors import CheckpointError, MoefyError
-from moefy.evaluate import evaluate, outputs
+from moefy.evaluate import evaluate
 from moefy.fitted import collect, keep
 from moefy.fitting import HELD_OUT_SHARE, fit_layer, layer_sample, sample_sizes
 from moefy.head_fitting import fit_heads
@@ -45,7 +45,7 @@ from moefy.heads import read_heads
 from moefy.inputs import read_batches, read_config
 from moefy.job import Clock, Converted, Job, Reading
 from moefy.locate import Place, disk_names, meta_model, read_mlp
-from moefy.memory import free_memory, peak_memory
+from moefy.memory import free_memory, give_back, peak_memory
 from moefy.mlp import HeadOutputs
 from moefy.modeling import (
     load,
@@ -57,6 +57,7 @@ from moefy.modeling import (
     stored_dtype,
     with_routing_of,
 )
+from moefy.outputs import difference, say
 from moefy.plan import Plan, describe, plan
 from moefy.processes import launched
 from moefy.provenance import machine, versions
@@ -153,6 +154,7 @@ def _in_memory(job: Job) -> Converted | None:
     clock = job.clock
     with clock.stage("measure"):
         samples = _measure(job)
+        give_back()
 
     with clock.stage("fit"):
         _fit(job, samples)
@@ -160,6 +162,7 @@ def _in_memory(job: Job) -> Converted | None:
     with clock.stage("tune"):
         artefact, fits, head_fits = collect(job)
         artefact, tuning = _tune(job, artefact, samples)
+        give_back()
 
     if not job.processes.main:
         job.processes.wait()
@@ -170,7 +173,8 @@ def _in_memory(job: Job) -> Converted | None:
 
     with clock.stage("verify"):
         sparse = load(job.finished, verify=False, **placement())
-        error = _verify(job.checkpoint, sparse, job.evaluated)
+        error = _verify(job.checkpoint, sparse, job.evaluated[0])
+        give_back()
         quality = evaluate(sparse, job.evaluated, report=job.report)
     return Converted(artefact, error, quality, tuning, fits, head_fits)
 
@@ -336,15 +340,13 @@ def _seal(finished: Path, artefact: Artefact) -> None:
 
 
 @torch.no_grad()
-def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batches: list[Batch]) -> float:
+def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
     """Relative error of the written model with every expert on, against the source itself."""
     with all_experts(sparse):
-        got = outputs(run(sparse, batches[0]))
-    want = outputs(run(load_dense(checkpoint, **placement()), batches[0]))
-    mask = batches[0].mask()
-    keep = torch.ones(want.shape[:2], dtype=torch.bool) if mask is None else mask
-    got, want = got[keep].double(), want[keep].double()
-    return float((got - want).norm() / want.norm())
+        got = say(sparse, batch, keep_BT=batch.mask())
+    want = say(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
+    error, size, _ = difference(got, want)
+    return error / size
 
 
 def _require_equal(error: float, dtype: torch.dtype) -> None:

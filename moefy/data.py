@@ -30,6 +30,8 @@ SHARDS = {"partition": 0.15, "router": 0.5, "examples": 0.1, "evaluation": 0.25}
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 2000
 MANY_SOURCES = 20
+BATCH_TOKENS = 4096
+"""Positions of a batch, about."""
 IGNORED = -100
 """Target of a position that predicts nothing, as in torch's cross-entropy."""
 
@@ -396,7 +398,7 @@ def _span(doc: Document, ends: list[int], first: int) -> int:
     return len(doc.text[ends[first - 1] : max(ends)].encode())
 
 
-def make_batches(samples: Iterable[Sample], tokens: int = 4096) -> list[Batch]:
+def make_batches(samples: Iterable[Sample], tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Pad samples of like length together, about this many positions (or 8 images) a batch."""
     ordered = sorted(samples, key=sample_length)
     batches: list[Batch] = []

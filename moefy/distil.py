@@ -10,20 +10,19 @@ error of each MLP's output on captured inputs, for models whose backward pass do
 Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from moefy.activations import run
 from moefy.console import Reporter
-from moefy.data import IGNORED, Batch, make_batches
+from moefy.data import Batch, Sample, make_batches
 from moefy.draws import draws
 from moefy.errors import MoefyError
+from moefy.outputs import BACKWARD_TOKENS, distance, judged, say
 from moefy.rates import CLIP, matched
 from moefy.recipe import DistilRecipe
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -51,17 +50,24 @@ def distil_model(
     modules = list(sparse_mlps(model).values())
     samples = [sample for batch in batches for sample in batch.samples]
 
-    def losses() -> Iterator[Tensor]:
-        for group in draws(samples, recipe.tokens, seed):
-            parts, weights = [], []
-            for batch in make_batches(group, tokens=recipe.tokens):
-                with torch.no_grad(), all_experts(model):
-                    dense = compared(run(model, batch), batch)
-                parts.append(distance(dense, compared(run(model, batch), batch), batch))
-                weights.append(len(dense))
-            yield sum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)  # type: ignore[misc]
+    def of_step(group: list[Sample]) -> Iterator[Tensor]:
+        batches = make_batches(group, tokens=BACKWARD_TOKENS)
+        total = sum(_count(batch) for batch in batches)
+        # The largest first: its memory serves the others.
+        for batch in reversed(batches):
+            with torch.no_grad(), all_experts(model):
+                dense = say(model, batch)
+            yield distance(dense, say(model, batch)) * (_count(batch) / total)
 
-    return _train(model, modules, losses(), recipe, report)
+    steps = (of_step(group) for group in draws(samples, recipe.tokens, seed))
+    return _train(model, modules, steps, recipe, report)
+
+
+def _count(batch: Batch) -> int:
+    """Judged positions of a batch."""
+    if "pixel_values" in batch.inputs:
+        return len(batch.samples)
+    return int(judged(batch).sum())
 
 
 def distil_layer(
@@ -74,7 +80,7 @@ def distil_layer(
     generator = torch.Generator().manual_seed(seed)
     routed = module.routed
 
-    def losses() -> Iterator[Tensor]:
+    def losses() -> Iterator[list[Tensor]]:
         while True:
             rows = torch.randint(len(tokens.mlp_TD), (recipe.tokens,), generator=generator)
             x_TD, read_TD = (
@@ -83,7 +89,7 @@ def distil_layer(
             want_TD = routed.hidden(x_TD) @ routed.down_ND
             module.context.previous_TD = read_TD
             error_TD = module(x_TD) - module.weights(x_TD)
-            yield error_TD.square().sum() / want_TD.square().sum().clamp_min(1e-30)
+            yield [error_TD.square().sum() / want_TD.square().sum().clamp_min(1e-30)]
 
     return _train(module, [module], losses(), recipe, report)
 
@@ -91,11 +97,11 @@ def distil_layer(
 def _train(
     whole: nn.Module,
     modules: list[SparseMlp],
-    losses: Iterator[Tensor],
+    steps: Iterator[Iterable[Tensor]],
     recipe: DistilRecipe,
     report: Reporter,
 ) -> list[float]:
-    """The loop of both scopes: AdamW with warm-up and cosine.
+    """The loop of both scopes: AdamW with warm-up and cosine; the loss of a step comes in parts.
 
     All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
     would take as much time and memory as those that are wanted.
@@ -122,17 +128,20 @@ def _train(
     try:
         with torch.enable_grad(), only_training(whole, parameters):
             for _ in report.track(range(recipe.steps), "distil"):
-                loss = next(losses)
-                if not loss.isfinite():
-                    raise MoefyError(
-                        f"distillation diverged at step {len(history)}; lower distil.learning_rate"
-                    )
                 optimizer.zero_grad()
-                loss.backward()
+                loss = 0.0
+                for part in next(steps):
+                    loss += part.item()
+                    if not math.isfinite(loss):
+                        raise MoefyError(
+                            f"distillation diverged at step {len(history)}; lower "
+                            "distil.learning_rate"
+                        )
+                    part.backward()
                 nn.utils.clip_grad_norm_(parameters, CLIP)
                 optimizer.step()
                 schedule.step()
-                history.append(loss.item())
+                history.append(loss)
     finally:
         for module in modules:
             module.straight_through = False
@@ -153,26 +162,3 @@ def only_training(whole: nn.Module, parameters: list[nn.Parameter]) -> Iterator[
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
             parameter.grad = None
-
-
-def compared(result: Any, batch: Batch) -> Tensor:
-    """What student and teacher are compared by at real positions: logits, or hidden states."""
-    if hasattr(result, "logits"):
-        value: Tensor = result.logits
-    else:
-        value = result.last_hidden_state
-    if value.ndim == 2:
-        return value
-    if batch.targets_BT is not None:
-        return value[batch.targets_BT.to(value.device) != IGNORED]
-    mask_BT = batch.mask()
-    return value.flatten(0, 1) if mask_BT is None else value[mask_BT.to(value.device)]
-
-
-def distance(dense: Tensor, sparse: Tensor, batch: Batch) -> Tensor:
-    """KL(dense || sparse) of logits; of hidden states the squared error over the squared norm."""
-    if batch.targets_BT is None and "pixel_values" not in batch.inputs:
-        error = (dense - sparse).float().square().sum(-1)
-        return (error / dense.float().square().sum(-1).clamp_min(1e-12)).mean()
-    p, q = log_softmax(dense.float(), -1), log_softmax(sparse.float(), -1)
-    return (p.exp() * (p - q)).sum(-1).mean()

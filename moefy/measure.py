@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import run
+from moefy.activations import walk
 from moefy.artefact import Artefact, read_artefact
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
@@ -136,7 +136,7 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
     for module in modules:
         module.observer = functools.partial(_put_router, module, kind)
     with all_experts(model):
-        run(model, batches[0])
+        walk(model, batches[0])
     for module in modules:
         module.observer, module.look_ahead = None, False
 

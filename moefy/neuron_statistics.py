@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from moefy.activations import run
+from moefy.activations import walk
 from moefy.data import Batch
 from moefy.errors import MoefyError
 from moefy.sparse_mlp import sparse_mlps
@@ -68,7 +68,7 @@ def statistics(
             module.intervention = tallies[layer]
         # The largest first: it says where the bins are.
         for batch in sorted(read, key=lambda b: -next(iter(b.inputs.values())).numel()):
-            run(model, batch)
+            walk(model, batch)
     finally:
         for layer, module in modules.items():
             module.intervention = before[layer]

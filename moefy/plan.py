@@ -10,10 +10,12 @@ from torch import nn
 
 from moefy.artefact import HeadEntry, LayerEntry
 from moefy.checkpoint import Checkpoint
+from moefy.data import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
 from moefy.heads import HeadSite, head_sites
 from moefy.inputs import read_config
 from moefy.locate import Site, meta_model, side_of, sites
+from moefy.outputs import BACKWARD_TOKENS, LOGITS_BYTES
 from moefy.partition import SHARED_BY, expert_count, find_method
 from moefy.recipe import Recipe
 from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
@@ -45,7 +47,7 @@ class Plan:
     disk: int
     """Bytes of disk needed while it runs."""
     memory: int
-    """Bytes of memory beyond what running the model takes."""
+    """Bytes of memory at the peak, the model and its tokenizer among them, Python and its libraries not."""
     corpus: str
 
 
@@ -96,9 +98,6 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     width = dtype.itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
     seen = sum(s.width for s in found) + sum(s.width + s.neurons for s in blocks)
-    largest = max(found, key=lambda s: s.neurons * s.width)
-    weights = 3 * largest.neurons * largest.width * 4
-    chunk = 4096 * largest.neurons * 4 * 3 + recipe.partition.tokens * largest.neurons * 4 * 2
     return Plan(
         source=str(checkpoint.folder),
         model_class=type(model).__name__,
@@ -114,7 +113,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
         weights=total * width,
         disk=sample * seen * width + (0 if adapter else total * width),
-        memory=2 * weights + chunk + sample * largest.width * 4,
+        memory=_memory(checkpoint, model, found, recipe, total * width, width),
         corpus=corpus,
     )
 
@@ -148,9 +147,48 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
             if stream
             else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
-            "of memory beyond what running the model takes",
+            f"of memory: {todo.weights / 1e9:.2f} the model, "
+            f"{(todo.memory - todo.weights) / 1e9:.2f} the work",
         ]
     )
+
+
+FIXED = 180_000_000
+"""Bytes for the corpus, its tokens, records, and libraries that are imported when they are needed."""
+_TOKENIZER = 12
+"""Memory of a tokenizer over the size of its file."""
+_COMPARED = 7
+"""Chunks of logits in fp32 that a comparison holds at once."""
+
+
+def _memory(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    found: list[Site],
+    recipe: Recipe,
+    weights: int,
+    width: int,
+) -> int:
+    """Bytes at the peak: what is held in every stage, of which the largest counts.
+
+    Checked against measurements by scripts/memory_bars.py.
+    """
+    neurons, hidden = max(s.neurons for s in found), max(s.width for s in found)
+    classes = getattr(model.config.get_text_config(), "vocab_size", 0)  # type: ignore[operator,union-attr]
+    logits = _COMPARED * min(LOGITS_BYTES, 4 * classes * BATCH_TOKENS)
+    forward = BATCH_TOKENS * width * (4 * neurons + 8 * hidden)
+    layer = 3 * neurons * hidden * 4
+    fit = 2 * layer + recipe.partition.tokens * neurons * 4 * 2 + 4096 * neurons * 4 * 3
+    fit += (recipe.partition.tokens + recipe.router.tokens) * hidden * 4
+    stages = [weights + forward, fit, 2 * weights + forward + logits]
+    if recipe.allocates or recipe.distil.steps:
+        metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
+        # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
+        kept = width * sum(6 * s.neurons + 9 * s.width for s in found)
+        stages.append(weights + metric + BACKWARD_TOKENS * kept + logits)
+    file = checkpoint.folder / "tokenizer.json"
+    tokenizer = _TOKENIZER * file.stat().st_size if file.exists() else 0
+    return FIXED + tokenizer + max(stages)
 
 
 def _describe_heads(todo: Plan, recipe: Recipe) -> list[str]:

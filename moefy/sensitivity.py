@@ -19,24 +19,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.activations import run
+from moefy.activations import walk
 from moefy.data import Batch
-from moefy.distil import compared, only_training
+from moefy.distil import only_training
 from moefy.locate import Site, side_of
+from moefy.memory import give_back
+from moefy.outputs import Said, say
 from moefy.sparse_mlp import all_experts, sparse_mlps
 
 
 def sensitivities(
     model: PreTrainedModel, found: list[Site], batches: list[Batch], *, seed: int = 0
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Said]]:
     """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on; and what that says of
-    each batch (`moefy.distil.compared`)."""
+    each batch."""
     modules = list(sparse_mlps(model).values())
     sums = [torch.zeros(site.width, site.width) for site in found]
     tokens = [0] * len(found)
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[int, Tensor] = {}
-    said: list[Tensor] = []
+    dense: list[Said] = []
 
     def keep(index: int, _: nn.Module, __: object, output: Tensor) -> Tensor:
         # The first layer's output depends on nothing that is trained.
@@ -49,9 +51,10 @@ def sensitivities(
     try:
         for batch in batches:
             with torch.enable_grad(), all_experts(model), only_training(model, []):
-                said.append(compared(run(model, batch), batch))
-                _objective(said[-1], batch, generator).backward()
-            said[-1] = said[-1].detach().half()
+                said = say(model, batch)
+                said.rows_JD.backward(_gradient(said, generator))
+            dense.append(said.detach())
+            del said
             for index, site in enumerate(found):
                 gradient = outputs[index].grad
                 assert gradient is not None
@@ -61,10 +64,11 @@ def sensitivities(
                 sums[index] += (g_TD.T @ g_TD).float().cpu()
                 tokens[index] += len(g_TD)
             outputs.clear()
+            give_back()  # batches grow, and what was freed of a smaller one would not serve the next
     finally:
         for handle in handles:
             handle.remove()
-    return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)], said
+    return [total / (2 * count) for total, count in zip(sums, tokens, strict=True)], dense
 
 
 @torch.no_grad()
@@ -83,7 +87,7 @@ def stream_metric(model: PreTrainedModel, found: list[Site], batches: list[Batch
         with all_experts(model):
             for batch in batches:
                 current[:] = [batch]
-                run(model, batch)
+                walk(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,13 +107,23 @@ def inverse_power(power_T: Tensor) -> Tensor:
     return 1 / power_T.median().clamp_min(1e-30)
 
 
-def _objective(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+def _gradient(said: Said, generator: torch.Generator) -> Tensor:
+    """The gradient of `_objective` at the rows of `said` `[J, D]`, a chunk of logits at a time."""
+    found = []
+    for at in said.chunks():
+        rows_CD = said.rows_JD[at].detach().requires_grad_()
+        value = _objective(said.logits(rows_CD), said.classes, generator)
+        found.append(torch.autograd.grad(value, rows_CD)[0])
+    return torch.cat(found)
+
+
+def _objective(output_CV: Tensor, classes: bool, generator: torch.Generator) -> Tensor:
     """A scalar, summed over tokens, whose gradient's covariance is the Fisher matrix."""
-    if batch.targets_BT is None and "pixel_values" not in batch.inputs:
-        size_T1 = output.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        drawn = torch.randn(output.shape, generator=generator).to(output.device)
-        projected: Tensor = 2**0.5 * drawn * output / size_T1
+    if not classes:
+        size_C1 = output_CV.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        drawn = torch.randn(output_CV.shape, generator=generator).to(output_CV.device)
+        projected: Tensor = 2**0.5 * drawn * output_CV / size_C1
         return projected.sum()
-    log_p = output.float().log_softmax(-1)
+    log_p = output_CV.log_softmax(-1)
     drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
     return log_p.gather(1, drawn.to(log_p.device)).sum()

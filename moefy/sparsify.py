@@ -19,20 +19,19 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moefy.activations import run
 from moefy.checkpoint import Checkpoint, OutputFolder, copy_folder, overwrite
 from moefy.console import Reporter
 from moefy.curves import draw_curves
 from moefy.data import load_corpus
-from moefy.distil import compared
 from moefy.errors import UnsupportedModel
 from moefy.finetuning.dense import train_dense
 from moefy.finetuning.loop import Diverged, Outcome, begin
-from moefy.finetuning.objectives import Activations, nats, sparse
+from moefy.finetuning.objectives import Activations, sparse
 from moefy.finetuning.texts import Texts, read_texts
 from moefy.inputs import read_config
 from moefy.locate import Site, disk_names, meta_model, sites
 from moefy.modeling import load_dense
+from moefy.outputs import nats, say
 from moefy.processes import launched
 from moefy.provenance import machine
 from moefy.training_recipe import SparsifyRecipe
@@ -178,10 +177,9 @@ def _figures(model: PreTrainedModel, found: list[Site], texts: Texts) -> dict[st
     sums, tokens = {"ce": 0.0, "active": 0.0, "hoyer": 0.0}, 0
     for batch in texts.evaluated:
         with activations.over(batch):
-            got = compared(run(model, batch), batch)
-        ce, count = nats(got, batch), len(got)
-        assert ce is not None
-        sums["ce"] += float(ce)
+            ce_J = nats(say(model, batch))
+        count = len(ce_J)
+        sums["ce"] += float(ce_J.sum())
         sums["active"] += float(activations.density()) * count
         sums["hoyer"] += float(activations.mean()) * count
         tokens += count

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import Captured, run
+from moefy.activations import Captured, walk
 from moefy.console import Reporter
-from moefy.data import Batch
-from moefy.distil import compared, distance, distil_layer, distil_model
+from moefy.data import Batch, make_batches
+from moefy.distil import distil_layer, distil_model
 from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
 from moefy.memory import free_memory
 from moefy.mlp import DenseMlp
+from moefy.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Said, distance, say
 from moefy.plan import Plan
 from moefy.processes import ALONE, Processes
 from moefy.recipe import Recipe
@@ -44,9 +45,6 @@ FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""
 
 BISECTIONS = 8
-SENSITIVITY_TOKENS = 4096
-"""Most tokens of a batch through which the sensitivities are backpropagated."""
-
 TRIAL_TOKENS = 1024
 """Tokens on which the compensation of a candidate is fitted and its output error measured."""
 
@@ -97,9 +95,10 @@ def tune(
     """
     record: dict[str, Any] = {}
     metric: list[Tensor] | None = None
-    said: list[Tensor] | None = None
+    said: list[Said] | None = None
+    held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
     # All are to measure alike, and all at once.
-    fits = processes.once(lambda: _fits(model, SENSITIVITY_TOKENS * processes.count))
+    fits = processes.once(lambda: _fits(model, BACKWARD_TOKENS * processes.count))
     if recipe.allocates and recipe.budget.name == "greedy" and fits:
         metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
     check = HeldOut(model, held, said)
@@ -117,7 +116,7 @@ def tune(
         before = check.distance()
         scope = recipe.distil.scope
         if scope == "auto":
-            scope = "model" if _fits(model, recipe.distil.tokens) else "layer"
+            scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
         if scope == "model":
             distil_model(model, training, recipe.distil, report=report, seed=recipe.seed)
         else:
@@ -141,29 +140,29 @@ def tune(
 
 
 class HeldOut:
-    """Held-out documents and what the dense model says of them, in 16 bits."""
+    """Held-out documents and what the dense model says of them."""
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, batches: list[Batch], dense: list[Tensor] | None = None
+        self, model: PreTrainedModel, batches: list[Batch], dense: list[Said] | None = None
     ) -> None:
         self.model, self.batches = model, batches
         if dense is None:
             with all_experts(model):
-                dense = [compared(run(model, batch), batch).half() for batch in batches]
+                dense = [say(model, batch) for batch in batches]
         self.dense = dense
 
     @torch.no_grad()
     def distance(self, *listeners: Listener, only: Routed | None = None) -> float:
-        """What `moefy.distil` minimises, per token; with `only`, every other layer is dense."""
+        """What distillation minimises, per token; with `only`, every other layer is dense."""
         total = tokens = 0.0
         with nullcontext() if only is None else all_experts(self.model):
             if only is not None:
                 only.all_on = False
             for batch, dense in zip(self.batches, self.dense, strict=True):
                 with observing(self.model, batch, *listeners):
-                    sparse = compared(run(self.model, batch), batch)
-                total += distance(dense.float(), sparse, batch).item() * len(dense)
+                    sparse = say(self.model, batch)
+                total += distance(dense, sparse).item() * len(dense)
                 tokens += len(dense)
         return total / tokens
 
@@ -192,7 +191,7 @@ def settle(
     inputs = _Inputs()
     for batch in batches:
         with observing(model, batch, inputs):
-            run(model, batch)
+            walk(model, batch)
     _settle_on(inputs, model, recipe, active)
 
 
@@ -417,14 +416,11 @@ def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
 def _fits(model: PreTrainedModel, tokens: int) -> bool:
     """Whether a backward pass over so many tokens fits in the memory that is free now.
 
-    Counted per token: what autograd keeps of every MLP and attention block, and the logits with
-    their softmax and gradient.
+    Counted per token: what autograd keeps of every MLP and attention block; and a chunk of logits
+    with softmax and gradient.
     """
     kept = sum(6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values())
-    classes = (
-        getattr(model.config.get_text_config(), "vocab_size", 0) if model.can_generate() else 0
-    )
-    needed = 4 * tokens * (kept + 5 * classes)
+    needed = 4 * tokens * kept + 6 * LOGITS_BYTES
     if model.device.type == "cuda":
         return needed < torch.cuda.mem_get_info(model.device)[0]
     return needed < free_memory()

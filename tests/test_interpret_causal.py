@@ -16,12 +16,13 @@ from tiny_models import build
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 import moefy
+from moefy.activations import run
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
-from moefy.data import IGNORED
+from moefy.data import IGNORED, Batch
 from moefy.errors import MoefyError
 from moefy.interpret.causal.ablation import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
-from moefy.interpret.causal.damage import Reference, output
+from moefy.interpret.causal.damage import Reference
 from moefy.interpret.causal.effects import gone, neurons_of, of_sets
 from moefy.interpret.causal.entry import causal
 from moefy.interpret.causal.hunt import dense_against_moefied, hunt
@@ -36,6 +37,7 @@ from moefy.interpret.tokens import HELD_OUT, SELECT
 from moefy.interventions import MODES, statistics
 from moefy.locate import sites
 from moefy.modeling import load_dense
+from moefy.outputs import of_tensor
 from moefy.sparse_mlp import all_experts, sparse_mlps
 
 PLAIN = {"partition.method": "random", "router.epochs": 1}
@@ -83,6 +85,22 @@ def made(tmp_path_factory):
     return get
 
 
+def whole(model, batch):
+    """What the model gives at the judged positions, in one piece: logits, or last hidden states."""
+    heard = []
+    handle = model.base_model.register_forward_hook(lambda _, __, given: heard.append(given[0]))
+    result = run(model, batch)
+    handle.remove()
+    if batch.targets_BT is not None:
+        return result.logits[batch.targets_BT != IGNORED]
+    return heard[-1][batch.mask()]
+
+
+def made_of(said):
+    """The same of what was taken apart."""
+    return said.logits(said.rows_JD)
+
+
 def engine_of(model, texts, **options) -> Engine:
     engine = Engine(model, **options)
     with engine.running():
@@ -116,10 +134,10 @@ def test_a_shortcut_gives_what_the_whole_run_gives(made, kind, which, mode):
         numbers = torch.tensor([3, 8, 9, 10, 40])
         gone = {layer: gone_of(model, layer, numbers)}
         with torch.no_grad(), engine.running(), engine.replacing(gone):
-            want = output(model, texts.batches[0])
-        got = base.output(gone)
+            want = whole(model, texts.batches[0])
+        got = made_of(base.output(gone))
         assert (got - want).abs().max() < 1e-9 * want.abs().max()
-        moved = max(moved, float((want - base.out).norm() / want.norm()))
+        moved = max(moved, float((want - made_of(base.out)).norm() / want.norm()))
         assert all("forward" not in vars(block) for block in engine.blocks)
     assert moved > 1e-4
 
@@ -132,7 +150,7 @@ def test_effects_are_those_of_the_stock_model_with_other_inputs_of_its_down_proj
     stock = load_dense(Checkpoint.open(folder), dtype=torch.float64)
     batch = texts.batches[0]
     with torch.no_grad():
-        plain = output(stock, batch)
+        plain = whole(stock, batch)
         base = engine.base(batch)
         for layer, site in enumerate(sites(stock)):
             numbers = torch.arange(8, 16)
@@ -143,18 +161,17 @@ def test_effects_are_those_of_the_stock_model_with_other_inputs_of_its_down_proj
                 return (value,)
 
             handle = stock.get_submodule(site.path("down")).register_forward_pre_hook(edit)
-            changed = output(stock, batch)
+            changed = whole(stock, batch)
             handle.remove()
             damage, kl = base.reference.compare(
                 base.output({layer: gone_of(model, layer, numbers)})
             )
-            keep = base.reference.keep
-            rows_of = (plain.flatten(0, 1)[keep], changed.flatten(0, 1)[keep])
+            rows_of = (plain, changed)
             if kind == "bert":
                 want = 1 - cosine_similarity(*rows_of, dim=-1)
                 assert kl is None
             else:
-                target = batch.targets_BT.flatten()[keep]
+                target = batch.targets_BT[batch.targets_BT != IGNORED]
                 ce = [cross_entropy(r, target, reduction="none") for r in rows_of]
                 want = ce[1] - ce[0]
                 log_p, log_q = (r.log_softmax(-1) for r in rows_of)
@@ -177,10 +194,10 @@ def test_zero_ablation_of_all_experts_removes_the_mlp_and_keeps_its_bias(made, k
     with torch.no_grad():
         for site in sites(stock):
             stock.get_parameter(f"{site.path('down')}.weight").zero_()
-        want = output(stock, batch)
-    got = engine.base(batch).output(every)
+        want = whole(stock, batch)
+    got = made_of(engine.base(batch).output(every))
     assert (got - want).abs().max() < 1e-9
-    assert (got - engine.base(batch).out).norm() > 0.1 * want.norm()
+    assert (got - made_of(engine.base(batch).out)).norm() > 0.1 * want.norm()
 
 
 def test_small_effects_are_not_lost_in_large_logits():
@@ -189,9 +206,10 @@ def test_small_effects_are_not_lost_in_large_logits():
     other = base + 1e-4 * torch.randn(base.shape, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, 500, (1, 40), generator=generator)
     targets[0, 7] = IGNORED
-    batch = type("B", (), {"targets_BT": targets})()
-    exact = Reference(batch, base).compare(other)
-    found = Reference(batch, base.float()).compare(base.float() + (other - base).float())
+    batch = Batch([], {}, targets)
+    exact = Reference(of_tensor(batch, base)).compare(of_tensor(batch, other))
+    near = base.float() + (other - base).float()
+    found = Reference(of_tensor(batch, base.float())).compare(of_tensor(batch, near))
     log_p, log_q = base[0].log_softmax(-1), other[0].log_softmax(-1)
     keep = targets[0] != IGNORED
     want_kl = (log_p.exp() * (log_p - log_q)).sum(-1)[keep]
@@ -206,13 +224,15 @@ def test_small_effects_are_not_lost_in_large_logits():
 def test_states_that_did_not_change_are_no_damage_and_none_is_negative():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 400, 32, generator=generator)
-    batch = type("B", (), {"targets_BT": None, "mask": lambda _: torch.ones(1, 400).bool()})()
-    reference = Reference(batch, base)
-    assert not reference.compare(base.clone())[0].any()
+    batch = Batch([], {"attention_mask": torch.ones(1, 400, dtype=torch.long)}, None)
+    reference = Reference(of_tensor(batch, base))
+    assert not reference.compare(of_tensor(batch, base.clone()))[0].any()
     other = base + 1e-4 * torch.randn(base.shape, generator=generator)
     want = 1 - cosine_similarity(base[0].double(), other[0].double(), dim=-1)
     # Differences of unit vectors of fp32: their rounding, squared, beside what is found.
-    assert torch.allclose(reference.compare(other)[0].double(), want, rtol=1e-2, atol=1e-13)
+    assert torch.allclose(
+        reference.compare(of_tensor(batch, other))[0].double(), want, rtol=1e-2, atol=1e-13
+    )
     assert want.min() > 0 and want.max() < torch.finfo(torch.float32).eps
 
 
@@ -295,9 +315,9 @@ def test_pairs_and_kept_experts_are_those_of_whole_runs(made):
         found = []
         for batch in texts.batches:
             with torch.no_grad(), all_experts(model):
-                plain = output(model, batch)
+                plain = run(model, batch).logits
                 with model.experts(mode="mean", means=engine.means, **options):
-                    other = output(model, batch)
+                    other = run(model, batch).logits
             targets = batch.targets_BT
             ce = [
                 cross_entropy(o.mT, targets, reduction="none", ignore_index=IGNORED).sum(1)
@@ -337,7 +357,7 @@ def test_hunt_finds_the_tokens_that_were_changed(made):
 
     def base(batch):
         with torch.no_grad():
-            return output(model, batch)
+            return run(model, batch).logits
 
     def other(batch):
         logits = base(batch).clone()
@@ -478,8 +498,9 @@ def test_a_model_that_looks_ahead_is_run_whole(tmp_path):
     base = engine.base(texts.batches[0])
     assert engine.start == WHOLE
     with torch.no_grad(), engine.replacing({1: gone_of(model, 1, [0, 1, 2])}):
-        want = output(model, texts.batches[0])
-    assert torch.equal(base.output({1: gone_of(model, 1, [0, 1, 2])}), want)
+        want = whole(model, texts.batches[0])
+    got = made_of(base.output({1: gone_of(model, 1, [0, 1, 2])}))
+    assert torch.allclose(got, want, rtol=1e-12, atol=0)
 
 
 def test_unknown_modes_are_refused(made):

@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from moefy.memory import peak_memory
 
+ROOT = Path(__file__).parents[1]
 CODE = "from moefy.memory import peak_memory; {}; print(peak_memory())"
 
 
@@ -27,3 +31,14 @@ def test_peak_memory_is_that_of_this_process_alone():
 def test_peak_memory_counts_what_was_given_back():
     grown = peak_of("x = bytearray(b'x') * 300_000_000; del x") - peak_of("pass")
     assert 290_000_000 < grown < 330_000_000
+
+
+@pytest.mark.slow
+def test_the_estimate_of_a_conversion_is_near_its_peak(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from memory_bars import WITHIN, build, measured
+
+    model = build(tmp_path, ROOT / "moefy" / "demo" / "llama")
+    few = {"recipe": "fast", "partition.tokens": 512, "router.tokens": 1024, "context": 64}
+    run = measured(model, few)
+    assert abs(run["ratio"] - 1) < WITHIN, run

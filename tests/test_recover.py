@@ -22,16 +22,15 @@ from torch import Tensor
 
 import moefy
 from moefy import recipe as recipes
-from moefy.activations import run as forward
 from moefy.artefact import read_artefact
 from moefy.checkpoint import Checkpoint
-from moefy.distil import compared, distance
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, RecipeError
 from moefy.evaluate import outputs
 from moefy.finetuning import loop
 from moefy.finetuning.held_out import RecoveryCheck
 from moefy.finetuning.loop import Diverged
 from moefy.modeling import load_dense
+from moefy.outputs import distance, say
 from moefy.recover import recover
 from moefy.sparse_mlp import sparse_mlps
 from moefy.training_recipe import RecoverRecipe
@@ -424,8 +423,8 @@ def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path:
     loaded = moefy.load(tmp_path / "out", dtype=torch.float32)
     kl = tokens = 0.0
     for batch, want in zip(check.batches, check.want, strict=True):
-        got = compared(forward(loaded, batch), batch)
-        kl, tokens = kl + float(distance(want.float(), got, batch)) * len(got), tokens + len(got)
+        got = say(loaded, batch)
+        kl, tokens = kl + float(distance(want, got)) * len(got), tokens + len(got)
     assert kl / tokens == pytest.approx(found[-1]["held_out_kl"], rel=1e-3)
     assert abs(found[-1]["held_out_kl"] / found[0]["held_out_kl"] - 1) > 0.01
     for module in sparse_mlps(loaded).values():

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
-from moefy.activations import run
+from moefy.activations import inputs_of
 from moefy.console import Reporter
-from moefy.data import IGNORED, Batch
+from moefy.data import Batch
 from moefy.evaluate.bigram import Bigram
 from moefy.evaluate.bootstrap import Bootstrap
 from moefy.evaluate.groups import (
@@ -49,9 +48,10 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluate.tails import tail
 from moefy.locate import sites
-from moefy.offload import device_of
+from moefy.outputs import Said, compared, cosine, of_tensor, placed, say
 from moefy.provenance import machine
 from moefy.sparse_mlp import all_experts
+from moefy.trunk import short_logits
 
 
 @dataclass
@@ -62,10 +62,6 @@ class DocumentSums:
     source_id: str
     bytes: int
     sums: Sums
-
-
-PIECE = 64
-"""Tokens whose logits are compared at a time."""
 
 
 def outputs(result: Any) -> Tensor:
@@ -100,11 +96,11 @@ def evaluate(
     heads = HeadLoad(model)
     for batch in report.track(batches, "evaluate"):
         with _dense(model, against), _sinks(model, against, batch) as sinks:
-            dense = _result(against if against is not None else model, batch)
+            dense = _said(against if against is not None else model, batch)
         with observing(model, batch, load, quality, heads=heads):
-            sparse = _result(model, batch)
+            sparse = _said(model, batch)
         marked_BT = None if sinks is None else sinks.marked_BT
-        documents += compare(batch, dense.float(), sparse.float(), marked_BT, bigram, kl)
+        documents += compare(batch, dense, sparse, marked_BT, bigram, kl)
     record = summarise(documents, kl, load, quality, heads, seed)
     if against is not None:
         record["dense"] = "another checkpoint"
@@ -163,69 +159,42 @@ def _sinks(
     return finding_sinks(model, model.moefy_sites, batch)  # type: ignore[arg-type]
 
 
-def _result(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _said(model: PreTrainedModel, batch: Batch) -> Said:
     """What a batch is compared by, from one pass: whoever listens hears every token once."""
-    if batch.targets_BT is None and "pixel_values" not in batch.inputs:
-        inputs = {n: v.to(device_of(model)) for n, v in batch.inputs.items()}
-        result = model(**inputs, output_hidden_states=True)
-        hidden = getattr(result, "last_hidden_state", None)
-        return torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden).cpu()
-    return outputs(run(model, batch)).cpu()
+    if batch.targets_BT is not None or "pixel_values" in batch.inputs:
+        return say(model, batch)
+    with short_logits(model):
+        result = model(**inputs_of(model, batch), output_hidden_states=True)
+    hidden = getattr(result, "last_hidden_state", None)
+    return of_tensor(batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden))
 
 
 def compare(
     batch: Batch,
-    dense: Tensor,
-    sparse: Tensor,
+    dense: Said,
+    sparse: Said,
     sinks_BT: Tensor | None,
     bigram: Bigram | None,
     kl: list[Tensor],
 ) -> list[DocumentSums]:
     """Sums of every metric over every group of tokens of each document; adds to `kl` that of tokens.
 
-    `dense` and `sparse` are `outputs`, or last hidden states, in fp32; `sinks_BT` marks sinks.
+    `sinks_BT` marks sinks.
     """
-    rank_BT, targets_BT = None, batch.targets_BT
-    if targets_BT is not None:
-        keep = targets_BT != IGNORED
+    keep_BT, rank_BT = sparse.keep_BT, None
+    if sparse.classes:
+        found = compared(dense, sparse)
+        kl.append(found["kl"].cpu())
     else:
-        mask = batch.mask()
-        keep = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask
-    if targets_BT is not None or ("pixel_values" in batch.inputs and dense.shape[1] == 1):
-        # In pieces: copies of all logits would take several times their memory.
-        pieces = [
-            _of_logits(
-                dense[:, at], sparse[:, at], None if targets_BT is None else targets_BT[:, at]
-            )
-            for at in (slice(i, i + PIECE) for i in range(0, dense.shape[1], PIECE))
-        ]
-        values = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
-        kl.append(values["kl"][keep])
-    else:
-        values = {"cosine": cosine_similarity(dense, sparse, dim=-1)}
-    if targets_BT is not None and bigram is not None:
+        found = {"cosine": cosine(dense, sparse)}
+    values = {name: placed(value_J, keep_BT) for name, value_J in found.items()}
+    if batch.targets_BT is not None and bigram is not None:
         values["ce_bigram"], rank_BT = bigram.score(batch)
-    marks = groups(keep, sinks_BT, rank_BT)
+    marks = groups(keep_BT, sinks_BT, rank_BT)
     return [
         DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
         for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
     ]
-
-
-def _of_logits(dense: Tensor, sparse: Tensor, targets_BT: Tensor | None) -> dict[str, Tensor]:
-    """What two tensors of logits `[B, T, V]` say of every token `[B, T]`."""
-    values: dict[str, Tensor] = {}
-    if targets_BT is not None:
-        values["ce_dense"], values["ce"] = _nats(dense, targets_BT), _nats(sparse, targets_BT)
-    p, q = log_softmax(dense, -1), log_softmax(sparse, -1)
-    values["kl"] = (p.exp() * (p - q)).sum(-1).clamp_min(0)
-    values["agreement"] = (dense.argmax(-1) == sparse.argmax(-1)).float()
-    return values
-
-
-def _nats(logits: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of every position `[B, T]`, zero where nothing is predicted."""
-    return cross_entropy(logits.mT, targets_BT, reduction="none", ignore_index=IGNORED)
 
 
 def _bootstrap(documents: list[DocumentSums], seed: int) -> Bootstrap:

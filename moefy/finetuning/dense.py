@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from moefy.activations import run
 from moefy.console import Reporter
 from moefy.data import Batch, Sample
-from moefy.distil import compared
 from moefy.finetuning.loop import Objective, Outcome, fine_tune, make_accelerator
-from moefy.finetuning.objectives import nats
 from moefy.finetuning.parts import in_training
+from moefy.outputs import nats, say
 from moefy.rates import matched
 from moefy.training_recipe import TrainingRecipe
 
@@ -23,10 +21,8 @@ def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
     """Mean cross-entropy of the predicted tokens, in nats."""
     total, tokens = 0.0, 0
     for batch in batches:
-        got: Tensor = compared(run(model, batch), batch)
-        found = nats(got, batch)
-        assert found is not None, "callers refuse models that predict no tokens"
-        total, tokens = total + float(found), tokens + len(got)
+        found_J = nats(say(model, batch))
+        total, tokens = total + float(found_J.sum()), tokens + len(found_J)
     return total / tokens
 
 

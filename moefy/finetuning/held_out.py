@@ -15,11 +15,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import run
 from moefy.data import Batch
-from moefy.distil import compared, distance
 from moefy.evaluate.observing import Heard, observing
-from moefy.finetuning.objectives import nats
+from moefy.outputs import compared, distance, say
 from moefy.recipe import Recipe
 from moefy.sparse_mlp import sparse_mlps
 from moefy.tuning import settle, varies
@@ -41,7 +39,7 @@ class RecoveryCheck:
         weight: float,
     ) -> None:
         self.model, self.batches, self.recipe, self.weight = model, batches, recipe, weight
-        self.want = [compared(run(dense, batch), batch).half() for batch in batches]
+        self.want = [say(dense, batch) for batch in batches]
         self.active: dict[int, float] = {}
         self.merged: Callable[[], AbstractContextManager[None]] = nullcontext
         """While it lasts the model has the weights that have been learned (`parts.Learning`)."""
@@ -85,10 +83,13 @@ class RecoveryCheck:
         tokens = 0
         for batch, want in zip(self.batches, self.want, strict=True):
             with observing(self.model, batch, shares):
-                got = compared(run(self.model, batch), batch)
-            sums["kl"] += float(distance(want.float(), got, batch)) * len(got)
-            ce = nats(got, batch)
-            sums["ce"] += 0.0 if ce is None else float(ce)
+                got = say(self.model, batch)
+            if got.targets_J is None:
+                sums["kl"] += float(distance(want, got)) * len(got)
+            else:
+                found_J = compared(want, got)
+                sums["kl"] += float(found_J["kl"].sum())
+                sums["ce"] += float(found_J["ce"].sum())
             tokens += len(got)
         for module, was in zip(modules.values(), training, strict=True):
             module.straight_through = was

@@ -14,29 +14,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from moefy.activations import inputs_of
-from moefy.data import IGNORED, Batch
-from moefy.distil import compared, distance
+from moefy.data import Batch
 from moefy.finetuning.loop import Objective
 from moefy.locate import Site, side_of
+from moefy.outputs import distance, kl_of, nats, nats_of, per_position, say
 
 TINY = 1e-12
-
-
-def call(model: nn.Module, plain: PreTrainedModel, batch: Batch) -> Tensor:
-    """What `model`, which may be wrapped, says at the positions that count."""
-    return compared(model(**inputs_of(plain, batch)), batch)
-
-
-def nats(logits: Tensor, batch: Batch) -> Tensor | None:
-    """Cross-entropy summed over predicted tokens; None for models that predict none."""
-    if batch.targets_BT is None:
-        return None
-    targets = batch.targets_BT[batch.targets_BT != IGNORED].to(logits.device)
-    return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def towards(student: PreTrainedModel, dense: PreTrainedModel, weight: float) -> Objective:
@@ -44,12 +29,16 @@ def towards(student: PreTrainedModel, dense: PreTrainedModel, weight: float) -> 
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            want = call(dense, dense, batch)
-        got = call(model, student, batch)
-        kl = distance(want, got, batch) * len(got)
-        ce = nats(got, batch)
-        if ce is None:
+            want = say(dense, batch)
+        got = say(student, batch, through=model)
+        if got.targets_J is None:
+            kl = distance(want, got) * len(got)
             return {"loss": kl, "kl": kl}
+
+        def of(at: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+            return kl_of(p, q), nats_of(q, got, at)
+
+        kl, ce = (value_J.sum() for value_J in per_position(of, want, got))
         return {"loss": weight * kl + (1 - weight) * ce, "kl": kl, "ce": ce}
 
     return objective
@@ -124,9 +113,8 @@ def sparse(plain: PreTrainedModel, activations: Activations, weight: float) -> O
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with activations.over(batch):
-            got = call(model, plain, batch)
-        ce, tokens = nats(got, batch), len(got)
-        assert ce is not None
+            got = say(plain, batch, through=model)
+        ce, tokens = nats(got).sum(), len(got)
         penalty = activations.mean() * tokens
         return {
             "loss": ce + weight * penalty,
@@ -142,8 +130,7 @@ def language(plain: PreTrainedModel) -> Objective:
     """Cross-entropy on the text."""
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        ce = nats(call(model, plain, batch), batch)
-        assert ce is not None
+        ce = nats(say(plain, batch, through=model)).sum()
         return {"loss": ce, "ce": ce}
 
     return objective

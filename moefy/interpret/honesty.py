@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moefy.activations import run
 from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.console import Reporter
 from moefy.convert import TOLERANCE
 from moefy.data import Batch, Corpus, load_corpus, make_batches, split_shards
 from moefy.errors import CorpusError
-from moefy.evaluate import evaluate, outputs
+from moefy.evaluate import evaluate
 from moefy.evaluate.bigram import Bigram
 from moefy.inputs import read_batches
 from moefy.interpret.in_context import LATE, MODELS, induction, late_tokens
@@ -35,6 +34,7 @@ from moefy.measure import BIGRAM_TOKENS
 from moefy.memory import free_memory
 from moefy.modeling import load_dense, memory_of
 from moefy.offload import device_of
+from moefy.outputs import difference, say
 from moefy.recipe import from_dict
 from moefy.sparse_mlp import all_experts
 
@@ -228,14 +228,11 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if memory_of(checkpoint) > free_memory():
         return _value(None, f"{what}; memory does not hold both models")
     with all_experts(model):
-        got = outputs(run(model, batch)).float().cpu()
+        got = say(model, batch, keep_BT=batch.mask())
     dense = load_dense(checkpoint, dtype=model.dtype).to(device_of(model))  # type: ignore[arg-type]
-    want = outputs(run(dense, batch)).float().cpu()
-    mask = batch.mask()
-    keep = torch.ones(want.shape[:2], dtype=torch.bool) if mask is None else mask
-    away = (got[keep] - want[keep]).double()
-    entry = _value(float(away.abs().max()), what)
-    relative = float(away.norm() / want[keep].double().norm())
+    error, size, most = difference(got, say(dense, batch, keep_BT=batch.mask()))
+    entry = _value(most, what)
+    relative = error / size
     entry["relative"] = relative
     equal = relative <= TOLERANCE[model.dtype]
     entry["verdict"] = f"{'equal' if equal else 'NOT equal'} up to {relative:.1e} (relative)"

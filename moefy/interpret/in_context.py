@@ -14,12 +14,10 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from moefy.activations import run
+from moefy import outputs
 from moefy.data import IGNORED, Batch, Document, Sample, make_batches
-from moefy.evaluate import PIECE
 from moefy.interpret.reading import Reading
 from moefy.interpret.statistics import Floats, Interval, ratio_interval, units
 from moefy.interpret.tokens import Ints
@@ -106,14 +104,8 @@ def nats(model: PreTrainedModel, batch: Batch, name: str = "moefied") -> Tensor:
     """Nats of every predicted token `[B, T]` on the CPU, zero where nothing is predicted; `dense` runs
     every expert."""
     with all_experts(model) if name == "dense" else nullcontext():
-        logits = run(model, batch).logits  # type: ignore[attr-defined]
-    assert batch.targets_BT is not None
-    pieces = zip(logits.split(PIECE, 1), batch.targets_BT.split(PIECE, 1), strict=True)
-    return torch.cat([_nats(piece.float().cpu(), target) for piece, target in pieces], 1)
-
-
-def _nats(logits: Tensor, targets_BT: Tensor) -> Tensor:
-    return cross_entropy(logits.mT, targets_BT, reduction="none", ignore_index=IGNORED)
+        said = outputs.say(model, batch)
+    return outputs.placed(outputs.nats(said), said.keep_BT)
 
 
 def _batches(ids_BT: Tensor) -> list[Batch]:

@@ -9,20 +9,20 @@ Shapes: B documents, T tokens of a batch without padding, D width, N neurons, E 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.activations import run
 from moefy.console import Reporter
 from moefy.data import IGNORED, Batch
 from moefy.interpret.ledger import Ledger, bare
 from moefy.interpret.reading import Reading
 from moefy.interpret.tokens import NONE, Tokens
 from moefy.interpret.unembedding import Unembedding, scales
+from moefy.outputs import predicted, say
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 _ENTRIES = 2**22
@@ -58,8 +58,9 @@ def observe(
     for number in report.track(numbers, what):
         batch = reading.batches[number]
         with _recording(modules) as heard, scales(unembedding) as sigma:
-            result: Any = run(model, batch)
-        tokens = tokens_of(batch, reading.first_B[number], getattr(result, "logits", None))
+            said = say(model, batch, keep_BT=batch.mask())
+        predicted_T = predicted(said) if said.speaks else None
+        tokens = tokens_of(batch, reading.first_B[number], predicted_T)
         keep_T = _kept(batch)
         scale_T = sigma[-1].flatten()[keep_T] if sigma else None
         for layer, module in modules.items():
@@ -125,23 +126,24 @@ def _kept(batch: Batch) -> Tensor:
     return mask.flatten()
 
 
-def tokens_of(batch: Batch, first: int, logits: Tensor | None = None) -> Tokens:
+def tokens_of(batch: Batch, first: int, predicted_T: Tensor | None = None) -> Tokens:
     """The tokens of a batch whose first document has the number `first`.
 
-    `logits` `[B, T, V]` say what is predicted; without them nothing is.
+    `predicted_T` is the token that is put first behind each; without it none is.
     """
     ids_BT = batch.inputs["input_ids"].numpy()
     rows, width = ids_BT.shape
     none_BT = np.full_like(ids_BT, NONE)
     previous_BT = np.concatenate([none_BT[:, :1], ids_BT[:, :-1]], axis=1)
-    target_BT, predicted_BT = none_BT, none_BT
+    target_BT = none_BT
     if batch.targets_BT is not None:
         target_BT = batch.targets_BT.numpy()
         target_BT = np.where(target_BT == IGNORED, NONE, target_BT)
-    if logits is not None:
-        predicted_BT = logits.argmax(-1).cpu().numpy()
     position_BT = np.broadcast_to(np.arange(width), (rows, width))
     document_BT = np.broadcast_to(np.arange(first, first + rows)[:, None], (rows, width))
     keep_BT = _kept(batch).numpy().reshape(rows, width)
-    columns = (ids_BT, previous_BT, target_BT, predicted_BT, position_BT, document_BT)
-    return Tokens(*(column[keep_BT].astype(np.int64) for column in columns))
+    grids = (ids_BT, previous_BT, target_BT, none_BT, position_BT, document_BT)
+    columns = [grid[keep_BT].astype(np.int64) for grid in grids]
+    if predicted_T is not None:
+        columns[3] = predicted_T.cpu().numpy()
+    return Tokens(*columns)

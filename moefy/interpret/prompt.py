@@ -15,6 +15,7 @@ Shapes: T tokens, D width, E experts, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from moefy.interpret.tokens import HELD_OUT, Documents
 from moefy.interpret.unembedding import Unembedding, find_unembedding
 from moefy.library import hidden_of
 from moefy.locate import Site
+from moefy.outputs import per_position, predicted, say
 from moefy.sparse_mlp import sparse_mlps
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -60,17 +62,20 @@ def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Ta
     kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
     unembedding = find_unembedding(model, ids_T) if kind == "decoder" else None
     kept = _Ledgers()
+    reading = _reading(ids_T, vocabulary)
     with _stream(model, unembedding) as stream:
-        observe(model, _reading(ids_T, vocabulary), [kept], unembedding=unembedding)
+        observe(model, reading, [kept], unembedding=unembedding)
     target_T = torch.cat([ids_T[1:], ids_T[:1]])
-    if stream.logits is not None:
-        target_T[-1] = int(stream.logits[-1].argmax())
+    said = say(model, reading.batches[0], keep_BT=reading.batches[0].mask())
+    if said.speaks:
+        target_T[-1] = predicted(said)[-1].cpu()
     reason = stream.refused
     if unembedding is None:
         reason = f"a model of kind '{kind}' whose logits are no linear map behind a final norm"
     account = None
     if unembedding is not None and reason is None:
-        account = _account(model, unembedding, stream, kept, target_T)
+        logit_T = per_position(partial(_centred, target_T), said)[0].cpu()
+        account = _account(model, unembedding, stream, kept, target_T, logit_T)
         if account.gap > account.tolerance:
             reason = (
                 f"the terms miss the model's logit by {account.gap:.2g} of the largest, at most "
@@ -98,7 +103,6 @@ class _Stream:
     """Input of every block `[T, D]`."""
     leaves: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
     refused: str | None = None
 
 
@@ -156,10 +160,6 @@ def _stream(model: PreTrainedModel, unembedding: Unembedding | None) -> Iterator
 
         return hook
 
-    def logits(_: nn.Module, __: Any, out: Any) -> None:
-        if hasattr(out, "logits"):
-            stream.logits = _flat(out.logits)
-
     if len(set(paths.values())) < len(paths):
         stream.refused = "a block of this model holds several MLPs"
     elif unembedding is not None:
@@ -175,7 +175,6 @@ def _stream(model: PreTrainedModel, unembedding: Unembedding | None) -> Iterator
                 if place.startswith(f"{path}."):
                     output = model.get_submodule(projection)
                     handles.append(output.register_forward_hook(leaves(stream.attention, index)))
-    handles.append(model.register_forward_hook(logits))
     try:
         yield stream
     finally:
@@ -197,9 +196,9 @@ def _account(
     stream: _Stream,
     kept: _Ledgers,
     target_T: Tensor,
+    logit_T: Tensor,
 ) -> _Account:
-    """Every term of the logits of these tokens."""
-    assert stream.logits is not None
+    """Every term of the logits of these tokens, which are `logit_T` less their mean."""
     direction_TD = unembedding.directions(target_T.to(unembedding.weight_VD.device)).cpu()
     first = kept.of[0][0].scale_T
     assert first is not None
@@ -225,8 +224,6 @@ def _account(
     embedding_T, constant_T = effect(stream.enters[0]), _constant(model, unembedding, target_T)
     lists = (attention, biases, errors, [e.sum(1) for e in experts])
     total_T = embedding_T + constant_T + sum(torch.stack(terms).sum(0) for terms in lists)
-    logits_TV = stream.logits.double()
-    logit_T = logits_TV.gather(1, target_T[:, None])[:, 0] - logits_TV.mean(1)
     tolerance = TOLERANCE.get(model.dtype, _TOLERANCE_16)
     return _Account(
         logit_T,
@@ -239,6 +236,12 @@ def _account(
         total_T,
         tolerance,
     )
+
+
+def _centred(target_T: Tensor, at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
+    """Logits of the targets, their mean over the vocabulary taken off."""
+    target_C1 = target_T[at, None].to(logits_CV.device)
+    return (logits_CV.gather(1, target_C1)[:, 0].double() - logits_CV.mean(1, dtype=torch.float64),)
 
 
 def _constant(model: PreTrainedModel, unembedding: Unembedding, target_T: Tensor) -> Tensor:

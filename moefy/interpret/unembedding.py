@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _CLOSE = 1e-3
+_TOKENS = 16
+"""Tokens that tell the norm's form; their logits are made for nothing."""
 
 
 @dataclass
@@ -81,7 +83,7 @@ def find_unembedding(model: PreTrainedModel, ids_T: Tensor) -> Unembedding | Non
     ]
     try:
         with torch.no_grad():
-            model(input_ids=ids_T[None].to(model.device), use_cache=False)
+            model(input_ids=ids_T[None, :_TOKENS].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moefy.activations import listen, run
+from moefy.activations import listen, walk
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.interpret.causal.texts import Texts
@@ -142,7 +142,7 @@ def _listen(
 
         handles = listen(removable.model, removable.sites, hook)
         try:
-            run(removable.model, batch)
+            walk(removable.model, batch)
         finally:
             for handle in handles:
                 handle.remove()

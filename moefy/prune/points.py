@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.interpret.causal.damage import judged, output
 from moefy.interpret.causal.texts import Texts
 from moefy.interpret.statistics import Floats
+from moefy.outputs import Said, nats_of, per_position, placed, say
 from moefy.prune.removable import Gone, Removable
 
 
@@ -56,18 +56,20 @@ def judge(model: PreTrainedModel, texts: Texts) -> Point:
     ce: list[Floats] = []
     right: list[Floats] = []
     for batch in texts.batches:
-        logits_BTV = output(model, batch)
-        keep_BT = judged(batch).to(logits_BTV.device)
-        assert batch.targets_BT is not None
-        target_J = batch.targets_BT.to(logits_BTV.device)[keep_BT]
-        logits_JV = logits_BTV[keep_BT].float()
-        row_J = keep_BT.nonzero()[:, 0]
-        ce_J = cross_entropy(logits_JV, target_J, reduction="none").double()
-        right_J = (logits_JV.argmax(-1) == target_J).double()
-        for values_J, found in ((ce_J, ce), (right_J, right)):
-            sums_B = torch.zeros(len(keep_BT), dtype=torch.float64, device=row_J.device)
-            found.append(sums_B.index_add_(0, row_J, values_J).cpu().numpy())
+        said = say(model, batch)
+        for value_J, found in zip(_judgements(said), (ce, right), strict=True):
+            found.append(placed(value_J.double(), said.keep_BT).sum(1).numpy())
     return Point(np.concatenate(ce), np.concatenate(right))
+
+
+def _judgements(said: Said) -> tuple[Tensor, ...]:
+    """Cross-entropy `[J]`, and whether the right token is put first."""
+
+    def of(at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
+        assert said.targets_J is not None
+        return nats_of(logits_CV, said, at), logits_CV.argmax(-1) == said.targets_J[at]
+
+    return per_position(of, said)
 
 
 class Kept:

@@ -15,8 +15,8 @@ import torch
 
 from moefy.data import Batch
 from moefy.finetuning.objectives import language
-from moefy.interpret.causal.damage import judged
 from moefy.interpret.causal.texts import Texts
+from moefy.outputs import judged
 from moefy.prune.amount import largest
 from moefy.prune.controls import random_neurons
 from moefy.prune.points import Judge, judge

@@ -17,8 +17,7 @@ from moefy.activations import listen
 from moefy.artefact import Artefact
 from moefy.checkpoint import Checkpoint
 from moefy.data import Batch, make_batches
-from moefy.distil import compared, distance
-from moefy.evaluate import PIECE, DocumentSums, compare, outputs, summarise
+from moefy.evaluate import DocumentSums, compare, summarise
 from moefy.evaluate.head_load import HeadLoad
 from moefy.evaluate.load import FfnLoad
 from moefy.evaluate.observing import observing
@@ -26,6 +25,7 @@ from moefy.evaluate.router_quality import RouterQuality
 from moefy.evaluate.sinks import Sinks
 from moefy.job import Job, Reading
 from moefy.modeling import running_dtype, with_routing_of
+from moefy.outputs import distance
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
 from moefy.streaming.carried import Carried, carry, reads, through
 from moefy.streaming.skeleton import Skeleton
@@ -123,7 +123,7 @@ class SecondPass:
                 yield self.skeleton.run(index, batch, hidden)
 
     def distance(self, dense: Carried, sparse: Carried) -> float:
-        """KL, or what stands for it, of the held-out documents' last states (`moefy.distil`)."""
+        """KL, or what stands for it, of the held-out documents' last states (`moefy.outputs.distance`)."""
         total = tokens = 0.0
         last = len(self.skeleton.sites)
         pairs = zip(dense.states.before(last), sparse.states.before(last), strict=True)
@@ -131,10 +131,9 @@ class SecondPass:
             for one, a, b in zip(
                 _single(batch), _cut(batch, first), _cut(batch, second), strict=True
             ):
-                pair = (compared(self.skeleton.leave(one, h), one).float() for h in (a, b))
-                for p, q in zip(*(found.split(PIECE) for found in pair), strict=True):
-                    total += distance(p, q, one).item() * len(p)
-                    tokens += len(p)
+                want, got = (self.skeleton.leave(one, h) for h in (a, b))
+                total += distance(want, got).item() * len(want)
+                tokens += len(want)
         return total / tokens
 
     def error(self, probe: Carried) -> float:
@@ -157,17 +156,10 @@ class SecondPass:
             for row, (one, a, b) in enumerate(
                 zip(_single(batch), _cut(batch, first), _cut(batch, second), strict=True)
             ):
-                dense, sparse = (self._result(one, h) for h in (a, b))
+                dense, sparse = (self.skeleton.leave(one, h) for h in (a, b))
                 sinks_BT = marks[row : row + 1, : a.shape[1]]
                 documents += compare(one, dense, sparse, sinks_BT, None, kl)
         return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
-
-    def _result(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """What documents are compared by."""
-        result = self.skeleton.leave(batch, hidden)
-        if batch.targets_BT is None:
-            return torch.as_tensor(result.last_hidden_state).float().cpu()
-        return outputs(result).float().cpu()
 
 
 def _single(batch: Batch) -> list[Batch]:

@@ -5,7 +5,7 @@
     for index in range(len(skeleton.sites)):
         with skeleton.layer(index):                     # its weights are in memory now
             hidden = skeleton.run(index, batch, hidden)
-    logits = skeleton.leave(batch, hidden).logits
+    said = skeleton.leave(batch, hidden)                # moefy.outputs
 
 The stock model itself says what is called with what: masks, positions and whatever else its layers are
 given are taken from its own forward pass, in which layers hand on what they get. A model fits where
@@ -37,6 +37,7 @@ from moefy.locate import Site, meta_model, sites
 from moefy.memory import give_back
 from moefy.modeling import moefied
 from moefy.offload import StoredMlp, stored_names
+from moefy.outputs import Said, say
 from moefy.sparse_mlp import SparseMlp, sparse_mlps
 
 SLICE = 16384
@@ -238,11 +239,11 @@ class Skeleton:
         return found
 
     @torch.no_grad()
-    def leave(self, batch: Batch, hidden: Tensor) -> Any:
-        """What the model makes of the last layer's output `[B, T, D]`."""
+    def leave(self, batch: Batch, hidden: Tensor) -> Said:
+        """What the model says, given the last layer's output `[B, T, D]`."""
         self._entered = hidden.to(self.device, self.dtype)
         try:
-            return self.model(**inputs_of(self.model, batch, self.device))
+            return say(self.model, batch, device=self.device)
         finally:
             self._entered = None
 

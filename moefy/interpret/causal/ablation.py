@@ -27,6 +27,7 @@ from moefy.interpret.causal.damage import Reference, output
 from moefy.interventions import ExpertStatistics, experts
 from moefy.locate import Site
 from moefy.mlp import DenseMlp
+from moefy.outputs import Said, difference
 from moefy.processes import ALONE, Processes
 from moefy.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 
@@ -109,8 +110,9 @@ class Engine:
         with trial.running(), trial.replacing({layer: half_N}):
             whole = output(self.model, base.batch)
         short = base.output({layer: half_N})
-        error, size = (short - whole).norm(), (whole - base.out).norm()
-        return bool(error <= max(_CLOSE, _ROUNDINGS * torch.finfo(whole.dtype).eps) * size)
+        error, size = difference(short, whole)[0], difference(whole, base.out)[0]
+        eps = torch.finfo(self.model.dtype).eps
+        return error <= max(_CLOSE, _ROUNDINGS * eps) * size
 
 
 class Base:
@@ -124,7 +126,7 @@ class Base:
         self.mask: dict[int, Tensor] = {}
         with engine.running(), self._keeping():
             self.out = output(engine.model, batch)
-        self.reference = Reference(batch, self.out)
+        self.reference = Reference(self.out)
         self._change: tuple[int, Tensor, Tensor] | None = None
 
     @contextmanager
@@ -178,7 +180,7 @@ class Base:
         return replaced_TN - run_TN, mlp.down_ND
 
     @torch.no_grad()
-    def output(self, gone: Mapping[int, Tensor]) -> Tensor:
+    def output(self, gone: Mapping[int, Tensor]) -> Said:
         """What the model gives with these neurons replaced, bool `[N]` by layer."""
         engine, first = self.engine, min(gone)
         if engine.start == AFTER and len(gone) == 1:

@@ -81,7 +81,7 @@ def of_sets(
     for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
         base = engine.base(texts.batches[number])
         # Damage and KL of every set, token by token.
-        found_2SJ = np.full((2, len(sets), int(base.reference.keep.sum())), np.nan, np.float32)
+        found_2SJ = np.full((2, len(sets), len(base.out)), np.nan, np.float32)
         for row, neurons in enumerate(sets):
             ce_J, kl_J = base.reference.compare(base.output(neurons))
             found_2SJ[0, row] = ce_J.cpu().numpy()

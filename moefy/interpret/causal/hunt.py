@@ -26,7 +26,7 @@ from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.errors import MoefyError
 from moefy.evaluate.tails import TOP, tail
-from moefy.interpret.causal.damage import Reference, judged, output
+from moefy.interpret.causal.damage import Reference, output
 from moefy.interpret.causal.texts import MIN_DOCUMENTS
 from moefy.interpret.observe import tokens_of
 from moefy.interpret.reading import Reading
@@ -34,11 +34,12 @@ from moefy.interpret.statistics import Floats, Interval, ratio_interval, units
 from moefy.interpret.table import Table, table
 from moefy.interpret.token_classes import classes_of, token_classes
 from moefy.interpret.tokens import HELD_OUT, Tokens
+from moefy.outputs import Said, judged, of_tensor
 from moefy.processes import ALONE, Processes
 from moefy.sparse_mlp import all_experts
 
-Logits = Callable[[Batch], Tensor]
-"""From a batch to logits `[B, P, V]`."""
+Logits = Callable[[Batch], Tensor | Said]
+"""From a batch to logits `[B, P, V]`, or to what stands for them."""
 TOKENS = 50_000
 """Tokens that are compared where nothing else is said."""
 SHOWN = 50
@@ -74,17 +75,17 @@ def differences(
     """
     if reading.kind != "decoder":
         raise MoefyError("the hunt compares next-token probabilities; encoders give none")
-    first, second = _logits(base), _logits(other)
+    first, second = _said(base), _said(other)
     report = report or Reporter(quiet=True)
     own: list[tuple[int, tuple[Tokens, list[Floats]]]] = []
     for batch, at in report.track(processes.mine(_spaced(reading, tokens)), "compare two models"):
-        reference, out = Reference(batch, first(batch)), second(batch)
-        if out.shape[-1] != reference.base_JV.shape[-1]:
+        reference, out = Reference(first(batch)), second(batch)
+        if out.size != reference.base.size:
             raise MoefyError(
-                f"the two models know {reference.base_JV.shape[-1]} and {out.shape[-1]} tokens; only "
+                f"the two models know {reference.base.size} and {out.size} tokens; only "
                 "models with one tokenizer can be compared token by token"
             )
-        delta_J, kl_J = reference.compare(out.to(reference.base_JV.device))
+        delta_J, kl_J = reference.compare(out)
         assert kl_J is not None
         mask = batch.mask()
         assert mask is not None
@@ -134,7 +135,7 @@ def dense_against_moefied(
 ) -> dict[str, Table]:
     """The hunt between the dense model and what `moefy.load` gave."""
 
-    def dense(batch: Batch) -> Tensor:
+    def dense(batch: Batch) -> Said:
         with all_experts(model):
             return output(model, batch)
 
@@ -149,10 +150,15 @@ def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:
     return every[:: max(1, round(held / tokens))]
 
 
-def _logits(given: PreTrainedModel | Logits) -> Logits:
+def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Said]:
     if isinstance(given, PreTrainedModel):
         return lambda batch: output(given, batch)
-    return given
+
+    def call(batch: Batch) -> Said:
+        found = given(batch)
+        return found if isinstance(found, Said) else of_tensor(batch, found)
+
+    return call
 
 
 def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from moefy.console import Reporter
 from moefy.data import Batch
 from moefy.interpret.causal.ablation import Base, Engine
-from moefy.interpret.causal.damage import judged, output
 from moefy.interpret.causal.effects import means
 from moefy.interpret.causal.matrix import Matrix, Pair
 from moefy.interpret.causal.texts import Texts
 from moefy.interpret.statistics import RESAMPLES, Floats
 from moefy.interpret.table import Table, table
+from moefy.outputs import judged, nats, say
 from moefy.routing import expert_norms
 
 GRADIENT, ENERGY = "gradient", "energy"
@@ -82,13 +82,7 @@ def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
         add(layer, module)
     try:
         with torch.enable_grad(), engine.running():
-            logits = output(engine.model, batch)
-            assert batch.targets_BT is not None
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                batch.targets_BT.flatten().to(logits.device),
-                reduction="sum",
-            )
+            loss = nats(say(engine.model, batch)).sum()
             grads = torch.autograd.grad(loss, list(added.values()))
     finally:
         for handle in handles:

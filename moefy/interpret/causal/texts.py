@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moefy.data import Batch, Sample, make_batches, sample_length
-from moefy.interpret.causal.damage import judged
 from moefy.interpret.reading import Reading
 from moefy.interpret.tokens import Documents, Ints
+from moefy.outputs import judged
 
 MIN_DOCUMENTS = 30
 """Below so many documents of a domain a figure is shown greyed out."""
