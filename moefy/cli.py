@@ -445,9 +445,7 @@ def bench(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Record to write.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Picture (PNG) of the speedups to write.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (PNG) of speedups to write.")] = None,
     quiet: bool = False,
 ) -> Shown:
     """Time engines beside the fastest dense one: the experts alone, the layer, or the whole model.
@@ -512,7 +510,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; a file for gguf.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, dense or gguf.")],
     quantize: Annotated[
-        str | None, typer.Option(help="q8_0: matrices of a gguf in 8 bits.")
+        str | None, typer.Option(help="q8_0: 8 bits, for matrices of gguf.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> Shown:

@@ -154,6 +154,8 @@ def _targets(batch: Batch, keep_BT: Tensor, device: torch.device) -> Tensor | No
 @torch.no_grad()
 def _agrees(head: Head, hidden_BTD: Tensor, shown_1CV: Tensor) -> bool:
     """Whether the last of the positions whose logits were made at once has the same alone."""
+    if shown_1CV.shape[:2] != hidden_BTD[:1, :SHOWN].shape[:2]:
+        return False
     alone_V = head(hidden_BTD[:1, :SHOWN][:, -1:])[0, 0].float()
     together_V = shown_1CV[0, -1].float()
     error = float((alone_V - together_V).abs().max())

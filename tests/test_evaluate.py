@@ -183,14 +183,16 @@ def test_strata_are_those_of_a_plain_bigram(llama):
 def saying(model, dense_logits, sparse_logits):
     """Let a model answer with these functions of the token ids in place of its own logits."""
 
-    def hook(_, __, kwargs, output):
-        dense = sparse_mlps(model)[0].all_on
+    own = model.forward
+
+    def forward(**kwargs):
+        dense, output = sparse_mlps(model)[0].all_on, own(**kwargs)
         output.logits = (dense_logits if dense else sparse_logits)(kwargs["input_ids"])
         return output
 
-    handle = model.register_forward_hook(hook, with_kwargs=True)
+    model.forward = forward
     yield
-    handle.remove()
+    model.forward = own
 
 
 def test_a_bigram_in_the_place_of_the_model_has_skill_zero_and_dense_skill_one(llama):

@@ -59,10 +59,13 @@ def observe(
         batch = reading.batches[number]
         with _recording(modules) as heard, scales(unembedding) as sigma:
             said = say(model, batch, keep_BT=batch.mask())
-        predicted_T = predicted(said) if said.speaks else None
+        with scales(unembedding) as of_head:
+            predicted_T = predicted(said) if said.speaks else None
         tokens = tokens_of(batch, reading.first_B[number], predicted_T)
         keep_T = _kept(batch)
-        scale_T = sigma[-1].flatten()[keep_T] if sigma else None
+        scale_T = None if of_head or not sigma else sigma[-1].flatten()[keep_T]
+        if of_head:  # a norm behind the last hidden states runs as logits are made, chunk by chunk
+            scale_T = torch.cat([sigma_1C.flatten() for sigma_1C in of_head])
         for layer, module in modules.items():
             given = heard[layer]
             scores_TE = None if given.scores_TE is None else given.scores_TE[keep_T]
