@@ -24,6 +24,7 @@ from moefy import outputs
 from moefy.activations import run
 from moefy.comparison import Comparison
 from moefy.data import IGNORED, Batch, Document, Sample
+from moefy.hook_points import say_once
 from moefy.measure import evaluate_folder
 from moefy.outputs import compared, distance, kl, nats, predicted, say
 from moefy.recipe import override
@@ -109,7 +110,8 @@ def test_figures_of_two_models_are_those_of_their_whole_logits():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6)
 
 
-def test_a_head_that_mixes_positions_is_left_to_make_all_logits(monkeypatch):
+def test_a_head_that_mixes_positions_is_left_to_make_all_logits():
+    say_once.cache_clear()
     model = model_of("llama")
     batch = batch_of("llama", model)
 
