@@ -30,7 +30,7 @@ from moefy.data import IGNORED, Batch
 from moefy.hook_points import say_once
 from moefy.trunk import SHOWN, Head, Trunk, short_logits
 
-LOGITS_BYTES = 2**25
+LOGITS_BYTES = 2**24
 """Memory of one chunk's logits in fp32; a comparison takes several times as much."""
 
 BACKWARD_TOKENS = 512

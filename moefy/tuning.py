@@ -26,7 +26,7 @@ from moefy.data import Batch, make_batches
 from moefy.distil import distil_layer, distil_model
 from moefy.evaluate.observing import Heard, Listener, observing
 from moefy.fitting import LayerSample, cap, layer_sample, tokens_of
-from moefy.memory import free_memory
+from moefy.memory import free_memory, give_back
 from moefy.mlp import DenseMlp
 from moefy.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Said, distance, say
 from moefy.plan import Plan
@@ -164,6 +164,7 @@ class HeldOut:
                     sparse = say(self.model, batch)
                 total += distance(dense, sparse).item() * len(dense)
                 tokens += len(dense)
+        give_back()
         return total / tokens
 
 
@@ -238,6 +239,7 @@ def allocate(
         sample = layer_sample(samples, todo, todo.sites[index]).on(module.weights.down_ND.device)
         loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
         own.append((index, candidates(module, planned[index], recipe, sample, loss_of)))
+        give_back()
     rows = [row for _, row in sorted(processes.all(own), key=lambda pair: pair[0])]
     if not processes.main:
         return {}
@@ -287,6 +289,7 @@ def allocate(
         fit_compensation(
             module.compensation, module.router, module.selection, module.routed, tokens
         )
+        give_back()
     return {
         "name": recipe.budget.name,
         "per": recipe.budget.per,
