@@ -403,6 +403,8 @@ ROWS = (
     Row("shape of an operation", "torch.library:register_fake", "native kernels", _TORCH, ("lib",)),
     Row("error between processes", "torch.distributed:DistError", "another one ended", _TORCH),
     Row("instruction set", "torch.backends.cpu:get_cpu_capability", "records", _TORCH),
+    Row("AVX512-BF16", "torch.cpu:_is_avx512_bf16_supported", "records", _TORCH),
+    Row("AMX", "torch.cpu:_is_amx_tile_supported", "records", _TORCH),
     Row("shards", "huggingface_hub:split_torch_state_dict_into_shards", "export", _H,
         ("max_shard_size",)),
     Row("download", "huggingface_hub:snapshot_download", "ids for folders", _H,
