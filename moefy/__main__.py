@@ -1,6 +1,6 @@
 """`python -m moefy`, and what `accelerate launch -m moefy` starts in every process."""
 
-from moefy.cli import main
+from moefy.cli.verbs import main
 
 if __name__ == "__main__":
     main()

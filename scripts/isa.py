@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
-from moefy.provenance import machine
-from moefy.tables import terminal
+from moefy.run.provenance import machine
+from moefy.run.tables import terminal
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "isa.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.export import export
+from moefy.exporting.export import export
 
 DEMO = Path(moefy.__file__).parent / "demo" / "llama"
 

@@ -8,8 +8,8 @@ from tiny_conversion import RECIPE, convert_tiny
 from tiny_models import build, example_inputs
 from torch import Tensor
 
-from moefy.convert import convert
-from moefy.data import load_corpus
+from moefy.conversion.convert import convert
+from moefy.data.corpus import load_corpus
 from moefy.recipe import override
 
 ROOT = Path(__file__).parents[1]

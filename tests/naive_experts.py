@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
-from moefy.interpret.observe import observe
-from moefy.sparse_mlp import sparse_mlps
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account.observe import observe
 
 
 @dataclass

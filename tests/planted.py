@@ -23,11 +23,11 @@ from plain_bigram import plain_bigram
 from transformers import OPTConfig, OPTForCausalLM
 
 from moefy import recipe as recipes
-from moefy.artefact import FULL, Artefact, LayerEntry, write_side_files
-from moefy.data import Corpus, Document
-from moefy.evaluate.bigram import Bigram
+from moefy.data.corpus import Corpus, Document
+from moefy.evaluation.bigram import Bigram
+from moefy.methods.base import Router
+from moefy.models.artefact import FULL, Artefact, LayerEntry, write_side_files
 from moefy.recipe import PartitionRecipe, Recipe
-from moefy.routing.base import Router
 
 DOMAINS, CONTENT = 4, 48
 VOCABULARY = CONTENT + DOMAINS

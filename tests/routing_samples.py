@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from moefy.data import Document
-from moefy.interpret.routing_sample import RoutingSample
-from moefy.interpret.tokens import HELD_OUT, NONE, Documents, Tokens
+from moefy.data.corpus import Document
+from moefy.data.documents import HELD_OUT, Documents
+from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.texts.tokens import NONE, Tokens
 
 
 def sample_of(masks, ids_T, domain_D, length, shared=0):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moefy.data import load_corpus
-from moefy.interpret.inspection import Inspection
-from moefy.interpret.table import Table, table
+from moefy.data.corpus import load_corpus
+from moefy.inspection.record import Inspection
+from moefy.inspection.texts.table import Table, table
 
 HOSTILE = (
     "A </script><script>document.title='run'</script> <b>bold</b> <img src=x onerror=alert(1)> "

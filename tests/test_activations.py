@@ -3,13 +3,13 @@ import torch
 from tiny_conversion import corpus_for
 from tiny_models import build
 
-from moefy.activations import Captured, capture
-from moefy.checkpoint import Checkpoint
-from moefy.console import Reporter
-from moefy.data import load_corpus
-from moefy.inputs import read_batches
-from moefy.locate import side_of, sites
-from moefy.modeling import load_dense
+from moefy.conversion.capture import Captured, capture
+from moefy.data.corpus import load_corpus
+from moefy.data.inputs import read_batches
+from moefy.experts.loading import load_dense
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import side_of, sites
+from moefy.run.console import Reporter
 
 KINDS = {
     "llama": "decoder",

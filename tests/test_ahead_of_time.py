@@ -1,6 +1,6 @@
 """Kernels compiled for GPUs that are not there: what is sound passes the gate, what is not does not.
 
-The suite interprets Triton, so a child process compiles. Every target and shape: `scripts/compile_kernels.py`.
+The suite interprets Triton, so a child process compiles. Every target and shape: `experiments/compile_kernels.py`.
 """
 
 import json
@@ -52,7 +52,7 @@ print(json.dumps({name: [vars(row) for row in some] for name, some in found.item
 @pytest.fixture(scope="module")
 def compiled():
     """Rows by what was asked for."""
-    places = (ROOT / "scripts", ROOT / "kernels", ROOT)
+    places = (ROOT / "experiments", ROOT / "kernels", ROOT)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, places)), "TRITON_DEFAULT_FP_FUSION": "1",
@@ -69,11 +69,11 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "experiments"))
     try:
-        return runpy.run_path(str(ROOT / "scripts" / "compile_kernels.py"))
+        return runpy.run_path(str(ROOT / "experiments" / "compile_kernels.py"))
     finally:
-        sys.path.remove(str(ROOT / "scripts"))
+        sys.path.remove(str(ROOT / "experiments"))
 
 
 def wrong(script, rows, kernel=""):

@@ -16,61 +16,34 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module or package of moefy imports from strictly lower rows only. A new file gets a place here.
+# Rooms of moefy, from the ground up: a module imports from its own room and from strictly lower rows.
 LAYERS = (
     {"errors"},
-    {
-        "library",
-        "recipe",
-        "training_recipe",
-        "families",
-        "mlp",
-        "kernel_activations",
-        "console",
-        "command",
-        "memory",
-        "provenance",
-        "processes",
-        "tables",
-        "curves",
-    },
-    {"checkpoint", "data", "partition", "structure", "baselines"},
-    {"routing", "draws", "rates"},
-    {"routed", "kernel_backends", "cpu_backend"},
-    {"hook_points"},
-    {"locate", "artefact", "inputs", "listing", "sparse_mlp", "sparse_heads"},
-    {"heads", "offload", "experts_interface", "native_linears", "pass_context", "trunk"},
-    {"activations"},
-    {"neuron_statistics", "outputs"},
-    {"hooks", "interventions"},
-    {"modeling", "plan", "reorder"},
-    {"training", "evaluate", "bench", "card", "job"},
-    {"distil", "fitting"},
-    {"sensitivity", "head_fitting", "fitted"},
-    {"tuning"},
-    {"finetuning", "streaming"},
-    {"convert", "recover", "sparsify", "comparison", "export", "measure"},
-    {"interpret"},
-    {"report", "prune"},
-    {"inspection", "quickstart"},
-    {"difference"},
+    {"recipe", "run"},
+    {"models"},
+    {"data", "methods"},
+    {"experts"},
+    {"evaluation", "benchmark"},
+    {"conversion", "exporting"},
+    {"training", "inspection"},
     {"cli"},
-    {"__main__"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# `python -m moefy` is the door of the command line.
+ROOMS = {"__main__": "cli"}
 KERNEL_CALLERS = {
-    "sparse_mlp",
-    "kernel_backends",
-    "cpu_backend",
-    "experts_interface",
-    "native_linears",
-    "linear",
-    "calibrate",
+    "moefy.benchmark.calibrate",
+    "moefy.experts.backends.cpu",
+    "moefy.experts.backends.gpu",
+    "moefy.experts.backends.linears",
+    "moefy.experts.backends.stock_moe",
+    "moefy.experts.sparse_mlp",
+    "moefy.methods.routers.linear",
 }
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py"}
 MAX_LINES = 600
-SOURCE_ROOTS = ("moefy", "kernels", "tests", "scripts", "benchmarks")
+SOURCE_ROOTS = ("moefy", "kernels", "tests", "scripts", "experiments")
 
 
 class Import(NamedTuple):
@@ -159,7 +132,7 @@ def layer_violations(root: Path) -> list[str]:
                 if found.target.split(".")[0] == "moefy"
             ]
             continue
-        unit = own[1]
+        unit = ROOMS.get(own[1], own[1])
         if unit not in LAYER:
             broken.append(f"moefy/{unit}: has no layer; give it one in LAYERS")
             continue
@@ -192,13 +165,29 @@ def cycle_violations(root: Path) -> list[str]:
     return []
 
 
+def room_violations(root: Path) -> list[str]:
+    """A package's `__init__` holds its docstring alone; no file name is there twice in one room."""
+    broken = []
+    for file in sources(root, "moefy"):
+        if file.name == "__init__.py" and file.parent != root / "moefy":
+            body = ast.parse(file.read_text(encoding="utf-8")).body
+            if len(body) != 1 or not isinstance(body[0], ast.Expr):
+                broken.append(f"{file}: a package holds its docstring, code goes into modules")
+    for room in (path for path in (root / "moefy").iterdir() if path.is_dir()):
+        names = [file.name for file in sources(room, ".") if file.name != "__init__.py"]
+        broken += [
+            f"{room}: {name} is there twice" for name in sorted({*names}) if names.count(name) > 1
+        ]
+    return broken
+
+
 def kernel_violations(root: Path) -> list[str]:
     broken = []
     for file in sources(root, "moefy"):
-        own = module_name(file, root).split(".")
+        own = module_name(file, root)
         for found in imports(file, root):
-            if found.target.split(".")[0] == "moefy_kernels" and own[-1] not in KERNEL_CALLERS:
-                broken.append(f"{found.where}: only modeling imports moefy_kernels")
+            if found.target.split(".")[0] == "moefy_kernels" and own not in KERNEL_CALLERS:
+                broken.append(f"{found.where}: {own} is none of KERNEL_CALLERS")
     for file in sources(root, "kernels"):
         for found in imports(file, root / "kernels"):
             if found.target.split(".")[0] not in KERNEL_IMPORTS:
@@ -212,12 +201,12 @@ def place_violations(root: Path) -> list[str]:
     held = {path.name for path in (root / "kernels").iterdir()} - {"__pycache__"}
     if held != {"README.md", "moefy_kernels"}:
         broken.append(f"kernels/ holds {sorted(held)}, not exactly README.md and moefy_kernels")
-    for folder in (root, root / "tests", root / "scripts"):
+    for folder in (root, root / "tests", root / "scripts", root / "experiments"):
         for name in ("kernels.py", "kernels/__init__.py"):
             if (folder / name).exists():
                 broken.append(f"{folder / name}: shadows the package `kernels`")
-    if any((root / folder / "kernels").exists() for folder in ("tests", "scripts")):
-        broken.append("tests/ and scripts/ must not hold a folder named kernels")
+    if any((root / folder / "kernels").exists() for folder in ("tests", "scripts", "experiments")):
+        broken.append("tests/, scripts/ and experiments/ must not hold a folder named kernels")
     return broken
 
 
@@ -250,6 +239,7 @@ def pickle_violations(root: Path) -> list[str]:
 RULES = (
     layer_violations,
     cycle_violations,
+    room_violations,
     kernel_violations,
     place_violations,
     file_violations,
@@ -264,14 +254,17 @@ def test_the_source_tree_keeps_the_rule(rule):
 
 GOOD = {
     "moefy/__init__.py": "from typing import TYPE_CHECKING\n"
-    "if TYPE_CHECKING:\n    from moefy.convert import convert\n",
+    "if TYPE_CHECKING:\n    from moefy.conversion.convert import convert\n",
+    "moefy/__main__.py": "from moefy.cli.verbs import main\n",
     "moefy/errors.py": "",
     "moefy/recipe.py": "from moefy.errors import MoefyError\n",
-    "moefy/partition/__init__.py": "from moefy.partition.base import Method\n",
-    "moefy/partition/base.py": "from moefy.recipe import Recipe\n",
-    "moefy/sparse_mlp.py": "import moefy_kernels\nfrom moefy import __version__, recipe\n",
-    "moefy/modeling.py": "",
-    "moefy/convert.py": "def convert():\n    from moefy.modeling import load\n",
+    "moefy/cli/verbs.py": "from moefy.conversion.convert import convert\n",
+    "moefy/methods/partition/__init__.py": '"""One line."""\n',
+    "moefy/methods/partition/base.py": "from moefy.recipe import Recipe\n",
+    "moefy/methods/partition/table.py": "from moefy.methods.partition.base import Method\n",
+    "moefy/experts/sparse_mlp.py": "import moefy_kernels\nfrom moefy import __version__, recipe\n",
+    "moefy/experts/loading.py": "",
+    "moefy/conversion/convert.py": "def convert():\n    from moefy.experts.loading import load\n",
     "kernels/README.md": "",
     "kernels/moefy_kernels/__init__.py": "import math\nimport torch\nimport triton.language as tl\n",
     "tests/test_recipe.py": "",
@@ -292,50 +285,94 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
 
 
 BREAKS = {
-    "upward": (layer_violations, "moefy/recipe.py", "import moefy.convert\n"),
-    "sideways": (layer_violations, "moefy/families.py", "from moefy.recipe import Recipe\n"),
+    "upward": (layer_violations, "moefy/recipe.py", "import moefy.conversion.convert\n"),
+    "sideways": (
+        layer_violations,
+        "moefy/evaluation/load.py",
+        "from moefy.benchmark.moved import union\n",
+    ),
     "in a function": (
         layer_violations,
-        "moefy/mlp.py",
-        "def f():\n    from moefy import convert\n",
+        "moefy/models/mlp.py",
+        "def f():\n    from moefy import conversion\n",
     ),
-    "in a class": (layer_violations, "moefy/mlp.py", "class A:\n    import moefy.convert as c\n"),
-    "relative": (layer_violations, "moefy/mlp.py", "from .convert import convert\n"),
+    "in a class": (
+        layer_violations,
+        "moefy/models/mlp.py",
+        "class A:\n    import moefy.conversion.convert as c\n",
+    ),
+    "relative": (
+        layer_violations,
+        "moefy/models/mlp.py",
+        "from ..conversion.convert import convert\n",
+    ),
     "relative to a parent": (
         layer_violations,
-        "moefy/partition/markers.py",
-        "from ..convert import convert\n",
+        "moefy/methods/partition/markers.py",
+        "from ...conversion.convert import convert\n",
     ),
     "from a package": (
         layer_violations,
-        "moefy/partition/kmeans.py",
-        "from moefy.routing import ROUTERS\n",
+        "moefy/methods/partition/kmeans.py",
+        "from moefy.experts import loading\n",
     ),
     "by a string": (
         layer_violations,
-        "moefy/mlp.py",
-        "import importlib\nimportlib.import_module('moefy.convert')\n",
+        "moefy/models/mlp.py",
+        "import importlib\nimportlib.import_module('moefy.conversion.convert')\n",
     ),
     "for types only": (
         layer_violations,
-        "moefy/mlp.py",
+        "moefy/models/mlp.py",
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from moefy.convert import convert\n",
+        "if TYPE_CHECKING:\n    from moefy.conversion.convert import convert\n",
     ),
-    "through the lazy table": (layer_violations, "moefy/mlp.py", "from moefy import load\n"),
-    "through the package": (layer_violations, "moefy/mlp.py", "import moefy\nmoefy.load('x')\n"),
-    "under a new name": (layer_violations, "moefy/mlp.py", "import moefy as m\nm.load('x')\n"),
-    "eager": (layer_violations, "moefy/__init__.py", "from moefy.convert import convert\n"),
+    "through the lazy table": (
+        layer_violations,
+        "moefy/models/mlp.py",
+        "from moefy import load\n",
+    ),
+    "through the package": (
+        layer_violations,
+        "moefy/models/mlp.py",
+        "import moefy\nmoefy.load('x')\n",
+    ),
+    "under a new name": (
+        layer_violations,
+        "moefy/models/mlp.py",
+        "import moefy as m\nm.load('x')\n",
+    ),
+    "eager": (
+        layer_violations,
+        "moefy/__init__.py",
+        "from moefy.conversion.convert import convert\n",
+    ),
+    "the door from inside": (
+        layer_violations,
+        "moefy/conversion/convert.py",
+        "import moefy.__main__\n",
+    ),
     "without a layer": (layer_violations, "moefy/session.py", ""),
     "cycle in a package": (
         cycle_violations,
-        "moefy/partition/base.py",
-        "from moefy.partition import METHODS\n",
+        "moefy/methods/partition/base.py",
+        "from moefy.methods.partition.table import METHODS\n",
     ),
+    "code in a package": (
+        room_violations,
+        "moefy/methods/partition/__init__.py",
+        "from moefy.methods.partition.base import Method\n",
+    ),
+    "one name twice in a room": (room_violations, "moefy/methods/base.py", ""),
     "kernels from elsewhere": (
         kernel_violations,
-        "moefy/convert.py",
+        "moefy/conversion/convert.py",
         "def f():\n    import moefy_kernels.reference\n",
+    ),
+    "kernels from another module of that name": (
+        kernel_violations,
+        "moefy/conversion/linear.py",
+        "import moefy_kernels\n",
     ),
     "kernels that know moefy": (
         kernel_violations,
@@ -352,11 +389,12 @@ BREAKS = {
     "tests/kernels.py": (place_violations, "tests/kernels.py", ""),
     "tests/kernels": (place_violations, "tests/kernels/test_decode.py", ""),
     "scripts/kernels.py": (place_violations, "scripts/kernels.py", ""),
+    "experiments/kernels.py": (place_violations, "experiments/kernels.py", ""),
     "kernels.py": (place_violations, "kernels.py", ""),
-    "a vague name": (file_violations, "moefy/partition/utils.py", ""),
+    "a vague name": (file_violations, "moefy/methods/partition/utils.py", ""),
     "too long": (file_violations, "tests/test_long.py", "x = 1\n" * (MAX_LINES + 1)),
-    "pickle": (pickle_violations, "moefy/checkpoint.py", "def f():\n    import pickle\n"),
-    "torch.load": (pickle_violations, "moefy/data.py", "import torch\ntorch.load('x')\n"),
+    "pickle": (pickle_violations, "moefy/models/checkpoint.py", "def f():\n    import pickle\n"),
+    "torch.load": (pickle_violations, "moefy/data/corpus.py", "import torch\ntorch.load('x')\n"),
 }
 
 
@@ -365,7 +403,7 @@ def test_a_tree_that_breaks_a_rule_is_caught(tmp_path, rule, file, text):
     assert rule(plant(tmp_path, {file: text})) != []
 
 
-LIGHT = ("moefy", "moefy.errors", "moefy.recipe", "moefy.families", "moefy.cli")
+LIGHT = ("moefy", "moefy.errors", "moefy.recipe", "moefy.models.families", "moefy.cli.verbs")
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -13,9 +13,9 @@ from tiny_models import build
 from typer.testing import CliRunner
 
 import moefy
-from moefy import checkpoint as checkpoints
-from moefy.cli import app
+from moefy.cli.verbs import app
 from moefy.errors import CheckpointError, MoefyError, OutputError
+from moefy.models import checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_adapter_whose_base_is_gone_or_another(source, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is another"):
         moefy.load(tmp_path / "a", base=moved)
     with pytest.raises(MoefyError, match="an adapter"):
-        moefy.reorder.revert(tmp_path / "a", tmp_path / "b")
+        moefy.models.reorder.revert(tmp_path / "a", tmp_path / "b")
 
 
 def test_verbs_on_the_wrong_folder(source, tmp_path):

@@ -11,12 +11,12 @@ import torch
 from tiny_models import build, example_inputs
 from torch import Tensor
 
-from moefy.baselines import BASELINES, STEP, InputSparseMlp
-from moefy.checkpoint import Checkpoint
-from moefy.evaluate import outputs
-from moefy.locate import read_mlp, sites
-from moefy.mlp import DenseMlp
-from moefy.modeling import load_dense, replace_module
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.loading import load_dense, replace_module
+from moefy.methods.input_sparsity import BASELINES, STEP, InputSparseMlp
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import read_mlp, sites
+from moefy.models.mlp import DenseMlp
 
 T, D, N = 200, 10, 24
 KINDS = {"silu": ("silu", True), "relu": ("relu", False)}

@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from moefy.bench import Shape, bench_kernel, bench_layer, synthetic
-from moefy.bench.bandwidth import read_bandwidth
-from moefy.bench.cells import Facts, break_even, cell
-from moefy.bench.engines import Unavailable, choose
-from moefy.bench.layer_engines import Case, prepare
-from moefy.bench.layers import drawn_masks
-from moefy.bench.moved import active_parameters, layer_bytes
-from moefy.bench.plot import draw_speed
-from moefy.bench.rounding import exact
-from moefy.bench.timing import Run, percentiles, side_by_side, speedup
+from moefy.benchmark.engines.layer_engines import Case, prepare
+from moefy.benchmark.engines.table import Unavailable, choose
+from moefy.benchmark.layers import Shape, drawn_masks, synthetic
+from moefy.benchmark.levels.layer import bench_kernel, bench_layer
+from moefy.benchmark.moved import active_parameters, layer_bytes
+from moefy.benchmark.plot import draw_speed
+from moefy.benchmark.record import Facts, break_even, cell
+from moefy.benchmark.rounding import exact
+from moefy.benchmark.tables import speed_lines, speed_rows
+from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side, speedup
 from moefy.errors import MoefyError
-from moefy.mlp import DenseMlp
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.sparse_mlp import BACKENDS, ON_CPU, SparseMlp
-from moefy.tables import speed_lines, speed_rows
+from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, SparseMlp
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.mlp import DenseMlp
 from moefy_kernels import masked_mlp
 
 TINY = Shape(width=32, neurons=64, experts=8, k=2)
@@ -33,7 +32,7 @@ TINY = Shape(width=32, neurons=64, experts=8, k=2)
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
 
 
 def tiny(tokens=4, dtype=torch.float32):
@@ -423,7 +422,7 @@ def test_experts_that_run_are_read_and_others_are_not():
 
 
 def test_bandwidth_is_that_of_reading(monkeypatch):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 64 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 64 << 20)
     found = read_bandwidth(torch.device("cpu"))
     data = np.ones(64 << 20, dtype=np.uint8).view(np.int64)
     naive_seconds = min(_seconds(data.sum) for _ in range(3))

@@ -10,21 +10,21 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from typer.testing import CliRunner
 
-from moefy.bench import bench_model
-from moefy.bench.engines import choose
-from moefy.bench.model_engines import Models
-from moefy.bench.moved import model_bytes, model_parameters
-from moefy.bench.prompts import Prompt, prompt
-from moefy.checkpoint import Checkpoint
-from moefy.cli import app
-from moefy.convert import convert
+from moefy.benchmark.engines.model_engines import Models
+from moefy.benchmark.engines.table import choose
+from moefy.benchmark.levels.model import bench_model
+from moefy.benchmark.moved import model_bytes, model_parameters
+from moefy.benchmark.prompts import Prompt, prompt
+from moefy.cli.quickstart import demo_models
+from moefy.cli.verbs import app
+from moefy.conversion.convert import convert
 from moefy.errors import MoefyError
-from moefy.export import export
-from moefy.modeling import load, load_dense
-from moefy.quickstart import demo_models
+from moefy.experts.loading import load, load_dense
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.exporting.export import export
+from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import load as named
 from moefy.recipe import override
-from moefy.sparse_mlp import sparse_mlps
 
 SMALL = {
     "partition.expert_size": 64, "partition.tokens": 512, "router.tokens": 1024,
@@ -34,7 +34,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def ids(batch=2, length=12):
 
 
 def test_a_backend_that_computes_another_model_is_refused(pair, monkeypatch):
-    from moefy import sparse_mlp
+    from moefy.experts import sparse_mlp
 
     def swapped(x_TD, weights, mask_TE):
         return sparse_mlp.masked_mlp(x_TD, weights, mask_TE.roll(1, 1))
@@ -281,7 +281,7 @@ def test_the_compiled_model(pair):
 @pytest.mark.slow
 def test_llama_cpp_runs_the_dense_and_the_exported_model(demo):
     pytest.importorskip("llama_cpp", reason="a build of minutes: pip install moefy[llama-cpp]")
-    from moefy.export.gguf import write_gguf
+    from moefy.exporting.gguf.write import write_gguf
 
     write_gguf(demo_models()["llama"], demo / "dense.gguf")
     write_gguf(demo / "mixtral", demo / "mixtral.gguf")

@@ -8,18 +8,19 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from torch import nn
 
-from moefy.bench import bench_model, watched
-from moefy.bench.engines import Unavailable
-from moefy.bench.fidelity import compare, no_copy, widened
-from moefy.bench.layer_engines import mlp as dense_mlp
-from moefy.bench.prompts import Prompt
-from moefy.bench.rounding import checked, exact
-from moefy.bench.watched import check_layers, watching
-from moefy.checkpoint import Checkpoint
-from moefy.mlp import DenseMlp, activation_function
-from moefy.modeling import load, load_dense
-from moefy.routing import SELECTIONS
-from moefy.sparse_mlp import BACKENDS, ON_CPU, sparse_mlps, use_backend
+from moefy.benchmark import watched
+from moefy.benchmark.engines.layer_engines import mlp as dense_mlp
+from moefy.benchmark.engines.table import Unavailable
+from moefy.benchmark.fidelity import compare, no_copy, widened
+from moefy.benchmark.levels.model import bench_model
+from moefy.benchmark.prompts import Prompt
+from moefy.benchmark.rounding import checked, exact
+from moefy.benchmark.watched import check_layers, watching
+from moefy.experts.loading import load, load_dense
+from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, sparse_mlps, use_backend
+from moefy.methods.tables import SELECTIONS
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.mlp import DenseMlp, activation_function
 from moefy_kernels import masked_mlp
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -211,7 +212,7 @@ def bench(folder, dtype, *engines, sharp=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
     """Here no two engines choose alike behind the first layer, and swapped experts are seen all the same."""
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
     for table in (BACKENDS, ON_CPU):
         monkeypatch.setitem(table, "wrong", rolled)
     right = ("masked", "views", "native", "auto", "auto+linears")
@@ -224,10 +225,10 @@ def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
 
 
 def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
     real = torch.nn.functional.linear
     monkeypatch.setattr(
-        sys.modules["moefy.native_linears"], "linear", lambda *a: real(*a).roll(1, -1)
+        sys.modules["moefy.experts.backends.linears"], "linear", lambda *a: real(*a).roll(1, -1)
     )
     record = bench(folder, torch.bfloat16, "auto", "auto+linears", "eager+linears")
     for cell in record["cells"]:
@@ -237,8 +238,8 @@ def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
 
 
 def test_without_memory_for_a_copy_layers_decide_and_the_record_says_so(folder, monkeypatch):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
-    monkeypatch.setattr("moefy.bench.fidelity.free_memory", lambda: 1000)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.fidelity.free_memory", lambda: 1000)
     cell = bench(folder, torch.bfloat16, "masked")["cells"][0]
     assert set(cell["engines"]) == {"eager", "masked"}
     assert "an fp32 copy takes" in cell["rounding"]["why_not"]

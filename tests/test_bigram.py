@@ -3,8 +3,8 @@ import pytest
 import torch
 from plain_bigram import plain_bigram, plain_score
 
-from moefy.data import load_corpus, make_batches
-from moefy.evaluate.bigram import Bigram, K, M
+from moefy.data.corpus import load_corpus, make_batches
+from moefy.evaluation.bigram import Bigram, K, M
 
 VOCABULARY = 24
 

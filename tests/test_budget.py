@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.routing.budget import Table, greedy, solve
+from moefy.methods.budget import Table, greedy, solve
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
 

@@ -14,14 +14,14 @@ from torch.nn.functional import gelu
 
 import moefy
 from moefy import recipe as recipes
-from moefy.convert import convert
+from moefy.conversion.convert import convert
 from moefy.errors import RecipeError
-from moefy.evaluate import outputs
-from moefy.mlp import DenseMlp
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.routing.base import Compensation
-from moefy.routing.centred import ROUNDS
-from moefy.sparse_mlp import BACKENDS, SparseMlp, all_experts, sparse_mlps
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, all_experts, sparse_mlps
+from moefy.methods.base import Compensation
+from moefy.methods.compensations.centred import ROUNDS
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.mlp import DenseMlp
 
 T, D, E, F, S = 300, 10, 6, 8, 2
 N = E * F

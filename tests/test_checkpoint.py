@@ -6,8 +6,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moefy.checkpoint import Checkpoint, OutputFolder, outline, overwrite, read_header
 from moefy.errors import CheckpointError, OutputError
+from moefy.models.checkpoint import Checkpoint, outline, overwrite, read_header
+from moefy.run.output import OutputFolder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

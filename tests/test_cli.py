@@ -8,9 +8,9 @@ from tiny_conversion import corpus_for
 from tiny_models import build
 from typer.testing import CliRunner
 
-from moefy.cli import app
-from moefy.data import load_corpus
-from moefy.quickstart import demo_models
+from moefy.cli.quickstart import demo_models
+from moefy.cli.verbs import app
+from moefy.data.corpus import load_corpus
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from moefy.errors import RecipeError
-from moefy.mlp import DenseMlp
-from moefy.partition import Partition, partition
-from moefy.partition.cmoe import cmoe, marker_table
-from moefy.partition.patterns import gate_activity
-from moefy.partition.shared import SHARED_BY, shared_share, variation
+from moefy.methods.partition.cmoe import cmoe, marker_table
+from moefy.methods.partition.partition import Partition, partition
+from moefy.methods.partition.patterns import gate_activity
+from moefy.methods.partition.shared import SHARED_BY, shared_share, variation
+from moefy.models.mlp import DenseMlp
 
 T, D, N, E = 150, 8, 60, 6
 SIZE = N // E

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny_conversion import RECIPE, corpus_for
 from tiny_models import build
 
-from moefy.checkpoint import Checkpoint
-from moefy.comparison import Comparison
-from moefy.locate import Site
-from moefy.plan import inputs_read, plan
+from moefy.conversion.compare import Comparison
+from moefy.conversion.plan import inputs_read, plan
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import Site
 from moefy.recipe import override
 
 

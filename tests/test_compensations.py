@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefy.mlp import DenseMlp
-from moefy.routing import COMPENSATIONS
-from moefy.routing.base import Compensation
-from moefy.routing.residual import RIDGE
+from moefy.methods.base import Compensation
+from moefy.methods.compensations.residual import RIDGE
+from moefy.methods.tables import COMPENSATIONS
+from moefy.models.mlp import DenseMlp
 
 T, D, N, E, R = 900, 10, 48, 6, 3
 F = N // E

@@ -7,8 +7,8 @@ from tiny_models import build
 from transformers import CompileConfig, StaticCache
 
 import moefy
-from moefy.library import passing
-from moefy.sparse_mlp import sparse_mlps
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.models.library import passing
 from moefy_kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="no C++ compiler")

@@ -10,15 +10,15 @@ from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, example_inputs, tin
 from transformers import AutoConfig
 
 import moefy
-from moefy.artefact import read_artefact
-from moefy.checkpoint import Checkpoint, sha256
-from moefy.convert import convert
+from moefy.conversion.convert import convert
 from moefy.errors import MoefyError
-from moefy.evaluate import outputs
-from moefy.locate import meta_model, read_mlp, sites
-from moefy.modeling import load_dense
-from moefy.reorder import revert
-from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps, use_backend
+from moefy.models.artefact import read_artefact
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.locate import meta_model, read_mlp, sites
+from moefy.models.reorder import revert
 
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
 

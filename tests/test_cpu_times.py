@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moefy.bench import Shape, synthetic
-from moefy.bench.calibrate import calibrate, calibrate_unknown
-from moefy.cli import app
-from moefy.console import Reporter
+from moefy.benchmark.calibrate import calibrate, calibrate_unknown
+from moefy.benchmark.layers import Shape, synthetic
+from moefy.cli.verbs import app
 from moefy.errors import MoefyError
+from moefy.run.console import Reporter
 from moefy_kernels import dispatch
 from moefy_kernels.cpu import times
 from moefy_kernels.roofline import Layer, union_share
@@ -163,7 +163,7 @@ def test_after_its_budget_a_calibration_follows_from_fewer_tokens():
 
 @pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-calibrate"], False)])
 def test_no_calibrate_leaves_the_machine_unknown(monkeypatch, options, kept):
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
     shown = [
         "bench",
         "--layer",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.data import (
+from moefy.data.corpus import (
     IGNORED,
     SHARDS,
     Corpus,

@@ -9,10 +9,10 @@ import pytest
 from tiny_conversion import RECIPE, convert_tiny, corpus_for
 from tiny_models import build
 
-import moefy.convert
-import moefy.measure
-from moefy.data import Corpus, Document, load_corpus, split_shards
-from moefy.measure import evaluate_folder
+import moefy.conversion.convert
+import moefy.evaluation.folder
+from moefy.data.corpus import Corpus, Document, load_corpus, split_shards
+from moefy.evaluation.folder import evaluate_folder
 
 
 def hashes(corpus):
@@ -31,7 +31,7 @@ def read(monkeypatch):
 
         return read_batches
 
-    for module in (sys.modules["moefy.convert"], sys.modules["moefy.measure"]):
+    for module in (sys.modules["moefy.conversion.convert"], sys.modules["moefy.evaluation.folder"]):
         monkeypatch.setattr(module, "read_batches", spy(module.read_batches))
     return found
 
@@ -79,7 +79,7 @@ def texts(corpus, converted_with):
     artefact = SimpleNamespace(
         corpus={"name": converted_with.name, "sha256": converted_with.sha256}
     )
-    return moefy.measure._texts(corpus, artefact, 0)
+    return moefy.evaluation.folder._texts(corpus, artefact, 0)
 
 
 def test_another_corpus_is_compared_with_what_the_model_was_fitted_on():

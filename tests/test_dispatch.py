@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefy.mlp import DecidedMlp, DenseMlp
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.sparse_mlp import SparseMlp
+from moefy.experts.sparse_mlp import SparseMlp
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.mlp import DecidedMlp, DenseMlp
 from moefy_kernels import dispatch
 from moefy_kernels.dispatch import MOST_DECODED, MOST_UNITED, PATHS, choose, seconds
 from moefy_kernels.roofline import Layer

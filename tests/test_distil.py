@@ -11,23 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moefy
-from moefy import tuning
-from moefy.activations import run
-from moefy.checkpoint import Checkpoint, sha256
-from moefy.console import Reporter
-from moefy.data import IGNORED, Batch, hold_out, load_corpus, split_shards
-from moefy.distil import distil_layer, distil_model
+from moefy.conversion import allocate as tuning
+from moefy.conversion.distil import distil_layer, distil_model
+from moefy.conversion.fit import Tokens
+from moefy.conversion.layer import HELD_OUT_SHARE, sample_sizes
+from moefy.data.corpus import IGNORED, Batch, hold_out, load_corpus, split_shards
+from moefy.data.inputs import read_batches
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluate import outputs
-from moefy.fitting import HELD_OUT_SHARE, sample_sizes
-from moefy.inputs import read_batches
-from moefy.locate import read_mlp, sites
-from moefy.modeling import load_dense
-from moefy.outputs import distance, say
+from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import distance, say
+from moefy.experts.loading import load_dense
+from moefy.experts.passes import run
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.methods.tables import COMPENSATIONS
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.locate import read_mlp, sites
 from moefy.recipe import DistilRecipe
-from moefy.routing import COMPENSATIONS
-from moefy.sparse_mlp import all_experts, sparse_mlps
-from moefy.training import Tokens
+from moefy.run.console import Reporter
 
 QUIET = Reporter(quiet=True)
 NAMES = ["llama", "opt", "bert", "t5", "vit"]
@@ -310,7 +310,7 @@ def test_a_run_killed_while_tuning_resumes_to_the_same_bytes(
 ) -> None:
     import sys
 
-    converting: Any = sys.modules["moefy.convert"]
+    converting: Any = sys.modules["moefy.conversion.convert"]
     source = build("llama", tmp_path / "source")
     settings = {"budget.name": "solver", "distil.steps": "3", "distil.tokens": "60"}
     convert_tiny("llama", source, tmp_path / "whole", settings=settings)

@@ -10,16 +10,16 @@ from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
 import moefy
-from moefy.checkpoint import Checkpoint
-from moefy.data import load_corpus, make_batches
-from moefy.evaluate import evaluate
-from moefy.evaluate.bigram import Bigram
-from moefy.evaluate.bootstrap import Bootstrap
-from moefy.evaluate.sinks import Sinks
-from moefy.inputs import read_batches
-from moefy.modeling import load_dense
-from moefy.routing import ROUTERS
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.data.corpus import load_corpus, make_batches
+from moefy.data.inputs import read_batches
+from moefy.evaluation.bigram import Bigram
+from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.sinks import Sinks
+from moefy.evaluation.statistics import Bootstrap
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.methods.tables import ROUTERS
+from moefy.models.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

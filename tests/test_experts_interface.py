@@ -12,7 +12,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moefy import experts_interface
+from moefy.experts.backends import stock_moe as experts_interface
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,

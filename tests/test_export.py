@@ -18,17 +18,18 @@ from tiny_exports import CASES, SETTINGS, Case, moefied, source
 from tiny_models import build
 from torch import Tensor
 
-from moefy.artefact import LayerEntry, read_artefact
-from moefy.checkpoint import Checkpoint, read_header
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.export import export, tensors
-from moefy.export.targets import TARGETS, check, config_json, find_target, stock_config
-from moefy.export.tensors import Planned, Source, plan_tensors
-from moefy.export.writer import write_shards
-from moefy.inputs import read_config
-from moefy.locate import meta_model, sites
-from moefy.modeling import load
-from moefy.sparse_mlp import sparse_mlps
+from moefy.experts.loading import load
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.exporting import tensors
+from moefy.exporting.export import export
+from moefy.exporting.targets import TARGETS, check, config_json, find_target, stock_config
+from moefy.exporting.tensors import Planned, Source, plan_tensors
+from moefy.exporting.writer import write_shards
+from moefy.models.artefact import LayerEntry, read_artefact
+from moefy.models.checkpoint import Checkpoint, read_header
+from moefy.models.config import read_config
+from moefy.models.locate import meta_model, sites
 
 NEW_TOKENS = 64
 _PROBE = """

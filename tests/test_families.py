@@ -1,4 +1,4 @@
-"""The table of families, and `moefy.locate`, against real transformers models of every family."""
+"""The table of families, and `moefy.models.locate`, against real transformers models of every family."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from moefy.families import FAMILIES, config_value
-from moefy.locate import Site, disk_names, meta_model, permute, read_mlp, sites
+from moefy.models.families import FAMILIES, config_value
+from moefy.models.locate import Site, disk_names, meta_model, permute, read_mlp, sites
 
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
 REQUIRED = {

@@ -22,12 +22,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from moefy import recipe as recipes
-from moefy.cli import app
-from moefy.convert import convert
+from moefy.cli.verbs import app
+from moefy.conversion.convert import convert
 from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, UnsupportedModel
-from moefy.export import export
-from moefy.export.gguf import tensors, write_gguf
-from moefy.modeling import load
+from moefy.experts.loading import load
+from moefy.exporting.export import export
+from moefy.exporting.gguf import layout as tensors
+from moefy.exporting.gguf.write import write_gguf
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]
 FILES = {
@@ -452,7 +453,7 @@ def test_what_is_in_the_way_and_what_is_missing(
     export(one.source, out, to="gguf", overwrite=True)
     assert out.read_bytes()[:4] == b"GGUF"
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moefy.export.gguf")
+    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf.write")
     refused(MoefyError, one.moefied, tmp_path / "no.gguf", 'pip install "moefy[gguf]"')
 
 

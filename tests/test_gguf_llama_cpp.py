@@ -22,11 +22,11 @@ from tiny_exports import CASES, Case, moefied, source, token_ids
 from torch import Tensor
 
 from moefy import recipe as recipes
-from moefy.convert import convert
-from moefy.data import load_corpus
-from moefy.export import export
-from moefy.export.gguf import write_gguf
-from moefy.modeling import load
+from moefy.conversion.convert import convert
+from moefy.data.corpus import load_corpus
+from moefy.experts.loading import load
+from moefy.exporting.export import export
+from moefy.exporting.gguf.write import write_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.evaluate import outputs
-from moefy.hook_points import OF_ALL, POINTS, say_once
-from moefy.library import passing
-from moefy.sparse_mlp import all_experts, sparse_mlps, use_backend
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.points import OF_ALL, POINTS, say_once
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps, use_backend
+from moefy.models.library import passing
 
 MASK, OUT = "blocks.1.mlp.hook_expert_mask", "blocks.1.mlp.hook_out"
 

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 import moefy
 from moefy import Recipe
-from moefy.cli import app
-from moefy.data import load_corpus, split_shards
+from moefy.cli.verbs import app
+from moefy.data.corpus import load_corpus, split_shards
+from moefy.data.documents import HELD_OUT, SELECT
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
-from moefy.interpret.inspection import FILE, Inspection
-from moefy.interpret.reading import read
-from moefy.interpret.table import rows
-from moefy.interpret.texts import prompt_record
-from moefy.interpret.tokens import HELD_OUT, SELECT
+from moefy.inspection.account.prompt import prompt_record
+from moefy.inspection.record import FILE, Inspection
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
 
 DEMO = Path(__file__).parents[1] / "moefy" / "demo"
 RECIPE = Recipe.named(
@@ -168,7 +168,9 @@ def test_what_was_saved_is_read_again(found, tmp_path):
 
 def test_a_run_takes_up_what_is_finished(found, moefied, settings, monkeypatch):
     _, out = found
-    monkeypatch.setattr("moefy.inspection.describe", lambda *_, **__: pytest.fail("done before"))
+    monkeypatch.setattr(
+        "moefy.inspection.inspect.describe", lambda *_, **__: pytest.fail("done before")
+    )
     again = moefy.inspect(moefied, out=out, **settings)
     assert again.tables["experts"] == found[0].tables["experts"]
     assert again.prompts == []

@@ -7,27 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from state_size import Sizes, state_bytes
 from test_processes import LAUNCH
 from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.interpret.best import Best, Records
-from moefy.interpret.description import Description
-from moefy.interpret.gather import gather
-from moefy.interpret.observe import observe
-from moefy.interpret.reading import read
-from moefy.interpret.routing_sample import RoutingSampler, drawn_documents
-from moefy.interpret.state_size import Sizes, state_bytes
-from moefy.interpret.unembedding import find_unembedding
-from moefy.processes import Processes
-from moefy.sparse_mlp import sparse_mlps
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account.observe import gather, observe
+from moefy.inspection.account.unembedding import find_unembedding
+from moefy.inspection.describe import Description
+from moefy.inspection.experts.best import Best, Records
+from moefy.inspection.routing.sample import RoutingSampler, drawn_documents
+from moefy.inspection.texts.reading import read
+from moefy.run.processes import Processes
 
 CODE = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import moefy, moefy.interpret.describe
-module = sys.modules["moefy.interpret.describe"]
+import moefy, moefy.inspection.describe
+module = sys.modules["moefy.inspection.describe"]
 
 def dying(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -208,7 +207,7 @@ def test_a_large_model_holds_little():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_read():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
     try:
         from inspection_memory import measured
     finally:

@@ -16,29 +16,29 @@ from tiny_models import build
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 import moefy
-from moefy.activations import run
-from moefy.checkpoint import Checkpoint
-from moefy.console import Reporter
-from moefy.data import IGNORED, Batch
+from moefy.data.corpus import IGNORED, Batch
+from moefy.data.documents import HELD_OUT, SELECT
 from moefy.errors import MoefyError
-from moefy.interpret.causal.ablation import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
-from moefy.interpret.causal.damage import Reference
-from moefy.interpret.causal.effects import gone, neurons_of, of_sets
-from moefy.interpret.causal.entry import causal
-from moefy.interpret.causal.hunt import dense_against_moefied, hunt
-from moefy.interpret.causal.keep_only import keep_only
-from moefy.interpret.causal.nulls import energies, energy_matrix, matches, random_sets
-from moefy.interpret.causal.pairs import non_additivity
-from moefy.interpret.causal.screen import every_expert, screen
-from moefy.interpret.causal.texts import draw
-from moefy.interpret.reading import read
-from moefy.interpret.table import rows
-from moefy.interpret.tokens import HELD_OUT, SELECT
-from moefy.interventions import MODES, statistics
-from moefy.locate import sites
-from moefy.modeling import load_dense
-from moefy.outputs import of_tensor
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.evaluation.outputs import of_tensor
+from moefy.experts.interventions import MODES, statistics
+from moefy.experts.loading import load_dense
+from moefy.experts.passes import run
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.inspection.causal.attribution import every_expert, screen
+from moefy.inspection.causal.causal import causal
+from moefy.inspection.causal.damage import Reference
+from moefy.inspection.causal.documents import draw
+from moefy.inspection.causal.effects import gone, neurons_of, of_sets
+from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
+from moefy.inspection.causal.interactions import non_additivity
+from moefy.inspection.causal.nulls import energies, energy_matrix, matches, random_sets
+from moefy.inspection.causal.sufficiency import keep_only
+from moefy.inspection.causal.token_losses import dense_against_moefied, hunt
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import sites
+from moefy.run.console import Reporter
 
 PLAIN = {"partition.method": "random", "router.epochs": 1}
 KINDS = {

@@ -15,18 +15,24 @@ from tiny_conversion import convert_tiny
 from tiny_models import FAMILIES_TINY, random_model
 
 import moefy
-from moefy.console import Reporter
-from moefy.data import Document
-from moefy.interpret.causal.ablation import Engine
-from moefy.interpret.causal.effects import Effects, gone, neurons_of, of_sets
-from moefy.interpret.causal.matrix import Measured, matrix, pooled_p, strongest
-from moefy.interpret.causal.nulls import RandomSets, against_null, energy_slope, matches
-from moefy.interpret.causal.selectivity import selectivity, selectivity_p
-from moefy.interpret.causal.texts import Texts, draw
-from moefy.interpret.reading import read
-from moefy.interpret.statistics import q_values
-from moefy.interpret.table import rows
-from moefy.interpret.tokens import HELD_OUT, Documents
+from moefy.data.corpus import Document
+from moefy.data.documents import HELD_OUT, Documents
+from moefy.evaluation.statistics import q_values
+from moefy.inspection.causal.documents import Texts, draw
+from moefy.inspection.causal.effects import Effects, gone, neurons_of, of_sets
+from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.matrix import (
+    Measured,
+    matrix,
+    pooled_p,
+    selectivity,
+    selectivity_p,
+    strongest,
+)
+from moefy.inspection.causal.nulls import RandomSets, against_null, energy_slope, matches
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
+from moefy.run.console import Reporter
 
 DOMAINS = ("low", "middle", "high")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from routing_samples import World, top_k
 
-from moefy.interpret.coactivation import (
+from moefy.inspection.routing.coactivation import (
     best_phi,
     between_layers,
     pair_tables,
@@ -12,7 +12,7 @@ from moefy.interpret.coactivation import (
     traded_phi,
     within_layer,
 )
-from moefy.interpret.routing_frame import RoutingFrame
+from moefy.inspection.routing.frame import RoutingFrame
 
 
 def of(sample, *layers):

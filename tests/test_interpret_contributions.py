@@ -11,18 +11,18 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.data import Document, Sample
+from moefy.data.corpus import Document, Sample
+from moefy.data.documents import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
-from moefy.interpret.best import Best, Chunk
-from moefy.interpret.contexts import context, spans_of
-from moefy.interpret.contributions import ERROR, Contributions
-from moefy.interpret.document_sums import Blocks
-from moefy.interpret.examples import NOTHING, REACH, Examples
-from moefy.interpret.reading import Reading, read
-from moefy.interpret.router import RouterQualityOfExperts
-from moefy.interpret.table import rows
-from moefy.interpret.token_draw import uniforms
-from moefy.interpret.tokens import HELD_OUT, SELECT, Documents, Tokens
+from moefy.inspection.account.sums import Blocks
+from moefy.inspection.experts.best import Best, Chunk
+from moefy.inspection.experts.contributions import ERROR, Contributions
+from moefy.inspection.experts.examples import NOTHING, REACH, Examples
+from moefy.inspection.experts.router import RouterQualityOfExperts
+from moefy.inspection.texts.reading import Reading, read
+from moefy.inspection.texts.table import rows
+from moefy.inspection.texts.tokens import Tokens, uniforms
+from moefy.inspection.texts.windows import context, spans_of
 
 SETTINGS = {
     "llama": {
@@ -133,7 +133,7 @@ def test_energy_is_given_by_domain_and_for_the_error(case):
 def test_router_quality_of_each_expert_is_that_of_a_loop(case):
     model, reading, want = case
     tables = heard_by(model, reading, RouterQualityOfExperts(reading)).tables()
-    from moefy.sparse_mlp import sparse_mlps
+    from moefy.experts.sparse_mlp import sparse_mlps
 
     for layer, module in sparse_mlps(model).items():
         w, shared = want[layer], module.shared
@@ -264,7 +264,7 @@ def test_spectrum_has_bins_of_equal_count(examples):
 
 def test_near_examples_are_pairs_of_one_document(examples):
     _, _, tables, model = examples
-    from moefy.sparse_mlp import sparse_mlps
+    from moefy.experts.sparse_mlp import sparse_mlps
 
     shared = sparse_mlps(model)[0].shared
     pairs = {}
@@ -349,7 +349,7 @@ def test_contexts_point_into_the_original_text(name):
     ids = [bos, *tokenizer(HOSTILE)["input_ids"]]
     document = Document("d", "s", HOSTILE)
     sample = Sample(document, {"input_ids": torch.tensor(ids)}, None, 0)
-    from moefy.data import Batch
+    from moefy.data.corpus import Batch
 
     batch = Batch([sample], {"input_ids": sample.inputs["input_ids"][None]}, None)
     reading = Reading(

@@ -13,23 +13,24 @@ from sklearn.metrics import adjusted_rand_score
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build, random_model, tiny_model
 
-from moefy.data import Corpus, Document
+from moefy.data.corpus import Corpus, Document
+from moefy.data.documents import Documents
 from moefy.errors import CorpusError
-from moefy.interpret.controls import random_partition
-from moefy.interpret.controls.corpora import replication, texts
-from moefy.interpret.controls.gauge import balanced, on_cpu
-from moefy.interpret.controls.random_partition import RandomPartitions, explained
-from moefy.interpret.controls.random_weights import compared, random_weights, randomise
-from moefy.interpret.controls.seeds import halves, matched, seeds
-from moefy.interpret.observe import observe
-from moefy.interpret.reading import read
-from moefy.interpret.routing_sample import RoutingSample
-from moefy.interpret.stages import Stages
-from moefy.interpret.table import rows, table
-from moefy.interpret.tokens import Documents, Tokens
-from moefy.locate import read_mlp, sites
-from moefy.modeling import load
-from moefy.sparse_mlp import sparse_mlps
+from moefy.experts.loading import load
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account.observe import observe
+from moefy.inspection.controls import random_partition
+from moefy.inspection.controls.corpora import replication, texts
+from moefy.inspection.controls.gauge import balanced, on_cpu
+from moefy.inspection.controls.random_partition import RandomPartitions, explained
+from moefy.inspection.controls.random_weights import compared, random_weights, randomise
+from moefy.inspection.controls.seeds import halves, matched, seeds
+from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows, table
+from moefy.inspection.texts.tokens import Tokens
+from moefy.models.locate import read_mlp, sites
+from moefy.run.stages import Stages
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_random_weights_have_no_stable_experts_and_random_partitions_no_stabilit
 
 @pytest.mark.parametrize("method", ["kmeans", "contribution", "coactivation", "markers"])
 def test_planted_blocks_are_recovered_by_the_partition_methods(by_domain, method):
-    from moefy.partition import partition
+    from moefy.methods.partition.partition import partition
 
     model, reading = by_domain
     heard = Everything()

@@ -9,13 +9,13 @@ from tiny_models import build
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.interpret.direct import DirectEffects
-from moefy.interpret.observe import observe
-from moefy.interpret.prompt import ledger_of_prompt
-from moefy.interpret.reading import read
-from moefy.interpret.spectrum import Spectrum
-from moefy.interpret.table import rows
-from moefy.interpret.unembedding import find_unembedding
+from moefy.inspection.account.observe import observe
+from moefy.inspection.account.prompt import ledger_of_prompt
+from moefy.inspection.account.unembedding import find_unembedding
+from moefy.inspection.experts.direct import DirectEffects
+from moefy.inspection.experts.spectrum import Spectrum
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
 
 SETTINGS = {
     "llama": {"selection.name": "topk", "compensation.name": "conditional_mean"},
@@ -153,7 +153,7 @@ def test_directions_are_the_singular_vectors_of_the_contributions(case):
 def test_nothing_of_a_rescale_of_neurons_is_seen(case):
     """Scales that cancel (powers of two, so exactly), of ReLU neurons or of up against down."""
     model, reading, _, spectrum, direct = case
-    from moefy.sparse_mlp import sparse_mlps
+    from moefy.experts.sparse_mlp import sparse_mlps
 
     modules = sparse_mlps(model)
     random = torch.Generator().manual_seed(0)

@@ -8,14 +8,14 @@ import torch
 from tiny_conversion import convert_tiny
 from tiny_models import build
 
-from moefy.artefact import read_artefact
-from moefy.checkpoint import Checkpoint
-from moefy.data import Corpus, Document
-from moefy.interpret.controls.seeds import seeds
-from moefy.interpret.describe import describe
-from moefy.interpret.reading import read
-from moefy.locate import permute, read_mlp, sites
-from moefy.modeling import load, load_dense, moefied
+from moefy.data.corpus import Corpus, Document
+from moefy.experts.loading import load, load_dense, moefied
+from moefy.inspection.controls.seeds import seeds
+from moefy.inspection.describe import describe
+from moefy.inspection.texts.reading import read
+from moefy.models.artefact import read_artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import permute, read_mlp, sites
 
 OF_NEURONS = ("families",)
 """Tables whose rows name neurons by their place."""

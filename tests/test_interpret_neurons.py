@@ -12,16 +12,15 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.interpret.enrichment import enrichment
-from moefy.interpret.ledger import bare
-from moefy.interpret.neuron_families import neuron_families, neuron_rows
-from moefy.interpret.predictivity import BINS, Predictivity
-from moefy.interpret.reading import read
-from moefy.interpret.table import rows
-from moefy.interpret.token_classes import CLASSES, classes_of, token_classes
-from moefy.interpret.tokens import HELD_OUT, SELECT
-from moefy.mlp import DenseMlp
-from moefy.sparse_mlp import sparse_mlps
+from moefy.data.documents import HELD_OUT, SELECT
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account.ledger import bare
+from moefy.inspection.experts.concepts import BINS, Predictivity, enrichment
+from moefy.inspection.experts.near_duplicates import neuron_families, neuron_rows
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
+from moefy.inspection.texts.tokens import CLASSES, classes_of, token_classes
+from moefy.models.mlp import DenseMlp
 
 
 @pytest.fixture(scope="module", params=["llama", "opt", "bert"])
@@ -91,7 +90,7 @@ def planted(neurons=256, experts=8, concepts=6, *, seed=0, own=None):
 
 
 def test_an_expert_that_holds_a_concept_is_found_and_no_other(monkeypatch):
-    monkeypatch.setattr("moefy.interpret.enrichment.TOP", 0.05)
+    monkeypatch.setattr("moefy.inspection.experts.concepts.TOP", 0.05)
     own = [3, None, 5, None, None, 0]
     tables = enrichment(planted(own=own))
     planted_cells = {("c0", 3), ("c2", 5), ("c5", 0)}
@@ -108,7 +107,7 @@ def test_an_expert_that_holds_a_concept_is_found_and_no_other(monkeypatch):
 
 
 def test_nothing_is_found_where_nothing_was_planted(monkeypatch):
-    monkeypatch.setattr("moefy.interpret.enrichment.TOP", 0.05)
+    monkeypatch.setattr("moefy.inspection.experts.concepts.TOP", 0.05)
     hits, peaks = 0, []
     for seed in range(8):
         tables = enrichment(planted(seed=seed))
@@ -120,7 +119,7 @@ def test_nothing_is_found_where_nothing_was_planted(monkeypatch):
 def test_counts_in_experts_are_hypergeometric_under_random_partitions():
     from scipy import stats
 
-    from moefy.interpret.enrichment import _counted
+    from moefy.inspection.experts.concepts import _counted
 
     item = _counted(planted(), 0, 200, 0)
     assert item.count_CE.sum(1).tolist() == [item.best] * 6

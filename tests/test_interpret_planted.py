@@ -7,21 +7,21 @@ import planted
 import pytest
 import torch
 
-from moefy.activations import run
-from moefy.data import IGNORED
-from moefy.evaluate import evaluate
-from moefy.evaluate.bigram import Bigram
-from moefy.interpret.causal.entry import causal
-from moefy.interpret.honesty import fit_bigram, honesty, other_text
-from moefy.interpret.in_context import induction, nats
-from moefy.interpret.observe import observe
-from moefy.interpret.reading import read
-from moefy.interpret.routing_sample import RoutingSampler
-from moefy.interpret.routing_statistics import routing_statistics
-from moefy.interpret.table import rows
-from moefy.interpret.tokens import HELD_OUT, SELECT
-from moefy.modeling import load
-from moefy.sparse_mlp import all_experts
+from moefy.data.corpus import IGNORED
+from moefy.data.documents import HELD_OUT, SELECT
+from moefy.evaluation.bigram import Bigram
+from moefy.evaluation.evaluate import evaluate
+from moefy.experts.loading import load
+from moefy.experts.passes import run
+from moefy.experts.sparse_mlp import all_experts
+from moefy.inspection.account.observe import observe
+from moefy.inspection.causal.causal import causal
+from moefy.inspection.in_context import induction, nats
+from moefy.inspection.page_one import fit_bigram, honesty, other_text
+from moefy.inspection.routing.sample import RoutingSampler
+from moefy.inspection.routing.statistics import routing_statistics
+from moefy.inspection.texts.reading import read
+from moefy.inspection.texts.table import rows
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_page_one_of_the_planted_model(made, routing):
 
 
 def test_a_model_that_is_not_the_dense_one_with_all_experts_on_is_told(made):
-    from moefy.interpret.honesty import perfect
-    from moefy.sparse_mlp import sparse_mlps
+    from moefy.experts.sparse_mlp import sparse_mlps
+    from moefy.inspection.page_one import perfect
 
     model, reading, _ = made["token"]
     weight = sparse_mlps(model)[0].down_ND

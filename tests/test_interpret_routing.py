@@ -7,25 +7,21 @@ import pytest
 from routing_samples import World, entropy, sample_of, top_k
 
 from moefy.errors import CorpusError, MoefyError
-from moefy.interpret.explained import explained
-from moefy.interpret.lexical import cross_fitted, domain_specialization, lexical_router
-from moefy.interpret.load import evenness, gini, load
-from moefy.interpret.routing_frame import (
+from moefy.evaluation.statistics import q_values
+from moefy.inspection.routing.explained import explained
+from moefy.inspection.routing.frame import (
     RoutingFrame,
     bin_edges,
     load_matched,
     position_bin,
+    ratio_columns,
 )
-from moefy.interpret.routing_statistics import routing_statistics
-from moefy.interpret.routing_totals import ratio_columns
-from moefy.interpret.saturation import router_saturation
-from moefy.interpret.specialization import (
-    log_odds,
-    token_lists,
-    vocabulary_specialization,
-)
-from moefy.interpret.statistics import q_values
-from moefy.interpret.table import rows, table
+from moefy.inspection.routing.lexical import cross_fitted, domain_specialization, lexical_router
+from moefy.inspection.routing.load import evenness, gini, load
+from moefy.inspection.routing.saturation import router_saturation
+from moefy.inspection.routing.specialization import log_odds, token_lists, vocabulary_specialization
+from moefy.inspection.routing.statistics import routing_statistics
+from moefy.inspection.texts.table import rows, table
 
 
 def frame_of(sample, layer=0, seed=0):

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moefy
-from moefy import interventions, neuron_statistics
-from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
-from moefy.evaluate import outputs
-from moefy.interventions import ExpertStatistics, expert_pairs, neuron_mask, statistics
-from moefy.locate import sites
-from moefy.modeling import load_dense, moefied
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.evaluation.evaluate import outputs
+from moefy.experts import interventions
+from moefy.experts import means as neuron_statistics
+from moefy.experts.interventions import ExpertStatistics, expert_pairs, neuron_mask, statistics
+from moefy.experts.loading import load_dense, moefied
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import sites
 
 EXACT = ["demo_llama", "demo_opt", "shared", "encoder"]
 Edit = Callable[[int, Tensor], Tensor]
@@ -390,7 +391,7 @@ def test_what_cannot_be_had_is_refused(load, made):
         ({"ablate": [(1, 1)], "scale": {(1, 1): 2.0}}, "layer 1: .* both scaled and ablated"),
         ({"ablate": torch.ones(2, 64)}, "the model takes 2 bool masks"),
         ({"ablate": torch.ones(2, 32).bool()}, "the model takes 2 bool masks"),
-        ({"ablate": [(0, 1)]}, "no tokenizer.*give means=moefy.interventions.statistics"),
+        ({"ablate": [(0, 1)]}, "no tokenizer.*give means=moefy.experts.interventions.statistics"),
         (
             {"ablate": [(0, 1)], "means": drawn(load("demo_opt"), dense=False)},
             "which is another model",

@@ -6,10 +6,10 @@ from tiny_conversion import convert_tiny
 from tiny_models import build, example_inputs
 
 import moefy
-from moefy import kernel_backends
-from moefy.mlp import DecidedMlp, DenseMlp, activation_function
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.sparse_mlp import BACKENDS, SparseMlp, sparse_mlps, use_backend
+from moefy.experts.backends import gpu as kernel_backends
+from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, sparse_mlps, use_backend
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy_kernels import masked_mlp
 
 KERNELS = ["decode", "union", "grouped"]

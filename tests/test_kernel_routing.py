@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.routing import SELECTIONS
+from moefy.methods.tables import SELECTIONS
 from moefy_kernels.routing import listed, route, select
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.mlp import DenseMlp
+from moefy.models.mlp import DenseMlp
 from moefy_kernels import expert_views_mlp, masked_mlp
 
 OPERATIONS = {"masked": masked_mlp, "views": expert_views_mlp}

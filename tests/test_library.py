@@ -41,10 +41,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.pytorch_utils import Conv1D
 
 import moefy
-from moefy.activations import listen
 from moefy.errors import MoefyError
-from moefy.heads import head_sites
-from moefy.library import (
+from moefy.experts.context import share_context
+from moefy.experts.offload import offloaded
+from moefy.experts.passes import listen
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.models.heads import head_sites
+from moefy.models.library import (
     ROWS,
     Row,
     attending,
@@ -59,10 +62,7 @@ from moefy.library import (
     missing,
     moved,
 )
-from moefy.locate import disk_names, sites
-from moefy.offload import offloaded
-from moefy.pass_context import share_context
-from moefy.sparse_mlp import sparse_mlps
+from moefy.models.locate import disk_names, sites
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(5))
 PROMPT = 8

@@ -7,12 +7,12 @@ import lm_eval
 import pytest
 
 import moefy
-from moefy.checkpoint import Checkpoint
-from moefy.convert import convert
-from moefy.data import load_corpus
-from moefy.modeling import load_dense
+from moefy.conversion.convert import convert
+from moefy.data.corpus import load_corpus
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import all_experts
+from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import override
-from moefy.sparse_mlp import all_experts
 
 TASK = """
 task: next_line

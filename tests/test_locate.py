@@ -1,4 +1,4 @@
-"""`moefy.locate` at its edges: heads and prefixes, models it refuses, a transformers that changed."""
+"""`moefy.models.locate` at its edges: heads and prefixes, models it refuses, a transformers that changed."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tiny_models import LAYERS, NEURONS, build, random_model, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
 from moefy.errors import UnsupportedModel
-from moefy.locate import disk_names, meta_model, permute, sites
+from moefy.models.locate import disk_names, meta_model, permute, sites
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from tiny_models import build, example_inputs
 from torch import Tensor
 
 import moefy
-from moefy.checkpoint import Checkpoint
-from moefy.evaluate import outputs
-from moefy.locate import sites
-from moefy.modeling import load_dense
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import sites
 
 
 def look_ahead(name: str, folder: Path, router: str = "mlp") -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moefy.memory import peak_memory
+from moefy.run.memory import peak_memory
 
 ROOT = Path(__file__).parents[1]
-CODE = "from moefy.memory import peak_memory; {}; print(peak_memory())"
+CODE = "from moefy.run.memory import peak_memory; {}; print(peak_memory())"
 
 
 def peak_of(statement: str) -> int:
@@ -35,7 +35,7 @@ def test_peak_memory_counts_what_was_given_back():
 
 @pytest.mark.slow
 def test_the_estimate_of_a_conversion_is_near_its_peak(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     from memory_bars import WITHIN, build, measured
 
     model = build(tmp_path, ROOT / "moefy" / "demo" / "llama")

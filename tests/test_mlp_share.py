@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_models import build
 
-from moefy.bench.mlp_share import amdahl, mlp_share
-from moefy.checkpoint import Checkpoint
-from moefy.modeling import load_dense
+from moefy.benchmark.moved import amdahl, mlp_share
+from moefy.experts.loading import load_dense
+from moefy.models.checkpoint import Checkpoint
 
 IDS = torch.arange(3, 27).view(2, 12)
 

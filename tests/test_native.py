@@ -18,14 +18,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 import moefy
-from moefy.checkpoint import Checkpoint
-from moefy.cpu_backend import fits, native_backend
-from moefy.kernel_activations import ACTIVATIONS
-from moefy.mlp import DecidedMlp, DenseMlp, activation_function
-from moefy.modeling import load_dense
-from moefy.native_linears import native_linears
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.sparse_mlp import SparseMlp
+from moefy.experts.backends.activations import ACTIVATIONS
+from moefy.experts.backends.cpu import fits, native_backend
+from moefy.experts.backends.linears import native_linears
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import SparseMlp
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy_kernels import masked_mlp
 from moefy_kernels.cpu import library
 from moefy_kernels.cpu.experts import native_experts

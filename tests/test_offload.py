@@ -8,12 +8,12 @@ from tiny_conversion import convert_tiny
 from tiny_models import build, example_inputs
 
 import moefy
-from moefy import measure
-from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
-from moefy.evaluate import outputs
-from moefy.modeling import placement
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.evaluation import folder as measure
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.placement import placement
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.models.checkpoint import Checkpoint
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_too_little_memory_leaves_layers_on_disk(tmp_path, monkeypatch):
     documents: Path = tmp_path / "text.jsonl"
     documents.write_text("\n".join('{"input_ids": [3, 4, 5, 6, 7, 8, 9]}' for _ in range(8)))
     want = measure.evaluate_folder(tmp_path / "out", corpus=documents, quiet=True)
-    monkeypatch.setattr("moefy.modeling.free_memory", lambda: 1000)
+    monkeypatch.setattr("moefy.experts.placement.free_memory", lambda: 1000)
     assert placement(checkpoint)["device_map"] == {"": "disk"}
     got = measure.evaluate_folder(tmp_path / "out", corpus=documents, quiet=True)
     # Where weights lie in memory may decide in which order they are added up.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from moefy.mlp import DenseMlp
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS
-from moefy.sparse_mlp import SparseMlp
+from moefy.experts.sparse_mlp import SparseMlp
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.models.mlp import DenseMlp
 from moefy_kernels import masked_mlp
 from moefy_kernels.cpu import library
 

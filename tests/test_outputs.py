@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moefy
-from moefy import outputs
-from moefy.activations import run
-from moefy.comparison import Comparison
-from moefy.data import IGNORED, Batch, Document, Sample
-from moefy.hook_points import say_once
-from moefy.measure import evaluate_folder
-from moefy.outputs import compared, distance, kl, nats, predicted, say
+from moefy.conversion.compare import Comparison
+from moefy.data.corpus import IGNORED, Batch, Document, Sample
+from moefy.evaluation import outputs
+from moefy.evaluation.folder import evaluate_folder
+from moefy.evaluation.outputs import compared, distance, kl, nats, predicted, say
+from moefy.experts.passes import run
+from moefy.experts.points import say_once
 from moefy.recipe import override
-from moefy.training_recipe import RecoverRecipe, SparsifyRecipe
+from moefy.training.recipe import RecoverRecipe, SparsifyRecipe
 
 TEXT = [name for name in (*FAMILIES_TINY, *SEARCHED_TINY) if tiny_model(name).family != "vit"]
 VOCABULARY = 9000

@@ -16,16 +16,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from moefy.errors import CheckpointError, RecipeError
-from moefy.mlp import DenseMlp
-from moefy.partition import (
-    METHODS,
-    Partition,
-    balanced,
-    canonical,
-    expert_count,
-    partition,
-    signals,
-)
+from moefy.methods.partition import balanced, canonical, signals
+from moefy.methods.partition.partition import METHODS, Partition, expert_count, partition
+from moefy.models.mlp import DenseMlp
 
 INVARIANT = sorted(set(METHODS) - {"contiguous"})
 LEARNED = ["coactivation", "contribution", "kmeans", "markers"]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
-from moefy.artefact import read_artefact
-from moefy.checkpoint import Checkpoint, sha256
 from moefy.errors import MoefyError
-from moefy.processes import launched
+from moefy.models.artefact import read_artefact
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.run.processes import launched
 
 GREEDY = {
     "partition.expert_size": 1, "router.name": "largest_inputs", "selection.name": "threshold",
@@ -34,9 +34,9 @@ LAUNCH = (
 CODE = """
 import os, signal, sys
 from pathlib import Path
-import moefy.convert
+import moefy.conversion.convert
 from tiny_conversion import convert_tiny, corpus_for
-module, keep = sys.modules["moefy.convert"], sys.modules["moefy.convert"].keep
+module, keep = sys.modules["moefy.conversion.convert"], sys.modules["moefy.conversion.convert"].keep
 
 def dying(at, *args):
     if {dies} and os.environ["RANK"] == "1":

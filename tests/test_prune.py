@@ -18,21 +18,35 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 import moefy
-from moefy.artefact import read_artefact
-from moefy.cli import app
-from moefy.console import Reporter
-from moefy.data import Corpus, Document, load_corpus
+from moefy.cli.verbs import app
+from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
-from moefy.prune.amount import largest
-from moefy.prune.controls import energy_matched, random_neurons
-from moefy.prune.figures import TIMES, against, area, relative_rise
-from moefy.prune.importance import importance, ranked, relative
-from moefy.prune.points import Kept, Point, judge
-from moefy.prune.relearning import verdict
-from moefy.prune.removable import EXPERT, NEURON, Removable, Source, gone_of, open_source
-from moefy.prune.summary import lines
-from moefy.prune.texts import Parts, choose_domains, read_parts
-from moefy.prune.written import write
+from moefy.inspection.removal.importance import importance, ranked, relative
+from moefy.inspection.removal.matched import energy_matched, random_neurons
+from moefy.inspection.removal.points import (
+    TIMES,
+    Kept,
+    Point,
+    against,
+    area,
+    judge,
+    largest,
+    relative_rise,
+)
+from moefy.inspection.removal.relearning import verdict
+from moefy.inspection.removal.removable import (
+    EXPERT,
+    NEURON,
+    Removable,
+    Source,
+    gone_of,
+    open_source,
+)
+from moefy.inspection.removal.shards import Parts, choose_domains, read_parts
+from moefy.inspection.removal.summary import lines
+from moefy.inspection.removal.written import write
+from moefy.models.artefact import read_artefact
+from moefy.run.console import Reporter
 
 QUIET = Reporter(quiet=True)
 FORGOTTEN = 2

@@ -22,7 +22,7 @@ from tiny_models import build, example_inputs
 from typer.testing import CliRunner
 
 import moefy
-from moefy.cli import app
+from moefy.cli.verbs import app
 
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = ("experts", "hooks", "run_with_cache", "run_with_hooks", "save_pretrained")
@@ -125,7 +125,7 @@ def written(model: Path) -> str:
     )
     found["inspection.json"] = inspected.to_dict() | {"texts": None}
     found["eval"] = say("eval", model, "--corpus", corpus, "-q", "--json")
-    with patch("moefy.bench.bandwidth.BYTES", 1 << 20):
+    with patch("moefy.benchmark.timing.BYTES", 1 << 20):
         found["bench"] = say(
             "bench", "--layer", "32,64,8,2", "--batches", 1, "--engine", "eager", "--engine", "masked",
             "--samples", 5, "-q", "--json",

@@ -5,9 +5,9 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from typer.testing import CliRunner
 
-from moefy.cli import app
+from moefy.cli.verbs import app
 from moefy.errors import MoefyError
-from moefy.sparse_mlp import BACKENDS, SparseMlp
+from moefy.experts.sparse_mlp import BACKENDS, SparseMlp
 from moefy_kernels import masked_mlp
 
 MEAN = {"mean": 1.25}
@@ -26,11 +26,11 @@ def tiny(tmp_path, monkeypatch):
         convert_tiny("llama", model, target)
         return {"evaluation": QUALITY}
 
-    monkeypatch.setattr("moefy.bench.bandwidth.BYTES", 4 << 20)
-    monkeypatch.setattr("moefy.quickstart.convert", convert)
-    monkeypatch.setattr("moefy.quickstart.demo_models", lambda: {"tiny": source})
-    monkeypatch.setattr("moefy.quickstart.PROMPT", 12)
-    monkeypatch.setattr("moefy.quickstart.LAYER", "32,64,8,2")
+    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.cli.quickstart.convert", convert)
+    monkeypatch.setattr("moefy.cli.quickstart.demo_models", lambda: {"tiny": source})
+    monkeypatch.setattr("moefy.cli.quickstart.PROMPT", 12)
+    monkeypatch.setattr("moefy.cli.quickstart.LAYER", "32,64,8,2")
 
 
 def say(tmp_path, *options):
@@ -76,7 +76,7 @@ def test_a_backend_that_is_refused_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyError("auto"), MoefyError("no room; make some")])
 def test_a_bench_that_raises_leaves_the_rest(tmp_path, monkeypatch, error):
-    monkeypatch.setattr("moefy.quickstart.bench", failing(error))
+    monkeypatch.setattr("moefy.cli.quickstart.bench", failing(error))
     result = say(tmp_path)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
@@ -89,7 +89,7 @@ def test_a_bench_that_raises_leaves_the_rest(tmp_path, monkeypatch, error):
 
 
 def test_a_conversion_that_raises_leaves_the_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr("moefy.quickstart.convert", failing(ValueError("two\nlines")))
+    monkeypatch.setattr("moefy.cli.quickstart.convert", failing(ValueError("two\nlines")))
     result = say(tmp_path)
     assert result.exit_code == 1
     assert rows(result) == []

@@ -14,9 +14,9 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from moefy.cli import app
-from moefy.modeling import load
-from moefy.sparse_mlp import all_experts
+from moefy.cli.verbs import app
+from moefy.experts.loading import load
+from moefy.experts.sparse_mlp import all_experts
 
 pytestmark = pytest.mark.real
 

@@ -77,7 +77,7 @@ def test_files_are_strict(tmp_path):
 def test_the_package_names_functions_also_after_their_modules_were_imported():
     probe = (
         "import moefy; first = moefy.convert; second = moefy.convert; "
-        "import moefy.convert; assert first is second is moefy.convert and callable(first)"
+        "import moefy.conversion.convert; assert first is second is moefy.convert and callable(first)"
     )
     done = start(probe).end()
     assert done.returncode == 0, done.stderr

@@ -12,13 +12,13 @@ from tiny_models import build, example_inputs
 
 import moefy
 from moefy import recipe as recipes
-from moefy.checkpoint import Checkpoint
-from moefy.convert import convert
+from moefy.conversion.convert import convert
 from moefy.errors import RecipeError
-from moefy.evaluate import outputs
-from moefy.modeling import load_dense
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
-from moefy.sparse_mlp import all_experts, sparse_mlps
 
 BASELINES = ["teal", "wina"]
 NAMES = sorted(set(recipes.shipped()) - set(BASELINES))
@@ -113,7 +113,7 @@ def test_layers_are_tuned_together_in_sixteen_bits(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs and on CPUs with such arithmetic: samples in fp32 meet weights in bf16."""
-    monkeypatch.setattr("moefy.modeling._has_bf16", lambda: True)
+    monkeypatch.setattr("moefy.experts.placement._has_bf16", lambda: True)
     source = build("llama", tmp_path / "source")
     load_dense(Checkpoint.open(source), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     shutil.copytree(source, tmp_path / "half", dirs_exist_ok=True, ignore=ignore_weights)

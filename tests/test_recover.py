@@ -22,18 +22,18 @@ from torch import Tensor
 
 import moefy
 from moefy import recipe as recipes
-from moefy.artefact import read_artefact
-from moefy.checkpoint import Checkpoint
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, RecipeError
-from moefy.evaluate import outputs
-from moefy.finetuning import loop
-from moefy.finetuning.held_out import RecoveryCheck
-from moefy.finetuning.loop import Diverged
-from moefy.modeling import load_dense
-from moefy.outputs import distance, say
-from moefy.recover import recover
-from moefy.sparse_mlp import sparse_mlps
-from moefy.training_recipe import RecoverRecipe
+from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import distance, say
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.models.artefact import read_artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.training import loop
+from moefy.training.held_out import RecoveryCheck
+from moefy.training.loop import Diverged
+from moefy.training.recipe import RecoverRecipe
+from moefy.training.recover import recover
 
 RECIPE = RecoverRecipe(
     tokens=1200,
@@ -182,7 +182,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import test_recover as t
-from moefy.finetuning import loop
+from moefy.training import loop
 die, add = int(sys.argv[3]), loop._Log.add
 def add_or_die(self, row):
     add(self, row)
@@ -349,7 +349,7 @@ def test_a_killed_run_is_not_resumed_with_the_checkpoint_of_another(
 
 
 FULL = {
-    "moefy.finetuning.loop._Log.add": OSError(errno.ENOSPC, "No space left on device"),
+    "moefy.training.loop._Log.add": OSError(errno.ENOSPC, "No space left on device"),
     "accelerate.utils.other.safe_save_file": SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
     ),

@@ -22,11 +22,13 @@ from PIL import Image
 from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
-from moefy.interpret.inspection import Inspection
-from moefy.interpret.table import rows
-from moefy.report import Report, export_neuronpedia, page, save_plots, write_report
-from moefy.report.blocks import SHOWN, blocks
-from moefy.report.serve import server
+from moefy.inspection.record import Inspection
+from moefy.inspection.report import page
+from moefy.inspection.report.neuronpedia import export_neuronpedia
+from moefy.inspection.report.page import SHOWN, Report, blocks, write_report
+from moefy.inspection.report.plots import save_plots
+from moefy.inspection.report.serve import server
+from moefy.inspection.texts.table import rows
 
 
 @pytest.fixture(scope="module")

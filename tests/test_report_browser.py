@@ -22,9 +22,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import adjusted_rand_score
 from synthetic_inspection import HOSTILE, inspection
 
-from moefy.interpret.inspection import Inspection
-from moefy.report import Report, write_report
-from moefy.report.serve import server
+from moefy.inspection.record import Inspection
+from moefy.inspection.report.page import Report, write_report
+from moefy.inspection.report.serve import server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -6,14 +6,14 @@ from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
 import moefy
-from moefy.checkpoint import Checkpoint
-from moefy.data import Corpus, Document
-from moefy.evaluate import evaluate
-from moefy.evaluate.observing import observing
-from moefy.evaluate.router_quality import RouterQuality
-from moefy.inputs import read_batches
-from moefy.modeling import load_dense
-from moefy.sparse_mlp import sparse_mlps
+from moefy.data.corpus import Corpus, Document
+from moefy.data.inputs import read_batches
+from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.router_quality import RouterQuality
+from moefy.experts.loading import load_dense
+from moefy.experts.passes import observing
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.models.checkpoint import Checkpoint
 
 SETTINGS = {
     "varying": {

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import moefy
+from moefy.conversion.fit import Tokens, predicted
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluate import outputs
-from moefy.mlp import DecidedMlp, DenseMlp
-from moefy.routed import straight_through
-from moefy.routing import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
-from moefy.routing.base import Router
-from moefy.routing.topk import top_mask
-from moefy.sparse_mlp import BACKENDS, SparseMlp, all_experts, use_backend
-from moefy.training import Tokens, predicted
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.routed import straight_through
+from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, all_experts, use_backend
+from moefy.methods.base import Router
+from moefy.methods.selections.topk import top_mask
+from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
+from moefy.models.mlp import DecidedMlp, DenseMlp
 
 T, D, F, E, S = 40, 9, 5, 6, 2
 N = E * F

@@ -3,12 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefy.conversion.fit import Tokens, fit_compensation, fit_router, fit_selection
 from moefy.errors import RecipeError
-from moefy.mlp import DenseMlp
+from moefy.methods.selections.topk import top_mask
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
+from moefy.models.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
-from moefy.routing import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
-from moefy.routing.topk import top_mask
-from moefy.training import Tokens, fit_compensation, fit_router, fit_selection
 
 T, D, N, E = 64, 12, 40, 10
 
@@ -142,7 +142,9 @@ def test_conditional_mean_is_the_mean_output_given_off():
 
 
 def test_dotted_paths_and_unknown_names():
-    assert choose(ROUTERS, "router", "moefy.routing.linear:LinearRouter") is ROUTERS["linear"]
+    assert (
+        choose(ROUTERS, "router", "moefy.methods.routers.linear:LinearRouter") is ROUTERS["linear"]
+    )
     with pytest.raises(RecipeError, match="did you mean 'linear'"):
         choose(ROUTERS, "router", "linaer")
     with pytest.raises(RecipeError, match="cannot be imported"):

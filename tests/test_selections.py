@@ -21,14 +21,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 import moefy
 from moefy.errors import MoefyError, RecipeError
-from moefy.library import passing
-from moefy.routing import SELECTIONS
-from moefy.routing.base import Context
-from moefy.routing.dynamic_k import DynamicK
-from moefy.routing.prompt_static import PromptStatic
-from moefy.routing.threshold import Threshold
-from moefy.routing.top_p import TopP
-from moefy.sparse_mlp import all_experts, sparse_mlps
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.methods.base import Context
+from moefy.methods.selections.dynamic_k import DynamicK
+from moefy.methods.selections.prompt_static import PromptStatic
+from moefy.methods.selections.threshold import Threshold
+from moefy.methods.selections.top_p import TopP
+from moefy.methods.tables import SELECTIONS
+from moefy.models.library import passing
 
 VARYING = ["threshold", "dynamic_k", "top_p"]
 properties = settings(deadline=None, max_examples=40, derandomize=True)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefy.routing import SELECTIONS
-from moefy.routing.softmax_topk import SoftmaxTopK
+from moefy.methods.selections.softmax_topk import SoftmaxTopK
+from moefy.methods.tables import SELECTIONS
 
 
 @given(

@@ -13,25 +13,25 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, DynamicCache
 
 import moefy
-from moefy.artefact import part_of, read_artefact
-from moefy.checkpoint import Checkpoint, sha256
-from moefy.data import load_corpus, make_batches
+from moefy.conversion.fit import Tokens, fit_router
+from moefy.conversion.plan import describe, plan
+from moefy.data.corpus import load_corpus, make_batches
+from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.evaluate import evaluate, outputs
-from moefy.export import export
-from moefy.heads import head_sites
-from moefy.inputs import read_batches
-from moefy.library import passing
-from moefy.locate import meta_model, sites
-from moefy.mlp import HeadOutputs
-from moefy.modeling import load_dense
-from moefy.plan import describe, plan
+from moefy.evaluation.evaluate import evaluate, outputs
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_heads import sparse_heads
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.exporting.export import export
+from moefy.methods.tables import COMPENSATIONS, ROUTERS
+from moefy.models.artefact import part_of, read_artefact
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.heads import head_sites
+from moefy.models.library import passing
+from moefy.models.locate import meta_model, sites
+from moefy.models.mlp import HeadOutputs
+from moefy.models.reorder import revert
 from moefy.recipe import RouterRecipe, override
-from moefy.reorder import revert
-from moefy.routing import COMPENSATIONS, ROUTERS
-from moefy.sparse_heads import sparse_heads
-from moefy.sparse_mlp import all_experts, sparse_mlps
-from moefy.training import Tokens, fit_router
 
 DENSE_MLPS = {
     "density": 1.0,
@@ -468,6 +468,6 @@ def test_a_config_that_contradicts_the_weights_is_refused():
 def test_the_table_of_the_documentation_is_that_of_the_records(monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root / "scripts"))
-    table = runpy.run_path(str(root / "scripts" / "heads.py"))["table"]()
+    monkeypatch.syspath_prepend(str(root / "experiments"))
+    table = runpy.run_path(str(root / "experiments" / "heads.py"))["table"]()
     assert table in (root / "docs" / "attention.md").read_text(encoding="utf-8")

@@ -12,17 +12,17 @@ from tiny_models import build, example_inputs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moefy.activations import run as forward
-from moefy.checkpoint import Checkpoint
-from moefy.convert import convert
-from moefy.data import Document, make_batches
+from moefy.conversion.convert import convert
+from moefy.data.corpus import Document, make_batches
 from moefy.errors import MoefyError, RecipeError, UnsupportedModel
-from moefy.finetuning.objectives import Activations
-from moefy.inputs import read_config
-from moefy.locate import meta_model, sites
-from moefy.modeling import load_dense
-from moefy.sparsify import sparsify
-from moefy.training_recipe import SparsifyRecipe
+from moefy.experts.loading import load_dense
+from moefy.experts.passes import run as forward
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+from moefy.models.locate import meta_model, sites
+from moefy.training.objectives import Activations
+from moefy.training.recipe import SparsifyRecipe
+from moefy.training.sparsify import sparsify
 
 RECIPE = SparsifyRecipe(
     tokens=4000, batch_tokens=400, context=32, check_every=5, learning_rate=0.02, weight=8.0
@@ -48,7 +48,7 @@ def test_penalties_are_those_of_a_plain_loop(penalty: str, tmp_path: Path) -> No
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     activations = Activations(model, found, penalty)
     documents = [Document("d", str(i), ids=tuple(ids[: 10 + i])) for i, ids in enumerate(text(5))]
-    from moefy.data import Corpus
+    from moefy.data.corpus import Corpus
 
     (batch,) = make_batches(Corpus("c", documents).samples(None, "decoder", 32))
     with torch.no_grad(), activations.over(batch):
@@ -120,7 +120,7 @@ def test_relu_takes_the_place_of_the_activation_and_it_converts(tmp_path: Path) 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build("opt", tmp_path / "opt")
     run(source, tmp_path / "whole")
-    from moefy.finetuning import loop
+    from moefy.training import loop
 
     add = loop._Log.add
 

@@ -13,18 +13,19 @@ from tiny_conversion import RECIPE, convert_tiny, corpus_for, kill_conversion
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, tiny_model
 
 import moefy
-from moefy import streaming
-from moefy.artefact import read_artefact
-from moefy.checkpoint import Checkpoint, sha256
-from moefy.data import load_corpus
+from moefy.conversion.streamed import first_pass
+from moefy.conversion.streamed import stream as streaming
+from moefy.conversion.streamed.skeleton import Skeleton, require_a_chain
+from moefy.data.corpus import load_corpus
+from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.evaluate import outputs
-from moefy.inputs import read_batches
-from moefy.modeling import load_dense
+from moefy.evaluation.evaluate import outputs
+from moefy.experts.loading import load_dense
+from moefy.experts.sparse_mlp import SparseMlp, all_experts
+from moefy.models.artefact import read_artefact
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.reorder import revert
 from moefy.recipe import override
-from moefy.reorder import revert
-from moefy.sparse_mlp import SparseMlp, all_experts
-from moefy.streaming.skeleton import Skeleton, require_a_chain
 
 IN_MEMORY_ONLY = {"t5", "t5_gated", "mt5", "bart", "vit"}
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
@@ -131,7 +132,9 @@ def test_fitted_on_dense_inputs_it_is_the_conversion_in_memory(name, tmp_path, d
 
 def test_allocated_densities_are_those_of_memory_with_the_same_metric(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
-    monkeypatch.setattr("moefy.tuning._fits", lambda *_: False)  # no backward pass: the same metric
+    monkeypatch.setattr(
+        "moefy.conversion.allocate._fits", lambda *_: False
+    )  # no backward pass: the same metric
     in_memory = convert_tiny("llama", source, tmp_path / "a", settings=GREEDY)
     streamed = convert_tiny("llama", source, tmp_path / "b", settings=GREEDY, stream=True)
     first, second = (r["conversion"]["tuning"]["budget"] for r in (in_memory, streamed))
@@ -146,14 +149,14 @@ def test_allocated_densities_are_those_of_memory_with_the_same_metric(tmp_path, 
 
 
 def _mlps(model):
-    from moefy.sparse_mlp import sparse_mlps
+    from moefy.experts.sparse_mlp import sparse_mlps
 
     return sparse_mlps(model).values()
 
 
 def test_its_own_evaluation_is_that_of_the_loaded_model(tmp_path):
-    from moefy.data import split_shards
-    from moefy.evaluate import evaluate
+    from moefy.data.corpus import split_shards
+    from moefy.evaluation.evaluate import evaluate
 
     source = build("llama", tmp_path / "source")
     records = convert_tiny("llama", source, tmp_path / "out", settings=GREEDY, stream=True)
@@ -185,7 +188,7 @@ def test_what_follows_the_experts_differs_from_what_follows_dense_layers(tmp_pat
 def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch):
     source = build(name, tmp_path / "source")
     read, written = [], []
-    plain, put = Checkpoint.read, streaming.first_pass.overwrite
+    plain, put = Checkpoint.read, first_pass.overwrite
 
     def reading(self, key):
         if self.folder == source:
@@ -197,7 +200,7 @@ def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch)
         put(tensor, value)
 
     monkeypatch.setattr(Checkpoint, "read", reading)
-    monkeypatch.setattr(streaming.first_pass, "overwrite", writing)
+    monkeypatch.setattr(first_pass, "overwrite", writing)
     convert_tiny(name, source, tmp_path / "out", stream=True)
     tensors = Checkpoint.open(source).tensors
     layers = [key for key in read if ".layers." in key]
@@ -260,20 +263,20 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
     names = Checkpoint.open(source).tensors
     shard = names["model.layers.1.mlp.down_proj.weight"].file
-    keep = streaming.first_pass.keep
+    keep = first_pass.keep
 
     def losing(*args):
         keep(*args)
         shard.rename(shard.with_suffix(".gone"))
 
-    monkeypatch.setattr(streaming.first_pass, "keep", losing)
+    monkeypatch.setattr(first_pass, "keep", losing)
     with pytest.raises(CheckpointError, match=f"{shard.name}: cannot be read"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="shards missing"):
         convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     shard.with_suffix(".gone").rename(shard)
-    monkeypatch.setattr(streaming.first_pass, "keep", keep)
+    monkeypatch.setattr(first_pass, "keep", keep)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -281,7 +284,7 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
-    put, count = streaming.first_pass.overwrite, []
+    put, count = first_pass.overwrite, []
 
     def full(*args):
         count.append(1)
@@ -289,10 +292,10 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         put(*args)
 
-    monkeypatch.setattr(streaming.first_pass, "overwrite", full)
+    monkeypatch.setattr(first_pass, "overwrite", full)
     with pytest.raises(MoefyError, match=r"disk is full.*--resume"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
-    monkeypatch.setattr(streaming.first_pass, "overwrite", put)
+    monkeypatch.setattr(first_pass, "overwrite", put)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -348,7 +351,7 @@ def test_layers_that_hand_on_more_are_refused(tmp_path):
 def test_a_full_disk_is_found_before_anything_is_made(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
     usage = type("usage", (), {"free": 10})()
-    monkeypatch.setattr("moefy.checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("moefy.models.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(MoefyError, match="of disk"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
     assert not list(tmp_path.glob(".out*"))
@@ -370,7 +373,7 @@ def test_an_adapter_is_refused(tmp_path):
 
 def test_too_little_memory_points_to_streaming(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
-    monkeypatch.setattr(sys.modules["moefy.convert"], "free_memory", lambda: 1000)
+    monkeypatch.setattr(sys.modules["moefy.conversion.convert"], "free_memory", lambda: 1000)
     with pytest.raises(MoefyError, match="--stream"):
         convert_tiny("llama", source, tmp_path / "out")
     convert_tiny("llama", source, tmp_path / "out", stream=True)

@@ -11,9 +11,9 @@ from torch.nn.functional import gelu, linear, relu, silu
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moefy.errors import UnsupportedModel
-from moefy.families import Family
-from moefy.locate import meta_model, read_mlp, sites
-from moefy.structure import search
+from moefy.models.families import Family
+from moefy.models.locate import meta_model, read_mlp, sites
+from moefy.models.search import search
 
 D, N = 12, 20
 

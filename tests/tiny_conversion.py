@@ -8,7 +8,7 @@ import torch
 from children import start
 from tiny_models import tiny_model
 
-from moefy.convert import convert
+from moefy.conversion.convert import convert
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe, override
 
 RECIPE = Recipe(

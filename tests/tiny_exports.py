@@ -9,7 +9,7 @@ import transformers
 from tiny_models import random_model
 
 from moefy import recipe as recipes
-from moefy.convert import convert
+from moefy.conversion.convert import convert
 
 SETTINGS: dict[str, Any] = {
     "vocab_size": 96,

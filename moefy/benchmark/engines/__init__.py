@@ -1,0 +1,1 @@
+"""What is timed: engines by name, and how each computes a layer or runs a model."""

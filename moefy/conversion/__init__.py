@@ -1,0 +1,1 @@
+"""The main flow, plan, capture, fit, tune, write, verify: read `convert.py` first."""

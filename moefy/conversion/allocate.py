@@ -1,0 +1,371 @@
+"""What needs all layers at once: the density of each layer, then distillation.
+
+`allocate` measures, for every layer and several densities, what the model loses when that layer
+alone is sparse, and lets `moefy.methods.budget` choose; the choice is kept only where it measures
+better than the same density everywhere. `tune` does that and then trains routers and compensations
+(`moefy.conversion.distil`). Both look at the router shard and its hold-out, never at evaluation documents.
+
+Shapes: T tokens, D width, E routed experts, K experts that run.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.conversion.capture import Captured
+from moefy.conversion.distil import distil_layer, distil_model
+from moefy.conversion.fit import Tokens, fit_compensation
+from moefy.conversion.layer import LayerSample, cap, layer_sample, tokens_of
+from moefy.conversion.plan import Plan
+from moefy.conversion.sensitivity import sensitivities, stream_metric
+from moefy.conversion.settle import SeenInputs, planned_active, settle, settle_on, varies
+from moefy.data.corpus import Batch, make_batches
+from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Said, distance, say
+from moefy.experts.passes import Listener, observing
+from moefy.experts.routed import Routed
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.methods.base import Selection
+from moefy.methods.budget import Table, greedy, solve
+from moefy.methods.compensations.residual import missing
+from moefy.models.mlp import DenseMlp
+from moefy.recipe import Recipe
+from moefy.run.console import Reporter
+from moefy.run.memory import free_memory, give_back
+from moefy.run.processes import ALONE, Processes
+
+FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
+"""Candidate densities of a layer, over the mean density."""
+
+BISECTIONS = 8
+TRIAL_TOKENS = 1024
+"""Tokens on which the compensation of a candidate is fitted and its output error measured."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer at one density."""
+
+    active: int
+    selection: Selection
+    compensation: dict[str, Tensor]
+    cost: float
+    loss: float
+
+
+def needs_tuning(recipe: Recipe) -> bool:
+    """Whether the recipe asks for more than layer by layer fitting."""
+    return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
+
+
+def learnable(model: PreTrainedModel) -> bool:
+    """Whether distillation has anything to train."""
+    modules = sparse_mlps(model).values()
+    parts = (part for m in modules for part in (m.router, m.compensation))
+    return any(True for part in parts for _ in part.parameters())
+
+
+def tune(
+    model: PreTrainedModel,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    training: list[Batch],
+    held: list[Batch],
+    report: Reporter,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Allocate and distil as the recipe says, in place; returns what was measured.
+
+    With `processes`, all of which call this, layers are shared out where each is measured by itself;
+    the first one does the rest, and its model is the result.
+    """
+    record: dict[str, Any] = {}
+    metric: list[Tensor] | None = None
+    said: list[Said] | None = None
+    held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
+    # All are to measure alike, and all at once.
+    fits = processes.once(lambda: _fits(model, BACKWARD_TOKENS * processes.count))
+    if recipe.allocates and recipe.budget.name == "greedy" and fits:
+        metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
+    check = HeldOut(model, held, said)
+    active = {i: planned_active(todo, i, m.shared) for i, m in sparse_mlps(model).items()}
+    if recipe.allocates:
+        record["budget"] = allocate(model, todo, recipe, samples, check, metric, report, processes)
+        active = dict(enumerate(record["budget"].get("active", [])))
+    if not processes.main:
+        return record
+    if not recipe.allocates and varies(recipe):
+        settle(model, recipe, held, active)
+    if recipe.distil.steps and not learnable(model):
+        report.say("nothing to distil: neither routers nor compensations have parameters")
+    elif recipe.distil.steps:
+        before = check.distance()
+        scope = recipe.distil.scope
+        if scope == "auto":
+            scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
+        if scope == "model":
+            distil_model(model, training, recipe.distil, report=report, seed=recipe.seed)
+        else:
+            for index, module in sparse_mlps(model).items():
+                tokens = _tokens(samples["router"], todo, index, module)
+                distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
+        if varies(recipe):
+            settle(model, recipe, held, active)
+        record["distillation"] = {
+            "scope": scope,
+            "steps": recipe.distil.steps,
+            "held_out_before": before,
+            "held_out_after": check.distance(),
+        }
+    target = recipe.budget.target_kl
+    if target is not None:
+        record["held_out_kl"] = reached = check.distance()
+        if reached > target:
+            report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+    return record
+
+
+class HeldOut:
+    """Held-out documents and what the dense model says of them."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, batches: list[Batch], dense: list[Said] | None = None
+    ) -> None:
+        self.model, self.batches = model, batches
+        if dense is None:
+            with all_experts(model):
+                dense = [say(model, batch) for batch in batches]
+        self.dense = dense
+
+    @torch.no_grad()
+    def distance(self, *listeners: Listener, only: Routed | None = None) -> float:
+        """What distillation minimises, per token; with `only`, every other layer is dense."""
+        total = tokens = 0.0
+        with nullcontext() if only is None else all_experts(self.model):
+            if only is not None:
+                only.all_on = False
+            for batch, dense in zip(self.batches, self.dense, strict=True):
+                with observing(self.model, batch, *listeners):
+                    sparse = say(self.model, batch)
+                total += distance(dense, sparse).item() * len(dense)
+                tokens += len(dense)
+        give_back()
+        return total / tokens
+
+
+@torch.no_grad()
+def allocate(
+    model: PreTrainedModel,
+    todo: Plan,
+    recipe: Recipe,
+    samples: dict[str, Captured],
+    held: HeldOut,
+    metric: list[Tensor] | None,
+    report: Reporter,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Choose the density of every layer and set it; returns densities and measured KL.
+
+    `metric`, of every layer, is what its output error costs (`moefy.conversion.sensitivity`); the greedy budget
+    takes the residual stream's where there is none.
+    """
+    modules = sparse_mlps(model)
+    planned = [planned_active(todo, index, m.shared) for index, m in modules.items()]
+    if recipe.budget.name == "greedy" and metric is None:
+        metric = stream_metric(model, todo.sites, held.batches)
+    own: list[tuple[int, list[Candidate]]] = []
+    for index, module in report.track(processes.mine([*modules.items()]), "measure densities"):
+        sample = layer_sample(samples, todo, todo.sites[index]).on(module.weights.down_ND.device)
+        loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
+        own.append((index, candidates(module, planned[index], recipe, sample, loss_of)))
+        give_back()
+    rows = [row for _, row in sorted(processes.all(own), key=lambda pair: pair[0])]
+    if not processes.main:
+        return {}
+    uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
+    pick = greedy if recipe.budget.name == "greedy" else solve
+    target = recipe.budget.target_kl
+
+    def put(chosen: list[int]) -> dict[int, float]:
+        for module, row, at in zip(modules.values(), rows, chosen, strict=True):
+            set_density(module, row[at])
+        return {i: rows[i][at].active for i, at in enumerate(chosen)}
+
+    def settled(chosen: list[int]) -> float:
+        # A promise is measured on what will run.
+        active = put(chosen)
+        if varies(recipe):
+            settle(model, recipe, held.batches, active)
+        return held.distance()
+
+    if target is None:
+        chosen = spread(rows, uniform, pick)
+        seen, seen_uniform = SeenInputs(), SeenInputs()
+        put(chosen)
+        kl = held.distance(seen)
+        put(uniform)
+        kl_uniform = held.distance(seen_uniform)
+        if kl_uniform < kl:
+            chosen, kl, seen = uniform, kl_uniform, seen_uniform
+        active = put(chosen)
+        if varies(recipe):
+            settle_on(seen, model, recipe, active)
+    else:
+        kl_uniform = settled(uniform)
+        costs, losses = tables(rows)
+        low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
+        chosen = [len(row) - 1 for row in rows]
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            trial = pick(costs, losses, middle)
+            if settled(trial) <= target:
+                chosen, high = trial, middle
+            else:
+                low = middle
+        kl = settled(chosen)
+    for index, module in modules.items():
+        tokens = _tokens(samples["router"], todo, index, module)
+        fit_compensation(
+            module.compensation, module.router, module.selection, module.routed, tokens
+        )
+        give_back()
+    return {
+        "name": recipe.budget.name,
+        "per": recipe.budget.per,
+        "active": [row[at].active for row, at in zip(rows, chosen, strict=True)],
+        "held_out_kl": kl,
+        "held_out_kl_uniform": kl_uniform,
+        "kept": "uniform" if chosen == uniform else recipe.budget.name,
+    }
+
+
+def tables(rows: list[list[Candidate]]) -> tuple[Table, Table]:
+    """Costs and losses of every candidate of every layer, as `moefy.methods.budget` takes them."""
+    return [[c.cost for c in row] for row in rows], [[c.loss for c in row] for row in rows]
+
+
+def spread(
+    rows: list[list[Candidate]],
+    uniform: list[int],
+    pick: Callable[[Table, Table, float], list[int]],
+) -> list[int]:
+    """The candidate of each layer that `pick` takes for what the candidates `uniform` cost together."""
+    costs, losses = tables(rows)
+    total = sum(row[at] for row, at in zip(costs, uniform, strict=True))
+    return pick(costs, losses, total * (1 + 1e-9))
+
+
+def candidates(
+    module: SparseMlp,
+    planned: int,
+    recipe: Recipe,
+    sample: LayerSample,
+    loss_of: Callable[[SparseMlp, "Trial"], float],
+) -> list[Candidate]:
+    """One layer at several densities, cheapest first, each with its own selection and means.
+
+    `planned` routed experts run at the mean density; `loss_of` says what the module, as it is set,
+    costs the model.
+    """
+    experts, routed = module.experts - module.shared, module.routed.to(torch.float32)
+    # A target for KL may need every expert of a layer, a mean density never does.
+    factors = FACTORS if recipe.budget.target_kl is None else (*FACTORS, experts / planned)
+    actives = sorted({min(experts, max(1, round(f * planned))) for f in factors})
+    tokens, held = (t.some(TRIAL_TOKENS) for t in (sample.router, sample.held))
+    trial = Trial(module, routed, held)
+    found = []
+    for active in actives:
+        selection = type(module.selection).fit(trial.scores_TE, active, cap(recipe, active))
+        fit_compensation(module.compensation, module.router, selection, routed, tokens)
+        state = {n: v.clone() for n, v in module.compensation.state_dict().items()}
+        module.selection = selection
+        share = (active + module.shared) / module.experts
+        if recipe.budget.per == "time":
+            cost = _seconds(module, held)
+        else:
+            weights = module.weights
+            cost = share * weights.matrices * weights.neurons * weights.width
+        found.append(Candidate(active, selection, state, cost, loss_of(module, trial)))
+    return found
+
+
+def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | None) -> float:
+    """By measurement on the whole model, or as the metric of the layer's output error says."""
+    return held.distance(only=module) if metric is None else trial.output_error(module, metric)
+
+
+def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Tokens:
+    """A layer's tokens, handed out where its weights are."""
+    tokens = tokens_of(sample, todo, todo.sites[index])
+    return replace(tokens, device=module.weights.down_ND.device)
+
+
+def set_density(module: SparseMlp, candidate: Candidate) -> None:
+    """Let a layer run at the density of one of its candidates."""
+    module.selection = candidate.selection
+    module.compensation.load_state_dict(candidate.compensation)
+
+
+def nearest(row: list[Candidate], active: int) -> int:
+    """The candidate whose number of experts is nearest to `active`."""
+    return min(range(len(row)), key=lambda at: abs(row[at].active - active))
+
+
+class Trial:
+    """What is the same for every density of a layer: activations and scores of held-out tokens."""
+
+    def __init__(self, module: SparseMlp, routed: DenseMlp, tokens: Tokens) -> None:
+        self.routed = routed
+        self.x_TD = torch.cat([x_TD for x_TD, _ in tokens.chunks()])
+        self.h_TN = torch.cat(list(tokens.activations(routed)))
+        self.scores_TE = torch.cat([module.router(x, routed) for _, x in tokens.chunks()])
+
+    def output_error(self, module: SparseMlp, metric: Tensor) -> float:
+        """What the layer's output error `e` costs per token: `e^T G e` for a metric `[D, D]`, or
+        `w |e|^2` for a number (`moefy.conversion.sensitivity`)."""
+        mask_TE = module.selection(self.scores_TE, module.context)
+        error_TD = -missing(self.h_TN, mask_TE, self.routed)
+        extra_TD = module.compensation(self.x_TD, mask_TE)
+        if extra_TD is not None:
+            error_TD += extra_TD
+        metric = metric.to(error_TD.device)
+        weighed_TD = error_TD @ metric if metric.ndim else error_TD * metric
+        return (weighed_TD * error_TD).sum().item() / len(error_TD)
+
+
+def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
+    """Median time of one token, router and compensation included."""
+    times = []
+    for row in range(samples):
+        at = row % len(tokens.mlp_TD)
+        x_TD, read_TD = (
+            t[at : at + 1].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+        )
+        module.context.previous_TD = read_TD
+        begin = time.perf_counter()
+        module(x_TD)
+        if x_TD.is_cuda:
+            torch.cuda.synchronize(x_TD.device)
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[samples // 2]
+
+
+def _fits(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a backward pass over so many tokens fits in the memory that is free now.
+
+    Counted per token: what autograd keeps of every MLP and attention block; and a chunk of logits
+    with softmax and gradient.
+    """
+    kept = sum(6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values())
+    needed = 4 * tokens * kept + 6 * LOGITS_BYTES
+    if model.device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(model.device)[0]
+    return needed < free_memory()

@@ -1,0 +1,351 @@
+"""Many recipes on one model, under equal terms: the same captures, the same evaluation documents.
+
+    bench = Comparison("path/to/model", folder="work")
+    row = bench.run(recipe)          # KL, cross-entropy increase, active budget, seconds
+
+The model is moefied in memory. Captures are made once per sample size, partitions once per method
+and expert size, and kept in `folder`. Recipes that name a baseline (TEAL, WINA) run as that.
+
+Shapes: B documents, T tokens, V vocabulary, D width.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from bisect import bisect_right
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy import recipe as recipes
+from moefy.conversion.allocate import needs_tuning, tune
+from moefy.conversion.capture import Captured, capture
+from moefy.conversion.layer import (
+    HELD_OUT_SHARE,
+    fit_layer,
+    layer_sample,
+    sample_sizes,
+    split_layer,
+)
+from moefy.conversion.plan import Plan, inputs_read, plan
+from moefy.data.corpus import Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.data.inputs import read_batches
+from moefy.errors import MoefyError, RecipeError
+from moefy.evaluation.load import FfnLoad
+from moefy.evaluation.outputs import Said, compared, cosine, nats, say
+from moefy.experts.loading import (
+    build_compensation,
+    build_router,
+    load_dense,
+    moefied,
+    replace_module,
+)
+from moefy.experts.passes import observing
+from moefy.experts.placement import placement
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.methods.input_sparsity import InputSparseMlp
+from moefy.methods.partition.partition import Partition
+from moefy.methods.routers.oracle import OracleRouter
+from moefy.models.artefact import FULL, Artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import read_mlp, side_of, sites
+from moefy.models.mlp import DenseMlp
+from moefy.recipe import Recipe
+from moefy.run.console import Reporter
+from moefy.run.provenance import machine, versions
+
+"""Logits of the dense model that are kept in fp32; of more than these in 16 bits (KL to about 1e-6)."""
+
+
+class Comparison:
+    """One model and one seed; `seed` draws the shards and everything that a recipe draws."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        folder: str | Path,
+        *,
+        corpus: Any = None,
+        seed: int = 0,
+        documents: int = 44,
+        report: Reporter | None = None,
+    ) -> None:
+        self.checkpoint = Checkpoint.open(model)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seed, self.report = seed, report or Reporter(quiet=True)
+        text = load_corpus(corpus)
+        self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
+        self.shards = split_shards(text, seed)
+        self.documents = documents
+        self._dense_outputs: list[Said] = []
+        self._evaluation: list[Batch] = []
+
+    def run(self, recipe: Recipe) -> dict[str, Any]:
+        """Convert in memory, evaluate; a JSON record. Raises what `plan` raises."""
+        recipe = replace(recipe, seed=self.seed)
+        began = time.perf_counter()
+        if recipe.baseline is None:
+            model, fitted = self._moefied(recipe)
+        else:
+            model, fitted = self._baseline(recipe), {}
+        seconds = time.perf_counter() - began
+        return {
+            "seed": self.seed,
+            "settings": recipes.to_dict(recipe),
+            **self.quality(model),
+            **fitted,
+            "seconds": round(seconds, 2),
+        }
+
+    def dense_nats(self) -> float:
+        """Cross-entropy of the dense language model on the evaluation documents."""
+        found = [nats(dense) for dense in self._dense() if dense.targets_J is not None]
+        return float(torch.cat(found).mean())
+
+    def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
+        """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
+        try:
+            density = self.density_at(recipe, budget)
+            if density is None:
+                return {"n/a": "cannot go below this budget"}
+            return self.run(replace(recipe, density=density))
+        except MoefyError as error:
+            return {"n/a": str(error)}
+
+    def oracle(self, density: float) -> dict[str, Any]:
+        """Single neurons chosen by their true contribution, the same number for every token.
+
+        A bound, not a method: what choosing takes is not counted, so its budget is its density.
+        """
+        single = recipes.from_dict(
+            {
+                "density": density,
+                "partition": {"expert_size": 1},
+                "router": {"name": "random"},
+                "compensation": {"name": "none"},
+            }
+        )
+        model, _ = self._moefied(replace(single, seed=self.seed))
+        for module in sparse_mlps(model).values():
+            module.router = OracleRouter(module.weights.width, module.experts, 0)
+        return {"seed": self.seed, **self.quality(model), "seconds": 0.0}
+
+    def neurons(self) -> int:
+        """Neurons of the first MLP."""
+        return plan(self.checkpoint, Recipe(), self.corpus["name"]).sites[0].neurons
+
+    def density_at(self, recipe: Recipe, budget: float) -> float | None:
+        """The FFN density at which a recipe reads `budget` of the MLPs' weights; None below its least.
+
+        What runs is whole experts, so the budget that is reached may be a little smaller.
+        """
+        if recipe.baseline is not None:
+            return budget
+        todo = plan(self.checkpoint, replace(recipe, density=1.0), self.corpus["name"])
+        site, entry = todo.sites[0], todo.layers[0]
+        if recipe.selection.name == "prompt_static":
+            # The prompt, half of every document, runs densely.
+            budget = 2 * budget - 1
+        mlp = DenseMlp(
+            up_ND=torch.empty(site.neurons, site.width, device="meta"),
+            down_ND=torch.empty(site.neurons, site.width, device="meta"),
+            gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
+            activation=site.activation,
+        )
+        weights = mlp.matrices * site.neurons * site.width
+        compensation = build_compensation(entry)
+
+        def read(active: float) -> float:
+            density = active / entry.experts
+            settings = {**entry.router, "inputs": inputs_read(site, recipe, density)}
+            router = build_router(replace(entry, router=settings))
+            run = density * (1 - router.computes_gate / mlp.matrices)
+            extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)
+            return run + extra / weights
+
+        # The most experts within the budget; what runs is whole ones, and .15 of one is forgiven.
+        active = bisect_right(
+            range(entry.shared + 1, entry.experts + 1), budget, key=lambda n: read(n - 0.15)
+        )
+        return (entry.shared + active) / entry.experts if active else None
+
+    @torch.no_grad()
+    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
+        """KL and cross-entropy increase (or cosine) and what was read, on the evaluation shard."""
+        load = FfnLoad(model) if sparse_mlps(model) else None
+        baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
+        sums = dict.fromkeys(("kl", "ce_increase", "cosine", "agreement"), 0.0)
+        tokens = 0
+        dense = self._dense()
+        for batch, want in zip(self._evaluation, dense, strict=True):
+            if load is None:
+                for module in baselines:
+                    module.counted = batch.mask(module.side)
+                got = say(model, batch)
+            else:
+                with observing(model, batch, load):
+                    got = say(model, batch)
+            tokens += len(got)
+            if not got.classes or got.targets_J is None:
+                sums["cosine"] += float(cosine(want, got).sum())
+                continue
+            found_J = compared(want, got)
+            sums["kl"] += float(found_J["kl"].sum())
+            sums["agreement"] += float(found_J["agreement"].sum())
+            sums["ce_increase"] += float((found_J["ce"] - found_J["ce_dense"]).sum())
+        found: dict[str, Any] = {name: total / tokens for name, total in sums.items() if total}
+        if load is not None:
+            found["ffn_density"] = load.density()
+            found["active_budget"] = load.active_budget()
+            found["active_compute"] = load.active_compute()
+            found["density_by_layer"] = load.per_layer()
+        else:
+            found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
+            found["active_compute"] = found["active_budget"]
+        return {"tokens": tokens, **found}
+
+    def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if recipe.attention.density is not None:
+            raise RecipeError(
+                "attention.density: recipes are compared by what their MLPs read; leave it out here "
+                "and use moefy convert and moefy eval"
+            )
+        todo = plan(self.checkpoint, recipe, self.corpus["name"])
+        samples = self._samples(recipe, todo)
+        model = self._load()
+        layers, fits = [], []
+        tensors: dict[str, Tensor] = {}
+        for site in todo.sites:
+            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
+            split = self._partition(mlp, todo, site.index, recipe, samples)
+            fitted = fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site), split)
+            layers.append(fitted.entry)
+            fits.append(fitted.fit.record())
+            tensors |= {f"layers.{site.index}.{n}": v for n, v in fitted.tensors.items()}
+        artefact = Artefact(
+            form=FULL, source={}, recipe=recipes.to_dict(recipe), corpus=self.corpus,
+            layers=layers, tensors=tensors, versions=versions(),
+        )  # fmt: skip
+        moefied(model, artefact, permute=True)
+        record: dict[str, Any] = {"routers": fits}
+        if needs_tuning(recipe):
+            training = self._texts("router", todo.kind)
+            held = self._texts("held-out", todo.kind, sample_sizes(recipe)["held-out"])
+            record["tuning"] = tune(model, todo, recipe, samples, training, held, self.report)
+        return model, record
+
+    def _baseline(self, recipe: Recipe) -> PreTrainedModel:
+        assert recipe.baseline is not None
+        todo = plan(self.checkpoint, replace(recipe, baseline=None), self.corpus["name"])
+        samples = self._samples(recipe, todo)
+        model = self._load()
+        for site in todo.sites:
+            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
+            module = InputSparseMlp(mlp.contiguous(), recipe.baseline, side_of(site))
+            module.calibrate(samples["partition"].inputs(site).float(), recipe.density)
+            replace_module(model, site, module)
+        return model
+
+    def _load(self) -> PreTrainedModel:
+        model = load_dense(self.checkpoint, **placement())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    def _dense(self) -> list[Said]:
+        if not self._dense_outputs:
+            stock = self._load()
+            kind = sites(stock)[0].family.kind
+            text = self.shards["evaluation"].take(self.documents)
+            self._evaluation = read_batches(self.checkpoint, kind, text, 512)
+            self._dense_outputs = [say(stock, batch) for batch in self._evaluation]
+        return self._dense_outputs
+
+    def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
+        train, held = hold_out(self.shards["router"], HELD_OUT_SHARE, self.seed)
+        text: dict[str, Corpus] = {
+            "partition": self.shards["partition"], "router": train, "held-out": held
+        }  # fmt: skip
+        return read_batches(self.checkpoint, kind, text[name], 512, limit)
+
+    def _samples(self, recipe: Recipe, todo: Plan) -> dict[str, Captured]:
+        found = {}
+        for name, limit in sample_sizes(recipe).items():
+            folder = self.folder / f"seed{self.seed}-{limit}"
+            folder.mkdir(exist_ok=True)
+            found[name] = Captured(folder, name)
+            if not found[name].complete:
+                model = self._load()
+                batches = self._texts(name, todo.kind, limit)
+                capture(
+                    model, sites(model), batches, found[name], limit=limit, seed=self.seed,
+                    report=self.report,
+                )  # fmt: skip
+        return found
+
+    def _partition(
+        self,
+        mlp: DenseMlp,
+        todo: Plan,
+        index: int,
+        recipe: Recipe,
+        samples: dict[str, Captured],
+    ) -> Partition:
+        """The partition of one layer, kept for every recipe that asks for the same one."""
+        wanted = {**asdict(recipe.partition), "experts": todo.layers[index].experts}
+        if recipe.partition.shared is None:
+            wanted["active"] = todo.k[index]
+        digest = hashlib.sha256(json.dumps([wanted, self.seed, index]).encode()).hexdigest()[:16]
+        file = self.folder / f"partition-{digest}.json"
+        if file.exists():
+            kept = json.loads(file.read_text())
+            return Partition(torch.tensor(kept["owner"]), kept["experts"], kept["shared"])
+        split = split_layer(
+            mlp, todo, todo.sites[index], recipe, layer_sample(samples, todo, todo.sites[index])
+        )
+        kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
+        file.write_text(json.dumps(kept))
+        return split
+
+
+def compare(
+    model: str | Path,
+    names: list[str],
+    budgets: list[float],
+    *,
+    corpus: Any = None,
+    documents: int = 44,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Recipes (shipped names or YAML files) on one model at equal active budgets; a JSON record.
+
+    Raises `RecipeError` for an unknown recipe before anything is run. A recipe that cannot serve the
+    model, or not at a budget, has a row that says why.
+    """
+    wanted = {name: recipes.load(name) for name in names}
+    report = Reporter(quiet=quiet)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Comparison(
+            model, folder, corpus=corpus, seed=seed, documents=documents, report=report
+        )
+        for name, recipe in wanted.items():
+            for budget in budgets:
+                report.say(f"{name} at {budget}")
+                rows.append({"recipe": name, "budget": budget, **bench.at(recipe, budget)})
+    return {
+        "kind": "comparison",
+        "model": str(model),
+        "corpus": bench.corpus,
+        "documents": documents,
+        "seed": seed,
+        "rows": rows,
+        "machine": machine(),
+    }

@@ -1,0 +1,163 @@
+"""Distillation: routers and compensations learn to imitate the dense model, all else frozen.
+
+The student runs the experts it will run later, hard selection included; the gradient passes the
+selection by a straight-through sigmoid, so an expert that is off and would have helped pulls its
+score up. The teacher is the same model with every expert on: no second copy of the weights.
+
+Two scopes, one loop. `model`: KL(dense || sparse) of the logits, end to end. `layer`: the squared
+error of each MLP's output on captured inputs, for models whose backward pass does not fit in memory.
+
+Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.conversion.fit import Tokens
+from moefy.conversion.optimise import CLIP, draws, matched
+from moefy.data.corpus import Batch, Sample, make_batches
+from moefy.errors import MoefyError
+from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged, say
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.recipe import DistilRecipe
+from moefy.run.console import Reporter
+
+WARMUP = 0.1
+ROUTER_RATE = 0.1
+"""Learning rate of routers over that of compensations: their scores were fitted to the oracle, and the
+straight-through gradient is a rough one (docs/experiments.md)."""
+
+
+def distil_model(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    recipe: DistilRecipe,
+    *,
+    report: Reporter,
+    seed: int = 0,
+) -> list[float]:
+    """Train routers and compensations of `model` in place, end to end; returns the losses.
+
+    Raises `MoefyError` where a selection does not decide by scores, where there is nothing to train,
+    or the loss is not finite.
+    """
+    modules = list(sparse_mlps(model).values())
+    samples = [sample for batch in batches for sample in batch.samples]
+
+    def of_step(group: list[Sample]) -> Iterator[Tensor]:
+        batches = make_batches(group, tokens=BACKWARD_TOKENS)
+        total = sum(_count(batch) for batch in batches)
+        # The largest first: its memory serves the others.
+        for batch in reversed(batches):
+            with torch.no_grad(), all_experts(model):
+                dense = say(model, batch)
+            yield distance(dense, say(model, batch)) * (_count(batch) / total)
+
+    steps = (of_step(group) for group in draws(samples, recipe.tokens, seed))
+    return _train(model, modules, steps, recipe, report)
+
+
+def _count(batch: Batch) -> int:
+    """Judged positions of a batch."""
+    if "pixel_values" in batch.inputs:
+        return len(batch.samples)
+    return int(judged(batch).sum())
+
+
+def distil_layer(
+    module: SparseMlp, tokens: Tokens, recipe: DistilRecipe, *, report: Reporter, seed: int = 0
+) -> list[float]:
+    """Train one layer's router and compensation on its output error; returns the losses.
+
+    The loss is the squared error over the squared norm of what the routed experts would add.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    routed = module.routed
+
+    def losses() -> Iterator[list[Tensor]]:
+        while True:
+            rows = torch.randint(len(tokens.mlp_TD), (recipe.tokens,), generator=generator)
+            x_TD, read_TD = (
+                t[rows].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+            )
+            want_TD = routed.hidden(x_TD) @ routed.down_ND
+            module.context.previous_TD = read_TD
+            error_TD = module(x_TD) - module.weights(x_TD)
+            yield [error_TD.square().sum() / want_TD.square().sum().clamp_min(1e-30)]
+
+    return _train(module, [module], losses(), recipe, report)
+
+
+def _train(
+    whole: nn.Module,
+    modules: list[SparseMlp],
+    steps: Iterator[Iterable[Tensor]],
+    recipe: DistilRecipe,
+    report: Reporter,
+) -> list[float]:
+    """The loop of both scopes: AdamW with warm-up and cosine; the loss of a step comes in parts.
+
+    All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
+    would take as much time and memory as those that are wanted.
+    """
+    groups = [
+        *matched((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
+        *matched((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
+    ]  # fmt: skip
+    parameters = [p for group in groups for p in group["params"]]
+    if not parameters:
+        raise MoefyError(
+            "distillation found nothing to train: neither the router nor the compensation has "
+            "parameters; choose others or set distil.steps=0"
+        )
+    for module in modules:
+        if not module.selection.by_score:
+            raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
+        module.straight_through = True
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in groups], total_steps=recipe.steps + 1, pct_start=WARMUP
+    )
+    history: list[float] = []
+    try:
+        with torch.enable_grad(), only_training(whole, parameters):
+            for _ in report.track(range(recipe.steps), "distil"):
+                optimizer.zero_grad()
+                loss = 0.0
+                for part in next(steps):
+                    loss += part.item()
+                    if not math.isfinite(loss):
+                        raise MoefyError(
+                            f"distillation diverged at step {len(history)}; lower "
+                            "distil.learning_rate"
+                        )
+                    part.backward()
+                nn.utils.clip_grad_norm_(parameters, CLIP)
+                optimizer.step()
+                schedule.step()
+                history.append(loss)
+    finally:
+        for module in modules:
+            module.straight_through = False
+            module.scores_TE = None
+    return history
+
+
+@contextmanager
+def only_training(whole: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients go to these parameters of `whole` and to no others; none is left behind."""
+    before = [(p, p.requires_grad) for p in whole.parameters()]
+    whole.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None

@@ -1,0 +1,311 @@
+"""What a conversion will do, worked out from `config.json` alone.
+
+Shapes: N neurons, D width, E experts, H heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moefy.data.corpus import BATCH_TOKENS
+from moefy.errors import RecipeError, unknown_choice
+from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
+from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
+from moefy.methods.routers.rough_gate import FLAT
+from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
+from moefy.models.artefact import HeadEntry, LayerEntry
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+from moefy.models.heads import HeadSite, head_sites
+from moefy.models.locate import Site, meta_model, side_of, sites
+from moefy.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a conversion will do, known before a weight is read."""
+
+    source: str
+    model_class: str
+    kind: str
+    sites: list[Site]
+    layers: list[LayerEntry]
+    k: list[int]
+    """Routed experts that run, per layer."""
+    head_sites: list[HeadSite]
+    """Attention blocks whose heads are routed; none where all heads run."""
+    heads: list[HeadEntry]
+    head_k: list[int]
+    """Heads, or groups of them, that run, per attention block."""
+    parameters: int
+    mlp_parameters: int
+    layer_parameters: int
+    """Of the largest layer, attention included."""
+    weights: int
+    """Bytes of all parameters."""
+    disk: int
+    """Bytes of disk needed while it runs."""
+    memory: int
+    """Bytes of memory at the peak, the model and its tokenizer among them, Python and its libraries not."""
+    corpus: str
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool = False) -> Plan:
+    """Work out the plan from `config.json` alone.
+
+    Raises `UnsupportedModel` or `RecipeError` where the model and the recipe do not go together.
+    """
+    if recipe.baseline is not None:
+        raise RecipeError(
+            f"recipe with baseline '{recipe.baseline}': it serves evaluation only "
+            f"(moefy compare MODEL --recipes {recipe.baseline}); choose another to convert with"
+        )
+    find_method(recipe.partition.method)
+    if recipe.partition.shared_by not in SHARED_BY:
+        raise RecipeError(
+            unknown_choice("partition.shared_by", recipe.partition.shared_by, SHARED_BY)
+        )
+    selection = choose(SELECTIONS, "selection", recipe.selection.name)
+    choose(TARGETS, "router.target", recipe.router.target)
+    choose(LOSSES, "router.loss", recipe.router.loss)
+    if recipe.distil.steps and not selection.by_score:
+        raise RecipeError(
+            f"distil.steps={recipe.distil.steps}: selection '{recipe.selection.name}' does not "
+            "decide by one token's scores; choose topk or threshold, or set distil.steps=0"
+        )
+    if selection.by_score and not choose(ROUTERS, "router", recipe.router.name).deployable:
+        raise RecipeError(
+            f"router '{recipe.router.name}' reads what it should predict, it serves evaluation "
+            "only (moefy eval --router oracle); choose another to convert with"
+        )
+    config = read_config(checkpoint)
+    model = meta_model(config)
+    found = sites(model)
+    layers, active = [], []
+    sides: set[str] = set()
+    for site in found:
+        # The first MLP of encoder and decoder has none before it.
+        first = side_of(site) not in sides
+        sides.add(side_of(site))
+        entry, k = layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
+        layers.append(entry)
+        active.append(k)
+    blocks = [] if recipe.attention.density is None else head_sites(model)
+    heads = [_head_plan(site, recipe) for site in blocks]
+    total = _size(model)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    width = dtype.itemsize
+    sample = recipe.partition.tokens + recipe.router.tokens
+    seen = sum(s.width for s in found) + sum(s.width + s.neurons for s in blocks)
+    return Plan(
+        source=str(checkpoint.folder),
+        model_class=type(model).__name__,
+        kind=found[0].family.kind,
+        sites=found,
+        layers=layers,
+        k=active,
+        head_sites=blocks,
+        heads=[entry for entry, _ in heads],
+        head_k=[k for _, k in heads],
+        parameters=total,
+        mlp_parameters=sum(_parameters(s) for s in found),
+        layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
+        weights=total * width,
+        disk=sample * seen * width + (0 if adapter else total * width),
+        memory=_memory(checkpoint, model, found, recipe, total * width, width),
+        corpus=corpus,
+    )
+
+
+def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
+    """The plan in a few lines."""
+    first, k = todo.layers[0], todo.k[0]
+    same = all(e.experts == first.experts and e.neurons == first.neurons for e in todo.layers)
+    active = (k + first.shared) / first.experts
+    return "\n".join(
+        [
+            f"{todo.source}: {todo.model_class}, {todo.parameters / 1e6:.1f} M parameters, "
+            f"{todo.mlp_parameters / todo.parameters:.0%} of them in {len(todo.layers)} MLPs",
+            f"{'every' if same else 'first'} layer: {first.neurons} neurons in {first.experts} experts "
+            f"of {first.neurons // first.experts}"
+            + (" (as many shared as the rule says)" if recipe.partition.shared is None else "")
+            + (f" ({first.shared} shared)" if first.shared else "")
+            + (
+                f", {k + first.shared} run: FFN density {active:.3f}"
+                if recipe.budget.target_kl is None
+                else f", as many run as a KL of {recipe.budget.target_kl:g} takes"
+            ),
+            f"partition {recipe.partition.method}, router {recipe.router.name}, selection "
+            f"{recipe.selection.name}, compensation {first.compensation['name']}"
+            + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
+            + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
+            *_describe_heads(todo, recipe),
+            f"reads at most {recipe.partition.tokens} tokens to partition and "
+            f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
+            f"needs {todo.weights / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
+            f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
+            if stream
+            else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
+            f"of memory: {todo.weights / 1e9:.2f} the model, "
+            f"{(todo.memory - todo.weights) / 1e9:.2f} the work",
+        ]
+    )
+
+
+FIXED = 180_000_000
+"""Bytes for the corpus, its tokens, records, and libraries that are imported when they are needed."""
+_TOKENIZER = 12
+"""Memory of a tokenizer over the size of its file."""
+_COMPARED = 7
+"""Chunks of logits in fp32 that a comparison holds at once."""
+
+
+def _memory(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    found: list[Site],
+    recipe: Recipe,
+    weights: int,
+    width: int,
+) -> int:
+    """Bytes at the peak: what is held in every stage, of which the largest counts.
+
+    Checked against measurements by experiments/memory_bars.py.
+    """
+    neurons, hidden = max(s.neurons for s in found), max(s.width for s in found)
+    classes = getattr(model.config.get_text_config(), "vocab_size", 0)  # type: ignore[operator,union-attr]
+    logits = _COMPARED * min(LOGITS_BYTES, 4 * classes * BATCH_TOKENS)
+    forward = BATCH_TOKENS * width * (4 * neurons + 8 * hidden)
+    layer = 3 * neurons * hidden * 4
+    fit = 2 * layer + recipe.partition.tokens * neurons * 4 * 2 + 4096 * neurons * 4 * 3
+    fit += (recipe.partition.tokens + recipe.router.tokens) * hidden * 4
+    stages = [weights + forward, fit, 2 * weights + forward + logits]
+    if recipe.allocates or recipe.distil.steps:
+        metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
+        # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
+        kept = width * sum(6 * s.neurons + 9 * s.width for s in found)
+        stages.append(weights + metric + BACKWARD_TOKENS * kept + logits)
+    file = checkpoint.folder / "tokenizer.json"
+    tokenizer = _TOKENIZER * file.stat().st_size if file.exists() else 0
+    return FIXED + tokenizer + max(stages)
+
+
+def _describe_heads(todo: Plan, recipe: Recipe) -> list[str]:
+    if not todo.heads:
+        return []
+    first, k, wanted = todo.heads[0], todo.head_k[0], recipe.attention
+    size = first.heads // first.experts
+    what = "heads" if size == 1 else f"groups of {size} heads"
+    return [
+        f"attention: {k} of {first.experts} {what} run in each of {len(todo.heads)} blocks, head "
+        f"density {k / first.experts:.3f} (keys and values of all are computed); router "
+        f"{wanted.router}, selection {wanted.selection}, compensation {wanted.compensation}"
+    ]
+
+
+def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
+    wanted = recipe.attention
+    assert wanted.density is not None
+    if not choose(ROUTERS, "attention.router", wanted.router).reads_input_alone:
+        able = sorted(name for name, kind in ROUTERS.items() if kind.reads_input_alone)
+        raise RecipeError(
+            f"attention.router '{wanted.router}' reads the rows of an MLP, heads have none; choose "
+            f"one of: {', '.join(able)}"
+        )
+    if not choose(SELECTIONS, "attention.selection", wanted.selection).by_score:
+        raise RecipeError(
+            f"attention.selection '{wanted.selection}' does not decide by one token's scores; "
+            "choose topk, threshold, dynamic_k or top_p"
+        )
+    if choose(COMPENSATIONS, "attention.compensation", wanted.compensation).centres:
+        raise RecipeError(
+            f"attention.compensation '{wanted.compensation}' is made for neurons; choose "
+            "conditional_mean or mean_residual"
+        )
+    choose(LOSSES, "attention.loss", wanted.loss)
+    experts = site.heads if wanted.group == "head" else site.groups
+    entry = HeadEntry(
+        block=site.block,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        width=site.width,
+        experts=experts,
+        router={"name": wanted.router, "hidden": wanted.hidden},
+        selection={"name": wanted.selection},
+        compensation={"name": wanted.compensation, "rank": wanted.rank},
+    )
+    return entry, max(1, round(wanted.density * experts))
+
+
+def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
+    """What is decided of one MLP before its weights are read, and its routed experts per token."""
+    where = f"layer {site.index}"
+    wanted = recipe.partition
+    experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)
+    shared = wanted.shared or 0
+    routed = experts - shared
+    k = recipe.selection.k
+    if k is None:
+        k = max(1, round(recipe.density * experts) - shared)
+    if routed < 1 or k > routed:
+        raise RecipeError(
+            f"{where}: {k} routed experts should run, there are {experts} experts, "
+            f"{shared} of them shared; lower selection.k or partition.shared"
+        )
+    entry = LayerEntry(
+        layer=site.layer,
+        neurons=site.neurons,
+        width=site.width,
+        experts=experts,
+        shared=shared,
+        router={
+            "name": recipe.router.name, "hidden": recipe.router.hidden,
+            "bits": recipe.router.bits, "inputs": inputs_read(site, recipe, (k + shared) / experts),
+            "look_ahead": look_ahead,
+        },
+        selection={"name": recipe.selection.name},
+        compensation={"name": compensation_of(site, recipe), "rank": recipe.compensation.rank},
+    )  # fmt: skip
+    return entry, k
+
+
+_AUTO = {
+    "flat": ("none", "none"),
+    "gated": ("none", "residual"),
+    "plain": ("centred", "centred_residual"),
+}
+"""The compensation `auto`, without a residual and with one."""
+
+
+def compensation_of(site: Site, recipe: Recipe) -> str:
+    """The compensation of one MLP, with `auto` decided by its activation."""
+    name = recipe.compensation.name
+    if name == "auto":
+        kind = "flat" if site.activation in FLAT else "gated" if site.gated else "plain"
+        name = _AUTO[kind][recipe.compensation.rank > 0]
+    choose(COMPENSATIONS, "compensation", name)
+    return name
+
+
+def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
+    """Inputs of a token that `largest_inputs` reads: by default as large a share as the budget.
+
+    Of m matrices, a share s of the inputs of one and the density d make a budget of `s/m + d`. All
+    are read once that costs no more: the gates are then exact, and the budget `1/m + d(m - 1)/m`.
+    """
+    m = 3 if site.gated else 2
+    share = recipe.router.inputs
+    if share is None:
+        share = 1.0 if density >= (m - 1) / (2 * m - 1) else density * m / (m - 1)
+    return max(1, round(share * site.width))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parameters(site: Site) -> int:
+    matrices = 3 if site.gated else 2
+    biases = {"gate": site.neurons, "up": site.neurons, "down": site.width}
+    return matrices * site.neurons * site.width + sum(biases[role] for role in site.biases)

@@ -1,0 +1,1 @@
+"""The same flow with one layer in memory at a time: read `stream.py` first."""

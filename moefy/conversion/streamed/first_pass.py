@@ -1,0 +1,226 @@
+"""The first pass: every layer is read once, measured, fitted and written.
+
+All calibration tokens are carried through the model twice: densely, which says what experts should
+have done, and through the experts fitted so far, which is what routers and thresholds will read.
+
+Shapes: B documents, T tokens, D width.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy.conversion.allocate import Trial, candidates, nearest, set_density
+from moefy.conversion.capture import domains_of
+from moefy.conversion.fit import Tokens
+from moefy.conversion.job import Job, Reading, keep
+from moefy.conversion.layer import Fitted, LayerSample, fit_layer
+from moefy.conversion.sensitivity import inverse_power, squared_norms
+from moefy.conversion.settle import planned_active, settle_layer, varies
+from moefy.conversion.streamed.carried import Carried, carry, reads, through
+from moefy.conversion.streamed.skeleton import Skeleton
+from moefy.data.corpus import make_batches
+from moefy.errors import CheckpointError, MoefyError
+from moefy.experts.loading import install
+from moefy.experts.placement import running_dtype
+from moefy.experts.sparse_mlp import SparseMlp
+from moefy.methods.base import stored
+from moefy.models.artefact import LayerEntry
+from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
+from moefy.models.locate import Site, permute, read_mlp
+from moefy.models.reorder import outlined
+
+
+class FirstPass:
+    """Everything that the first pass carries from layer to layer."""
+
+    def __init__(self, job: Job, reading: Reading, *, follow: bool = True) -> None:
+        """`reading` is what is to be carried; `follow` lets routers be fitted on what the experts
+        before them leave, in place of what the dense layers do."""
+        self.job, self.todo, self.recipe, self.follow = job, job.todo, job.recipe, follow
+        self.checkpoint = job.checkpoint
+        self.skeleton = Skeleton(self.checkpoint, running_dtype(self.checkpoint))
+        recipe, probe = job.recipe, make_batches(job.evaluated[-1].samples[-1:])
+        self.done, states = job.work / "layers", job.work / "states"
+        for folder in (self.done, states):
+            folder.mkdir(exist_ok=True)
+        groups = {**reading, "probe": (probe, 0)}
+        self.dense, self.sparse = (
+            {
+                name: carry(f"{name}-{kind}", states, self.skeleton, *groups[name], recipe.seed)
+                for name in names
+            }
+            for kind, names in (
+                ("dense", groups),
+                ("sparse", [n for n in groups if n not in ("partition", "probe")]),
+            )
+        )
+        first = self.dense["partition"]
+        self.domain_T = torch.tensor(
+            domains_of(first.states.batches, "decoder", first.sizes, first.chosen)
+        )
+        self.raw: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, Carried], dict[str, Carried]]:
+        """Fit and write all layers that are not there yet; what was carried densely and sparsely."""
+        report = self.job.report
+        written = self._prepared(self.job.finished)
+        count = len(self.skeleton.sites)
+        first = sum((self.done / f"{i}.json").exists() for i in range(count))
+        if first:
+            kept = json.loads((self.done / f"{first - 1}.json").read_text())
+            self.skeleton.in_tuple = kept["in_tuple"]
+            report.say(f"{first} of {count} layers are there already")
+        else:
+            self._enter()
+        for site in report.track(self.skeleton.sites[first:], "stream layers"):
+            self.raw = {}
+            with self.skeleton.layer(site.index, self._seen(site, written)):
+                self._layer(site, written)
+            # Routers are kept on disk, not one beside the other in memory.
+            nn.Module.to(self.skeleton.layers[site.index], torch.device("meta"))
+            for carried in (*self.dense.values(), *self.sparse.values()):
+                carried.states.drop(site.index)
+        return self.dense, self.sparse
+
+    def _prepared(self, finished: Path) -> Checkpoint:
+        """The folder to write, with all in it that belongs to no layer."""
+        ready = self.done / "others"
+        if ready.exists():
+            return Checkpoint.open(finished)
+        finished.mkdir(exist_ok=True)
+        weights = {file.name for file in self.checkpoint.files}
+        copy_folder(self.checkpoint.folder, finished, skip=weights)
+        written = outlined(self.checkpoint, finished)
+        names = self.skeleton.names
+        below = tuple(f"{site.layer}." for site in self.skeleton.sites)
+        parameters = [name for name, _ in self.skeleton.model.named_parameters()]
+        inside = {names[n] for n in parameters if n.startswith(below) and n in names}
+        for disk in written.tensors:
+            if disk not in inside:
+                overwrite(written.tensors[disk], self.checkpoint.read(disk))
+        ready.touch()
+        return written
+
+    def _enter(self) -> None:
+        for group in (self.dense, self.sparse):
+            for carried in group.values():
+                states = carried.states
+                states.write(0, (self.skeleton.enter(batch) for batch in states.batches))
+
+    def _seen(self, site: Site, written: Checkpoint) -> Callable[[str, Tensor], None]:
+        """What is done with every tensor of a layer as it is read."""
+
+        def seen(name: str, value: Tensor) -> None:
+            if not value.isfinite().all():
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} holds NaN or infinity; the checkpoint is damaged"
+                )
+            if name in site.neuron_axes:
+                self.raw[name] = value
+            else:
+                overwrite(written.tensors[self.skeleton.names[name]], value)
+
+        return seen
+
+    def _layer(self, site: Site, written: Checkpoint) -> None:
+        """One layer, whose weights are in memory: measure, fit, write, go on."""
+        seen, metric = self._measure(site)
+        read = {name: reads(self.skeleton, site.index, c) for name, c in self.sparse.items()}
+        sample = self._sample(seen, read)
+        fitted = self._fit(site, sample)
+        order_N = fitted.tensors["permutation"].long()
+        for name, value in self.raw.items():
+            disk = self.skeleton.names[name]
+            overwrite(written.tensors[disk], permute(site, name, value, order_N))
+        self.raw = {}
+
+        moved = bool((order_N.diff() < 0).any())
+        module = install(self.skeleton.model, site, fitted.entry, fitted.tensors, permute=moved)
+        # The faster backend of the moment would decide the last bits of all that follows.
+        module.backend = "masked"
+        rows = self._choose(module, site.index, sample, metric)
+        if varies(self.recipe):
+            # Thresholds hold for what arrives here, not for what the dense layers would send.
+            x_TD = read["held-out"]
+            planned = planned_active(self.todo, site.index, module.shared)
+            settle_layer(module, Tokens(x_TD, x_TD), planned, self.recipe)
+        for carried in self.sparse.values():
+            carried.states.write(site.index + 1, through(self.skeleton, site.index, carried))
+        selection = {"name": self.recipe.selection.name, **module.selection.settings()}
+        tensors = {"permutation": fitted.tensors["permutation"]}
+        result = Fitted(
+            replace(fitted.entry, selection=selection),
+            tensors | stored(module.router, module.compensation),
+            fitted.fit,
+        )
+        kept = {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
+        keep(self.done / str(site.index), result, kept)
+
+    def _measure(self, site: Site) -> tuple[dict[str, Tensor], Tensor]:
+        """Take all dense states through the layer; what its MLP reads `[T, D]` by group, and what its
+        output errors cost (`moefy.conversion.sensitivity`)."""
+        seen: dict[str, Tensor] = {}
+        powers: list[Tensor] = []
+        for name, carried in self.dense.items():
+            kept: list[Tensor] = []
+            out = through(self.skeleton, site.index, carried, kept)
+            if name == "held-out":
+                out = _measured(out, carried, powers)
+            carried.states.write(site.index + 1, out)
+            seen[name] = torch.cat(kept)
+            if not seen[name].isfinite().all():
+                raise MoefyError(
+                    f"{site.layer}: the input of {site.module} is not finite for some document of "
+                    f"{name}; the weights overflow {self.skeleton.dtype}"
+                )
+        return seen, inverse_power(torch.cat(powers))
+
+    def _sample(self, seen: dict[str, Tensor], read: dict[str, Tensor]) -> LayerSample:
+        """Targets are those of the dense model; what routers read may be what arrives."""
+        router, held = (
+            Tokens(seen[name], read[name] if self.follow else seen[name])
+            # Where nothing is fitted on tokens for routers, none are carried.
+            for name in ("router" if "router" in seen else "held-out", "held-out")
+        )
+        return LayerSample(seen["partition"], self.domain_T, router, held)
+
+    def _fit(self, site: Site, sample: LayerSample) -> Fitted[LayerEntry]:
+        """Fit as in memory, on a CPU and in fp32; where the layer is so already nothing is copied."""
+        parameter = self.skeleton.model.get_parameter
+        mlp = read_mlp(site, lambda name: parameter(name).detach().cpu())
+        return fit_layer(mlp.to(torch.float32), self.todo, site, self.recipe, sample)
+
+    def _choose(
+        self, module: SparseMlp, index: int, sample: LayerSample, metric: Tensor
+    ) -> list[dict[str, Any]]:
+        """What each density of this layer costs, where densities are going to be allocated; the one
+        that is planned is set, and is what the next layers see."""
+        if not self.recipe.allocates:
+            return []
+        planned = planned_active(self.todo, index, module.shared)
+
+        def loss(module: SparseMlp, trial: Trial) -> float:
+            return trial.output_error(module, metric)
+
+        here = sample.on(module.weights.down_ND.device)
+        rows = candidates(module, planned, self.recipe, here, loss)
+        set_density(module, rows[nearest(rows, planned)])
+        named = ((row, row.selection.settings()) for row in rows)
+        return [
+            {"active": row.active, "cost": row.cost, "loss": row.loss, "selection": settings}
+            for row, settings in named
+        ]
+
+
+def _measured(states: Iterator[Tensor], carried: Carried, powers: list[Tensor]) -> Iterator[Tensor]:
+    """The same states; adds what the residual stream's tokens measure to `powers`."""
+    for batch, hidden in zip(carried.states.batches, states, strict=True):
+        powers.append(squared_norms(hidden, batch.mask()))
+        yield hidden

@@ -1,0 +1,1 @@
+"""Corpora, disjoint shards, and batches a model can run."""

@@ -1,0 +1,242 @@
+"""How far a moefied model is from its dense self, on documents that nothing was fitted on.
+
+    record = evaluate(model, batches)
+
+Language models: cross-entropy (nats/token), bits/byte, KL(dense || sparse) mean and tail
+(nats/token), top-1 agreement. Encoders: cosine of the last hidden states, token by token. Images:
+KL and agreement of the class scores, one image a document. Every mean comes per domain with a 95 %
+bootstrap interval over sources, or over documents where a domain has fewer than 20 sources
+("single-source" then). Selection is always applied, and padding never counts.
+
+What a mean hides comes with it: the tail of KL, the figures without first tokens and attention
+sinks, the strata of a bigram, the router beside the oracle, FFN density by layer and domain.
+docs/evaluation.md defines every figure.
+
+Shapes: B documents, T tokens, V vocabulary or classes, D width.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import Batch
+from moefy.evaluation.bigram import Bigram
+from moefy.evaluation.groups import (
+    AFTER_FIRST,
+    ALL,
+    PLAIN,
+    SINKS,
+    STRATA,
+    Sums,
+    group_record,
+    groups,
+    sums_of,
+    tail,
+)
+from moefy.evaluation.load import FfnLoad, HeadLoad
+from moefy.evaluation.outputs import Said, compared, cosine, of_tensor, placed, say
+from moefy.evaluation.router_quality import RouterQuality
+from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
+from moefy.evaluation.statistics import Bootstrap
+from moefy.experts.passes import inputs_of, observing
+from moefy.experts.sparse_mlp import all_experts
+from moefy.experts.trunk import short_logits
+from moefy.models.locate import sites
+from moefy.run.console import Reporter
+from moefy.run.provenance import machine
+
+
+@dataclass
+class DocumentSums:
+    """Sums over one document's tokens, from which every mean is made."""
+
+    domain: str
+    source_id: str
+    bytes: int
+    sums: Sums
+
+
+def outputs(result: Any) -> Tensor:
+    """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
+
+    Class scores `[B, V]` come as `[B, 1, V]`.
+    """
+    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return value if value.ndim == 3 else value[:, None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    *,
+    against: PreTrainedModel | None = None,
+    bigram: Bigram | None = None,
+    report: Reporter | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare a moefied model with the dense one on these batches; returns a JSON record.
+
+    `against` is the dense model; left out, it is the same weights with every expert on, which
+    conversion has verified to be the source. `bigram`, for language models, is the baseline that
+    skill and strata are taken from, fitted on other documents; left out, there are none.
+    """
+    report = report or Reporter(quiet=True)
+    documents: list[DocumentSums] = []
+    kl: list[Tensor] = []
+    load, quality = FfnLoad(model), RouterQuality(model, batches, seed=seed)
+    heads = HeadLoad(model)
+    for batch in report.track(batches, "evaluate"):
+        with _dense(model, against), _sinks(model, against, batch) as sinks:
+            dense = _said(against if against is not None else model, batch)
+        with observing(model, batch, load, quality, heads=heads):
+            sparse = _said(model, batch)
+        marked_BT = None if sinks is None else sinks.marked_BT
+        documents += compare(batch, dense, sparse, marked_BT, bigram, kl)
+    record = summarise(documents, kl, load, quality, heads, seed)
+    if against is not None:
+        record["dense"] = "another checkpoint"
+    if bigram is not None:
+        record["bigram"] = bigram.record()
+    return record
+
+
+def summarise(
+    documents: list[DocumentSums],
+    kl: list[Tensor],
+    load: FfnLoad,
+    quality: RouterQuality,
+    heads: HeadLoad,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of what was compared and heard: sums of every document, KL of every token."""
+    record: dict[str, Any] = {
+        "kind": "evaluation",
+        "dense": "the same weights, all experts on",
+        "documents": len(documents),
+        "tokens": int(sum(doc.sums[ALL]["tokens"] for doc in documents)),
+        "first_token": "included",
+        "ffn_density": load.density(),
+        "active_budget": load.active_budget(),
+        "active_compute": load.active_compute(),
+        "active_parameters": load.active_parameters(),
+        **heads.record(),
+        "total": _summary(documents, seed),
+        "domains": {},
+        **_sceptical(documents, seed),
+        "router_quality": quality.record(),
+        "ffn_density_by_layer": load.table(),
+        "machine": machine(),
+    }
+    if kl:
+        record["total"]["kl_tail"] = tail(torch.cat(kl).numpy())
+        record["total"]["kl_p99"] = record["total"]["kl_tail"]["p99"]
+    for domain in sorted({doc.domain for doc in documents}):
+        record["domains"][domain] = _summary([d for d in documents if d.domain == domain], seed)
+    return record
+
+
+def _dense(model: PreTrainedModel, against: PreTrainedModel | None) -> AbstractContextManager[None]:
+    return nullcontext() if against is not None else all_experts(model)
+
+
+def _sinks(
+    model: PreTrainedModel, against: PreTrainedModel | None, batch: Batch
+) -> AbstractContextManager[Sinks | None]:
+    """Find sinks in the dense pass; images have none to look for."""
+    if batch.mask() is None:
+        return nullcontext()
+    if against is not None:
+        return finding_sinks(against, sites(against), batch)
+    return finding_sinks(model, model.moefy_sites, batch)  # type: ignore[arg-type]
+
+
+def _said(model: PreTrainedModel, batch: Batch) -> Said:
+    """What a batch is compared by, from one pass: whoever listens hears every token once."""
+    if batch.targets_BT is not None or "pixel_values" in batch.inputs:
+        return say(model, batch)
+    with short_logits(model):
+        result = model(**inputs_of(model, batch), output_hidden_states=True)
+    hidden = getattr(result, "last_hidden_state", None)
+    return of_tensor(batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden))
+
+
+def compare(
+    batch: Batch,
+    dense: Said,
+    sparse: Said,
+    sinks_BT: Tensor | None,
+    bigram: Bigram | None,
+    kl: list[Tensor],
+) -> list[DocumentSums]:
+    """Sums of every metric over every group of tokens of each document; adds to `kl` that of tokens.
+
+    `sinks_BT` marks sinks.
+    """
+    keep_BT, rank_BT = sparse.keep_BT, None
+    if sparse.classes:
+        found = compared(dense, sparse)
+        kl.append(found["kl"].cpu())
+    else:
+        found = {"cosine": cosine(dense, sparse)}
+    values = {name: placed(value_J, keep_BT) for name, value_J in found.items()}
+    if batch.targets_BT is not None and bigram is not None:
+        values["ce_bigram"], rank_BT = bigram.score(batch)
+    marks = groups(keep_BT, sinks_BT, rank_BT)
+    return [
+        DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
+        for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
+    ]
+
+
+def _bootstrap(documents: list[DocumentSums], seed: int) -> Bootstrap:
+    return Bootstrap([(doc.domain, doc.source_id) for doc in documents], seed)
+
+
+def _summary(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
+    """Means over tokens with bootstrap intervals."""
+    bootstrap = _bootstrap(documents, seed)
+    names = list(documents[0].sums[ALL])
+    sums = {name: np.array([doc.sums[ALL][name] for doc in documents]) for name in names}
+    bytes_ = np.array([doc.bytes for doc in documents])
+    tokens = sums.pop("tokens")
+    summary: dict[str, Any] = {
+        "documents": len(documents),
+        "sources": bootstrap.sources,
+        "bootstrap": bootstrap.unit,
+        "tokens": int(tokens.sum()),
+    }
+    summary |= {name: bootstrap.ratio(values, tokens) for name, values in sums.items()}
+    if "ce" in sums:
+        summary["ce_increase"] = bootstrap.ratio(sums["ce"] - sums["ce_dense"], tokens)
+        for name, ce in (("bits_per_byte", "ce"), ("bits_per_byte_dense", "ce_dense")):
+            if bytes_.sum():
+                summary[name] = bootstrap.ratio(sums[ce], bytes_ * math.log(2))
+    if "ce_bigram" in sums:
+        ahead = sums["ce_bigram"] - sums["ce_dense"]
+        # Of a dense model that is no better than the bigram there is no skill to lose.
+        skill = bootstrap.ratio(sums["ce_bigram"] - sums["ce"], ahead)
+        summary["bigram_skill"] = skill if ahead.sum() > 0 else None
+    return summary
+
+
+def _sceptical(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
+    """The damage over all tokens beside that over some of them."""
+    bootstrap, sums = _bootstrap(documents, seed), [doc.sums for doc in documents]
+
+    def record(group: str) -> dict[str, Any]:
+        return group_record(sums, group, bootstrap)
+
+    found: dict[str, Any] = {}
+    if SINKS in sums[0]:
+        found["positions"] = {name: record(name) for name in (ALL, AFTER_FIRST, PLAIN, SINKS)}
+        found["positions"]["sink_is_over_median_times"] = TIMES_MEDIAN
+    if next(iter(STRATA)) in sums[0]:
+        found["strata"] = {name: record(name) for name in STRATA}
+    return found

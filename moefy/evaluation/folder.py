@@ -1,0 +1,148 @@
+"""Evaluate and run folders that `convert` wrote: what the CLI's verbs call."""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import Batch, Corpus, load_corpus, split_shards
+from moefy.data.inputs import read_batches
+from moefy.errors import CorpusError, RecipeError
+from moefy.evaluation.bigram import Bigram
+from moefy.evaluation.evaluate import evaluate
+from moefy.experts.loading import load, load_dense, weights_of
+from moefy.experts.passes import walk
+from moefy.experts.placement import placement
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.methods.tables import ROUTERS, Router, choose
+from moefy.models.artefact import Artefact, read_artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.recipe import from_dict
+from moefy.run.console import Reporter
+from moefy.run.memory import peak_memory
+
+BIGRAM_TOKENS = 10_000_000
+"""Most tokens that the bigram is fitted on."""
+
+BITS = 2
+"""Bits a weight of a `low_bit` router that takes the place of another."""
+
+INPUTS = 0.25
+"""Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
+
+
+def evaluate_folder(
+    folder: Path,
+    *,
+    against: str | None = None,
+    corpus: Any = None,
+    documents: int = 1 << 30,
+    router: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """`moefy.evaluation.evaluate.evaluate` for a folder, on its evaluation shard.
+
+    The corpus it was converted with is split as conversion split it; any other corpus is read
+    whole. The bigram of language models is fitted on the other shards, or on the bundled corpus
+    where another one is evaluated. `router` puts another router that needs no fitting in the place
+    of the fitted one.
+    """
+    artefact = read_artefact(folder, verify=False)
+    weights = weights_of(artefact, folder, verify=False)
+    model = load(folder, **placement(weights))
+    recipe = from_dict(artefact.recipe)
+    texts = _texts(load_corpus(corpus), artefact, recipe.seed)
+    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    evaluated = texts.evaluated.take(documents)
+    batches = read_batches(weights, kind, evaluated, recipe.context)
+    bigram, why = None, "only language models have one"
+    if batches[0].targets_BT is not None:
+        try:
+            read = read_batches(weights, kind, texts.bigram, recipe.context, BIGRAM_TOKENS)
+            bigram = Bigram(read, model.config.get_text_config().vocab_size)
+        except CorpusError as error:
+            why = str(error)
+    if router is not None:
+        _replace_routers(model, router, batches)
+    dense = None
+    if against is not None:
+        other = Checkpoint.open(against)
+        dense = load_dense(other, **placement(other))
+    record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
+    if bigram is None:
+        record["bigram"] = {"tokens": 0, "why": why}
+    else:
+        record["bigram"]["corpus"] = texts.bigram.name
+    return {
+        **record,
+        "overlap": evaluated.overlap(texts.not_evaluated),
+        "overlap_with": texts.compared,
+        "model": artefact.source["name"],
+        "peak_memory": peak_memory(),
+        "router": router or artefact.layers[0].router["name"],
+        "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
+        "recipe": artefact.recipe,
+    }
+
+
+@dataclass
+class _Texts:
+    """What is evaluated, and what must not be in it."""
+
+    corpus_sha256: str
+    evaluated: Corpus
+    bigram: Corpus
+    """What the bigram is fitted on."""
+    fitted: Corpus
+    """What the model was fitted on, as far as it is at hand."""
+    compared: str
+    """With what `overlap` compares, in words."""
+
+    @property
+    def not_evaluated(self) -> Corpus:
+        """All that something was fitted on."""
+        return replace(self.fitted, documents=self.fitted.documents + self.bigram.documents)
+
+
+def _texts(text: Corpus, artefact: Artefact, seed: int) -> _Texts:
+    bundled = load_corpus()
+    own = next((c for c in (text, bundled) if c.sha256 == artefact.corpus["sha256"]), None)
+    shards = {} if own is None else split_shards(own, seed)
+    others = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
+    fitted = Corpus(artefact.corpus["name"], others)
+    if own is text:
+        what = "the other shards of the corpus"
+        return _Texts(text.sha256, shards["evaluation"], fitted, fitted, what)
+    what = "the bigram's text and the fitting shards of the bundled corpus"
+    if own is None:
+        what = "the bigram's text alone; the corpus of the conversion is not at hand"
+    return _Texts(text.sha256, text, bundled.without(text), fitted, what)
+
+
+@torch.no_grad()
+def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) -> None:
+    """Put another router into every layer; those that look at tokens see the first batch, dense."""
+    kind = choose(ROUTERS, "router", name)
+    if kind.trainable:
+        raise RecipeError(
+            f"router '{name}' needs fitting: convert again with --set router.name={name}"
+        )
+    modules = sparse_mlps(model).values()
+    for module in modules:
+        module.observer = functools.partial(_put_router, module, kind)
+    with all_experts(model):
+        walk(model, batches[0])
+    for module in modules:
+        module.observer, module.look_ahead = None, False
+
+
+def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
+    routed = module.routed.to(torch.float32)
+    settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
+    router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
+    router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
+    module.router = router.to(x_TD.device)

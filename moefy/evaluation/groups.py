@@ -1,0 +1,95 @@
+"""Which tokens a figure is over: all of them, or those that a sceptic would look at alone.
+
+    positions   all tokens; without position 0; without position 0 and the attention sinks
+    strata      by how far down a bigram ranks the right token: first, 2 to 10, or below 10
+
+A token stands at the position that is read; what it is judged by is the prediction made there. `tail`
+says how unevenly the damage is spread over tokens: a mean hides the few that are ruined.
+
+Shapes: B documents, T tokens.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moefy.evaluation.statistics import Bootstrap
+
+ALL, AFTER_FIRST, PLAIN, SINKS = "all", "without_first", "without_first_and_sinks", "sinks"
+STRATA = {"rank_1": (1, 1), "rank_2_to_10": (2, 10), "rank_over_10": (11, 1 << 62)}
+_SHOWN = ("kl", "cosine")
+
+Sums = dict[str, dict[str, float]]
+"""For one document, sums of every value over every group, and its number of `tokens`."""
+
+
+def groups(keep_BT: Tensor, sinks_BT: Tensor | None, rank_BT: Tensor | None) -> dict[str, Tensor]:
+    """The groups as marks `[B, T]` (bool); `keep_BT` marks the tokens that count at all.
+
+    Without sinks, as for images, there are no positions; without ranks no strata.
+    """
+    found = {ALL: keep_BT}
+    if sinks_BT is not None:
+        first_BT = torch.zeros_like(keep_BT)
+        first_BT[:, 0] = True
+        found[AFTER_FIRST] = keep_BT & ~first_BT
+        found[PLAIN] = keep_BT & ~first_BT & ~sinks_BT
+        found[SINKS] = keep_BT & sinks_BT
+    if rank_BT is not None:
+        for name, (low, high) in STRATA.items():
+            found[name] = keep_BT & (rank_BT >= low) & (rank_BT <= high)
+    return found
+
+
+def sums_of(values: dict[str, Tensor], marks: dict[str, Tensor]) -> list[Sums]:
+    """For each document the sums of every value `[B, T]` over every group."""
+    values = {**values, "tokens": torch.ones_like(marks[ALL], dtype=torch.float64)}
+    table = {
+        (group, name): torch.where(mark_BT, value_BT.double(), 0.0).sum(1).tolist()
+        for group, mark_BT in marks.items()
+        for name, value_BT in values.items()
+    }
+    return [
+        {group: {name: table[group, name][row] for name in values} for group in marks}
+        for row in range(len(marks[ALL]))
+    ]
+
+
+def group_record(documents: list[Sums], group: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    """One group: its tokens, its share of all tokens and of all KL, and the damage in it."""
+
+    def column(name: str, of: str = group) -> Any:
+        return np.array([doc[of][name] for doc in documents])
+
+    tokens = column("tokens")
+    record = {"tokens": int(tokens.sum()), "share": bootstrap.ratio(tokens, column("tokens", ALL))}
+    names = documents[0][group]
+    for name in _SHOWN:
+        if name in names:
+            record[name] = bootstrap.ratio(column(name), tokens)
+    if "kl" in names:
+        record["share_of_kl"] = bootstrap.ratio(column("kl"), column("kl", ALL))
+    if "ce" in names:
+        record["ce_dense"] = bootstrap.ratio(column("ce_dense"), tokens)
+        record["ce_increase"] = bootstrap.ratio(column("ce") - column("ce_dense"), tokens)
+    return record
+
+
+TOP = 0.01
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+
+
+def tail(values_T: NDArray[Any]) -> dict[str, float]:
+    """Quantiles of a quantity over tokens, and the share of its sum in the top 1 % of tokens.
+
+    The quantiles are interpolated linearly; the top 1 % is rounded up to whole tokens. The share
+    is zero where the sum is.
+    """
+    top = np.sort(values_T)[-math.ceil(TOP * len(values_T)) :].sum(dtype=float)
+    total = values_T.sum(dtype=float)
+    found = {name: float(np.quantile(values_T, q)) for name, q in _QUANTILES.items()}
+    return {**found, "top_1_percent_share": float(top / total) if total else 0.0}

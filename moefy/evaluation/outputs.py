@@ -1,0 +1,281 @@
+"""What a pass says: logits at the judged positions, made and compared a few at a time.
+
+    dense, sparse = say(stock, batch), say(moefied, batch)
+    kl_J, ce_J = kl(dense, sparse), nats(sparse)
+
+The logits `[B, T, V]` of a batch, in fp32 and with what a comparison makes of them, would take more
+memory than many a model. A pass therefore keeps its last hidden states; logits are made of chunks of
+`LOGITS_BYTES`, and with a gradient made again in the backward pass (`moefy.experts.trunk`). In every pass they
+are compared with logits that the model makes at once; where they differ, it is left to make them all.
+
+Judged are the positions that predict a token; without targets all tokens, or images. Models without
+logits are compared by their last hidden states.
+
+Shapes: B documents, T positions, J judged positions, C of a chunk, V vocabulary or classes, D width.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import IGNORED, Batch
+from moefy.experts.passes import inputs_of
+from moefy.experts.points import say_once
+from moefy.experts.trunk import SHOWN, Head, Trunk, short_logits
+
+LOGITS_BYTES = 2**24
+"""Memory of one chunk's logits in fp32; a comparison takes several times as much."""
+
+BACKWARD_TOKENS = 512
+"""Positions that are backpropagated at a time: what autograd keeps of every layer stays in memory."""
+
+_CLOSE, _ROUNDINGS = 1e-5, 4
+"""Most by which a position's logits may depend on what else is in its chunk, as a share of the largest;
+in 16 bits, rounding errors."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one pass says at its judged positions."""
+
+    rows_JD: Tensor
+    """Last hidden states; or what is compared itself, where `head` is None."""
+    head: Head | None
+    size: int
+    """V, or D of hidden states."""
+    keep_BT: Tensor
+    """Which positions are judged (bool), on the CPU."""
+    targets_J: Tensor | None
+    classes: bool
+    """Whether the numbers are log-probabilities of tokens or classes, but for a constant."""
+    speaks: bool
+    """Whether they are logits at all."""
+    learns: bool = False
+    """Whether logits carry a gradient, where gradients are taken."""
+
+    def __len__(self) -> int:
+        """J."""
+        return len(self.rows_JD)
+
+    def chunks(self) -> list[slice]:
+        """Positions whose logits are in memory together."""
+        step = max(1, LOGITS_BYTES // (4 * self.size))
+        return [slice(first, first + step) for first in range(0, len(self), step)]
+
+    def logits(self, rows_CD: Tensor) -> Tensor:
+        """Logits `[C, V]` of some of `rows_JD`, in fp32 or wider."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            found = rows_CD if self.head is None else self.head(rows_CD[None])[0]
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def made(self) -> "Said":
+        """The same with its logits made once and for all, where one chunk holds them."""
+        if self.head is None or len(self.chunks()) > 1:
+            return self
+        return replace(self, rows_JD=self.logits(self.rows_JD), head=None)
+
+    def detach(self) -> "Said":
+        """The same without a gradient."""
+        return replace(self, rows_JD=self.rows_JD.detach(), learns=False)
+
+
+def judged(batch: Batch, shape: torch.Size | None = None) -> Tensor:
+    """Which positions `[B, T]` are judged (bool): those with a target, or else all tokens; `shape` is
+    that of inputs without a mask."""
+    if batch.targets_BT is not None:
+        return batch.targets_BT != IGNORED
+    mask_BT = batch.mask()
+    if mask_BT is None:
+        assert shape is not None
+        return torch.ones(shape, dtype=torch.bool)
+    return mask_BT
+
+
+def say(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    through: nn.Module | None = None,
+    keep_BT: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Said:
+    """Run a batch; `through` is `model` as it may be wrapped, `keep_BT` other positions to judge,
+    `device` where the inputs are to be if not with the weights."""
+    inputs = inputs_of(model, batch, device)
+    images = "pixel_values" in inputs
+    with nullcontext(Trunk()) if images else short_logits(model) as trunk:
+        result: Any = (through or model)(**inputs)
+    found: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    head = None
+    if trunk.hidden is not None:
+        head = Head(model, inputs, trunk.last, trunk.given)
+        size, found = found.shape[-1], trunk.hidden
+        if not _agrees(head, trunk.hidden, result.logits):
+            say_once(
+                f"{type(model).__name__}: logits of single positions are not those of the whole; all of "
+                "a batch are held in memory"
+            )
+            found, head = head(trunk.hidden), None
+    else:
+        size = found.shape[-1]
+    if found.ndim == 2:
+        found = found[:, None]
+    keep_BT = judged(batch, found.shape[:2]) if keep_BT is None else keep_BT
+    speaks = hasattr(result, "logits")
+    return Said(
+        found[keep_BT.to(found.device)], head, size, keep_BT, _targets(batch, keep_BT, found.device),
+        classes=speaks and (batch.targets_BT is not None or images),
+        speaks=speaks,
+        learns=torch.is_grad_enabled(),
+    )  # fmt: skip
+
+
+def of_tensor(batch: Batch, values_BTV: Tensor) -> Said:
+    """What logits, or hidden states, of all positions say."""
+    keep_BT = judged(batch, values_BTV.shape[:2])
+    targets_J = _targets(batch, keep_BT, values_BTV.device)
+    return Said(
+        values_BTV[keep_BT.to(values_BTV.device)], None, values_BTV.shape[-1], keep_BT, targets_J,
+        classes=targets_J is not None, speaks=targets_J is not None,
+    )  # fmt: skip
+
+
+def _targets(batch: Batch, keep_BT: Tensor, device: torch.device) -> Tensor | None:
+    return None if batch.targets_BT is None else batch.targets_BT[keep_BT].to(device)
+
+
+@torch.no_grad()
+def _agrees(head: Head, hidden_BTD: Tensor, shown_1CV: Tensor) -> bool:
+    """Whether the last of the positions whose logits were made at once has the same alone."""
+    if shown_1CV.shape[:2] != hidden_BTD[:1, :SHOWN].shape[:2]:
+        return False
+    alone_V = head(hidden_BTD[:1, :SHOWN][:, -1:])[0, 0].float()
+    together_V = shown_1CV[0, -1].float()
+    error = float((alone_V - together_V).abs().max())
+    share = max(_CLOSE, _ROUNDINGS * torch.finfo(hidden_BTD.dtype).eps)
+    return error <= share * float(together_V.abs().max())
+
+
+def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Said) -> tuple[Tensor, ...]:
+    """What `of(at, *logits)` makes of the logits `[C, V]` of each: tensors `[C]`, joined to `[J]`.
+
+    `at` is where the chunk lies in `[J]`. With a gradient the logits are made again when it is taken.
+    """
+    first = said[0]
+    if any(one.size != first.size or len(one) != len(first) for one in said):
+        raise ValueError(f"passes of other shapes: {[(len(one), one.size) for one in said]}")
+    chunks = first.chunks()
+    again = torch.is_grad_enabled() and len(chunks) > 1
+    parts: list[tuple[Tensor, ...]] = []
+    for at in chunks:
+
+        def compare(*rows: Tensor, at: slice = at) -> tuple[Tensor, ...]:
+            made = (
+                one.logits(r).to(first.rows_JD.device) for one, r in zip(said, rows, strict=True)
+            )
+            return of(at, *made)
+
+        rows = [one.rows_JD[at] for one in said]
+        parts.append(checkpoint(compare, *rows, use_reentrant=False) if again else compare(*rows))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def kl(dense: Said, sparse: Said) -> Tensor:
+    """KL(dense || sparse) `[J]`, in nats."""
+    return per_position(lambda _, p, q: (kl_of(p, q),), dense, sparse)[0]
+
+
+def kl_of(dense_CV: Tensor, sparse_CV: Tensor) -> Tensor:
+    """KL `[C]` of logits, in nats."""
+    p, q = log_softmax(dense_CV, -1), log_softmax(sparse_CV, -1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def nats(said: Said) -> Tensor:
+    """Cross-entropy `[J]`, in nats."""
+    return per_position(lambda at, logits: (nats_of(logits, said, at),), said)[0]
+
+
+def nats_of(logits_CV: Tensor, said: Said, at: slice) -> Tensor:
+    """Cross-entropy `[C]` of the logits of one chunk, in nats; zero where nothing is predicted."""
+    assert said.targets_J is not None
+    return cross_entropy(logits_CV, said.targets_J[at], reduction="none", ignore_index=IGNORED)
+
+
+def placed(value_J: Tensor, keep_BT: Tensor) -> Tensor:
+    """Values where their positions are `[B, T]`, zero elsewhere; on the CPU."""
+    placed_BT = torch.zeros(keep_BT.shape, dtype=value_J.dtype)
+    placed_BT[keep_BT] = value_J.cpu()
+    return placed_BT
+
+
+def predicted(said: Said) -> Tensor:
+    """The token `[J]` that is put first."""
+    return per_position(lambda _, logits: (logits.argmax(-1),), said)[0]
+
+
+def compared(dense: Said, sparse: Said) -> dict[str, Tensor]:
+    """`ce_dense` and `ce` where tokens are predicted, `kl` and `agreement` `[J]`."""
+
+    def of(at: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        found = (kl_of(p, q).clamp_min(0), (p.argmax(-1) == q.argmax(-1)).float())
+        if sparse.targets_J is None:
+            return found
+        return (*found, nats_of(p, sparse, at), nats_of(q, sparse, at))
+
+    found = per_position(of, dense, sparse)
+    return dict(zip(("kl", "agreement", "ce_dense", "ce"), found, strict=False))
+
+
+def cosine(dense: Said, sparse: Said) -> Tensor:
+    """Cosine `[J]` of what is compared."""
+
+    def of(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        return (cosine_similarity(p, q, dim=-1),)
+
+    return per_position(of, dense, sparse)[0]
+
+
+def distance(dense: Said, sparse: Said) -> Tensor:
+    """What distillation minimises, the mean over judged positions: KL(dense || sparse), or without
+    probabilities the squared error over the squared norm."""
+    if sparse.classes:
+        return kl(dense, sparse).mean()
+
+    def of(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        return ((p - q).square().sum(-1) / p.square().sum(-1).clamp_min(1e-12),)
+
+    return per_position(of, dense, sparse)[0].mean()
+
+
+@torch.no_grad()
+def difference(got: Said, want: Said) -> tuple[float, float, float]:
+    """Norm of the difference over all judged positions, norm of `want`, and the largest difference."""
+
+    def of(_: slice, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        norm = torch.linalg.vector_norm
+        return norm(a - b, dim=-1), norm(b, dim=-1), norm(a - b, torch.inf, dim=-1)
+
+    error_J, size_J, most_J = (value_J.double() for value_J in per_position(of, got, want))
+    return float(error_J.norm()), float(size_J.norm()), float(most_J.max())
+
+
+Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""Sums over the tokens of a batch by name; `loss` among them is what is minimised."""
+
+
+def language(plain: PreTrainedModel) -> Objective:
+    """Cross-entropy on the text."""
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        ce = nats(say(plain, batch, through=model)).sum()
+        return {"loss": ce, "ce": ce}
+
+    return objective

@@ -1,0 +1,119 @@
+"""Evaluation records as rows: domains, what a sceptic looks at alone, layers."""
+
+from typing import Any
+
+from moefy.run.tables import markdown
+
+COLUMNS = {
+    "bits_per_byte_dense": "bits/byte dense",
+    "bits_per_byte": "bits/byte",
+    "ce_dense": "CE dense",
+    "ce": "CE",
+    "ce_increase": "CE increase",
+    "kl": "KL to dense",
+    "agreement": "top-1",
+    "cosine": "cosine",
+}
+_WITH_INTERVAL = ("ce_increase", "kl", "cosine")
+
+
+def domain_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of an evaluation record: every domain, then all of them."""
+    total = record["total"]
+    names = [name for name in COLUMNS if name in total]
+    header = ["domain", "tokens", *(COLUMNS[name] for name in names), "intervals over"]
+    rows = []
+    for domain, row in [*record["domains"].items(), ("all", total)]:
+        cells = [cell_text(name, row[name]) if name in row else "" for name in names]
+        rows.append([domain, str(row["tokens"]), *cells, row["bootstrap"]])
+    return header, rows
+
+
+def cell_text(name: str, value: dict[str, Any]) -> str:
+    """A figure as text, with its interval where one is shown."""
+    if name not in _WITH_INTERVAL:
+        return f"{value['mean']:.3f}"
+    return _interval(value)
+
+
+def _interval(value: dict[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+_GROUPS = {
+    ("positions", "all"): "all tokens",
+    ("positions", "without_first"): "without position 0",
+    ("positions", "without_first_and_sinks"): "without position 0 and attention sinks",
+    ("strata", "rank_1"): "bigram's first choice",
+    ("strata", "rank_2_to_10"): "bigram's choices 2 to 10",
+    ("strata", "rank_over_10"): "below the bigram's first 10",
+}
+
+
+def sceptic_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the damage over some tokens only; no rows for images."""
+    found = [
+        (label, record[part][name])
+        for (part, name), label in _GROUPS.items()
+        if part in record and record[part][name]["tokens"]
+    ]
+    names = [name for name in _WITH_INTERVAL if found and name in found[0][1]]
+    header = ["tokens that count", "share", *(COLUMNS[name] for name in names)]
+    rows = []
+    for label, row in found:
+        cells = [cell_text(name, row[name]) for name in names]
+        rows.append([label, f"{row['share']['mean']:.1%}", *cells])
+    return header, rows
+
+
+def sceptic_lines(record: dict[str, Any]) -> list[str]:
+    """The other figures that a mean hides, a line each."""
+    lines, total = [], record["total"]
+    if "kl_tail" in total:
+        tail = dict(total["kl_tail"])
+        share = tail.pop("top_1_percent_share")
+        values = ", ".join(f"{name} {value:.3f}" for name, value in tail.items())
+        lines.append(f"KL tail: {values}; the worst 1 % of tokens hold {share:.0%} of all KL")
+    if "bigram_skill" in total:
+        skill, ce = total["bigram_skill"], total["ce_bigram"]["mean"]
+        value = "none, dense is no better" if skill is None else _interval(skill)
+        lines.append(
+            f"bigram skill: {value} (1 = dense, 0 = the bigram, whose CE is {ce:.3f}; fitted on "
+            f"{record['bigram']['tokens']} other tokens)"
+        )
+    mean = record["router_quality"]["mean"]
+    recall = "no" if mean["recall"] is None else f"{mean['recall']:.1%}"
+    lines.append(
+        f"router: {recall} of the oracle's experts run; missed energy "
+        f"{mean['missed_energy']:.3f} = {mean['unavoidable']:.3f} unavoidable + "
+        f"{mean['router_added']:.3f} by the router (means of layers)"
+    )
+    if record.get("overlap"):
+        lines.append(
+            f"WARNING: {record['overlap']} of these documents are also in {record['overlap_with']}"
+        )
+    return lines
+
+
+def layer_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of an evaluation record by layer: the router, and FFN density.
+
+    Of the domains only those of lowest and highest density are named; the record has them all.
+    """
+    density = record["ffn_density_by_layer"]
+    figures = ("recall", "missed_energy", "unavoidable", "router_added")
+    header = ["layer", *(name.replace("_", " ") for name in figures)]
+    header += ["density", "lowest in", "highest in"]
+    rows = []
+    for index, row in enumerate(record["router_quality"]["layers"]):
+        cells = ["" if row[name] is None else f"{row[name]:.3f}" for name in figures]
+        domains = sorted((layers[index], name) for name, layers in density["domains"].items())
+        ends = [f"{name} {value:.3f}" for value, name in (domains[0], domains[-1])]
+        rows.append([row["layer"], *cells, f"{density['all'][index]:.3f}", *ends])
+    return header, rows
+
+
+def domain_table(record: dict[str, Any]) -> str:
+    """An evaluation record as a Markdown table; the means of 95 % bootstrap intervals."""
+    return markdown(*domain_rows(record))

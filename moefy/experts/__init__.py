@@ -1,0 +1,1 @@
+"""What runs: MLPs and attention in experts inside transformers models, hooks, interventions, load and save."""

@@ -1,0 +1,339 @@
+"""Load a moefied checkpoint as a transformers model, and save it again.
+
+    model = load("out")                 # a transformers model: generate, device_map, lm-eval work
+    with all_experts(model):            # the dense function, from the same weights
+        dense = model(**inputs).logits
+
+Shapes: N neurons, D width.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from moefy.errors import CheckpointError, MoefyError
+from moefy.experts.context import share_context
+from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
+from moefy.experts.interventions import experts
+from moefy.experts.offload import StoredMlp, offload, offloaded, stored_names
+from moefy.experts.routed import Routed
+from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.methods.base import Compensation, Router, Selection, stored
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
+from moefy.models.artefact import (
+    ADAPTER,
+    META,
+    SIDE,
+    Artefact,
+    Entry,
+    HeadEntry,
+    LayerEntry,
+    part_of,
+    read_artefact,
+    verify_source,
+    write_side_files,
+)
+from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite, sha256
+from moefy.models.heads import HeadSite, head_sites
+from moefy.models.locate import Site, disk_names, meta_model, read_mlp, sites
+from moefy.models.locate import permute as permuted
+
+METHODS = (experts, hooks, run_with_cache, run_with_hooks)
+"""What every moefied model can do beyond its class."""
+
+
+def replace_module(model: PreTrainedModel, site: Site, sparse: nn.Module) -> None:
+    """Put another MLP where `site` is; a splice leaves identities for what it swallowed."""
+    _replace(model, site.module, sparse)
+    if site.act is not None:
+        _replace(model, site.act, nn.Identity())
+        _replace(model, site.path("down"), nn.Identity())
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def build_router(entry: Entry) -> Router:
+    """The router that an entry names, without its tensors."""
+    kind = choose(ROUTERS, "router", entry.router["name"])
+    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.router)
+
+
+def build_selection(entry: Entry) -> Selection:
+    """The selection that an entry names, with its settings."""
+    settings = {key: value for key, value in entry.selection.items() if key != "name"}
+    return choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
+
+
+def build_compensation(entry: Entry) -> Compensation:
+    """The compensation that an entry names, without its tensors."""
+    kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
+    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.compensation["rank"])
+
+
+def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
+    """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    kind = type(meta_model(config))
+    kwargs = {"dtype": "auto", **kwargs}
+    model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
+    model.eval()
+    return model
+
+
+def load(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    verify: bool = True,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a moefied checkpoint as a transformers model whose MLPs are SparseMlps.
+
+    `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
+    the weights. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
+    `device_map` offloads are read from disk whenever they run.
+
+    Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
+    """
+    folder = Path(folder)
+    artefact = read_artefact(folder, verify=verify)
+    checkpoint = weights_of(artefact, folder, base, verify)
+    model = load_dense(checkpoint, **kwargs)
+    if len(sites(model)) != len(artefact.layers):
+        raise CheckpointError(
+            f"{folder}: {len(artefact.layers)} layers in {META}, {len(sites(model))} in the model"
+        )
+    moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
+    model.moefy_checkpoint = checkpoint  # type: ignore[assignment]
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    return model
+
+
+def moefied(
+    model: PreTrainedModel,
+    artefact: Artefact,
+    *,
+    permute: bool,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Turn a dense model into the moefied one that `artefact` describes, in place.
+
+    `permute` puts the neurons into expert order; without it they stand so already. `checkpoint`
+    holds the weights of layers that are offloaded. The model gets `METHODS`.
+    """
+    found = sites(model)
+    devices = [offloaded(model.get_submodule(site.path("up"))) for site in found]
+    names = stored_names(model, checkpoint) if checkpoint and any(devices) else {}
+    for site, entry, device in zip(found, artefact.layers, devices, strict=True):
+        sparse = install(model, site, entry, artefact.tensors_of(site.index), permute, device)
+        if entry.active is None:
+            sparse.density = artefact.recipe["density"]
+        if device is not None and checkpoint is not None:
+            order_N = artefact.permutation(site.index) if permute else None
+            offload(sparse, StoredMlp(checkpoint, names, site, order_N), device)
+    blocks = head_sites(model) if artefact.heads else []
+    if [(s.block, s.heads, s.head_dim) for s in blocks] != [
+        (entry.block, entry.heads, entry.head_dim) for entry in artefact.heads
+    ]:
+        raise CheckpointError(f"{META}: its attention blocks are not those of the model")
+    for block, heads in zip(blocks, artefact.heads, strict=True):
+        _install_heads(model, block, heads, artefact)
+    model.moefy = artefact  # type: ignore[assignment]
+    model.moefy_sites = found  # type: ignore[assignment]
+    model.moefy_heads = blocks  # type: ignore[assignment]
+    share_context(model)
+    for method in METHODS:
+        setattr(model, method.__name__, MethodType(method, model))
+    model.eval()
+
+
+def weights_of(
+    artefact: Artefact, folder: Path, base: str | Path | None = None, verify: bool = True
+) -> Checkpoint:
+    """The checkpoint that holds an artefact's weights: its own folder, or the base of an adapter."""
+    if artefact.form != ADAPTER:
+        return Checkpoint.open(folder)
+    where = str(base or artefact.source["name"])
+    try:
+        checkpoint = Checkpoint.open(where)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: the base of this adapter cannot be opened: {error}"
+        ) from None
+    if verify:
+        verify_source(artefact, checkpoint)
+    return checkpoint
+
+
+def install(
+    model: PreTrainedModel,
+    site: Site,
+    entry: LayerEntry,
+    tensors: dict[str, Tensor],
+    permute: bool,
+    device: torch.device | None = None,
+) -> SparseMlp:
+    """Put a SparseMlp in the place of one MLP; `tensors` are those of the side file for this layer.
+
+    The weights are taken out of the dense modules; only the down projection is copied (transposed).
+    `device` is where a layer runs whose weights are not in memory.
+    """
+    here = model.get_parameter(site.path("up") + ".weight").device
+    if here.type == "meta":
+        permute, here = False, device or torch.device("cpu")
+    mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
+    if permute:
+        mlp = mlp.take(tensors["permutation"].long().to(here))
+    mlp = mlp.contiguous()
+    router, compensation = build_router(entry), build_compensation(entry)
+    for part, module in (("router", router), ("compensation", compensation)):
+        _fill(module, part_of(tensors, part), f"layers.{site.index}.{part}")
+        module.to(device=here)
+    sparse = SparseMlp(
+        mlp,
+        experts=entry.experts,
+        shared=entry.shared,
+        router=router,
+        selection=build_selection(entry),
+        compensation=compensation,
+        look_ahead=entry.router["look_ahead"],
+    )
+    if entry.active is not None:
+        sparse.density = entry.active / entry.experts
+    replace_module(model, site, sparse)
+    return sparse
+
+
+def _install_heads(
+    model: PreTrainedModel, site: HeadSite, entry: HeadEntry, artefact: Artefact
+) -> None:
+    """Put SparseHeads in the place of the output projection; its parameters stay the same ones."""
+    projection: Any = model.get_submodule(site.projection)
+    if offloaded(projection) is not None:
+        raise MoefyError(
+            f"{site.block}: offloaded by device_map, which attention in experts cannot be; give a "
+            "device_map that keeps every block on a device"
+        )
+    router, compensation = build_router(entry), build_compensation(entry)
+    for part, module in (("router", router), ("compensation", compensation)):
+        _fill(
+            module,
+            part_of(artefact.tensors_of(site.index, "heads"), part),
+            f"heads.{site.index}.{part}",
+        )
+        module.to(device=projection.weight.device)
+    heads = SparseHeads(
+        projection.weight,
+        projection.bias,
+        transposed=site.transposed,
+        experts=entry.experts,
+        router=router,
+        selection=build_selection(entry),
+        compensation=compensation,
+    )
+    _replace(model, site.projection, heads)
+    hand_over(model.get_submodule(site.block), site.projection.removeprefix(f"{site.block}."))
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{SIDE}: {name}: {reason}") from None
+
+
+def with_routing_of(model: PreTrainedModel) -> Artefact:
+    """The artefact of a moefied model with its routers, selections and compensations as they are."""
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    tensors, layers, heads = dict(artefact.tensors), [], []
+    for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
+        tensors |= _routing(f"layers.{index}", module)
+        layers.append(replace(entry, selection=_selection(entry, module)))
+    for (index, block), head in zip(sparse_heads(model).items(), artefact.heads, strict=True):
+        tensors |= _routing(f"heads.{index}", block)
+        heads.append(replace(head, selection=_selection(head, block)))
+    return replace(artefact, tensors=tensors, layers=layers, heads=heads)
+
+
+def _routing(prefix: str, module: Routed) -> dict[str, Tensor]:
+    tensors = stored(module.router, module.compensation)
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def _selection(entry: Entry, module: Routed) -> dict[str, Any]:
+    return {"name": entry.selection["name"], **module.selection.settings()}
+
+
+def stock_parameter(site: Site, sparse: SparseMlp, name: str) -> Tensor:
+    """A SparseMlp's weights as the dense parameter called `name`, in its stored layout."""
+    mlp, role = sparse.weights, "down" if name.startswith(site.path("down") + ".") else "up"
+    if site.gated and not site.family.fused and name.startswith(site.path("gate") + "."):
+        role = "gate"
+    kind = "bias" if name.endswith(".bias") else "weight"
+    if role == "down":
+        value = mlp.down_bias_D if kind == "bias" else mlp.down_ND.T
+    else:
+        pick = {"weight": ("gate_ND", "up_ND"), "bias": ("gate_bias_N", "up_bias_N")}[kind]
+        gate, up = getattr(mlp, pick[0]), getattr(mlp, pick[1])
+        fused = site.family.fused and gate is not None
+        value = torch.cat([gate, up]) if fused else (gate if role == "gate" else up)
+    assert value is not None
+    return value.T if kind == "weight" and site.family.transposed else value
+
+
+def save(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a model that `load` gave, in the same form: `load`, `save`, `load` changes no byte.
+
+    The files are copied from where the model was loaded; tensors whose values have changed since
+    are overwritten in place, and `weights_modified` then says so. An adapter whose weights have
+    changed is refused: convert it in full form to train it.
+    """
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = artefact.form == ADAPTER
+    meta = meta_model(AutoConfig.from_pretrained(checkpoint.folder))
+    found = sites(meta)
+    owners = {name: site for site in found for name in site.parameters}
+    if not adapter:
+        copy_folder(checkpoint.folder, folder)
+    stored = Checkpoint.open(folder if not adapter else checkpoint.folder)
+    state, modules = model.state_dict(), sparse_mlps(model)
+    if any(value.is_meta for value in state.values()):
+        raise MoefyError(
+            f"{folder}: some layers are offloaded; load the model without offloading to save it"
+        )
+    changed = False
+    for disk, name in disk_names(meta, stored.tensors).items():
+        site = owners.get(name)
+        now = state[name] if site is None else stock_parameter(site, modules[site.index], name)
+        if adapter and site is not None:
+            now = permuted(site, name, now, artefact.permutation(site.index).argsort())
+        before = stored.read(disk)
+        now = now.detach().cpu().to(before.dtype)
+        if not torch.equal(now, before):
+            if adapter:
+                raise MoefyError(f"{folder}: {name} has changed; an adapter cannot hold weights")
+            changed = True
+            overwrite(stored.tensors[disk], now)
+    written = replace(
+        with_routing_of(model),
+        weights_modified=artefact.weights_modified or changed,
+        sha256={} if adapter else {file.name: sha256(file) for file in stored.files},
+    )
+    write_side_files(folder, written)
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **_: Any) -> None:
+    save(model, save_directory)

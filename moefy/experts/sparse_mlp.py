@@ -1,0 +1,323 @@
+"""SparseMlp, the module that takes the place of a dense MLP.
+
+It owns the weights once, neuron-major and in expert order. Which backend computes it never changes
+the function. It knows nothing of files, and of training only that a mask may carry a gradient.
+
+Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
+"""
+
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from moefy.errors import MoefyError, unknown_choice
+from moefy.experts.backends import cpu as cpu_backend
+from moefy.experts.points import IN, MASK, OUT, SCORES, Hooked
+from moefy.experts.routed import all_experts as all_experts
+from moefy.methods.base import Compensation, Router, Selection
+from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
+from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
+from moefy_kernels.cpu.library import constant
+from moefy_kernels.dispatch import PATHS, choose
+from moefy_kernels.measured import device_name
+from moefy_kernels.roofline import Layer
+
+Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
+ON_CPU: dict[str, Backend] = {
+    "masked": masked_mlp,
+    "views": expert_views_mlp,
+    "native": cpu_backend.native_backend,
+}
+"""`auto` chooses among these where there is no GPU."""
+BACKENDS = dict(ON_CPU)
+"""How the experts of a mask are computed; all are the same function."""
+if find_spec("triton") is not None:
+    from moefy.experts.backends import gpu as kernels
+
+    BACKENDS |= {
+        "decode": kernels.decode_experts,
+        "union": kernels.union_experts,
+        "grouped": kernels.grouped_experts,
+    }
+
+_WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
+LEAST_VIEW = 8
+"""Smallest experts that are worth a matrix product of their own."""
+ALL_ON_CPU, WITHOUT_VIEWS = tuple(ON_CPU), ("masked", "native")
+NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
+"""For routers that read the input alone."""
+
+
+class SparseMlp(Hooked):
+    """An MLP in experts: weights in expert order, router, selection, compensation.
+
+    The `shared` first experts always run; scores and masks cover the others.
+    """
+
+    up_ND: nn.Parameter
+    gate_ND: nn.Parameter | None
+
+    def __init__(
+        self,
+        mlp: DenseMlp,
+        *,
+        experts: int,
+        shared: int,
+        router: Router,
+        selection: Selection,
+        compensation: Compensation,
+        look_ahead: bool = False,
+    ) -> None:
+        super().__init__(router, selection, compensation)
+        for name in _WEIGHTS:
+            value = getattr(mlp, name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.activation = mlp.activation
+        self.experts, self.shared, self.look_ahead = experts, shared, look_ahead
+        self.density = 0.5
+        """Share of the experts that a token is expected to run: what `auto` counts with on a GPU."""
+        self.backend = "auto"
+        self.chosen = ""
+        """The backend of the last forward pass."""
+        self._one_token: cpu_backend.OneToken | None = None
+
+    @property
+    def expert_size(self) -> int:
+        """F, neurons per expert."""
+        return self.up_ND.shape[0] // self.experts
+
+    @property
+    def weights(self) -> DenseMlp:
+        """All neurons in expert order, as views of the parameters."""
+        return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
+
+    @property
+    def running(self) -> DenseMlp:
+        """`weights` as they run under a mask: counted from the centres of the compensation, if any."""
+        return self.compensation.centred(self.weights)
+
+    @property
+    def routed(self) -> DenseMlp:
+        """The routed neurons in expert order, as they run."""
+        return self._behind_shared(self.running)
+
+    def _behind_shared(self, mlp: DenseMlp) -> DenseMlp:
+        return mlp.take(slice(self.shared * self.expert_size, None)) if self.shared else mlp
+
+    @property
+    def computes_gate(self) -> bool:
+        """Whether the router's own gates are those that the experts run with."""
+        return self.router.computes_gate and not self.look_ahead
+
+    def mask(self, x_TD: Tensor) -> Tensor:
+        """Which experts run `[T, S + E]`: bool, or in training a number that carries a gradient."""
+        return self._route(x_TD)[0]
+
+    def _route(self, x_TD: Tensor, shown: torch.Size | None = None) -> tuple[Tensor, ExpertWeights]:
+        """The mask, and the weights to compute it with; `shown` is the shape for hooks that listen."""
+        if self.all_on:
+            shape = (x_TD.shape[0], self.experts)
+            return torch.ones(shape, dtype=torch.bool, device=x_TD.device), self.weights
+        mlp = self.running
+        weights: ExpertWeights = mlp
+        routed_TE = self.selection.remembered(self.context)
+        if routed_TE is None:
+            if self.computes_gate:
+                gate_TN = mlp.deciding(x_TD)
+                routed_TN = gate_TN[:, self.shared * self.expert_size :]
+                scores_TE = self.router.scores(routed_TN, self._behind_shared(mlp))
+                weights = DecidedMlp(mlp, activation_function(mlp.activation)(gate_TN))
+            else:
+                scores_TE = self.router(self._read(x_TD), self._behind_shared(mlp))
+            if shown is not None:
+                scores_TE = self.show(SCORES, scores_TE, shown)
+            routed_TE = self.select(scores_TE)
+        elif len(routed_TE) != len(x_TD):
+            routed_TE = routed_TE.repeat_interleave(len(x_TD) // len(routed_TE), 0)
+        if self.shared:
+            routed_TE = torch.cat([routed_TE.new_ones(len(routed_TE), self.shared), routed_TE], 1)
+        return routed_TE, weights
+
+    def _read(self, x_TD: Tensor) -> Tensor:
+        """What the router reads: this layer's input, or for look-ahead that of the one before."""
+        if not self.look_ahead:
+            return x_TD
+        before_TD = self.context.previous_TD
+        if before_TD is None:
+            raise MoefyError("a router that looks ahead needs the MLP before it in the same pass")
+        return before_TD.to(x_TD.device)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Output of the experts that run plus the compensation, shaped as `hidden`.
+
+        `residual` is for families whose MLP module adds it itself.
+        """
+        held = self._held(hidden)
+        if held is not None:
+            y = self._decode(held, hidden)
+            return y if residual is None else y + residual
+        x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
+        heard = self.heard
+        if heard:
+            x_TD = self.show(IN, x_TD.clone(), shape)
+        mask_TE, weights = self._route(x_TD, shape if heard else None)
+        if heard:
+            mask_TE = self.show(MASK, mask_TE.clone(), shape)
+        self.context.previous_TD = x_TD
+        if self.observer is not None:
+            self.observer(x_TD, mask_TE)
+        extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
+        if self.tells_all:
+            self.chosen = "masked"
+            h_TN, bias_D = weights.hidden(x_TD), weights.down_bias_D
+            y_TD = self.tell_all(h_TN, mask_TE, weights.down_ND, extra_TD, shape)
+            y_TD = y_TD if bias_D is None else y_TD + bias_D
+        else:
+            y_TD = self.compute(x_TD, mask_TE, weights)
+            if extra_TD is not None:
+                y_TD = y_TD + extra_TD.to(y_TD.dtype)
+        if heard:
+            y_TD = self.show(OUT, y_TD, shape)
+        y = y_TD.view(*shape, -1)
+        return y if residual is None else y + residual
+
+    def _held(self, hidden: Tensor) -> cpu_backend.OneToken | None:
+        """What decodes one token on a CPU, where nobody asks for more than the output."""
+        if (
+            hidden.numel() != hidden.shape[-1]
+            or not hidden.is_cpu
+            or self.backend != "auto"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.all_on
+            or self.look_ahead
+            or self.observer is not None
+            or self.heard
+            or self.tells_all
+            or self.compensation.adds
+            or not self.router.reads_input_alone
+        ):
+            return None
+        own = [self._parameters.get(name) for name in _WEIGHTS]
+        if self._one_token is None or not self._one_token.follows(own):
+            weights = self.weights
+            layer = self.kernel_layer(self.up_ND, weights)
+            self._one_token = cpu_backend.OneToken.of(weights, layer, own)
+        held = self._one_token
+        return held if held is not None and held.dtype == hidden.dtype else None
+
+    def _decode(self, held: cpu_backend.OneToken, hidden: Tensor) -> Tensor:
+        """One token, as `forward` computes it, with as little around the kernel as can be."""
+        x_TD = hidden.reshape(1, -1).contiguous()
+        self.context.previous_TD = x_TD
+        mask_TE = self.selection.remembered(self.context)
+        if mask_TE is None:
+            mask_TE = self.select(self.router(x_TD, NO_ROWS))
+        if self.shared:
+            mask_TE = torch.cat([mask_TE.new_ones(1, self.shared), mask_TE], 1)
+        share = _about(int(mask_TE.count_nonzero()) / self.experts)
+        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
+        threads = torch.get_num_threads()
+        self.chosen = choose("cpu", held.layer, 1, share, share, paths=paths, threads=threads)
+        if self.chosen == "native":
+            return held(x_TD, mask_TE).view(hidden.shape)
+        return ON_CPU[self.chosen](x_TD, self.weights, mask_TE).view(hidden.shape)
+
+    def compute(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
+        """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
+        name = self.backend
+        if name == "auto":
+            name = self._auto(x_TD, mask_TE, weights)
+        elif name not in BACKENDS:
+            raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
+        elif name not in ON_CPU and not kernels.fits(weights):
+            name = "masked"  # no kernel computes all that this layer has
+        elif name == "native" and not cpu_backend.fits(x_TD, weights):
+            name = "views"
+        self.chosen = name
+        return BACKENDS[name](x_TD, weights, mask_TE)
+
+    def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
+        if x_TD.device.type == "cuda":
+            return self._on_gpu(x_TD, mask_TE, weights)
+        if torch.is_grad_enabled():
+            return "masked"  # training needs the smooth path
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(x_TD, weights)
+        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
+        if not cpu_backend.fits(x_TD, weights):
+            paths = tuple(path for path in paths if path != "native")
+        tokens = len(x_TD)
+        density = share = int(mask_TE.count_nonzero()) / mask_TE.numel()
+        if tokens > 1:
+            share = int(mask_TE.any(0).sum()) / mask_TE.shape[1]
+        return choose(
+            "cpu", self.kernel_layer(x_TD, weights), tokens, _about(density), _about(share),
+            paths=paths, threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _in_a_graph(self, x_TD: Tensor, weights: ExpertWeights) -> str:
+        """Chosen by what is known while a graph is made, which cannot hold what depends on the mask."""
+        tokens = x_TD.shape[0]
+        if not isinstance(tokens, int) or not cpu_backend.fits(x_TD, weights):
+            return "masked"
+        layer = self.kernel_layer(x_TD, weights)
+        return _expected(
+            tokens,
+            self.density,
+            layer.width,
+            layer.neurons,
+            layer.size,
+            layer.matrices,
+            layer.itemsize,
+        )
+
+    def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
+        """What is left to compute, as kernels count it."""
+        decided = isinstance(weights, DecidedMlp)
+        size = 1 if decided and x_TD.is_cuda else self.expert_size
+        matrices = 2 if self.gate_ND is None else 3
+        neurons, width = self.up_ND.shape
+        return Layer(width, neurons, size, matrices - decided, x_TD.element_size())
+
+    def _on_gpu(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
+        """Chosen by what is known without waiting for the GPU."""
+        if "decode" not in BACKENDS or not kernels.fits(weights):
+            return "masked"
+        mlp, decided = self.weights, isinstance(weights, DecidedMlp)
+        trains = torch.is_grad_enabled() and (x_TD.requires_grad or mlp.up_ND.requires_grad)
+        # A mask that carries a gradient asks for the outputs of experts that are off.
+        if x_TD.dtype != mlp.up_ND.dtype or (trains and (decided or mask_TE.dtype != torch.bool)):
+            return "masked"
+        layer = self.kernel_layer(x_TD, weights)
+        exact = torch.are_deterministic_algorithms_enabled()
+        paths = tuple(path for path in PATHS if not (exact and path == "grouped"))
+        name = device_name(x_TD.device)
+        return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
+
+
+@constant
+def _expected(tokens: int, density: float, *layer: int) -> str:
+    """The path expected to be fastest on a CPU; of numbers alone, since `torch.compile` holds the answer."""
+    threads = torch.get_num_threads()
+    return choose("cpu", Layer(*layer), tokens, density, paths=WITHOUT_VIEWS, threads=threads)
+
+
+def _about(share: float) -> float:
+    """Rounded to a tenth of itself, so that few choices are told apart; never to 0."""
+    return min(1.0, math.exp(round(10 * math.log(max(share, 1e-4))) / 10))
+
+
+def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:
+    """The SparseMlps of a model by layer index; empty for a dense model."""
+    found = [module for module in model.modules() if isinstance(module, SparseMlp)]
+    return dict(enumerate(found))
+
+
+def use_backend(model: nn.Module, name: str) -> None:
+    """Compute every layer with this entry of `BACKENDS`, or with `auto`."""
+    for module in sparse_mlps(model).values():
+        module.backend = name

@@ -1,0 +1,1 @@
+"""A stock checkpoint as one GGUF file, which llama.cpp runs: read `write.py` first."""

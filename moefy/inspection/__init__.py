@@ -1,0 +1,1 @@
+"""What experts do: describe, control, ablate, judge, show. Read `inspect.py` first."""

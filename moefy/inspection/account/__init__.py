@@ -1,0 +1,1 @@
+"""What every expert adds, token by token, while a model runs."""

@@ -1,0 +1,1 @@
+"""What taking experts away does, with controls that had the same energy."""

@@ -1,0 +1,133 @@
+"""A cheap guess at the causal matrix: one pass forward and one backward for all layers and experts.
+
+    A[e, d] = mean over documents of mean_t <dCE/dy, c_e - y_e>        (attribution patching)
+
+the first-order effect of replacing y_e by c_e. It is not the effect: it is shown beside its rank
+correlation with the true one, and never printed as M. For encoders the damage 1 - cosine has no first
+order; the screen is then `E ||c_e - y_e||^2`, the energy of what is taken away.
+
+The contraction goes over neurons, `sum_j (c_j - h_j) <g, d_j>`, so that no `[T, E, D]` is formed.
+
+Shapes: T positions of a batch, N neurons, E experts, D width; S all experts, layer by layer, of
+K documents; C domains.
+"""
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from moefy.data.corpus import Batch
+from moefy.evaluation.outputs import judged, nats, say
+from moefy.evaluation.statistics import RESAMPLES, Floats
+from moefy.inspection.causal.documents import Texts
+from moefy.inspection.causal.effects import means
+from moefy.inspection.causal.engine import Base, Engine
+from moefy.inspection.causal.matrix import Matrix, Pair
+from moefy.inspection.texts.table import Table, table
+from moefy.methods.tables import expert_norms
+from moefy.run.console import Reporter
+
+GRADIENT, ENERGY = "gradient", "energy"
+
+
+def every_expert(engine: Engine) -> list[Pair]:
+    """All experts of the model, layer by layer."""
+    return [(at, expert) for at, m in engine.modules.items() for expert in range(m.experts)]
+
+
+def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
+    """A of every expert and document `[S, K]`."""
+    own = []
+    for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
+        batch = texts.batches[number]
+        found = np.zeros((len(every_expert(engine)), len(batch.samples)))
+        base = engine.base(batch)
+        gradient = _gradients(engine, batch) if batch.targets_BT is not None else None
+        row = 0
+        for layer, module in engine.modules.items():
+            along_TE = _along(base, layer, module.experts, gradient)
+            keep_BT1 = judged(batch)[:, :, None].to(along_TE.device)
+            # The loss at one position moves with what is added at all positions before it.
+            counted = keep_BT1 if gradient is None else torch.ones_like(keep_BT1)
+            along_BTE = along_TE.view(*keep_BT1.shape[:2], -1) * counted
+            found[row : row + module.experts] = along_BTE.double().sum(1).T.cpu().numpy()
+            row += module.experts
+        own.append((number, found))
+    return np.concatenate(engine.processes.in_order(own), axis=1) / texts.tokens_D
+
+
+@torch.no_grad()
+def _along(base: Base, layer: int, experts: int, gradient: dict[int, Tensor] | None) -> Tensor:
+    change_TN, down_ND = base.change(layer)
+    if gradient is None:
+        return expert_norms(change_TN, down_ND, experts).square()
+    along_TN = change_TN * (gradient[layer].to(change_TN.dtype) @ down_ND.T)
+    return along_TN.view(len(along_TN), experts, -1).sum(-1)
+
+
+def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
+    """dCE/dy `[T, D]` of every layer, CE summed over the tokens of the batch."""
+    added: dict[int, Tensor] = {}
+    handles = []
+
+    def add(layer: int, module: nn.Module) -> None:
+        def hook(_: nn.Module, __: object, y: Tensor) -> Tensor:
+            added[layer] = torch.zeros_like(y).requires_grad_()
+            return y + added[layer]
+
+        handles.append(module.register_forward_hook(hook))
+
+    for layer, module in engine.modules.items():
+        add(layer, module)
+    try:
+        with torch.enable_grad(), engine.running():
+            loss = nats(say(engine.model, batch)).sum()
+            grads = torch.autograd.grad(loss, list(added.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: g.reshape(-1, g.shape[-1]) for layer, g in zip(added, grads, strict=True)}
+
+
+def screen_table(
+    engine: Engine, screen_SK: Floats, texts: Texts, found: Matrix, *, seed: int = 0
+) -> Table:
+    """Table `screen`: A beside M where M was computed, and how their ranks agree in every domain."""
+    domains, pairs = texts.documents.domains, every_expert(engine)
+    screen_SC = means(screen_SK, texts.documents.domain_D, len(domains))
+    place = {pair: row for row, pair in enumerate(pairs)}
+    rows = [place[pair] for pair in found.experts]
+    true_SC = np.full(screen_SC.shape, np.nan)
+    true_SC[rows] = found.ce.mean_C
+    rank_C = [_spearman(screen_SC[rows, c], true_SC[rows, c], seed) for c in range(len(domains))]
+    kind = GRADIENT if texts.batches[0].targets_BT is not None else ENERGY
+    columns = {
+        "layer": np.repeat([layer for layer, _ in pairs], len(domains)),
+        "expert": np.repeat([expert for _, expert in pairs], len(domains)),
+        "domain": domains * len(pairs),
+        "screen": screen_SC.ravel(),
+        "kind": [kind] * screen_SC.size,
+        "ce": true_SC.ravel(),
+        "measured": np.isfinite(true_SC).ravel(),
+        **{
+            name: np.tile([rank[i] for rank in rank_C], len(pairs))
+            for i, name in enumerate(("spearman", "spearman_low", "spearman_high"))
+        },
+        "spearman_experts": [len(rows)] * screen_SC.size,
+    }
+    return table(columns)
+
+
+def _spearman(a_E: Floats, b_E: Floats, seed: int) -> tuple[float, float, float]:
+    """Rank correlation over experts, with a bootstrap interval over experts."""
+    if len(a_E) < 3:
+        return (np.nan,) * 3
+    random = np.random.default_rng([seed, len(a_E)])
+    at_RE = random.integers(len(a_E), size=(RESAMPLES, len(a_E)))
+    a_RE, b_RE = (stats.rankdata(v[at_RE], axis=1) for v in (a_E, b_E))
+    a_RE, b_RE = (v - v.mean(1, keepdims=True) for v in (a_RE, b_RE))
+    size_R = np.sqrt((a_RE**2).sum(1) * (b_RE**2).sum(1))
+    drawn_R = (a_RE * b_RE).sum(1) / np.maximum(size_R, 1e-300)
+    low, high = np.quantile(drawn_R, [0.025, 0.975])
+    return float(stats.spearmanr(a_E, b_E).statistic), float(low), float(high)

@@ -1,0 +1,120 @@
+"""Which documents effects are measured on: the same number of every domain, cut to their first tokens.
+
+The unit is the document, so that many short documents tell more than a few long ones: they are cut
+until every domain has `MIN_DOCUMENTS`, where it has so many.
+
+Shapes: D documents.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moefy.data.corpus import Batch, Sample, make_batches, sample_length
+from moefy.data.documents import Documents, Ints
+from moefy.evaluation.outputs import judged
+from moefy.inspection.texts.reading import Reading
+
+MIN_DOCUMENTS = 30
+"""Below so many documents of a domain a figure is shown greyed out."""
+LEAST = 16
+"""Tokens that a document keeps at least."""
+BATCH_TOKENS = 1024
+"""Positions of a batch: what one layer makes of them stays in the processor's caches."""
+_LOGITS = 2**26
+_DOCUMENTS = 63
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents `[D]`, numbered in the order of the batches."""
+
+    batches: list[Batch]
+    documents: Documents
+    number_D: Ints
+    """Their numbers in the `Reading`."""
+    length: int
+    """Most tokens of a document."""
+
+    @property
+    def tokens_D(self) -> Ints:
+        """Tokens of every document that are judged: with a next token, or all for encoders."""
+        return np.concatenate([judged(batch).sum(1).numpy() for batch in self.batches])
+
+
+def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:
+    """About `tokens` tokens of one shard; domains in turn, each from as many sources as it has."""
+    samples = [sample for batch in reading.batches for sample in batch.samples]
+    chosen_D = reading.documents.of_shard(shard)
+    queues = _queues(reading.documents, chosen_D, seed)
+    count = sum(min(MIN_DOCUMENTS, len(queue)) for queue in queues)
+    length = max(LEAST, tokens // max(count, 1))
+    taken: list[int] = []
+    left = tokens
+    for turn in range(max(map(len, queues), default=0)):
+        for queue in queues:
+            if turn < len(queue) and left > 0:
+                taken.append(queue[turn])
+                left -= min(length, sample_length(samples[queue[turn]]))
+    limit = min(BATCH_TOKENS, max(LEAST, _LOGITS // reading.vocabulary))
+    groups = _groups(
+        sorted(taken, key=lambda n: (sample_length(samples[n]), n)), samples, length, limit
+    )
+    cut = [
+        [_cut(samples[number], min(length, _second(group, samples))) for number in group]
+        for group in groups
+    ]
+    order = [number for group in groups for number in group]
+    documents = reading.documents
+    return Texts(
+        [batch for group in cut for batch in make_batches(group, tokens=1 << 60)],
+        Documents(
+            [documents.documents[n] for n in order],
+            [documents.shards[n] for n in order],
+            [documents.corpora[n] for n in order],
+        ),
+        np.array(order, dtype=np.int64),
+        length,
+    )
+
+
+def _queues(documents: Documents, chosen_D: np.ndarray, seed: int) -> list[list[int]]:
+    """The documents of every domain in random order, those of one source as far apart as can be."""
+    random, found = np.random.default_rng([seed, 11]), []
+    for domain in range(len(documents.domains)):
+        numbers = random.permutation(np.flatnonzero(chosen_D & (documents.domain_D == domain)))
+        before: dict[Hashable, int] = defaultdict(int)
+        turns: list[tuple[int, int, int]] = []
+        for number in numbers.tolist():
+            source = documents.sources[number]
+            turns.append((before[source], len(turns), number))
+            before[source] += 1
+        found.append([number for _, _, number in sorted(turns)])
+    return [queue for queue in found if queue]
+
+
+def _groups(order: list[int], samples: list[Sample], length: int, limit: int) -> list[list[int]]:
+    """Documents of like length side by side; none alone, since `resample` takes from another."""
+    groups: list[list[int]] = [[]]
+    for number in order:
+        size = (len(groups[-1]) + 1) * min(length, sample_length(samples[number]))
+        if len(groups[-1]) > 1 and (size > limit or len(groups[-1]) >= _DOCUMENTS):
+            groups.append([])
+        groups[-1].append(number)
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        groups[-2] += groups.pop()
+    return groups
+
+
+def _second(group: list[int], samples: list[Sample]) -> int:
+    """Length of the longest document but one, so that no position belongs to one document alone."""
+    lengths = sorted(sample_length(samples[number]) for number in group)
+    return lengths[-2] if len(lengths) > 1 else lengths[-1]
+
+
+def _cut(sample: Sample, length: int) -> Sample:
+    inputs = {name: value[:length] for name, value in sample.inputs.items()}
+    targets_T = None if sample.targets_T is None else sample.targets_T[:length]
+    return replace(sample, inputs=inputs, targets_T=targets_T)

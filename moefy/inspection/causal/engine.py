@@ -1,0 +1,227 @@
+"""The exact effect of replacing neurons, without running again what they cannot change.
+
+A batch is run once; the output of every block, and the input and mask of every MLP, are kept. What a
+set of neurons of layer l changes is `sum_j m_j (c_j - v_j) d_j`, with `v_j = r_e h_j` as in
+`moefy.experts.interventions`, which also says what c_j is. The run is then taken up as late as it can be:
+
+    after    block l hands on its output plus that change, and the blocks behind it run
+    within   the blocks before l hand on what they gave, block l and those behind it run
+    whole    everything runs
+
+Which of these gives the result of a whole run is measured on the model, never assumed: `after` does
+where the block adds the MLP to its output last, which a norm behind the MLP undoes.
+
+Shapes: T positions of a batch, J judged tokens, N neurons in expert order, D width.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import Batch
+from moefy.evaluation.outputs import Said, difference
+from moefy.experts.interventions import ExpertStatistics, experts
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.inspection.causal.damage import Reference, output
+from moefy.models.locate import Site
+from moefy.models.mlp import DenseMlp
+from moefy.run.processes import ALONE, Processes
+
+DENSE, MOEFIED = "dense", "moefied"
+AFTER, WITHIN, WHOLE = "after", "within", "whole"
+_CLOSE, _ROUNDINGS = 1e-3, 8
+"""Largest error of a shortcut, as a share of the change that it computes; in 16 bits, rounding errors."""
+
+
+class Engine:
+    """Runs batches of a model with neurons replaced, as the dense model or as the moefied one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        which: str = DENSE,
+        mode: str = "mean",
+        means: ExpertStatistics | None = None,
+        start: str = "",
+        processes: Processes = ALONE,
+    ) -> None:
+        """`means` are those of `moefy.experts.interventions.statistics` of the same `which`, for the modes
+        `mean` and `peak`. `start` is where runs are taken up; left out, `shortcut` finds it.
+        `processes` share out the batches of `of_sets` and `screen`, and need a `start`."""
+        self.model, self.which, self.mode, self.means = model, which, mode, means
+        self.modules = sparse_mlps(model)
+        sites: list[Site] = model.moefy_sites  # type: ignore[assignment]
+        self.blocks = [model.get_submodule(site.layer) for site in sites]
+        self.start, self.processes = start, processes
+
+    def running(self) -> AbstractContextManager[None]:
+        """The model as this engine runs it."""
+        return self._densely() if self.which == DENSE else nullcontext()
+
+    @contextmanager
+    def _densely(self) -> Iterator[None]:
+        """Every expert on, and computed without looking at a mask that hides nothing."""
+        modules = list(self.modules.values())
+        for module in modules:
+            vars(module)["compute"] = _all
+        try:
+            with all_experts(self.model):
+                yield
+        finally:
+            for module in modules:
+                del vars(module)["compute"]
+
+    def replacing(self, gone: Mapping[int, Tensor]) -> AbstractContextManager[None]:
+        """The model with these neurons, bool `[N]` by layer, replaced."""
+        masks = [
+            gone.get(layer, torch.zeros(module.weights.neurons, dtype=torch.bool))
+            for layer, module in self.modules.items()
+        ]
+        return experts(self.model, ablate=masks, mode=self.mode, means=self.means)
+
+    @torch.no_grad()
+    def base(self, batch: Batch) -> "Base":
+        """The run that effects are counted from."""
+        if not self.start:
+            self.start = self.shortcut(batch)
+        return Base(self, batch)
+
+    @torch.no_grad()
+    def shortcut(self, batch: Batch) -> str:
+        """How late a run may be taken up, from the effect of half of the first and the last layer."""
+        if self.which == MOEFIED and any(m.look_ahead for m in self.modules.values()):
+            return WHOLE  # a router reads the layer before, which would not have run
+        trial = Engine(self.model, which=DENSE, mode="zero", start=WHOLE)
+        base = Base(trial, batch)
+        for start in (AFTER, WITHIN):
+            trial.start = start
+            if all(self._agrees(trial, base, layer) for layer in (0, len(self.blocks) - 1)):
+                return start
+        return WHOLE
+
+    def _agrees(self, trial: "Engine", base: "Base", layer: int) -> bool:
+        half_N = torch.zeros(self.modules[layer].weights.neurons, dtype=torch.bool)
+        half_N[: len(half_N) // 2] = True
+        with trial.running(), trial.replacing({layer: half_N}):
+            whole = output(self.model, base.batch)
+        short = base.output({layer: half_N})
+        error, size = difference(short, whole)[0], difference(whole, base.out)[0]
+        eps = torch.finfo(self.model.dtype).eps
+        return error <= max(_CLOSE, _ROUNDINGS * eps) * size
+
+
+class Base:
+    """One batch as it runs with nothing replaced, and what it becomes when neurons are."""
+
+    def __init__(self, engine: Engine, batch: Batch) -> None:
+        self.engine, self.batch = engine, batch
+        self.given: list[Any] = [None] * len(engine.blocks)
+        """What every block gave."""
+        self.x: dict[int, Tensor] = {}
+        self.mask: dict[int, Tensor] = {}
+        with engine.running(), self._keeping():
+            self.out = output(engine.model, batch)
+        self.reference = Reference(self.out)
+        self._change: tuple[int, Tensor, Tensor] | None = None
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        handles = []
+
+        def keep(layer: int, block: nn.Module, module: SparseMlp) -> None:
+            def block_hook(_: nn.Module, __: Any, given: Any) -> None:
+                self.given[layer] = given
+
+            def observer(x_TD: Tensor, mask_TE: Tensor) -> None:
+                self.x[layer], self.mask[layer] = x_TD, mask_TE
+
+            handles.append(block.register_forward_hook(block_hook))
+            module.observer = observer
+
+        for layer, (block, module) in enumerate(
+            zip(self.engine.blocks, self.engine.modules.values(), strict=True)
+        ):
+            keep(layer, block, module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in self.engine.modules.values():
+                module.observer = None
+
+    @torch.no_grad()
+    def change(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What replacing all neurons of a layer changes, `c_j - v_j` `[T, N]`, and `d` `[N, D]`."""
+        if self._change is None or self._change[0] != layer:
+            self._change = (layer, *self._changed(layer))
+        return self._change[1:]
+
+    def _changed(self, layer: int) -> tuple[Tensor, Tensor]:
+        engine, module = self.engine, self.engine.modules[layer]
+        x_TD, mask_TE = self.x[layer], self.mask[layer]
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        with engine.running():
+            mlp = (module.weights if module.all_on else module.running).to(wide)
+            run_TN = mlp.hidden(x_TD.to(wide))
+            if not module.all_on:
+                run_TN = run_TN * mask_TE.repeat_interleave(module.expert_size, dim=1)
+            every_N = torch.ones(module.weights.neurons, dtype=torch.bool)
+            places_BT = self.batch.mask()
+            assert places_BT is not None
+            with engine.replacing({layer: every_N}):
+                assert module.intervention is not None
+                replaced_TN = module.intervention(run_TN, places_BT.to(run_TN.device))
+        return replaced_TN - run_TN, mlp.down_ND
+
+    @torch.no_grad()
+    def output(self, gone: Mapping[int, Tensor]) -> Said:
+        """What the model gives with these neurons replaced, bool `[N]` by layer."""
+        engine, first = self.engine, min(gone)
+        if engine.start == AFTER and len(gone) == 1:
+            change_TN, down_ND = self.change(first)
+            numbers = gone[first].nonzero().flatten().to(change_TN.device)
+            change_TD = change_TN[:, numbers] @ down_ND[numbers]
+            with engine.running(), self._skipping(first + 1, change_TD):
+                return output(engine.model, self.batch)
+        skipped = first if engine.start != WHOLE else 0
+        with engine.running(), self._skipping(skipped), engine.replacing(gone):
+            return output(engine.model, self.batch)
+
+    @contextmanager
+    def _skipping(self, count: int, change_TD: Tensor | None = None) -> Iterator[None]:
+        """The first `count` blocks hand on what they gave, the last of them plus a change."""
+        blocks = self.engine.blocks[:count]
+        before = [vars(block).get("forward") for block in blocks]
+        for number, block in enumerate(blocks):
+            given = self.given[number]
+            if change_TD is not None and number == count - 1:
+                given = _plus(given, change_TD)
+            block.forward = _handing_on(given)
+        try:
+            yield
+        finally:
+            for block, own in zip(blocks, before, strict=True):
+                del block.forward
+                if own is not None:
+                    block.forward = own
+
+
+def _all(x_TD: Tensor, _: Tensor, weights: DenseMlp) -> Tensor:
+    return weights(x_TD)
+
+
+def _plus(given: Any, change_TD: Tensor) -> Any:
+    """What a block gave, with a change of its hidden state; some give a tuple that it heads."""
+    if isinstance(given, Tensor):
+        return given + change_TD.view(given.shape).to(given.dtype)
+    return (_plus(given[0], change_TD), *given[1:])
+
+
+def _handing_on(given: Any) -> Any:
+    return lambda *_, **__: given

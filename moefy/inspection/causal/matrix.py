@@ -1,0 +1,278 @@
+"""The causal matrix: what taking an expert away costs in every domain.
+
+    M[e, d] = mean over the documents of d of the mean over their tokens of CE_ablated - CE_base
+    CSI(e, d) = M[e, d] - mean of M[e, d'] over the other domains
+
+in nats per token, and KL(base || ablated) averaged in the same way. Intervals draw documents (or
+sources) anew, base and ablated run together. docs/inspection.md defines every column.
+
+The interval of CSI, how much more an expert matters for one domain than for the others, draws the units
+(documents, or sources) of every domain anew, domains apart, since their numbers are fixed by design;
+corrected for bias and skewness (BCa, Efron 1987) below 100 units. Its test permutes the domains of
+documents; CSI is divided by its standard error first, so that it holds where one domain varies more than
+another (Chung and Romano 2013).
+
+Shapes: E experts that were run, S (random) sets, C domains, D documents, G units of a domain, R resamples,
+P permutations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from moefy.evaluation.statistics import (
+    FEW,
+    LEVEL,
+    RESAMPLES,
+    Floats,
+    Interval,
+    q_values,
+    ratio_interval,
+    units,
+)
+from moefy.inspection.causal.damage import COSINE, NATS
+from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
+from moefy.inspection.causal.effects import Effects, means
+from moefy.inspection.causal.nulls import AgainstNull, RandomSets, against_null
+from moefy.inspection.texts.table import Table, table
+
+Pair = tuple[int, int]
+"""Layer and expert."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Experts of one layer that were run, and the random sets beside them."""
+
+    experts: list[Pair]
+    effects: Effects
+    sets: RandomSets | None = None
+    null: Effects | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """M and CSI of the experts that were run `[E, C]`."""
+
+    experts: list[Pair]
+    ce: Interval
+    csi: Interval
+
+
+def intervals(values_SD: Floats, texts: Texts, *, seed: int = 0) -> Interval:
+    """Mean over the documents of every domain with its interval `[S, C]`, flattened."""
+    domain_D, domains = texts.documents.domain_D, len(texts.documents.domains)
+    member_DC = np.eye(domains)[domain_D]
+    top_DX = (values_SD.T[:, :, None] * member_DC[:, None]).reshape(len(domain_D), -1)
+    bottom_DX = np.tile(member_DC, (1, len(values_SD)))
+    return ratio_interval(top_DX, bottom_DX, units(texts.documents), seed=seed)
+
+
+def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tuple[Matrix, Table]:
+    """The figures of the experts that were run, as arrays and as rows of table `causal`, expert by
+    expert and domain by domain, without `q`, which is over all that is shown."""
+    experts = [expert for part in measured for expert in part.experts]
+    effects = Effects.join(part.effects for part in measured)
+    domain_D, domains = texts.documents.domain_D, texts.documents.domains
+    shape = (len(experts), len(domains))
+    ce = intervals(effects.ce_SD, texts, seed=seed)
+    csi = selectivity(effects.ce_SD, domain_D, units(texts.documents), seed=seed)
+    kl = np.isfinite(effects.kl_SD).all()
+    nothing = np.full(shape, np.nan)
+    documents_C = np.bincount(domain_D, minlength=len(domains))
+    tokens_C = np.bincount(domain_D, weights=texts.tokens_D, minlength=len(domains)).astype(int)
+    columns: dict[str, Any] = {
+        "layer": np.repeat([layer for layer, _ in experts], len(domains)),
+        "expert": np.repeat([expert for _, expert in experts], len(domains)),
+        "domain": domains * len(experts),
+        **ce.columns("ce"),
+        "kl": (means(effects.kl_SD, domain_D, len(domains)) if kl else nothing).ravel(),
+        "kl_p99": (effects.kl_p99_SC if kl else nothing).ravel(),
+        **{name: values.ravel() for name, values in csi.columns("csi").items()},
+        "csi_p": selectivity_p(effects.ce_SD, domain_D, seed=seed).ravel(),
+        **{name: values.ravel() for name, values in _null_columns(measured, texts, shape).items()},
+        "documents": np.tile(documents_C, len(experts)),
+        "tokens": np.tile(tokens_C, len(experts)),
+        "few": np.tile(documents_C < MIN_DOCUMENTS, len(experts)),
+        "damage": [NATS if kl else COSINE] * (len(experts) * len(domains)),
+    }
+    square = Interval(*(v.reshape(shape) for v in (ce.mean_C, ce.low_C, ce.high_C)))
+    return Matrix(experts, square, csi), table(columns)
+
+
+def _null_columns(
+    measured: Sequence[Measured], texts: Texts, shape: tuple[int, int]
+) -> dict[str, Floats]:
+    """Where every expert stands among the random sets of its bin; NaN without random sets."""
+    names = ("z_random", "percentile", "p", "null_sets", "null_energy_low", "null_energy_high",
+             "null_slope", "null_slope_error")  # fmt: skip
+    found = {name: np.full(shape, np.nan) for name in names}
+    parts: list[AgainstNull] = []
+    first = 0
+    for part in measured:
+        at = slice(first, first + len(part.experts))
+        first = at.stop
+        if part.sets is None or part.null is None:
+            continue
+        against = against_null(part.effects.by_domain(texts), part.null.by_domain(texts), part.sets)
+        parts.append(against)
+        found["z_random"][at], found["percentile"][at] = against.z_EC, against.percentile_EC
+        found["null_slope"][at], found["null_slope_error"][at] = against.slope, against.slope_error
+        for row, (number, energy) in enumerate(
+            zip(part.sets.bin_E, part.sets.energy_E, strict=True), start=at.start
+        ):
+            ratio = part.sets.energy_S[part.sets.bin_S == number] / max(energy, 1e-300)
+            found["null_sets"][row] = len(ratio)
+            found["null_energy_low"][row], found["null_energy_high"][row] = ratio.min(), ratio.max()
+    if parts:
+        null = np.concatenate([part.null_z_SC.ravel() for part in parts])
+        found["p"] = pooled_p(found["z_random"], null[np.isfinite(null)])
+    return found
+
+
+def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
+    """One-sided p of every z among those of all random sets; NaN where there is no z."""
+    reached_EC = len(null_z) - np.searchsorted(np.sort(null_z), z_EC)
+    return np.where(np.isfinite(z_EC), (1 + reached_EC) / (1 + len(null_z)), np.nan)
+
+
+def labelled(given: Table, *, which: str, mode: str, how: str) -> Table:
+    """The same rows with what they were made by."""
+    count = len(given["layer"])
+    front = {name: given[name] for name in ("layer", "expert", "domain")}
+    rest = {name: values for name, values in given.items() if name not in front}
+    made = {"model": [which] * count, "mode": [mode] * count, "how": [how] * count}
+    return front | made | rest
+
+
+def with_q(given: Table) -> Table:
+    """The same rows with `q` and `csi_q`, over all of them."""
+    found = dict(given)
+    for p, q in (("p", "q"), ("csi_p", "csi_q")):
+        values = np.array([np.nan if v is None else v for v in given[p]], dtype=float)
+        found[q] = table({q: q_values(values)})[q]
+    return found
+
+
+def strongest(found: Matrix, count: int) -> NDArray[np.int64]:
+    """Rows of the experts with the largest selectivity in any domain, the largest first."""
+    top_E = np.where(np.isnan(found.csi.mean_C), found.ce.mean_C, found.csi.mean_C).max(1)
+    return np.argsort(-top_E, kind="stable")[:count]
+
+
+PERMUTATIONS, MORE = 2000, 50_000
+RARE = 0.0025
+_AT_ONCE = 50
+
+
+def contrast(values_SC: Floats) -> Floats:
+    """CSI of every cell from the means by domain."""
+    domains = values_SC.shape[-1]
+    total = values_SC.sum(-1, keepdims=True)
+    return np.asarray(values_SC - (total - values_SC) / max(domains - 1, 1))
+
+
+def selectivity(
+    values_SD: Floats, domain_D: NDArray[np.int64], unit_D: NDArray[np.int64], *, seed: int = 0
+) -> Interval:
+    """CSI and its 95 % interval `[S, C]`; NaN for a single domain."""
+    sets, domains = len(values_SD), int(domain_D.max(initial=-1)) + 1
+    if domains < 2:
+        nothing = np.full((sets, domains), np.nan)
+        return Interval(nothing, nothing, nothing)
+    drawn_RSC = np.empty((RESAMPLES, sets, domains))
+    mean_SC = np.empty((sets, domains))
+    influence = []
+    for domain in range(domains):
+        here = domain_D == domain
+        units = np.unique(unit_D[here], return_inverse=True)[1]
+        groups = int(units.max()) + 1
+        member_DG = np.eye(groups)[units]
+        top_SG, size_G = values_SD[:, here] @ member_DG, member_DG.sum(0)
+        random = np.random.default_rng([seed, domain, groups])
+        times_RG = random.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+        drawn_RSC[:, :, domain] = (times_RG @ top_SG.T) / (times_RG @ size_G)[:, None]
+        mean_SC[:, domain] = top_SG.sum(1) / size_G.sum()
+        influence.append((top_SG - mean_SC[:, [domain]] * size_G) / size_G.sum())
+    estimate_SC, drawn_RSC = contrast(mean_SC), contrast(drawn_RSC)
+    total = sum(part.shape[1] for part in influence)
+    level_2SC = _corrected(estimate_SC, drawn_RSC, influence) if total < FEW else None
+    if level_2SC is None:
+        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        low_SC, high_SC = np.quantile(drawn_RSC, tails, axis=0)
+    else:
+        drawn_RSC.sort(axis=0)
+        at = np.clip((level_2SC * (RESAMPLES - 1)).round().astype(int), 0, RESAMPLES - 1)
+        low_SC, high_SC = np.take_along_axis(drawn_RSC, at, axis=0)
+    return Interval(estimate_SC, low_SC, high_SC)
+
+
+def _corrected(estimate_SC: Floats, drawn_RSC: Floats, influence: list[Floats]) -> Floats:
+    """Which quantiles of the resamples are the ends of the BCa interval `[2, S, C]`."""
+    domains = len(influence)
+    cube_SC = np.zeros_like(estimate_SC)
+    square_SC = np.zeros_like(estimate_SC)
+    for domain in range(domains):
+        weight_C = np.where(np.arange(domains) == domain, 1.0, -1 / (domains - 1))
+        cube_SC += (influence[domain] ** 3).sum(1)[:, None] * weight_C**3
+        square_SC += (influence[domain] ** 2).sum(1)[:, None] * weight_C**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        skew_SC = np.where(square_SC > 0, cube_SC / (6 * square_SC**1.5), 0.0)
+    below_SC = (drawn_RSC < estimate_SC).mean(0) + (drawn_RSC == estimate_SC).mean(0) / 2
+    bias_SC = stats.norm.ppf(np.clip(below_SC, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
+    z = np.asarray(stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2]))[:, None, None]
+    return np.asarray(
+        stats.norm.cdf(bias_SC + (bias_SC + z) / (1 - skew_SC * (bias_SC + z))), dtype=float
+    )
+
+
+def selectivity_p(values_SD: Floats, domain_D: NDArray[np.int64], *, seed: int = 0) -> Floats:
+    """Two-sided p of `CSI = 0` `[S, C]`, by permuting the domains of documents.
+
+    Sets with a cell that few of `PERMUTATIONS` reach are tested again by `MORE` others, so that a
+    single finding can stand out of some thousand cells.
+    """
+    domains = int(domain_D.max(initial=-1)) + 1
+    if domains < 2:
+        return np.full((len(values_SD), domains), np.nan)
+    # CSI does not see what all documents share; scaled, so that one threshold says "does not vary".
+    scaled_SD = values_SD - values_SD.mean(1, keepdims=True)
+    scaled_SD = scaled_SD / (scaled_SD.std(1, keepdims=True) + 1e-300)
+    p_SC = _permuted_p(scaled_SD, domain_D, domains, PERMUTATIONS, [seed, 12])
+    again = p_SC.min(1) <= RARE
+    if again.any():
+        p_SC[again] = _permuted_p(scaled_SD[again], domain_D, domains, MORE, [seed, 15])
+    return p_SC
+
+
+def _permuted_p(
+    values_SD: Floats, domain_D: NDArray[np.int64], domains: int, count: int, seed: list[int]
+) -> Floats:
+    observed_SC = np.abs(_studentised(values_SD, domain_D[None], domains))[0]
+    reached_SC = np.zeros(observed_SC.shape)
+    random = np.random.default_rng(seed)
+    for first in range(0, count, _AT_ONCE):
+        labels_PD = np.tile(domain_D, (min(_AT_ONCE, count - first), 1))
+        null_PSC = np.abs(_studentised(values_SD, random.permuted(labels_PD, axis=1), domains))
+        reached_SC += (null_PSC >= observed_SC - 1e-12).sum(0)
+    return (1 + reached_SC) / (1 + count)
+
+
+def _studentised(values_SD: Floats, labels_PD: NDArray[np.int64], domains: int) -> Floats:
+    """CSI over its standard error `[P, S, C]` under each labelling; 0 where neither varies."""
+    member_PDC = np.eye(domains)[labels_PD]
+    size_C = member_PDC[0].sum(0)
+    flat_DX = member_PDC.transpose(1, 0, 2).reshape(labels_PD.shape[1], -1)
+    shape = (len(values_SD), len(labels_PD), domains)
+    mean_SPC = (values_SD @ flat_DX).reshape(shape) / size_C
+    square_SPC = (values_SD**2 @ flat_DX).reshape(shape) / size_C
+    error_SPC = (square_SPC - mean_SPC**2).clip(0) / np.maximum(size_C - 1, 1)
+    rest = (error_SPC.sum(-1, keepdims=True) - error_SPC) / (domains - 1) ** 2
+    spread_SPC = np.sqrt(error_SPC + rest)
+    top_SPC = contrast(mean_SPC)
+    found = np.where(spread_SPC > 1e-9, top_SPC / np.maximum(spread_SPC, 1e-9), 0.0)
+    return np.asarray(found.transpose(1, 0, 2))

@@ -1,0 +1,235 @@
+"""Where two models differ: `delta_t = log p_base(x_t) - log p_other(x_t)`, token by token.
+
+    tables = hunt(dense, pruned, reading)
+
+The two may be any models with the same tokenizer, or functions from a batch to logits. Positive: the
+other model predicts the token worse. A mean hides where the difference sits: here are both tails,
+every domain, classes of tokens, and the share of all losses that the worst 1 % of tokens holds.
+
+Memory: 40 bytes a token, and the logits of two runs of one batch.
+
+Shapes: B documents, P positions, V vocabulary, J judged tokens, D documents, C cells.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import Batch
+from moefy.data.documents import HELD_OUT
+from moefy.errors import MoefyError
+from moefy.evaluation.groups import TOP, tail
+from moefy.evaluation.outputs import Said, judged, of_tensor
+from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
+from moefy.experts.sparse_mlp import all_experts
+from moefy.inspection.account.observe import tokens_of
+from moefy.inspection.causal.damage import Reference, output
+from moefy.inspection.causal.documents import MIN_DOCUMENTS
+from moefy.inspection.texts.reading import Reading
+from moefy.inspection.texts.table import Table, table
+from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes
+from moefy.run.console import Reporter
+from moefy.run.processes import ALONE, Processes
+
+Logits = Callable[[Batch], Tensor | Said]
+"""From a batch to logits `[B, P, V]`, or to what stands for them."""
+TOKENS = 50_000
+"""Tokens that are compared where nothing else is said."""
+SHOWN = 50
+_ROUNDING = 1e-6
+"""Nats that runs in fp32 differ by where nothing differs."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Every judged token `[J]` of the texts."""
+
+    tokens: Tokens
+    delta_J: Floats
+    log_p_J: Floats
+    """Log-probability that the base gives to the token that comes next."""
+    kl_J: Floats
+
+
+@torch.no_grad()
+def differences(
+    base: PreTrainedModel | Logits,
+    other: PreTrainedModel | Logits,
+    reading: Reading,
+    *,
+    tokens: int = TOKENS,
+    report: Reporter | None = None,
+    processes: Processes = ALONE,
+) -> Differences:
+    """Run both on held-out documents: all batches, or as many, evenly spaced, as hold about `tokens`.
+    `processes`, all of which call this, share them out.
+
+    Raises `MoefyError` where there is no next token to judge by, or the vocabularies differ.
+    """
+    if reading.kind != "decoder":
+        raise MoefyError("the hunt compares next-token probabilities; encoders give none")
+    first, second = _said(base), _said(other)
+    report = report or Reporter(quiet=True)
+    own: list[tuple[int, tuple[Tokens, list[Floats]]]] = []
+    for batch, at in report.track(processes.mine(_spaced(reading, tokens)), "compare two models"):
+        reference, out = Reference(first(batch)), second(batch)
+        if out.size != reference.base.size:
+            raise MoefyError(
+                f"the two models know {reference.base.size} and {out.size} tokens; only "
+                "models with one tokenizer can be compared token by token"
+            )
+        delta_J, kl_J = reference.compare(out)
+        assert kl_J is not None
+        mask = batch.mask()
+        assert mask is not None
+        keep_J = judged(batch)[mask].numpy()
+        values = [v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)]
+        own.append((at, (tokens_of(batch, at).take(keep_J), values)))
+    heard, every = zip(*processes.in_order(own), strict=True)
+    columns = (np.concatenate(column) for column in zip(*every, strict=True))
+    return Differences(Tokens.join(list(heard)), *columns)
+
+
+def hunt(
+    base: PreTrainedModel | Logits,
+    other: PreTrainedModel | Logits,
+    reading: Reading,
+    *,
+    tokens: int = TOKENS,
+    shown: int = SHOWN,
+    report: Reporter | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Table]:
+    """Tables `hunt` (both tails), `hunt_domains`, `hunt_classes` and `hunt_summary`."""
+    found = differences(base, other, reading, tokens=tokens, report=report, processes=processes)
+    classes = token_classes(reading.tokenizer, reading.vocabulary)
+    classes_JC = classes_of(found.tokens.target_T, classes).T
+    domains = reading.documents.domains
+    domain_JC = np.eye(len(domains), dtype=bool)[
+        reading.documents.domain_D[found.tokens.document_T]
+    ]
+    every_J1 = np.ones((len(found.tokens), 1), dtype=bool)
+    tables = {
+        "hunt": _tails(found, reading, shown),
+        "hunt_domains": {"domain": domains} | _means(found, domain_JC, reading),
+        "hunt_classes": {"class": [*classes]} | _means(found, classes_JC, reading),
+        "hunt_summary": _means(found, every_J1, reading) | _concentration(found),
+    }
+    return tables if classes else {n: t for n, t in tables.items() if n != "hunt_classes"}
+
+
+def dense_against_moefied(
+    model: PreTrainedModel,
+    reading: Reading,
+    *,
+    tokens: int = TOKENS,
+    report: Reporter | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Table]:
+    """The hunt between the dense model and what `moefy.load` gave."""
+
+    def dense(batch: Batch) -> Said:
+        with all_experts(model):
+            return output(model, batch)
+
+    return hunt(dense, model, reading, tokens=tokens, report=report, processes=processes)
+
+
+def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:
+    """Held-out batches and the number of the first document of each."""
+    numbered = zip(reading.batches, reading.first_B, strict=True)
+    every = [(b, at) for b, at in numbered if reading.documents.shards[at] == HELD_OUT]
+    held = sum(int(judged(batch).sum()) for batch, _ in every)
+    return every[:: max(1, round(held / tokens))]
+
+
+def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Said]:
+    if isinstance(given, PreTrainedModel):
+        return lambda batch: output(given, batch)
+
+    def call(batch: Batch) -> Said:
+        found = given(batch)
+        return found if isinstance(found, Said) else of_tensor(batch, found)
+
+    return call
+
+
+def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
+    """Mean difference and KL over the tokens of every cell, with intervals over documents."""
+    documents = len(reading.documents)
+    tokens_DC = _by_document(mark_JC.astype(float), found.tokens.document_T, documents)
+    unit_D = units(reading.documents, tokens_DC.sum(1) > 0)
+
+    def interval(values_J: Floats) -> Interval:
+        top_DC = _by_document(mark_JC * values_J[:, None], found.tokens.document_T, documents)
+        return ratio_interval(top_DC, tokens_DC, unit_D)
+
+    losses_C = (mark_JC * found.delta_J.clip(0)[:, None]).sum(0)
+    in_documents = (tokens_DC > 0).sum(0)
+    return table(
+        {
+            **interval(found.delta_J).columns("delta"),
+            **interval(found.kl_J).columns("kl"),
+            "share_of_losses": losses_C / max(found.delta_J.clip(0).sum(), 1e-300),
+            "share_of_tokens": mark_JC.mean(0),
+            "documents": in_documents,
+            "tokens": tokens_DC.sum(0).astype(int),
+            "few": in_documents < MIN_DOCUMENTS,
+        }
+    )
+
+
+def _by_document(values_JC: Floats, document_J: NDArray[np.int64], documents: int) -> Floats:
+    found = np.zeros((documents, values_JC.shape[1]))
+    np.add.at(found, document_J, values_JC)
+    return found
+
+
+def _tails(found: Differences, reading: Reading, shown: int) -> Table:
+    """The tokens that lose most and those that gain most, one of each document."""
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in ("tail", "rank", "document", "domain", "position", "token", "next", "delta",
+                     "p_base", "p_other", "kl")
+    }  # fmt: skip
+    tokens = found.tokens
+    for name, sign in (("loses", -1.0), ("gains", 1.0)):
+        order_J = np.argsort(sign * found.delta_J, kind="stable")
+        _, first = np.unique(tokens.document_T[order_J], return_index=True)
+        for rank, j in enumerate(order_J[np.sort(first)[:shown]].tolist()):
+            if sign * found.delta_J[j] >= -_ROUNDING:
+                break
+            number = int(tokens.document_T[j])
+            row = (
+                name, rank, number, reading.documents.documents[number].domain,
+                int(tokens.position_T[j]), int(tokens.ids_T[j]), int(tokens.target_T[j]),
+                float(found.delta_J[j]), math.exp(found.log_p_J[j]),
+                math.exp(min(0.0, found.log_p_J[j] - found.delta_J[j])), float(found.kl_J[j]),
+            )  # fmt: skip
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+    return table(columns)
+
+
+def _concentration(found: Differences) -> Table:
+    """How few tokens hold the losses."""
+    losses, kl = tail(found.delta_J.clip(0)), tail(found.kl_J)
+    return table(
+        {
+            "top_share_of_tokens": [TOP],
+            "concentration": [losses["top_1_percent_share"]],
+            "kl_concentration": [kl["top_1_percent_share"]],
+            "delta_p99": [float(np.quantile(found.delta_J, 0.99))],
+            "delta_p1": [float(np.quantile(found.delta_J, 0.01))],
+            "kl_p99": [kl["p99"]],
+            "kl_max": [kl["max"]],
+            "worse_share": [float((found.delta_J > _ROUNDING).mean())],
+        }
+    )

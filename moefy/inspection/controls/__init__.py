@@ -1,0 +1,1 @@
+"""What every description is held against: random partitions, weights, seeds, other texts."""

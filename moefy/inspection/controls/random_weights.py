@@ -1,0 +1,216 @@
+"""Which figures would a network have that has learnt nothing in its MLPs (control C2)?
+
+Two controls, each converted by the same recipe from the same text, clustered and fitted anew:
+
+    permuted        the entries of every matrix and bias of an MLP permuted within it (Filan et al. 2021)
+    reinitialised   drawn anew from a normal distribution of the same mean and standard deviation
+
+Embeddings, attention and norms stay as they were trained. Entries are mixed in a balanced gauge
+(`gauge.balanced`), so that the control belongs to the function and not to how it was stored. A figure
+that is the same for trained and for random weights is no evidence of anything learnt.
+
+Shapes: N neurons, D width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.conversion.convert import convert
+from moefy.data.corpus import load_corpus
+from moefy.errors import CorpusError
+from moefy.experts.loading import load, load_dense
+from moefy.experts.placement import placement
+from moefy.inspection.controls.corpora import figures
+from moefy.inspection.controls.gauge import balanced
+from moefy.inspection.texts.reading import Reading
+from moefy.inspection.texts.table import Table, rows, table
+from moefy.models.artefact import META, SIDE, Artefact
+from moefy.models.checkpoint import Checkpoint, copy_folder
+from moefy.models.locate import read_mlp, sites
+from moefy.models.mlp import DenseMlp
+from moefy.recipe import from_dict
+from moefy.run.console import Reporter
+from moefy.run.provenance import versions
+from moefy.run.stages import Stages
+
+CONTROLS = ("permuted", "reinitialised")
+P = 0.05
+
+Describe = Callable[[PreTrainedModel, Reading], Mapping[str, Table]]
+"""What makes the tables of a moefied model; the control's are made by the same function."""
+
+
+def random_weights(
+    model: PreTrainedModel,
+    reading: Reading,
+    describe: Describe,
+    trained: Mapping[str, Table],
+    *,
+    corpus: Any = None,
+    stages: Stages | None = None,
+    seed: int = 0,
+    report: Reporter | None = None,
+) -> dict[str, Table]:
+    """Table `random_weights`: layer, figure, trained, permuted, reinitialised, separates.
+
+    `model` is from `moefy.load`, `trained` is what `describe(model, reading)` gave; every column of
+    numbers of its table `layers` is a figure. `corpus` is what the model was converted with; left out,
+    it is the bundled one, and a model that was converted with another has no such table. `stages` keeps
+    the controls' tables: they are made once for a checkpoint, recipe, corpus, reading and versions. All
+    its processes call this; the table is the first one's.
+
+    Raises `CorpusError` where a corpus is given and is not that of the conversion.
+    """
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    report = report or Reporter(quiet=True)
+    text = load_corpus(corpus)
+    if text.sha256 != artefact.corpus["sha256"]:
+        reason = (
+            f"random weights: the model was converted with corpus '{artefact.corpus['name']}', which "
+            f"'{text.name}' is not"
+        )
+        if corpus is not None:
+            raise CorpusError(f"{reason}; give that one")
+        report.say(f"{reason}: this control is left out")
+        return {}
+    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    stages = stages or Stages(None, None)
+    made: dict[str, Mapping[str, Table]] = {}
+    for control in CONTROLS:
+        settings = {
+            "control": control,
+            "checkpoint": checkpoint.hashes(),
+            "recipe": artefact.recipe,
+            "corpus": text.sha256,
+            "reading": [doc.sha256 for doc in reading.documents.documents],
+            "describe": getattr(describe, "__qualname__", type(describe).__qualname__),
+            "versions": versions(),
+            "seed": seed,
+        }
+
+        def describe_control(control: str = control) -> dict[str, Any]:
+            with converted(model, control, text, seed, report, stages) as moefied:
+                return dict(describe(moefied, reading))
+
+        made[control] = stages.run(f"random-weights-{control}", settings, describe_control)
+    if not stages.processes.main:
+        return {}
+    return {"random_weights": compared(trained["layers"], {n: made[n]["layers"] for n in CONTROLS})}
+
+
+@contextmanager
+def converted(
+    model: PreTrainedModel,
+    control: str,
+    corpus: Any,
+    seed: int,
+    report: Reporter,
+    stages: Stages,
+) -> Iterator[PreTrainedModel]:
+    """The control of a moefied model, converted by the same recipe; its folder, made in that of the
+    stages, is gone afterwards. Their processes convert it together."""
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    where, processes = stages.folder, stages.processes
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    with processes.folder(where) as folder:
+        source, out = folder / "source", folder / "moefied"
+
+        def write() -> None:
+            source.mkdir()
+            weights = {file.name for file in checkpoint.files}
+            copy_folder(checkpoint.folder, source, skip=weights | {META, SIDE})
+            dense = load_dense(checkpoint, dtype="auto")
+            randomise(dense, control, seed)
+            dense.save_pretrained(source)
+
+        processes.once(write)
+        report.say(f"random weights: {control}")
+        quiet = report.console.quiet
+        convert(source, out, recipe=from_dict(artefact.recipe), corpus=corpus, quiet=quiet)
+        yield load(out, verify=False, **placement())
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel, control: str, seed: int) -> None:
+    """Take away what the MLPs of a dense model have learnt, in place, in one of the two ways."""
+    for site in sites(model):
+        views = read_mlp(site, lambda name: model.get_parameter(name).detach())
+        generator = torch.Generator().manual_seed(seed * 10_007 + site.index)
+        drawn = balanced(views)
+        for name in _WEIGHTS:
+            value, into = getattr(drawn, name), getattr(views, name)
+            if value is not None:
+                into.copy_(_drawn(value, control, generator))
+
+
+_WEIGHTS = tuple(name for name in vars(DenseMlp)["__dataclass_fields__"] if name != "activation")
+
+
+def _drawn(value: Tensor, control: str, generator: torch.Generator) -> Tensor:
+    if control == "permuted":
+        order = torch.randperm(value.numel(), generator=generator)
+        return value.flatten()[order].view(value.shape)
+    noise = torch.randn(value.shape, generator=generator)
+    return noise * value.std(correction=0) + value.mean()
+
+
+def compared(trained: Table, random: Mapping[str, Table]) -> Table:
+    """The `layers` of the trained model beside those of its controls, a row for a figure and layer.
+
+    `separates` of a row: where the figure has an interval, that of the trained model and those of both
+    controls do not meet. Where it has none: over all layers the trained figures lie on one side of both
+    controls' (Wilcoxon's signed ranks, p < .05), the same verdict for every layer; None below six
+    layers, which cannot say so.
+    """
+    given = {"trained": trained, **random}
+    by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in given.items()}
+    names = [name for name in figures(trained) if all(name in t for t in given.values())]
+    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *given, "separates")}
+    for name in names:
+        all_ = {who: [row[name] for row in found.values()] for who, found in by_layer.items()}
+        over_layers = _ordered(all_)
+        for layer in by_layer["trained"]:
+            here = {who: found[layer] for who, found in by_layer.items()}
+            columns["layer"].append(layer)
+            columns["figure"].append(name)
+            for who, row in here.items():
+                columns[who].append(row[name])
+            apart = _apart(here, name)
+            columns["separates"].append(over_layers if apart is None else apart)
+    return table(columns)
+
+
+def _apart(here: dict[str, dict[str, Any]], name: str) -> bool | None:
+    """Whether the trained interval meets none of the controls'; None without intervals."""
+    ends = {who: [row.get(f"{name}_{end}") for end in ("low", "high")] for who, row in here.items()}
+    if any(end is None for pair in ends.values() for end in pair):
+        return None
+    spans = {who: np.array(pair, dtype=float) for who, pair in ends.items()}
+    low, high = spans.pop("trained")
+    return all(bool(high < span[0] or low > span[1]) for span in spans.values())
+
+
+def _ordered(values: dict[str, list[Any]]) -> bool | None:
+    """Whether the trained figures differ from both controls' in one direction over layers."""
+    kept = {who: np.array(v, dtype=float) for who, v in values.items()}
+    signs = set()
+    for who, control in kept.items():
+        away = kept["trained"] - control
+        away = away[~np.isnan(away)]
+        if who == "trained":
+            continue
+        if len(away) < 6:
+            return None
+        if not away.any() or stats.wilcoxon(away).pvalue >= P:
+            return False
+        signs.add(bool(np.median(away) > 0))
+    return len(signs) == 1

@@ -1,0 +1,132 @@
+"""Where two models differ, over a lot of text: what `moefy diff` runs.
+
+    found = moefy.diff("dense", "out", out="diff")      # diff/report.html, diff/inspection.json
+
+Any two language models with one tokenizer: dense and moefied, before and after training, a checkpoint
+and a later one, a model and one with a layer more. Two moefied ones with the same neurons in the same
+experts (before and after recovery, say) also show how much of their routing they share.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moefy.data.documents import HELD_OUT
+from moefy.data.inputs import load_tokenizer
+from moefy.errors import CheckpointError, MoefyError
+from moefy.experts.loading import load, load_dense, weights_of
+from moefy.experts.placement import placement
+from moefy.inspection.causal.token_losses import TOKENS, hunt
+from moefy.inspection.inspect import Inspected
+from moefy.inspection.routing.saturation import router_saturation, routing_sample
+from moefy.inspection.texts.reading import read_texts
+from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
+from moefy.models.artefact import META, Artefact, read_artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.recipe import Recipe
+from moefy.run.console import Reporter
+from moefy.run.provenance import machine, versions
+
+HELD_OUT_SHARE = 0.7
+"""About how much of a text is held out, the least share that `read_texts` leaves."""
+
+
+def diff(
+    base: str | Path,
+    other: str | Path,
+    *,
+    corpora: Any = None,
+    out: str | Path | None = None,
+    tokens: int = TOKENS,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Inspected:
+    """Compare the log-probabilities that two checkpoints give to about `tokens` tokens of text.
+
+    Either is a folder that `convert` wrote, which runs moefied, or any dense checkpoint. Texts are as
+    for `inspect`; with the text of a conversion only documents are read that nothing was fitted on.
+    `delta = log p_base - log p_other`: positive where the other is worse. Tables `hunt` (both tails in
+    context), `hunt_domains`, `hunt_classes` and `hunt_summary`, with intervals over documents. Where
+    both are moefied into the same experts, `saturation` is `router_saturation` of every layer.
+
+    Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
+    """
+    report = Reporter(quiet=quiet)
+    weights = [_weights(name) for name in (base, other)]
+    artefacts = [_artefact(name) for name in (base, other)]
+    _require_one_tokenizer(weights)
+    fitted = next((artefact for artefact in artefacts if artefact is not None), None)
+    reading = read_texts(
+        weights[0], "decoder", Recipe().context, fitted, corpora,
+        tokens=round(tokens / HELD_OUT_SHARE),
+    )  # fmt: skip
+    models = [
+        _model(name, checkpoint, artefact)
+        for name, checkpoint, artefact in zip((base, other), weights, artefacts, strict=True)
+    ]
+    for model, name in zip(models, (base, other), strict=True):
+        if not model.can_generate():
+            raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
+    tables = hunt(models[0], models[1], reading, tokens=tokens, report=report)
+    if same_experts(*artefacts):
+        first, second = (routing_sample(model, reading, tokens, report) for model in models)
+        tables["saturation"] = router_saturation(first, second)
+    tables["documents"] = documents_table(reading)
+    compared = reading.documents.of_shard(HELD_OUT)
+    meta: dict[str, Any] = {
+        "model": f"{Path(base).name} and {Path(other).name}",
+        "base": str(base),
+        "other": str(other),
+        "layers": [],
+        "command": command,
+        "settings": {"tokens": tokens},
+        "seeds": {},
+        "corpora": reading.corpora,
+        "documents": int(compared.sum()),
+        "vocabulary": vocabulary_of(reading, tables.values()),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    found = Inspected(meta, {}, tables, texts_of(reading, tables))
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def same_experts(first: Artefact | None, second: Artefact | None) -> bool:
+    """Whether both are moefied and every expert of one is that of the other, neuron by neuron."""
+    if first is None or second is None or len(first.layers) != len(second.layers):
+        return False
+    return all(
+        (one.layer, one.experts, one.shared) == (other.layer, other.experts, other.shared)
+        and torch.equal(first.permutation(index), second.permutation(index))
+        for index, (one, other) in enumerate(zip(first.layers, second.layers, strict=True))
+    )
+
+
+def _artefact(name: str | Path) -> Artefact | None:
+    return read_artefact(Path(name), verify=False) if (Path(name) / META).exists() else None
+
+
+def _weights(name: str | Path) -> Checkpoint:
+    artefact = _artefact(name)
+    return (
+        Checkpoint.open(name) if artefact is None else weights_of(artefact, Path(name), None, False)
+    )
+
+
+def _model(name: str | Path, checkpoint: Checkpoint, artefact: Artefact | None) -> PreTrainedModel:
+    if artefact is None:
+        return load_dense(checkpoint, **placement(checkpoint))
+    return load(name, **placement(checkpoint))
+
+
+def _require_one_tokenizer(weights: list[Checkpoint]) -> None:
+    first, second = (load_tokenizer(checkpoint.folder) for checkpoint in weights)
+    if first is not None and second is not None and first.get_vocab() != second.get_vocab():
+        raise CheckpointError(
+            f"{weights[0].folder} and {weights[1].folder}: have different tokenizers; only models with "
+            "one tokenizer can be compared token by token"
+        )

@@ -1,0 +1,286 @@
+"""THE main flow of `moefy inspect`: read -> describe -> control -> ablate -> judge -> show.
+
+    found = moefy.inspect("out", out="report")      # report/report.html, report/inspection.json
+    found.expert(5, 12)["causal"]
+
+Every part is in `moefy.inspection` and gives plain tables; this file only says what is done in which
+order. docs/inspection.md defines every column.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moefy.errors import MoefyError, unknown_choice
+from moefy.experts.interventions import MODES
+from moefy.experts.loading import load, weights_of
+from moefy.experts.placement import placement
+from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account.prompt import prompt_record
+from moefy.inspection.causal.causal import TOKENS as CAUSAL_TOKENS
+from moefy.inspection.causal.causal import causal
+from moefy.inspection.controls.random_weights import random_weights
+from moefy.inspection.controls.seeds import seeds
+from moefy.inspection.describe import describe, merged
+from moefy.inspection.page_one import honesty
+from moefy.inspection.record import Inspection
+from moefy.inspection.report.page import Report
+from moefy.inspection.texts.reading import TOKENS, Reading, read
+from moefy.inspection.texts.table import Table
+from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
+from moefy.models.artefact import Artefact, read_artefact
+from moefy.run.console import Reporter
+from moefy.run.memory import peak_memory
+from moefy.run.processes import ALONE, Processes, launched
+from moefy.run.provenance import machine, versions
+from moefy.run.stages import Stages
+
+PARTS = ("controls", "causal")
+"""What may be skipped."""
+CONTROL_TOKENS = 20_000
+"""Tokens that trained and random weights are compared on."""
+CAUSAL_SOURCE = 5_000_000
+"""Tokens to draw documents for ablation from: first tokens of many tell more than all of a few."""
+REPORT = "report.html"
+WORK = "work"
+
+
+class Inspected(Inspection):
+    """An inspection that shows itself: in a notebook, as a page, as plots."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `inspection.json` and `report.html` into a folder; returns what to open."""
+        super().save(folder)
+        return Report(self).save(Path(folder) / REPORT, overwrite=True)
+
+    def save_plots(self, folder: str | Path) -> list[Path]:
+        """PNG plots for papers; needs matplotlib."""
+        return Report(self).save_plots(folder)
+
+    def export_neuronpedia(self, folder: str | Path) -> Path:
+        """The experts in the format that Neuronpedia imports."""
+        return Report(self).export_neuronpedia(folder)
+
+    def _repr_html_(self) -> str:
+        return Report(self)._repr_html_()
+
+
+def inspect(
+    model: str | Path | PreTrainedModel,
+    *,
+    corpora: Any = None,
+    out: str | Path | None = None,
+    tokens: int = TOKENS,
+    causal_tokens: int = CAUSAL_TOKENS,
+    mode: str = "mean",
+    skip: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Inspected:
+    """Inspect what the experts of a moefied model do.
+
+    `model` is a folder that `convert` wrote, or what `load` gave. `corpora` is anything
+    `load_corpus` reads, or a mapping of names to that; None is the bundled corpus. About `tokens`
+    tokens are described and `causal_tokens` are ablated on, by `mode` (`mean`, `zero`, `peak`,
+    `resample`). `skip` leaves out `controls` or `causal`. With `out`, a folder, the report and
+    `inspection.json` are written there; finished parts are kept in `out/work`, so that a run that was
+    broken off goes on, and one with another setting or prompt repeats only what that changes.
+
+    Under `accelerate launch` texts and layers are shared out over all processes, and the result is that
+    of one; the first has it and writes it, what the others get is empty.
+
+    Raises `MoefyError` for anything that is the user's to mend.
+    """
+    unknown = [part for part in skip if part not in PARTS]
+    if unknown:
+        raise MoefyError(unknown_choice("part to skip", unknown[0], PARTS))
+    if mode not in MODES:
+        raise MoefyError(unknown_choice("mode", mode, MODES))
+    if min(tokens, causal_tokens) < 1:
+        raise MoefyError(f"inspect on {tokens} and {causal_tokens} tokens: give at least 1 of each")
+    processes, began = launched(), time.perf_counter()
+    report = Reporter(quiet=quiet or not processes.main)
+    moefied = _loaded(model)
+    reading = read(moefied, corpora, tokens=tokens)
+    # A model in memory may have been changed since it was loaded: only folders have parts to keep.
+    kept = out is not None and moefied is not model
+    work = Path(out or ".") / WORK if kept else None
+    run = _Run(moefied, reading, corpora, seed, report, work, processes)
+
+    with run.clock("description"):
+        parts = [run.described(controls="controls" not in skip)]
+
+    if "controls" not in skip:
+        with run.clock("controls"):
+            parts.append(run.controlled())
+
+    if "causal" not in skip:
+        with run.clock("causal"):
+            parts.append(run.ablated(causal_tokens, mode))
+
+    if not processes.main:
+        processes.wait()
+        return Inspected({}, {}, {})
+    tables = merged(parts)
+
+    with run.clock("page one"):
+        judged = run.judged(tables)
+
+    tables["documents"] = documents_table(reading)
+    shown = [prompt_record(moefied, reading.tokenizer, prompt) for prompt in prompts]
+    accounts = [prompt["account"] or {} for prompt in shown]
+    meta = {
+        **_about(moefied, reading),
+        "command": command,
+        "settings": {
+            "tokens": tokens,
+            "causal_tokens": causal_tokens,
+            "mode": mode,
+            "skip": [*skip],
+        },
+        "seeds": {"seed": seed},
+        "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
+        "seconds": {**run.seconds, "in all": round(time.perf_counter() - began, 1)},
+        "peak_memory": peak_memory(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    found = Inspected(meta, judged, tables, texts_of(reading, tables), shown)
+    if out is not None:
+        found.save(out)
+    processes.wait()
+    return found
+
+
+@dataclass
+class _Run:
+    """One call of `inspect`: what its parts share."""
+
+    model: PreTrainedModel
+    reading: Reading
+    corpora: Any
+    seed: int
+    report: Reporter
+    work: Path | None
+    processes: Processes
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Count the seconds of a part."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+
+    @property
+    def stages(self) -> Stages:
+        """Where finished parts are kept."""
+        decided_by = _decided_by(self.model, self.reading, self.seed)
+        return Stages(self.work, decided_by, self.processes)
+
+    def described(self, *, controls: bool) -> dict[str, Table]:
+        """Descriptive tables, beside random partitions and other texts."""
+        make = functools.partial(
+            describe, self.model, self.reading, controls=controls, seed=self.seed,
+            report=self.report, processes=self.processes,
+        )  # fmt: skip
+        return self.stages.run("description", controls, make)
+
+    def controlled(self) -> dict[str, Table]:
+        """Other seeds of the partition, and random weights."""
+        few = read(self.model, self.corpora, tokens=CONTROL_TOKENS)
+        quietly = functools.partial(
+            describe, controls=False, seed=self.seed, processes=self.processes
+        )
+        again = functools.partial(
+            seeds, self.model, self.reading, seed=self.seed, report=self.report,
+            processes=self.processes,
+        )  # fmt: skip
+        parts = [self.stages.run("seeds", None, again)]
+        here = self.stages.run("trained", CONTROL_TOKENS, lambda: quietly(self.model, few))
+        parts.append(
+            random_weights(
+                self.model, few, quietly, here,
+                stages=self.stages, seed=self.seed, report=self.report,
+            )
+        )  # fmt: skip
+        return merged(parts)
+
+    def ablated(self, tokens: int, mode: str) -> dict[str, Table]:
+        """What the loss is without each expert."""
+        source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE)
+        return causal(
+            self.model, self.reading, source=source, tokens=tokens, mode=mode, seed=self.seed,
+            report=self.report, work=None if self.work is None else self.work / "causal",
+            processes=self.processes,
+        )  # fmt: skip
+
+    def judged(self, tables: dict[str, Table]) -> dict[str, Any]:
+        """Page one, of one process by itself."""
+        return replace(self.stages, processes=ALONE).run(
+            "honesty",
+            sorted(tables),
+            lambda: honesty(self.model, self.reading, tables, seed=self.seed, report=self.report),
+        )
+
+
+def _loaded(model: str | Path | PreTrainedModel) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        if not sparse_mlps(model):
+            raise MoefyError(
+                f"{type(model).__name__}: has no experts; give what moefy.load returns"
+            )
+        return model
+    weights = weights_of(read_artefact(Path(model), verify=False), Path(model), verify=False)
+    return load(model, **placement(weights))
+
+
+def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    return {
+        "source": artefact.source["sha256"],
+        "artefact": artefact.sha256,
+        "documents": [doc.sha256 for doc in reading.documents.documents],
+        "versions": versions(),
+        "seed": seed,
+    }
+
+
+def _about(model: PreTrainedModel, reading: Reading) -> dict[str, Any]:
+    """What was inspected, on what."""
+    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    layers = []
+    for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
+        order_N = artefact.permutation(index)
+        layers.append(
+            {
+                "name": entry.layer,
+                "experts": entry.experts,
+                "shared": entry.shared,
+                "neurons": entry.neurons,
+                "width": entry.width,
+                "router": entry.router["name"],
+                "selection": entry.selection["name"],
+                "compensation": entry.compensation["name"],
+                # Which expert has each neuron, in the order of the dense checkpoint.
+                "owner": (order_N.argsort() // module.expert_size).tolist(),
+            }
+        )
+    return {
+        "model": artefact.source["name"],
+        "layers": layers,
+        "recipe": artefact.recipe,
+        "corpora": reading.corpora,
+        "documents": len(reading.documents),
+        "tokens": int(reading.tokens_D.sum()),
+        "kind": reading.kind,
+        "hashes": {"model": artefact.source["sha256"], "corpora": reading.corpora},
+    }

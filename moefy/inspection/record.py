@@ -1,0 +1,162 @@
+"""An inspection: all that was found about the experts of one model, as tables and a page-one record.
+
+    found = moefy.inspect("out")
+    found.expert(5, 12)["domains"]              # rows of one expert, table by table
+    found.causal.matrix("ce", layer=5)          # experts x domains, with intervals
+    found.to_frame("experts")                   # a pandas DataFrame
+    found.save("folder")                        # inspection.json
+
+Shapes: E experts, C domains.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefy.errors import CheckpointError, MoefyError, unknown_choice
+from moefy.inspection.texts.table import Table, rows
+
+FILE = "inspection.json"
+FORMAT = 1
+
+
+@dataclass
+class Inspection:
+    """What `moefy.inspect` returns; JSON values throughout. docs/inspection.md defines every column."""
+
+    meta: dict[str, Any]
+    """What was inspected, with what: model, layers, texts, settings, seeds, versions, machine, seconds."""
+    honesty: dict[str, Any]
+    """Page one: how good the model is and how much of what follows chance or tokens explain."""
+    tables: dict[str, Table]
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """By document number, `text`, and `ends`: where in it every token ends; for examples in context."""
+    prompts: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """Prompts that were looked at: tokens x experts of every layer."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Name of every layer."""
+        return [layer["name"] for layer in self.meta["layers"]]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains, sorted."""
+        return sorted(set(self.table("documents")["domain"]))
+
+    def table(self, name: str) -> Table:
+        """One table by name; `MoefyError` with the nearest name where there is none."""
+        if name not in self.tables:
+            raise MoefyError(unknown_choice("table", name, self.tables))
+        return self.tables[name]
+
+    def to_frame(self, name: str) -> Any:
+        """One table as a pandas DataFrame; `MoefyError` where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            raise MoefyError(
+                'to_frame needs pandas: pip install "moefy[frames]"; .table(name) gives plain columns'
+            ) from None
+        return pandas.DataFrame(self.table(name))
+
+    def expert(self, layer: int, expert: int) -> dict[str, list[dict[str, Any]]]:
+        """The rows of every table that are about one expert."""
+        if not 0 <= layer < len(self.layers):
+            raise MoefyError(f"layer {layer}: the model has layers 0 to {len(self.layers) - 1}")
+        count = self.meta["layers"][layer]["experts"]
+        if not 0 <= expert < count:
+            raise MoefyError(f"layer {layer}: expert {expert}, it has experts 0 to {count - 1}")
+        found = {}
+        for name, given in self.tables.items():
+            for layer_key, expert_key in (("layer", "expert"), ("layer_a", "expert_a")):
+                if layer_key in given and expert_key in given:
+                    keys = zip(given[layer_key], given[expert_key], strict=True)
+                    at = [i for i, key in enumerate(keys) if key == (layer, expert)]
+                    found[name] = rows(
+                        {key: [column[i] for i in at] for key, column in given.items()}
+                    )
+        return found
+
+    @property
+    def causal(self) -> "Causal":
+        """What ablation did, as matrices."""
+        return Causal(self.table("causal"), self.domains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "kind": "inspection",
+            "format": FORMAT,
+            "meta": self.meta,
+            "honesty": self.honesty,
+            "tables": self.tables,
+            "texts": self.texts,
+            "prompts": self.prompts,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `inspection.json` into a folder; returns the file."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Inspection":
+        """Read what `save` wrote, from the file or its folder.
+
+        Raises `CheckpointError` for anything else.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is damaged ({error}); inspect again") from None
+        if not isinstance(values, dict) or values.get("kind") != "inspection":
+            raise CheckpointError(f"{path}: is no inspection; give a file of `moefy inspect`")
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {values['format']}, this moefy reads {FORMAT}; inspect again"
+            )
+        parts = ("meta", "honesty", "tables", "texts", "prompts")
+        return cls(**{part: values[part] for part in parts})
+
+
+@dataclass(frozen=True)
+class Causal:
+    """The table `causal` as matrices."""
+
+    table: Table
+    domains: list[str]
+
+    def matrix(
+        self, figure: str = "ce", *, layer: int, mode: str = "mean", model: str = "dense"
+    ) -> NDArray[np.float64]:
+        """`figure` (any column: `ce`, `kl`, `csi`, `q`, `z_random` ...) of a layer's experts `[E, C]` by
+        domain, in the order of `domains`; NaN where an expert was not ablated in this way."""
+        if figure not in self.table:
+            raise MoefyError(unknown_choice("figure", figure, self.table))
+        here = [
+            row
+            for row in rows(self.table)
+            if (row["layer"], row["mode"], row["model"]) == (layer, mode, model)
+            and row["domain"] in self.domains
+        ]
+        experts = 1 + max(
+            (row["expert"] for row in rows(self.table) if row["layer"] == layer), default=-1
+        )
+        found = np.full((experts, len(self.domains)), np.nan)
+        for row in here:
+            if row[figure] is not None:
+                found[row["expert"], self.domains.index(row["domain"])] = row[figure]
+        return found

@@ -1,0 +1,1 @@
+"""Selective removal: take out what a model has for one domain. Read `prune.py` first."""

@@ -1,0 +1,175 @@
+"""Four parts of a corpus that share no document, and what each of them decides.
+
+    rank      how important every expert is, and what energy it has
+    decide    how much may go
+    relearn   what is trained on to bring back what went
+    measure   every figure that is reported
+
+They are the shards of the conversion, so that what its router learned from is never measured on.
+"""
+
+from dataclasses import dataclass, replace
+
+from moefy.data.corpus import Batch, Corpus, make_batches, sample_length, split_shards
+from moefy.data.documents import Documents
+from moefy.data.inputs import load_tokenizer, read_batches
+from moefy.errors import CorpusError, MoefyError, unknown_choice
+from moefy.inspection.causal.documents import Texts, draw
+from moefy.inspection.texts.reading import Reading
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+
+RANK, DECIDE, RELEARN, MEASURE = "rank", "decide", "relearn", "measure"
+SHARDS = {RANK: "examples", DECIDE: "partition", RELEARN: "router", MEASURE: "evaluation"}
+CONTEXT = 512
+FORGET_SHARE = 0.25
+"""Share of the tokens that is of the domain to forget."""
+RETAIN_DOCUMENTS = 16
+"""Most documents of each domain to retain: fewer and longer ones than of the one to forget."""
+LEAST = 3
+"""Documents that every domain has in every part."""
+LESSON = 1000
+"""Most tokens that are trained on to relearn."""
+
+
+@dataclass(frozen=True)
+class Domains:
+    """What is to be forgotten, and what is not."""
+
+    forget: str
+    retain: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The texts of one part."""
+
+    forget: Texts
+    retain: Texts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that is read."""
+
+    rank: Part
+    decide: Part
+    measure: Part
+    lesson: list[Batch]
+    """At most `LESSON` tokens of the domain to forget."""
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Documents and judged tokens of every part."""
+        found: dict[str, dict[str, int]] = {}
+        for name in (RANK, DECIDE, MEASURE):
+            part: Part = getattr(self, name)
+            found[name] = {
+                "forget_documents": len(part.forget.documents),
+                "forget_tokens": int(part.forget.tokens_D.sum()),
+                "retain_documents": len(part.retain.documents),
+                "retain_tokens": int(part.retain.tokens_D.sum()),
+            }
+        samples = [sample for batch in self.lesson for sample in batch.samples]
+        tokens = sum(map(sample_length, samples))
+        found[RELEARN] = {"forget_documents": len(samples), "forget_tokens": tokens}
+        return found
+
+
+def choose_domains(corpus: Corpus, forget: str, retain: list[str] | None) -> Domains:
+    """The domains that were named; `retain` None is all others.
+
+    Raises `CorpusError` for a corpus without labels, `MoefyError` for names that are not in it.
+    """
+    known = corpus.domains
+    if len(known) < 2:
+        raise CorpusError(
+            f"corpus {corpus.name}: all its documents are of one domain, '{known[0]}'; removal takes "
+            "one to forget and one to retain: give a folder with a sub-folder for each, or .jsonl lines "
+            'with "domain"'
+        )
+    kept = list(dict.fromkeys(retain)) if retain else [name for name in known if name != forget]
+    for name in (forget, *kept):
+        if name not in known:
+            raise MoefyError(f"corpus {corpus.name}: {unknown_choice('domain', name, known)}")
+    if forget in kept:
+        raise MoefyError(f"--retain {forget}: that is the domain to forget; leave it out")
+    return Domains(forget, tuple(kept))
+
+
+def read_parts(
+    checkpoint: Checkpoint,
+    kind: str,
+    corpus: Corpus,
+    domains: Domains,
+    tokens: int,
+    *,
+    split: int,
+    seed: int,
+) -> Parts:
+    """About `tokens` tokens for each part. `split` is the seed of the conversion.
+
+    Raises `CorpusError` where a domain has too few documents.
+    """
+    shards = split_shards(corpus, split)
+    _require_enough(corpus, shards, domains)
+    reader = _Reader(checkpoint, kind)
+    share = round(FORGET_SHARE * tokens)
+    found = {}
+    for role in (RANK, DECIDE, MEASURE):
+        shard = shards[SHARDS[role]]
+        forget = reader.read(shard, (domains.forget,), role)
+        few = _of(shard, domains.retain).take(RETAIN_DOCUMENTS * len(domains.retain))
+        retain = reader.read(few, domains.retain, role)
+        found[role] = Part(
+            draw(forget, role, share, seed=seed), draw(retain, role, tokens - share, seed=seed)
+        )
+    lesson = reader.read(shards[SHARDS[RELEARN]], (domains.forget,), RELEARN)
+    return Parts(**found, lesson=_lesson(lesson))
+
+
+def _of(shard: Corpus, names: tuple[str, ...]) -> Corpus:
+    return replace(shard, documents=[doc for doc in shard.documents if doc.domain in names])
+
+
+def _require_enough(corpus: Corpus, shards: dict[str, Corpus], domains: Domains) -> None:
+    for name in (domains.forget, *domains.retain):
+        for role, shard in SHARDS.items():
+            count = len(_of(shards[shard], (name,)).documents)
+            if count < LEAST:
+                total = sum(doc.domain == name for doc in corpus.documents)
+                raise CorpusError(
+                    f"corpus {corpus.name}: domain '{name}' has {total} documents, of which {count} "
+                    f"fall to the part '{role}', and it takes {LEAST}; give about 30, or leave the "
+                    "domain out"
+                )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    checkpoint: Checkpoint
+    kind: str
+
+    def read(self, shard: Corpus, names: tuple[str, ...], role: str) -> Reading:
+        """The documents of these domains, tokenized."""
+        batches = read_batches(self.checkpoint, self.kind, _of(shard, names), CONTEXT)
+        documents = [sample.document for batch in batches for sample in batch.samples]
+        labels = [role] * len(documents), [shard.name] * len(documents)
+        config = read_config(self.checkpoint).get_text_config()
+        return Reading(
+            batches, Documents(documents, *labels), load_tokenizer(self.checkpoint.folder), self.kind,
+            config.vocab_size, {},
+        )  # fmt: skip
+
+
+def _lesson(reading: Reading) -> list[Batch]:
+    """Whole documents while they fit, and the first one cut where even that does not."""
+    samples = [sample for batch in reading.batches for sample in batch.samples]
+    taken, left = [], LESSON
+    for sample in sorted(samples, key=lambda s: s.document.sha256):
+        size = sample_length(sample)
+        if size <= left:
+            taken.append(sample)
+            left -= size
+    if not taken:
+        return draw(reading, RELEARN, LESSON).batches
+    return make_batches(taken)

@@ -1,0 +1,218 @@
+"""A record of a removal as tables, lines, a page and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from moefy.run.tables import markdown
+
+Rows = tuple[list[str], list[list[str]]]
+
+_CARD = """# {name}, without {forget}
+
+Made from `{name}` by moefy {version}: {removed} of {total} {unit}s ({neurons} of {all_neurons} MLP neurons,
+{share:.1%}) were removed that do most for the domain `{forget}` and least for {retain}. Their rows of the
+down projections are zero; every other byte of the weights is that of the source. Plain `transformers`
+loads this folder.
+
+## Measured
+
+On {forget_documents} documents of the domain and {retain_documents} of the others, of the corpus
+`{corpus}`. Other documents ranked the {unit}s, others again decided how many go.
+
+{curve}
+
+At what was removed, beside controls:
+
+{controls}
+
+{lines}
+"""
+
+
+def curve_rows(record: dict[str, Any]) -> Rows:
+    """Header and rows of the curve: what every share costs; what was written is marked."""
+    header = ["removed", "CE forget", "CE retain", "forget loss", "retain loss", "top-1 forget",
+              "top-1 retain"]  # fmt: skip
+    rows = []
+    for row in record["curve"]:
+        mark = " (written)" if row["units"] == record["removed"]["units"] else ""
+        rows.append(
+            [
+                f"{row['share']:.1%}{mark}", f"{row['ce_forget']:.3f}", f"{row['ce_retain']:.3f}",
+                percent(row["forget_loss"]), percent(row["retain_loss"]),
+                f"{row['accuracy_forget']:.3f}", f"{row['accuracy_retain']:.3f}",
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+_NAMES = {
+    "removal": "this removal",
+    "experts": "random {unit}s, as many",
+    "neurons": "single neurons, as many, ranked alike",
+    "energy": "random neurons, same number and energy",
+}
+
+
+def control_rows(record: dict[str, Any]) -> Rows:
+    """Header and rows of the removal and its controls."""
+    header = ["what goes", "neurons", "forget rise, nats", "forget loss", "retain loss"]
+    rows = []
+    for name, row in record["at"].items():
+        label = _NAMES[name].format(unit=record["unit"])
+        if row.get("draws", 1) > 1:
+            label += f" ({row['draws']} draws)"
+        rows.append(
+            [
+                label, str(record["removed"]["neurons"]), with_interval(row["forget_rise"]),
+                percent(row["forget_loss"]), percent(row["retain_loss"]),
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """What the tables cannot say, a line each."""
+    found = [
+        f"area under the way of accuracies: {way(record)} (1 = unselective, lower = separable)",
+        f"forget rise over that of energy-matched random neurons: {ratio(record)}; "
+        + ("selective" if record["against_energy"]["selective"] else "not selective")
+        + " (more than 3 times, interval excludes 1)",
+    ]
+    if not record["energy"]["close"]:
+        off = max(record["energy"]["ratio"], key=lambda value: abs(value - 1))
+        found.append(
+            f"WARNING: the random sets do not reach the energy that was removed; of the layers the "
+            f"furthest has {off:.2f} of it"
+        )
+    return [*found, relearned(record["relearning"])]
+
+
+def relearned(found: dict[str, Any]) -> str:
+    """The relearning test in a sentence."""
+    if found["removal"] is None:
+        return f"relearning: {found['verdict']}"
+
+    def steps(run: dict[str, Any] | None) -> str:
+        if run is None:
+            return "none"
+        return f"over {found['steps_tried']}" if run["steps"] is None else str(run["steps"])
+
+    return (
+        f"relearning half of what was lost from {found['tokens']} tokens: {steps(found['removal'])} steps; "
+        f"after random damage of the same cost: {steps(found['control'])}. {MEANING[found['verdict']]}"
+        if found["verdict"] in MEANING
+        else f"relearning: {steps(found['removal'])} steps; {found['verdict']}"
+    )
+
+
+MEANING = {
+    "hiding": "It comes back sooner than after random damage: what went was hidden rather than removed.",
+    "removal": "It comes back later than after random damage, which speaks for removal; that it is "
+    "nowhere else in the weights this cannot say.",
+    "no difference": "It comes back as after random damage: no sign of hiding, none of removal beyond "
+    "damage.",
+}
+
+
+def way(record: dict[str, Any]) -> str:
+    """The area, where there is one."""
+    return "none" if record["area"] is None else f"{record['area']:.2f}"
+
+
+def ratio(record: dict[str, Any]) -> str:
+    """The ratio of rises with its interval, or why there is none."""
+    found = record["against_energy"]
+    if found["ratio"] is None:
+        return "none, they cost the domain nothing"
+    value = f"{found['ratio']['mean']:.1f}"
+    if found["ratio"]["ci95"] is None:
+        return f"{value} (no interval: their rise is within chance of 0)"
+    low, high = found["ratio"]["ci95"]
+    return f"{value} [{low:.1f}, {high:.1f}]"
+
+
+def with_interval(value: dict[str, Any]) -> str:
+    """`0.123 [0.100, 0.150]`."""
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def percent(value: dict[str, Any]) -> str:
+    """`1.2% [1.0%, 1.5%]`."""
+    low, high = value["ci95"]
+    return f"{value['mean']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def card(record: dict[str, Any]) -> str:
+    """The README.md of what was written."""
+    removed, parts = record["removed"], record["parts"]["measure"]
+    return _CARD.format(
+        name=record["source"]["name"],
+        version=record["machine"]["versions"]["moefy"],
+        forget=record["forget"],
+        retain=", ".join(f"`{name}`" for name in record["retain"]),
+        removed=removed["units"],
+        total=removed["of_units"],
+        unit=record["unit"],
+        neurons=removed["neurons"],
+        all_neurons=removed["of_neurons"],
+        share=removed["neurons"] / removed["of_neurons"],
+        forget_documents=parts["forget_documents"],
+        retain_documents=parts["retain_documents"],
+        corpus=record["corpus"]["name"],
+        curve=markdown(*curve_rows(record)),
+        controls=markdown(*control_rows(record)),
+        lines="\n".join(f"* {line}" for line in lines(record)),
+    )
+
+
+INK, SOFT = "#222222", "#6b6b6b"
+FORGET, RETAIN, RANDOM = "#d55e00", "#0072b2", "#009e73"
+
+
+def draw(record: dict[str, Any], picture: Path) -> bool:
+    """Write a PNG of the curve; False where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return False
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    curve, at = record["curve"], record["at"]
+    share = [100 * row["share"] for row in curve]
+    for name, colour in (("forget", FORGET), ("retain", RETAIN)):
+        rise = [100 * row[f"{name}_loss"]["mean"] for row in curve]
+        low, high = ([100 * row[f"{name}_loss"]["ci95"][i] for row in curve] for i in (0, 1))
+        axes[0].plot(share, rise, "o-", color=colour, markersize=4, label=name)
+        axes[0].fill_between(share, low, high, color=colour, alpha=0.2, lw=0)
+    axes[0].axvline(100 * record["removed"]["share"], color=SOFT, ls=":", lw=1, label="written")
+    axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].set_yscale("symlog", linthresh=1)
+    axes[0].set_xlim(left=0)
+    axes[0].set_ylim(bottom=-0.5)
+    axes[0].set_xlabel(f"{record['unit']}s removed, %")
+    axes[0].set_ylabel("rise of cross-entropy, %")
+    path = [(row["accuracy_retain"], row["accuracy_forget"]) for row in curve]
+    axes[1].plot(*zip(*path, strict=True), "o-", color=INK, markersize=4, label="this removal")
+    axes[1].plot([path[0][0], 0], [path[0][1], 0], ":", color=SOFT, label="unselective")
+    for name, mark, colour in (
+        ("experts", "s", RETAIN),
+        ("neurons", "^", FORGET),
+        ("energy", "D", RANDOM),
+    ):
+        if name in at:
+            place = at[name]["accuracy_retain"], at[name]["accuracy_forget"]
+            label = _NAMES[name].format(unit=record["unit"])
+            axes[1].plot(*place, mark, color=colour, ls="", label=label)
+    axes[1].set_xlabel("top-1 accuracy, retain")
+    axes[1].set_ylabel(f"top-1 accuracy, {record['forget']}")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return True

@@ -1,0 +1,1 @@
+"""Which experts run for which tokens, and what explains it."""

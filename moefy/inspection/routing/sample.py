@@ -1,0 +1,107 @@
+"""Which experts ran for a sample of whole documents: what every statistic of routing is made from.
+
+A mask is a bit, so that 200,000 tokens of 12 layers of 64 experts take 19 MB. Memory is bounded by
+the sample and does not grow with what is read beyond it.
+
+Shapes: T tokens of the sample, E experts (the shared ones first).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefy.data.documents import Documents, Ints
+from moefy.inspection.account.ledger import Ledger
+from moefy.inspection.texts.tokens import Tokens
+
+TOKENS = 200_000
+"""Most tokens of the sample."""
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RoutingSample:
+    """Tokens `[T]` of whole documents, and for each layer which experts ran."""
+
+    documents: Documents
+    tokens: Tokens
+    packed: list[NDArray[np.uint8]]
+    """Masks `[T, ceil(E / 8)]` of every layer."""
+    experts: list[int]
+    """E of every layer."""
+    shared: list[int]
+    """How many of them always run, counted from 0."""
+
+    def mask(self, layer: int) -> Bools:
+        """Which experts ran `[T, E]` in this layer, the shared ones first."""
+        return np.unpackbits(self.packed[layer], axis=1, count=self.experts[layer]).astype(bool)
+
+    def take(self, index: Bools | Ints) -> "RoutingSample":
+        """These tokens of the sample."""
+        return RoutingSample(
+            self.documents,
+            self.tokens.take(index),
+            [packed[index] for packed in self.packed],
+            self.experts,
+            self.shared,
+        )
+
+
+class RoutingSampler:
+    """Collects a `RoutingSample` during the pass, from documents drawn evenly beforehand."""
+
+    def __init__(self, documents: Documents, chosen_D: Bools, layers: int) -> None:
+        self.documents, self.chosen_D = documents, chosen_D
+        self.tokens: list[Tokens] = []
+        self.packed: list[list[NDArray[np.uint8]]] = [[] for _ in range(layers)]
+        self.experts, self.shared = [0] * layers, [0] * layers
+
+    def add(self, ledger: Ledger) -> None:
+        """Take in one layer and chunk of tokens."""
+        layer = ledger.layer
+        self.experts[layer], self.shared[layer] = ledger.experts, ledger.module.shared
+        keep_T = self.chosen_D[ledger.tokens.document_T]
+        if not keep_T.any():
+            return
+        if layer == 0:
+            self.tokens.append(ledger.tokens.take(keep_T))
+        mask_TE = ledger.mask_TE.cpu().numpy()[keep_T]
+        self.packed[layer].append(np.packbits(mask_TE, axis=1))
+
+    def part(self, layer: int) -> tuple[list[Tokens], list[NDArray[np.uint8]]]:
+        """What was heard of a layer, with the tokens beside the first: what `merge` takes."""
+        return (self.tokens if layer == 0 else [], self.packed[layer])
+
+    def merge(self, layer: int, part: tuple[list[Tokens], list[NDArray[np.uint8]]]) -> None:
+        """Take in what was heard of other documents."""
+        self.tokens += part[0]
+        self.packed[layer] += part[1]
+
+    def sample(self) -> RoutingSample:
+        """What was collected, in the order of the documents."""
+        found = RoutingSample(
+            self.documents,
+            Tokens.join(self.tokens),
+            [np.concatenate(packed) for packed in self.packed],
+            self.experts,
+            self.shared,
+        )
+        document_T = found.tokens.document_T
+        if (np.diff(document_T) >= 0).all():
+            return found
+        return found.take(np.argsort(document_T, kind="stable"))
+
+
+def drawn_documents(tokens_D: Ints, limit: int, seed: int, among_D: Bools | None = None) -> Bools:
+    """Documents `[D]` drawn at random until they hold `limit` tokens, at least one; all where they hold
+    fewer. `among_D` says which may be drawn; left out, any."""
+    order_D = np.random.default_rng(seed).permutation(len(tokens_D))
+    if among_D is not None:
+        order_D = order_D[among_D[order_D]]
+    within_D = np.cumsum(tokens_D[order_D]) <= limit
+    within_D[:1] = True
+    chosen_D = np.zeros(len(tokens_D), dtype=bool)
+    chosen_D[order_D[within_D]] = True
+    return chosen_D

@@ -1,0 +1,166 @@
+"""Which tokens every expert is for, and how much a layer sorts tokens by their id.
+
+    recall P(v|e), precision P(e|v), lift log2 P(e|v) / P(e), and the weighted log-odds z of Monroe,
+    Colaresi and Quinn 2008 ("Fightin' Words", eq. 22), whose Dirichlet prior is the tokens' own
+    frequencies with the weight of one token per type: it keeps rare tokens from leading every list.
+
+z orders tokens; it counts tokens as if they were independent, so it is no test.
+
+Shapes: T tokens, V token types, E routed experts, C pairs of type and document, J jackknife groups.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from moefy.data.documents import Ints
+from moefy.evaluation.statistics import LEVEL
+from moefy.inspection.routing.frame import MIN_COUNT, Doubles, Groups, Routed, RoutingFrame
+from moefy.inspection.texts.tokens import NONE
+
+Columns = dict[str, Any]
+
+SHOWN = 20
+"""Tokens listed at each end for every expert and kind."""
+KINDS = ("current", "previous", "target", "predicted")
+SHUFFLES = 10
+JACKKNIFE = 20
+"""Groups of units that are left out in turn for the interval of vocabulary specialization."""
+
+
+def log_odds(ran_VE: Doubles, all_V1: Doubles) -> Doubles:
+    """Weighted log-odds z `[V, E]` of every type, in the tokens that an expert ran against those that
+    it did not, from counts; 0 where an expert ran for all tokens or none."""
+    off_VE = all_V1 - ran_VE
+    prior_V1 = all_V1 / all_V1.sum() * len(all_V1)
+    total = prior_V1.sum()
+
+    def log_odd(count_VE: Doubles) -> Doubles:
+        smooth_VE = count_VE + prior_V1
+        return np.asarray(np.log(smooth_VE / (count_VE.sum(0) + total - smooth_VE)))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        away_VE = log_odd(ran_VE) - log_odd(off_VE)
+        z_VE = away_VE / np.sqrt(1 / (ran_VE + prior_V1) + 1 / (off_VE + prior_V1))
+    idle_E = (ran_VE.sum(0) == 0) | (off_VE.sum(0) == 0)
+    return np.where(idle_E | ~np.isfinite(z_VE), 0.0, z_VE)
+
+
+def token_lists(frame: RoutingFrame, routed: Routed, shown: int = SHOWN) -> Columns:
+    """Table `tokens`: for every expert and kind the types of highest and lowest z.
+
+    Types with fewer than 10 occurrences are left out; so are experts that always or never run.
+    """
+    parts = [_of_kind(frame, routed, kind, shown) for kind in KINDS]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _of_kind(frame: RoutingFrame, routed: Routed, kind: str, shown: int) -> Columns:
+    tokens = frame.sample.tokens
+    ids_T = {
+        "current": tokens.ids_T,
+        "previous": tokens.previous_T,
+        "target": tokens.target_T,
+        "predicted": tokens.predicted_T,
+    }[kind]
+    known_T = ids_T != NONE
+    types, index_T = np.unique(ids_T[known_T], return_inverse=True)
+    mask_TE = routed.mask_TE[known_T]
+    # Counts by type and document first: what is listed says in how many documents it was seen.
+    pairs = Groups.of(index_T, frame.document.index_T[known_T])
+    ran_CE = pairs.sums(mask_TE)
+    by_type = Groups(pairs.first(index_T), len(types))
+    ran_VE = by_type.sums(ran_CE).astype(np.float64)
+    documents_VE = by_type.sums((ran_CE > 0).astype(np.float32))
+    all_V1 = np.bincount(index_T, minlength=len(types)).astype(np.float64)[:, None]
+    often_V = np.flatnonzero(all_V1[:, 0] >= MIN_COUNT)
+    z_VE = log_odds(ran_VE, all_V1)[often_V]
+    moves_E = np.flatnonzero((routed.load_E > 0) & (routed.load_E < 1))
+    at_NE, end_N = _ends(z_VE[:, moves_E], shown)
+    v = often_V[at_NE].T.ravel()
+    e = np.repeat(moves_E, len(end_N))
+    precision = ran_VE[v, e] / all_V1[v, 0]
+    load_E = ran_VE.sum(0) / max(all_V1.sum(), 1)
+    with np.errstate(divide="ignore"):
+        lift = np.log2(precision / load_E[e])
+    return {
+        "layer": np.full(len(v), routed.layer),
+        "expert": e + routed.shared,
+        "kind": np.full(len(v), kind),
+        "end": np.tile(end_N, len(moves_E)),
+        "token": types[v],
+        "count": ran_VE[v, e].astype(np.int64),
+        "total": all_V1[v, 0].astype(np.int64),
+        "documents": documents_VE[v, e].astype(np.int64),
+        "recall": ran_VE[v, e] / ran_VE.sum(0)[e],
+        "precision": precision,
+        "lift": lift,
+        "z": z_VE[at_NE, moves_E].T.ravel(),
+    }
+
+
+def _ends(z_VE: Doubles, shown: int) -> tuple[Ints, NDArray[np.str_]]:
+    """Rows of the highest, then of the lowest z of every column, and which end each is."""
+    top = min(shown, (len(z_VE) + 1) // 2)
+    bottom = min(shown, len(z_VE) - top)
+    order_VE = np.argsort(-z_VE, axis=0, kind="stable")
+    at_NE = np.concatenate([order_VE[:top], order_VE[len(order_VE) - bottom :][::-1]])
+    return at_NE, np.array(["top"] * top + ["bottom"] * bottom)
+
+
+def vocabulary_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
+    """Columns `vs`, `vs_null`, `vs_adj` of one layer.
+
+    VS is the mean over token types of the largest share that an expert takes (OLMoE), over types that
+    occur 10 times or more. Small counts alone raise it, so it is set against the mean over shuffles of
+    routing among tokens within (document, position bin): `(VS - null) / (1 - null)`. The interval is
+    a delete-one-group jackknife over 20 groups of units, shuffles included.
+    """
+    often_T = frame.token.count_C[frame.token.index_T] >= MIN_COUNT
+    random = np.random.default_rng([frame.seed, routed.layer])
+    groups = min(JACKKNIFE, frame.units)
+    group_G = random.permutation(frame.units) % groups
+    group_T = group_G[frame.unit_D[frame.document.index_T]]
+    cells = Groups.of(frame.token.index_T[often_T], group_T[often_T])
+    type_C, group_C = cells.first(frame.token.index_T[often_T]), cells.first(group_T[often_T])
+    types, type_C = np.unique(type_C, return_inverse=True)
+    if not len(types) or not routed.experts:
+        return {name: np.array([np.nan]) for name in ("vs", "vs_null", "vs_adj")} | {
+            "vs_adj_low": np.array([np.nan]),
+            "vs_adj_high": np.array([np.nan]),
+            "vs_types": [0],
+        }
+
+    def mean_of_largest(places_T: Ints) -> Doubles:
+        """VS without each group `[J]`, then with all."""
+        ran_CE, size_C = cells.sums(routed.mask_TE[places_T][often_T]), cells.count_C
+        by_type = Groups(type_C, len(types))
+        all_VE, all_V = by_type.sums(ran_CE), np.bincount(type_C, size_C)
+        found = []
+        for group in range(groups + 1):
+            here_C = group_C == group
+            left_VE, left_V = all_VE.copy(), all_V.copy()
+            left_VE[type_C[here_C]] -= ran_CE[here_C]
+            left_V[type_C[here_C]] -= size_C[here_C]
+            has_V = left_V > 0
+            found.append(float((left_VE[has_V].max(1) / left_V[has_V]).mean(dtype=np.float64)))
+        return np.array(found)
+
+    vs_J = mean_of_largest(np.arange(len(frame)))
+    nulls = [mean_of_largest(frame.shuffled(frame.stratum, random)) for _ in range(SHUFFLES)]
+    null_J = np.mean(nulls, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        adj_J = (vs_J - null_J) / (1 - null_J)
+    left_J, whole = adj_J[:-1], adj_J[-1]
+    error = np.sqrt((groups - 1) / groups * ((left_J - left_J.mean()) ** 2).sum())
+    reach = stats.t.ppf((1 + LEVEL) / 2, groups - 1) * error
+    return {
+        "vs": vs_J[-1:],
+        "vs_null": null_J[-1:],
+        "vs_adj": np.array([whole]),
+        "vs_adj_low": np.array([whole - reach]),
+        "vs_adj_high": np.array([whole + reach]),
+        "vs_types": [len(types)],
+    }

@@ -1,0 +1,161 @@
+"""All statistics of routing, layer by layer, as tables.
+
+    layers, experts      one row each: load, what explains it, lexical router, specialization
+    domains, tokens      what every expert is for
+    pairs, duplicates, layer_pairs    what runs together
+    dead, positions      experts that never ran; load by position
+    routing              one row for the model: its layers' figures together
+
+Pure functions of a `RoutingSample`; docs/inspection.md defines every column.
+
+Shapes: T tokens, E experts.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefy.evaluation.statistics import q_values
+from moefy.inspection.routing.coactivation import (
+    FAR_TOKENS,
+    Pairs,
+    best_phi,
+    between_layers,
+    pair_tables,
+    within_layer,
+)
+from moefy.inspection.routing.explained import explained
+from moefy.inspection.routing.frame import (
+    MANY_EXPERTS,
+    Routed,
+    RoutingFrame,
+    Totals,
+    added,
+    ratio_columns,
+)
+from moefy.inspection.routing.lexical import domain_specialization, lexical_router
+from moefy.inspection.routing.load import load
+from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing.specialization import (
+    KINDS,
+    SHOWN,
+    token_lists,
+    vocabulary_specialization,
+)
+from moefy.inspection.texts.table import Table, joined, table
+from moefy.run.console import Reporter
+
+TOKEN_ROWS = 400_000
+"""Most rows of the table `tokens`; with more experts fewer tokens are listed of each."""
+
+Columns = dict[str, Any]
+
+
+def routing_statistics(
+    sample: RoutingSample,
+    vocabulary: int,
+    *,
+    seed: int = 0,
+    report: Reporter | None = None,
+) -> dict[str, Table]:
+    """Every statistic of the routing of a sample; `vocabulary` is the model's number of token ids.
+
+    Raises `CorpusError` for samples of under three documents.
+    """
+    report = report or Reporter(quiet=True)
+    frame = RoutingFrame(sample, seed)
+    assert int(frame.sample.tokens.ids_T.max()) < vocabulary
+    found = _Found(frame)
+    for layer in report.track(range(len(sample.packed)), "statistics of routing"):
+        found.add(frame.routed(layer))
+    return found.tables()
+
+
+class _Found:
+    """Collects the parts of every layer."""
+
+    def __init__(self, frame: RoutingFrame) -> None:
+        self.frame = frame
+        self.parts: dict[str, list[Columns]] = {}
+        self.totals: list[Totals] = []
+        self.pairs: list[Pairs] = []
+        self.before: Routed | None = None
+        self.layers: list[int] = []
+        """Layers that have pairs."""
+        self.masks: list[NDArray[np.bool_]] = []
+        random = np.random.default_rng(frame.seed)
+        self.drawn_T = np.sort(random.permutation(len(frame))[:FAR_TOKENS])
+        experts = sum(frame.sample.experts) * len(KINDS) * 2
+        self.shown = int(np.clip(TOKEN_ROWS // max(experts, 1), 1, SHOWN))
+
+    def add(self, routed: Routed) -> None:
+        """Take in one layer."""
+        frame = self.frame
+        parts = load(frame, routed)
+        layer, experts = parts.pop("layers"), parts.pop("experts")
+        bits = explained(frame, routed)
+        totals = bits.totals(frame.tokens_D.astype(np.float64)) | lexical_router(frame, routed)
+        self.totals.append(totals)
+        layer |= ratio_columns(frame, totals) | vocabulary_specialization(frame, routed)
+        experts |= bits.experts(frame, routed)
+        if routed.experts <= MANY_EXPERTS:
+            parts["domains"] = domain_specialization(frame, routed)
+            parts["tokens"] = token_lists(frame, routed, self.shown)
+            layer |= self._together(routed)
+        everyone = np.arange(routed.shared + routed.experts)
+        parts["layers"] = {"layer": [routed.layer]} | layer
+        parts["experts"] = {"layer": [routed.layer] * len(everyone), "expert": everyone} | experts
+        for name, columns in parts.items():
+            self.parts.setdefault(name, []).append(columns)
+
+    def _together(self, routed: Routed) -> Columns:
+        """Co-activation; the columns of `layers` that come of it."""
+        inside = within_layer(self.frame, routed)
+        self.pairs.append(inside)
+        if self.before is not None and self.before.layer == routed.layer - 1:
+            self.pairs.append(between_layers(self.frame, self.before, routed))
+        self.before = routed
+        self.layers.append(routed.layer)
+        self.masks.append(routed.mask_TE[self.drawn_T] > 0)
+        phi_P = np.abs(inside.figures["phi"])
+        phi_P = phi_P[~np.isnan(phi_P)]
+        chance = (routed.active_T.mean() - 1) / max(routed.experts - 1, 1)
+        return {
+            "together_chance": np.array([max(chance, 0.0)]),
+            "phi_mean": np.array([phi_P.mean() if len(phi_P) else np.nan]),
+            "phi_max": np.array([phi_P.max(initial=0.0)]),
+        }
+
+    def tables(self) -> dict[str, Table]:
+        """All tables; a q is over the whole table that it stands in."""
+        found = {name: joined([table(p) for p in parts]) for name, parts in self.parts.items()}
+        if "domains" in found:
+            for end in ("", "_adj"):
+                p = np.concatenate([part[f"p{end}"] for part in self.parts["domains"]])
+                found["domains"] |= table({f"q{end}": q_values(p)})
+        if self.pairs:
+            pairs, counts = pair_tables(self.pairs)
+            found |= {name: table(columns) for name, columns in pairs.items()}
+            found["layer_pairs"] = self._layer_pairs(counts)
+        totals = {"tokens": [len(self.frame)], "documents": [len(self.frame.tokens_D)]}
+        figures = ratio_columns(self.frame, added(self.totals))
+        return found | {"routing": table(totals | {"units": [self.frame.units]} | figures)}
+
+    def _layer_pairs(self, counts: dict[tuple[int, int], dict[str, int]]) -> Table:
+        """Every layer with itself and with every other; None where pairs were not tested."""
+        best = best_phi(self.layers, self.masks, self.frame.seed)
+        keys = [*((layer, layer) for layer in self.layers), *best]
+        none = (None, None)
+        return table(
+            {
+                "layer_a": [first for first, _ in keys],
+                "layer_b": [second for _, second in keys],
+                "phi_best": [best.get(key, none)[0] for key in keys],
+                "phi_best_null": [best.get(key, none)[1] for key in keys],
+                **{
+                    name: [counts.get(key, {}).get(name) for key in keys]
+                    for name in ("pairs", "pairs_found", "pairs_shown", "duplicates")
+                },
+            }
+        )

@@ -1,0 +1,141 @@
+"""What `moefy inspect` prints: page one, what explains routing, and the experts that matter most."""
+
+from typing import Any
+
+from moefy.inspection.record import Inspection
+from moefy.inspection.texts.table import rows
+
+STRONGEST = 10
+CONTEXT = 12
+"""Tokens that are shown before one."""
+_SHARES = {
+    "share_token": "the token",
+    "share_previous": "the token before",
+    "share_domain": "the domain",
+    "share_position": "the position",
+}
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def page_one(inspection: Inspection) -> Rows:
+    """Header and rows of the honesty box."""
+    found = []
+    for entry in inspection.honesty.values():
+        shown = _ranged(entry["value"], entry.get("low"), entry.get("high"))
+        found.append([shown, entry["what"], entry.get("verdict") or ""])
+    return ["figure", "what it is", "so"], found
+
+
+def explained(inspection: Inspection) -> Rows:
+    """Header and rows of what predicts which experts run, layer by layer."""
+    layers = rows(inspection.tables.get("layers", {}))
+    names = [name for name in _SHARES if layers and name in layers[0]]
+    header = ["layer", *(_SHARES[name] for name in names), "not explained"]
+    found = []
+    for row in layers:
+        shares = [row[name] for name in names]
+        rest = None if None in shares else 1 - sum(shares)
+        cells = [_percent(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names]
+        found.append([inspection.layers[row["layer"]], *cells, _percent(rest)])
+    return header, found
+
+
+def strongest(inspection: Inspection) -> Rows:
+    """Header and rows of the experts whose ablation harms one domain most beyond the others."""
+    causal = [
+        row
+        for row in rows(inspection.tables.get("causal", {}))
+        if row["model"] == "dense" and row["mode"] == inspection.meta["settings"]["mode"]
+        if row["csi"] is not None
+    ]
+    causal.sort(key=lambda row: row["csi"], reverse=True)
+    header = [
+        "expert",
+        "domain",
+        "selectivity, nats",
+        "CE increase, nats",
+        "beside random sets",
+        "q",
+    ]
+    found = []
+    for row in causal[:STRONGEST]:
+        place = "" if row["percentile"] is None else f"percentile {row['percentile']:.0f}"
+        found.append(
+            [
+                f"L{row['layer']}.E{row['expert']}",
+                row["domain"],
+                _ranged(row["csi"], row["csi_low"], row["csi_high"]),
+                _ranged(row["ce"], row["ce_low"], row["ce_high"]),
+                place + (f", z {row['z_random']:.1f}" if row["z_random"] is not None else ""),
+                "" if row["q"] is None else f"{row['q']:.3f}",
+            ]
+        )
+    return header, found
+
+
+def _ranged(value: Any, low: Any, high: Any) -> str:
+    if value is None:
+        return "not known"
+    if not isinstance(value, float):
+        return str(value)
+    shown = f"{value:.4g}"
+    return shown if low is None or high is None else f"{shown} [{low:.3g}, {high:.3g}]"
+
+
+def _percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    if value is None:
+        return ""
+    shown = f"{value:.1%}"
+    return shown if low is None or high is None else f"{shown} [{low:.1%}, {high:.1%}]"
+
+
+def differences(inspection: Inspection) -> Rows:
+    """Header and rows of where two models differ: all tokens, domains, classes of tokens."""
+    header = [
+        "tokens",
+        "delta, nats",
+        "KL, nats",
+        "share of losses",
+        "share of tokens",
+        "documents",
+    ]
+    total = rows(inspection.table("hunt_summary"))[0]
+    found = [["all", *_difference(total), "", "", str(total["documents"])]]
+    for name, key in (("hunt_domains", "domain"), ("hunt_classes", "class")):
+        for row in rows(inspection.table(name)):
+            shares = [_percent(row[column]) for column in ("share_of_losses", "share_of_tokens")]
+            found.append([row[key], *_difference(row), *shares, str(row["documents"])])
+    return header, found
+
+
+def _difference(row: dict[str, Any]) -> list[str]:
+    return [_ranged(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("delta", "kl")]
+
+
+def saturated(inspection: Inspection) -> Rows:
+    """Header and rows of how much routing two models with the same experts share, layer by layer."""
+    names = {
+        "saturation": "shared experts",
+        "saturation_load": "by load alone",
+        "saturation_chance": "by chance",
+    }
+    found = [
+        [str(row["layer"]), *(_percent(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)]
+        for row in rows(inspection.table("saturation"))
+    ]
+    return ["layer", *names.values()], found
+
+
+def tails(inspection: Inspection) -> Rows:
+    """Header and rows of the tokens that change most, either way, in context."""
+    found = []
+    for row in rows(inspection.table("hunt")):
+        if row["rank"] < STRONGEST:
+            text = inspection.texts[str(row["document"])]
+            at, ends = row["position"], text["ends"]
+            before = text["text"][ends[max(0, at - CONTEXT)] : ends[at]]
+            after = text["text"][ends[at] : ends[min(at + 1, len(ends) - 1)]]
+            shown = "".join(c if c.isprintable() else "\u00b7" for c in f"{before}[{after}]")
+            found.append([row["tail"], f"{row['delta']:+.2f}", row["domain"], shown])
+    return ["", "delta, nats", "domain", "context, and the token that comes next"], found

@@ -1,1 +1,0 @@
-"""What the experts of a moefied model do: descriptions, causes, controls, as plain tables."""

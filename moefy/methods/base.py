@@ -1,0 +1,183 @@
+"""What every router, selection and compensation is, and the compensation that adds nothing.
+
+Shapes: T tokens, D width, E routed experts.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moefy.models.mlp import DenseMlp
+
+
+@dataclass
+class Context:
+    """What is known of one forward pass beyond the input of a layer."""
+
+    mask_BT: Tensor | None = None
+    """Positions that hold tokens, for the tokens of this pass."""
+    batch: int = 1
+    """Sequences in the batch."""
+    cache: object | None = None
+    """The key-value cache, whose identity stands for the sequences that are being generated."""
+    prompt: bool = True
+    """Whether nothing came before these tokens: prefill, or a pass without a cache."""
+    previous_TD: Tensor | None = None
+    """Input of the MLP before this one in the same pass, for routers that look ahead."""
+
+
+class Router(nn.Module):
+    """Scores `[T, E]` of the routed experts from the input of the MLP; a higher score runs first.
+
+    Subclasses take `(width, experts, hidden)` and may ignore what they do not need. Their
+    parameters and buffers are what is saved.
+    """
+
+    trainable: ClassVar[bool] = True
+    """Whether there is something to fit after `initialise`."""
+    deployable: ClassVar[bool] = True
+    """False for routers that need the very work they are meant to save."""
+    reads_input_alone: ClassVar[bool] = False
+    """True where nothing is taken from gate and up rows, so that it can score attention heads."""
+
+    @classmethod
+    def make(cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]) -> "Router":
+        """The router of a layer of `neurons` routed neurons; `settings` is `router` of its entry."""
+        return cls(width, experts, settings["hidden"])
+
+    @property
+    def computes_gate(self) -> bool:
+        """True where scores are made of every neuron's gate, which is then not computed again.
+
+        Such a router defines `scores`.
+        """
+        return False
+
+    def scores(self, gate_TN: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]` from gates before their activation `[T, N]`, where `computes_gate`."""
+        raise TypeError(f"{type(self).__name__} does not score by gates")
+
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
+        """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
+
+    def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]`; `mlp` holds the routed neurons in expert order."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def weights_read(self, mlp: DenseMlp) -> int:
+        """Weights read for one token: what this router adds to the active budget."""
+        return sum(value.numel() for value in self.state_dict().values())
+
+    def products(self, mlp: DenseMlp) -> int:
+        """Multiplications for one token: what this router adds to the computed share."""
+        return self.weights_read(mlp)
+
+
+class Selection:
+    """Turns scores `[T, E]` into the mask `[T, E]` (bool) of the experts that run."""
+
+    by_score: ClassVar[bool] = True
+    """Whether a higher score of one token alone decides, as straight-through training needs."""
+    varies: ClassVar[bool] = False
+    """Whether tokens may run different numbers of experts."""
+
+    @classmethod
+    def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Selection":
+        """Settings with which `active` experts run on average for these scores, never over `most`."""
+        raise TypeError(f"{cls.__name__} does not define fit")
+
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
+        """The mask `[T, E]`."""
+        raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    def remembered(self, context: Context) -> Tensor | None:
+        """The mask where it needs no scores of these tokens; None where it does.
+
+        One row for each sequence of the batch, which holds for all of its tokens.
+        """
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that rebuild this selection: `type(self)(**settings)`."""
+        return dict(vars(self))
+
+
+class Compensation(nn.Module):
+    """What is added for the experts that did not run; zero where every expert runs.
+
+    Subclasses take `(width, experts, rank)`, or define `make`. Their parameters and buffers are what is saved; no
+    parameter needs a gradient unless distillation asks for it.
+    """
+
+    adds: ClassVar[bool] = True
+    """False where there is nothing to add, whatever runs."""
+    centres: ClassVar[bool] = False
+    """Whether neurons that are off stand at a constant of their own, from which all is counted."""
+
+    @classmethod
+    def make(cls, width: int, experts: int, neurons: int, rank: int) -> "Compensation":
+        """The compensation of a layer of `neurons` routed neurons."""
+        return cls(width, experts, rank)
+
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, active: int) -> None:
+        """Find, from a sample of inputs, what has to be known before anything is routed.
+
+        `mlp` has the routed neurons in fp32 and expert order; `active` experts are going to run.
+        """
+
+    def centred(self, mlp: DenseMlp) -> DenseMlp:
+        """The same function counted from where its neurons stand when off; or `mlp` itself."""
+        return mlp
+
+    def follow(self, mlp: DenseMlp) -> None:
+        """Take note that training has changed the weights of the layer."""
+
+    def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
+        """Set the parameters from inputs `[T, D]`, activations `[T, N]` and masks `[T, E]`.
+
+        All cover the routed neurons and come in chunks of tokens, so that memory does not grow with
+        the sample; `chunks` may be walked through more than once.
+        """
+
+    def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
+        """The compensation `[T, D]`, or None where there is none at all.
+
+        The mask is bool, or, in training, a number per expert that carries a gradient.
+        """
+        return None
+
+    def weights_read(self, active: float) -> float:
+        """Weights read for a token that runs `active` experts: what this adds to the budget."""
+        return 0
+
+
+def stored(router: Router, compensation: Compensation) -> dict[str, Tensor]:
+    """Their tensors, by the names that the side file gives them within a layer."""
+    return {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part, module in (("router", router), ("compensation", compensation))
+        for name, value in module.state_dict().items()
+    }
+
+
+def frozen(*shape: int) -> nn.Parameter:
+    """A parameter of zeros without a gradient."""
+    return nn.Parameter(torch.zeros(*shape), requires_grad=False)
+
+
+def off(mask_TE: Tensor) -> Tensor:
+    """1 where an expert is off, 0 where it is on, in fp32 or wider `[T, E]`."""
+    wide = mask_TE.dtype if mask_TE.is_floating_point() else torch.float32
+    return 1 - mask_TE.to(torch.promote_types(wide, torch.float32))
+
+
+class NoCompensation(Compensation):
+    """Adds nothing."""
+
+    adds = False
+
+    def __init__(self, width: int, experts: int, rank: int) -> None:
+        super().__init__()

@@ -1,0 +1,1 @@
+"""Compensations stand in for experts that are off; `tables.py` has the table."""

@@ -1,0 +1,1 @@
+"""Which expert owns each neuron of one layer: one file a method; `partition.py` has the table."""

@@ -1,0 +1,1 @@
+"""Routers score the experts of a layer for every token: one file each; `tables.py` has the table."""

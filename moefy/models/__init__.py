@@ -1,0 +1,1 @@
+"""A checkpoint on disk, and where its MLPs and attention blocks are."""

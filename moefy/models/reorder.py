@@ -1,0 +1,77 @@
+"""Put the neurons of a written checkpoint into expert order, or back: `convert` and `revert`."""
+
+import shutil
+from pathlib import Path
+
+from moefy.errors import MoefyError
+from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
+from moefy.models.checkpoint import Checkpoint, copy_folder, outline, overwrite
+from moefy.models.config import read_config
+from moefy.models.locate import Site, disk_names, meta_model, permute, sites
+from moefy.run.console import Reporter
+from moefy.run.output import OutputFolder
+
+
+def reorder(
+    source: Checkpoint,
+    target: Path,
+    found: list[Site],
+    artefact: Artefact,
+    report: Reporter,
+    *,
+    inverse: bool = False,
+) -> Checkpoint:
+    """Write the weights of `source` into the folder `target`, the neurons of every MLP in expert order.
+
+    One tensor is in memory at a time; each is read once and written once. Files that hold no weights
+    are the caller's to copy.
+    """
+    written = outlined(source, target)
+    names = disk_names(meta_model(read_config(source)), source.tensors)
+    owners = {name: site for site in found for name in site.neuron_axes}
+    for disk in report.track(source.tensors, "restore tensors" if inverse else "write tensors"):
+        tensor, name = source.read(disk), names.get(disk, "")
+        if site := owners.get(name):
+            order_N = artefact.permutation(site.index)
+            tensor = permute(site, name, tensor, order_N.argsort() if inverse else order_N)
+        overwrite(written.tensors[disk], tensor)
+    return written
+
+
+def outlined(source: Checkpoint, target: Path) -> Checkpoint:
+    """`target` with the weight files of `source`, which lack nothing but their tensors."""
+    for file in source.files:
+        outline(file, target / file.name)
+    return Checkpoint.open(target)
+
+
+def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
+    """Write the dense checkpoint that `folder` was made from: every tensor byte for byte.
+
+    Raises `MoefyError` where training has changed the weights since, and for an adapter, whose
+    source never changed.
+    """
+    folder, report = Path(folder), Reporter(quiet=True)
+    artefact = read_artefact(folder)
+    if artefact.form == ADAPTER:
+        raise MoefyError(
+            f"{folder}: an adapter; its source '{artefact.source['name']}' is unchanged, use that"
+        )
+    if artefact.weights_modified:
+        raise MoefyError(
+            f"{folder}: training has changed the weights, the source cannot be had back from it; "
+            f"export it with --to dense, or use '{artefact.source['name']}'"
+        )
+    output = OutputFolder(Path(out))
+    output.begin("revert", resume=False, overwrite=overwrite)
+    finished = output.work / "model"
+    with output.full_disk():
+        source = Checkpoint.open(folder)
+        output.need(source.bytes)
+        weights = {file.name for file in source.files}
+        copy_folder(folder, finished, skip={META, SIDE, "records.json", "README.md", *weights})
+        if (finished / "README.source.md").exists():
+            shutil.move(finished / "README.source.md", finished / "README.md")
+        found = sites(meta_model(read_config(source)))
+        reorder(source, finished, found, artefact, report, inverse=True)
+    output.commit(finished)

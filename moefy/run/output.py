@@ -1,0 +1,104 @@
+"""The folder that a run writes: it appears under its name only when it is complete."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from moefy.errors import OutputError
+
+NOTHING = 2**20
+"""Bytes free on a disk that counts as full."""
+
+
+class OutputFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Work goes on in a hidden folder beside it, which stays when a run is killed, so that the next
+    one may resume. `fingerprint` says which run it belongs to.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.work = out.parent / f".{out.name}.moefy-unfinished"
+
+    def begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
+        """Make the work folder; True where an unfinished run is taken up.
+
+        Raises `OutputError` where something is in the way that nobody said to overwrite.
+        """
+        if self.out.exists() and not overwrite:
+            raise OutputError(
+                f"{self.out}: exists already; choose another name or pass --overwrite"
+            )
+        stamp = self.work / "fingerprint"
+        if self.work.exists():
+            if resume:
+                if not stamp.exists() or stamp.read_text() == fingerprint:
+                    stamp.write_text(fingerprint)
+                    return True
+                raise OutputError(
+                    f"{self.out}: the unfinished run was started with another model, recipe or "
+                    "corpus; repeat those, or pass --overwrite to start anew"
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{self.out}: an unfinished run lies in {self.work.name}; pass --resume to "
+                    "continue it or --overwrite to start anew"
+                )
+            shutil.rmtree(self.work)
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be written ({error.strerror})") from None
+        stamp.write_text(fingerprint)
+        return False
+
+    def need(self, size: int) -> None:
+        """Raise `OutputError`, and leave no work behind, where the disk has less than `size` bytes free."""
+        free = shutil.disk_usage(self.work).free
+        if free < size:
+            self.discard()
+            raise OutputError(
+                f"{self.out}: needs {size / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+                "free some or choose another place"
+            )
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Turn a disk that fills up meanwhile into an `OutputError`; what is done stays."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._is_full(error):
+                raise
+            raise OutputError(
+                f"{self.out}: the disk is full; free some room and pass --resume, nothing is lost"
+            ) from error
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether this is what is raised on a full disk: by Python, by safetensors, by torch."""
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError):
+            return error.errno in codes
+        if isinstance(error, SafetensorError):
+            return any(f"os error {code}" in str(error) for code in codes)
+        # torch's writer does not say why it failed; what it has written still fills the disk.
+        return shutil.disk_usage(self.out.parent).free < NOTHING
+
+    def discard(self) -> None:
+        """Drop the work of a run that left nothing to go on with."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def commit(self, finished: Path) -> None:
+        """Put the finished folder in its place by rename and drop the rest of the work."""
+        old = self.out.parent / f".{self.out.name}.moefy-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            self.out.replace(old)
+        finished.replace(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)

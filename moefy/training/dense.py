@@ -1,0 +1,56 @@
+"""Training a dense model on text: the control of recovery, and what sparsifying does."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moefy.conversion.optimise import matched
+from moefy.data.corpus import Batch, Sample
+from moefy.evaluation.outputs import Objective, nats, say
+from moefy.run.console import Reporter
+from moefy.training.loop import Outcome, fine_tune, make_accelerator
+from moefy.training.parts import in_training
+from moefy.training.recipe import TrainingRecipe
+
+
+@torch.no_grad()
+def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Mean cross-entropy of the predicted tokens, in nats."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        found_J = nats(say(model, batch))
+        total, tokens = total + float(found_J.sum()), tokens + len(found_J)
+    return total / tokens
+
+
+def train_dense(
+    model: PreTrainedModel,
+    objective: Objective,
+    train: list[Sample],
+    held: list[Batch],
+    recipe: TrainingRecipe,
+    *,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train all parameters of `model` in place."""
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(recipe)
+    nn.Module.to(model, accelerator.device)
+    in_training(model, recipe.gradient_checkpointing)
+    model.requires_grad_(True)
+
+    def check() -> dict[str, Any]:
+        return {"held_out_loss": cross_entropy(model, held)}
+
+    outcome = fine_tune(
+        model, matched(model.parameters(), recipe.learning_rate), objective, train, recipe,
+        accelerator=accelerator, check=check, folder=folder, report=report, what=what,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    accelerator.free_memory()
+    return outcome

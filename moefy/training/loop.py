@@ -1,0 +1,327 @@
+"""The training loop: steps, checks on held-out text, checkpoints, a log, and a stop where it diverges.
+
+Accelerate runs it in one process or in many (`accelerate launch`); each process takes its share of the
+documents of a step, and gradients are those of the mean over all of the step's tokens.
+
+Files in the work folder: `checkpoint` (what `Accelerator.save_state` writes, replaced by rename) and
+`log.jsonl`, one line a step. Shapes: none of its own.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
+
+from moefy.conversion.optimise import CLIP, draws
+from moefy.data.corpus import IGNORED, Sample, make_batches
+from moefy.errors import CheckpointError, MoefyError
+from moefy.evaluation.outputs import Objective
+from moefy.models.checkpoint import Checkpoint
+from moefy.run.console import Reporter
+from moefy.run.output import OutputFolder
+from moefy.run.processes import launched
+from moefy.run.provenance import versions
+from moefy.training.recipe import TrainingRecipe
+
+WARMUP = 0.05
+"""Share of the steps over which the learning rate rises."""
+
+WORSE = 1.5
+"""Held-out loss over that before training at which a check does not pass."""
+
+PATIENCE = 2
+"""Checks in a row that do not pass after which training stops."""
+
+
+class Diverged(MoefyError):
+    """Training went wrong before there was anything good to keep."""
+
+
+Check = Callable[[], dict[str, Any]]
+"""Figures on held-out text; `held_out_loss` among them decides whether training goes well."""
+
+
+@dataclass
+class Outcome:
+    """How a training went."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Predicted tokens that were trained on."""
+    stopped: str | None = None
+    """Why it ended early; the model is then that of the last checkpoint."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """The check before the first step."""
+    after: dict[str, Any] = field(default_factory=dict)
+    """The last check that passed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint kept."""
+        vars(self).update(state)
+
+
+def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
+    """Accelerate as the environment says (`accelerate launch`), in the recipe's precision.
+
+    Without a GPU it runs on CPUs. Routers and compensations may go unused in a step.
+    """
+    # Accelerate keeps the precision of the first run of a process; each of ours has its own.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+@torch.enable_grad()
+def fine_tune(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    objective: Objective,
+    samples: list[Sample],
+    recipe: TrainingRecipe,
+    *,
+    accelerator: Accelerator,
+    check: Check,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train `model` in place, or go on from the checkpoint in `folder`.
+
+    `groups` are the optimiser's parameter groups. Raises `Diverged` where the loss is not finite
+    before there is a checkpoint to go back to.
+    """
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    outcome = Outcome()
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = _schedule(optimizer, recipe.steps)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule, outcome)
+    parameters = [p for group in groups for p in group["params"]]
+    store = _Store(accelerator, folder)
+    if store.exists:
+        store.load()
+    else:
+        outcome.before = outcome.after = check()
+        store.save()
+    log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
+    failed = 0
+    steps = draws(samples, recipe.batch_tokens, recipe.seed, least=processes)
+    remaining = islice(steps, outcome.steps, recipe.steps)
+    with report.progress(recipe.steps, what, outcome.steps) as progress:
+        for documents in remaining:
+            began = time.perf_counter()
+            counted = sum(map(_predicted, documents))
+            share = documents[rank::processes]
+            row = _backward(wrapped, objective, share, counted, recipe, accelerator)
+            norm = float(accelerator.clip_grad_norm_(parameters, CLIP))
+            row |= {"gradient_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
+            if not math.isfinite(row["loss"] + norm):
+                outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
+                break
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            outcome.steps += 1
+            outcome.tokens += counted
+            row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
+            if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
+                # All processes are to decide alike.
+                checked = broadcast_object_list([check()])[0]
+                row |= checked
+                good = _passes(checked, outcome.before)
+                outcome.after, failed = (checked, 0) if good else (outcome.after, failed + 1)
+            # Before the checkpoint: lines after the newest one are dropped when a run goes on.
+            log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
+            if "held_out_loss" in row and not failed:
+                store.save()
+            progress(_shown(row))
+            if failed == PATIENCE or (failed and outcome.steps == recipe.steps):
+                outcome.stopped = (
+                    f"the held-out loss rose to {checked['held_out_loss']:.4g} at step "
+                    f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
+                )
+                break
+    if outcome.stopped:
+        reason = outcome.stopped
+        store.load()
+        if not outcome.steps:
+            raise Diverged(
+                f"{what}: {reason}, before there was a checkpoint to go back to; lower "
+                "learning_rate"
+            )
+        outcome.stopped = reason
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Warm-up and cosine. The curve of transformers is 0 at both of its ends: one step more than there
+    are, and the first of them left out, so that every step moves the weights."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    warmup = max(1, round(WARMUP * steps))
+    found: LambdaLR = get_cosine_schedule_with_warmup(optimizer, warmup, steps + 1, last_epoch=0)
+    return found
+
+
+def _backward(
+    wrapped: nn.Module,
+    objective: Objective,
+    documents: list[Sample],
+    counted: int,
+    recipe: TrainingRecipe,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
+    sums: dict[str, Tensor] = {}
+    batches = make_batches(documents, tokens=recipe.micro_tokens)
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                found = objective(wrapped, batch)
+            # Processes average their gradients; the mean is to be over tokens.
+            accelerator.backward(found["loss"] * accelerator.num_processes / counted)
+        for name, value in found.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+    return _means(accelerator, sums, counted)
+
+
+def begin(
+    output: OutputFolder, source: Checkpoint, settings: list[Any], *, resume: bool, overwrite: bool
+) -> None:
+    """Make the work folder of a run, or take up the one that `source` and `settings` have decided.
+
+    Raises `OutputError` where something is in the way, or the disk is too small for two checkpoints,
+    one written beside the other (weights and both moments of Adam in fp32), and the result.
+    """
+    processes = launched()
+
+    def first() -> None:
+        decided = [source.hashes(), *settings, processes.count, versions()]
+        stamp = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+        if not output.begin(stamp, resume=resume, overwrite=overwrite):
+            parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+            output.need(2 * 3 * 4 * parameters + source.bytes)
+
+    processes.once(first)
+
+
+class _Store:
+    """The checkpoint in a work folder: always a whole one, replaced by rename."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator = accelerator
+        self.place, self.part = folder / "checkpoint", folder / "checkpoint.part"
+        self.old = folder / "checkpoint.old"
+
+    @property
+    def exists(self) -> bool:
+        return self._newest() is not None
+
+    def _newest(self) -> Path | None:
+        # Killed between the two renames of `save`, the one before is the newest.
+        return next((place for place in (self.place, self.old) if place.exists()), None)
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(self.part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if self.place.exists():
+                shutil.rmtree(self.old, ignore_errors=True)
+                self.place.replace(self.old)
+            self.part.replace(self.place)
+            shutil.rmtree(self.old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """Raises `CheckpointError` where what lies there is damaged or belongs to another run."""
+        place = self._newest()
+        try:
+            self.accelerator.load_state(str(place))
+        except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{place}: is damaged or of another run ({str(error).splitlines()[0][:120]}); put the "
+                "right one back, or pass --overwrite to start anew"
+            ) from error
+
+
+class _Log:
+    """One JSON line a step; steps after the checkpoint that a run goes on from are dropped."""
+
+    def __init__(self, file: Path, steps: int, writes: bool) -> None:
+        self.file, self.writes = file, writes
+        if writes and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= steps]
+            part = file.with_suffix(".part")
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            part.replace(file)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # cut off where the run was killed
+        return math.inf
+
+
+def _predicted(sample: Sample) -> int:
+    """Tokens that a document asks to predict; where it asks for none, its positions."""
+    if sample.targets_T is not None:
+        return int((sample.targets_T != IGNORED).sum())
+    if "pixel_values" in sample.inputs:
+        return 1
+    return max(len(value) for value in sample.inputs.values())
+
+
+def _means(accelerator: Accelerator, sums: dict[str, Tensor], counted: int) -> dict[str, float]:
+    names = sorted(sums)
+    total = torch.stack([sums[name] for name in names]).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
+    return dict(zip(names, (total / counted).tolist(), strict=True))
+
+
+def _passes(checked: dict[str, Any], before: dict[str, Any]) -> bool:
+    loss = checked["held_out_loss"]
+    return math.isfinite(loss) and loss <= WORSE * before["held_out_loss"]
+
+
+def _shown(row: dict[str, float]) -> str:
+    names = {"loss": "loss", "kl": "KL", "held_out_kl": "held-out KL"}
+    parts = [f"{label} {row[name]:.4f}" for name, label in names.items() if name in row]
+    return ", ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])

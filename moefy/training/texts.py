@@ -1,0 +1,51 @@
+"""What training reads: documents to train on, to check on and to evaluate on, none of them twice."""
+
+from dataclasses import dataclass, replace
+
+from moefy.conversion.layer import HELD_OUT_SHARE
+from moefy.data.corpus import Batch, Corpus, Sample, hold_out, sample_length, split_shards
+from moefy.data.inputs import read_batches
+from moefy.errors import CorpusError
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+from moefy.models.locate import meta_model, sites
+from moefy.training.recipe import TrainingRecipe
+
+HELD_OUT_TOKENS = 4096
+EVALUATED_DOCUMENTS = 44
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenized documents."""
+
+    train: list[Sample]
+    held: list[Batch]
+    """For the checks while it trains."""
+    evaluated: list[Batch]
+    """For the figures before and after."""
+
+
+def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: int) -> Texts:
+    """Split a corpus as conversion with this seed splits it: training reads what that fits on.
+
+    Raises `CorpusError` where that is less than one step.
+    """
+    shards = split_shards(text, seed)
+    train, held = hold_out(shards["router"], HELD_OUT_SHARE, seed)
+    train = replace(train, documents=train.documents + shards["partition"].documents)
+    kind = sites(meta_model(read_config(source)))[0].family.kind
+    read = read_batches(source, kind, train, recipe.context)
+    samples = [sample for batch in read for sample in batch.samples]
+    tokens = sum(map(sample_length, samples))
+    if tokens < recipe.batch_tokens:
+        raise CorpusError(
+            f"corpus {text.name}: {tokens} tokens to train on, one step takes "
+            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
+        )
+    evaluated = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+    return Texts(
+        samples,
+        read_batches(source, kind, held, recipe.context, HELD_OUT_TOKENS),
+        read_batches(source, kind, evaluated, recipe.context),
+    )
