@@ -54,7 +54,7 @@ from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
 from moefy.run.clock import Clock
 from moefy.run.console import Reporter
-from moefy.run.memory import free_memory, give_back, peak_memory
+from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
 from moefy.run.output import OutputFolder
 from moefy.run.processes import launched
 from moefy.run.provenance import machine, versions
@@ -92,6 +92,7 @@ def convert(
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     processes, clock = launched(), Clock()
+    map_large_blocks()
     report = Reporter(quiet=quiet or not processes.main)
     with _on_disk(model, adapter) as folder:
         with clock.stage("plan"):

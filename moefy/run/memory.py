@@ -37,3 +37,21 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # other C libraries than glibc have none
             trim(0)
+
+
+LARGE = 4 * 2**20
+"""Bytes of a block that is mapped by itself."""
+_M_MMAP_THRESHOLD = -3
+"""The number that `malloc.h` of glibc gives the setting."""
+
+
+def map_large_blocks() -> None:
+    """From now on large blocks of memory go back to the system when they are freed.
+
+    The C library of Linux raises the size from which they do to 32 MB as it sees them freed; what is
+    smaller stays with the process, and between small blocks it is not even found again.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # other C libraries than glibc have none
+            mallopt(_M_MMAP_THRESHOLD, LARGE)
