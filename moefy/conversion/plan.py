@@ -153,7 +153,7 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
     )
 
 
-FIXED = 180_000_000
+FIXED = 110_000_000
 """Bytes for the corpus, its tokens, records, and libraries that are imported when they are needed."""
 _TOKENIZER = 12
 """Memory of a tokenizer over the size of its file."""
