@@ -79,7 +79,10 @@ def command_line() -> str:
                 n for n in (declared.default, *(declared.param_decls or ())) if isinstance(n, str)
             ]
             called = called or [f"--{name.replace('_', '-')}" if own else name.upper()]
-            kind = str(kind) if get_args(kind) else kind.__name__
+            # Python 3.13 has moved Path.
+            kind = (
+                str(kind).replace("pathlib._local", "pathlib") if get_args(kind) else kind.__name__
+            )
             empty = parameter.default is inspect.Parameter.empty
             default = "required" if empty else f"default {parameter.default}"
             lines.append(f"  {' '.join(called)} ({kind}, {default}): {declared.help}")
