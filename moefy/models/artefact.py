@@ -151,6 +151,8 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
     """
     folder = Path(folder)
     meta_file = folder / META
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give one that moefy convert wrote")
     if not meta_file.is_file():
         raise CheckpointError(f"{folder}: no {META}; not a moefied model, convert it first")
     try:
