@@ -84,7 +84,7 @@ function openDialog(...content) {
   dialog.showModal();
 }
 
-const KEYS = [["j / →", "next expert"], ["k / ←", "previous expert"], ["J / K", "next, previous layer"], ["r", "an expert at random"], ["l", "label this expert"],
+const KEYS = [["j / →", "next expert"], ["k / ←", "previous expert"], ["J / K", "next, previous layer"], ["r", "another expert at random"], ["l", "label this expert"],
   ["/", "search"], ["o", "overview"], ["t", "light or dark"], ["?", "this help"], ["Esc", "leave a field, close this"]];
 
 function helpDialog() {
@@ -101,8 +101,9 @@ function labelsDialog() {
 }
 
 function random() {
-  const layer = Math.floor(Math.random() * layerCount());
-  go(expertName(layer, Math.floor(Math.random() * expertCount(layer))));
+  const all = Array.from({ length: layerCount() }, (_, layer) => Array.from({ length: expertCount(layer) }, (__, expert) => expertName(layer, expert))).flat();
+  const others = all.filter((name) => `#${name}` !== location.hash);
+  if (others.length) go(others[Math.floor(Math.random() * others.length)]);
 }
 
 function onKey(event) {
