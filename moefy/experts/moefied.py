@@ -1,6 +1,6 @@
 """What a moefied model carries beside its modules, in one place: `of(model)`, or `model.moefy`.
 
-It is an ordinary attribute of the model, so that copies and pickles of the model have their own.
+It is an ordinary attribute of the model, so that a copy of the model has its own.
 
 Shapes: N neurons of a layer in expert order, L layers.
 """
