@@ -186,6 +186,8 @@ def _quality(record: dict[str, Any]) -> Entries:
 
 def _skill(entry: dict[str, Any]) -> str:
     low, high = entry["low"], entry["high"]
+    if low is None:
+        return "one document alone: no interval, no verdict"
     if low > 1:
         return "better than the dense model on these documents"
     if high < 0:
@@ -285,7 +287,7 @@ def _entry(given: dict[str, Any] | None, what: str) -> dict[str, Any]:
     """From what `evaluate` records."""
     if given is None:
         return _value(None, f"{what}; the dense model is no better than the bigram")
-    low, high = given["ci95"]
+    low, high = given["ci95"] or (None, None)
     return {**_value(given["mean"], what), "low": low, "high": high}
 
 
