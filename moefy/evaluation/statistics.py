@@ -95,7 +95,11 @@ def resampled(groups: int, *seed: int) -> Ints:
 
 
 def ends(
-    estimate: ArrayLike, drawn: Floats, acceleration: Floats | None = None, *, level: float = LEVEL
+    estimate: Floats | float,
+    drawn: Floats,
+    acceleration: Floats | None = None,
+    *,
+    level: float = LEVEL,
 ) -> Floats:
     """Low and high `[2, ...]` of estimates `[...]` from what resamples gave `[R, ...]`, which are sorted
     in place; BCa with an `acceleration`, otherwise the percentile interval."""
