@@ -14,6 +14,7 @@ import torch
 
 from moefy.data.documents import HELD_OUT
 from moefy.data.inputs import load_tokenizer
+from moefy.data.shards import SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, hunt
@@ -26,9 +27,6 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine, versions
-
-HELD_OUT_SHARE = 0.7
-"""About how much of a text is held out, the least share that `read_texts` leaves."""
 
 
 def diff(
@@ -58,7 +56,7 @@ def diff(
     fitted = next((artefact for artefact in artefacts if artefact is not None), None)
     reading = read_texts(
         weights[0], "decoder", Recipe().context, fitted, corpora,
-        tokens=round(tokens / HELD_OUT_SHARE),
+        tokens=round(tokens / (1 - SELECT_SHARE)),
     )  # fmt: skip
     models = [open_model(name, verify=True) for name in (base, other)]
     for model, name in zip(models, (base, other), strict=True):
