@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, Corpus, load_corpus, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError, RecipeError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
@@ -24,9 +25,6 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
-
-BIGRAM_TOKENS = 10_000_000
-"""Most tokens that the bigram is fitted on."""
 
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""
@@ -55,7 +53,7 @@ def evaluate_folder(
     weights = weights_of(artefact, folder, verify=False)
     model = load(folder, **placement(weights))
     recipe = from_dict(artefact.recipe)
-    texts = _texts(load_corpus(corpus), artefact, recipe.seed)
+    texts = _texts(load_corpus(corpus), artefact)
     kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
     evaluated = texts.evaluated.take(documents)
     batches = read_batches(weights, kind, evaluated, recipe.context)
@@ -108,15 +106,14 @@ class _Texts:
         return replace(self.fitted, documents=self.fitted.documents + self.bigram.documents)
 
 
-def _texts(text: Corpus, artefact: Artefact, seed: int) -> _Texts:
-    bundled = load_corpus()
-    own = next((c for c in (text, bundled) if c.sha256 == artefact.corpus["sha256"]), None)
-    shards = {} if own is None else split_shards(own, seed)
-    others = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
-    fitted = Corpus(artefact.corpus["name"], others)
-    if own is text:
+def _texts(text: Corpus, artefact: Artefact) -> _Texts:
+    own, bundled = of_conversion(text, artefact), load_corpus()
+    if own is not None:
+        fitted = replace(own["fitted"], name=artefact.corpus["name"])
         what = "the other shards of the corpus"
-        return _Texts(text.sha256, shards["evaluation"], fitted, fitted, what)
+        return _Texts(text.sha256, own["evaluation"], fitted, fitted, what)
+    own = of_conversion(bundled, artefact)
+    fitted = Corpus(artefact.corpus["name"], [] if own is None else own["fitted"].documents)
     what = "the bigram's text and the fitting shards of the bundled corpus"
     if own is None:
         what = "the bigram's text alone; the corpus of the conversion is not at hand"

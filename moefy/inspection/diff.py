@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moefy.data.documents import HELD_OUT
 from moefy.data.inputs import load_tokenizer
+from moefy.data.shards import SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import load, load_dense, weights_of
 from moefy.experts.placement import placement
@@ -28,9 +29,6 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine, versions
-
-HELD_OUT_SHARE = 0.7
-"""About how much of a text is held out, the least share that `read_texts` leaves."""
 
 
 def diff(
@@ -60,7 +58,7 @@ def diff(
     fitted = next((artefact for artefact in artefacts if artefact is not None), None)
     reading = read_texts(
         weights[0], "decoder", Recipe().context, fitted, corpora,
-        tokens=round(tokens / HELD_OUT_SHARE),
+        tokens=round(tokens / (1 - SELECT_SHARE)),
     )  # fmt: skip
     models = [
         _model(name, checkpoint, artefact)

@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.conversion.convert import TOLERANCE
-from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.data.inputs import read_batches
+from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.folder import BIGRAM_TOKENS
 from moefy.evaluation.outputs import difference, say
 from moefy.evaluation.statistics import Interval
 from moefy.experts.loading import load_dense
@@ -136,10 +136,8 @@ def other_text(model: PreTrainedModel, reading: Reading) -> Corpus:
     """
     artefact: Artefact = model.moefy  # type: ignore[assignment]
     bundled = load_corpus()
-    known = bundled.documents
-    if bundled.sha256 == artefact.corpus["sha256"]:
-        shards = split_shards(bundled, from_dict(artefact.recipe).seed)
-        known = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
+    texts = of_conversion(bundled, artefact)
+    known = bundled.documents if texts is None else texts["fitted"].documents
     documents = reading.documents
     shard = dict.fromkeys((SELECT, HELD_OUT), documents.documents)
     for name in shard:
@@ -186,6 +184,8 @@ def _quality(record: dict[str, Any]) -> Entries:
 
 def _skill(entry: dict[str, Any]) -> str:
     low, high = entry["low"], entry["high"]
+    if low is None:
+        return "one document alone: no interval, no verdict"
     if low > 1:
         return "better than the dense model on these documents"
     if high < 0:
@@ -285,7 +285,7 @@ def _entry(given: dict[str, Any] | None, what: str) -> dict[str, Any]:
     """From what `evaluate` records."""
     if given is None:
         return _value(None, f"{what}; the dense model is no better than the bigram")
-    low, high = given["ci95"]
+    low, high = given["ci95"] or (None, None)
     return {**_value(given["mean"], what), "low": low, "high": high}
 
 
