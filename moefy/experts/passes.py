@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
+from moefy.experts.moefied import of
 from moefy.experts.offload import device_of
-from moefy.experts.sparse_heads import sparse_heads
-from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.experts.trunk import short_logits
-from moefy.models.heads import HeadSite
 from moefy.models.library import hidden_of
-from moefy.models.locate import Place, Site, side_of
+from moefy.models.locate import Place, side_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,12 @@ def observing(
     model: PreTrainedModel, batch: Batch, *listeners: Listener, heads: Listener | None = None
 ) -> Iterator[None]:
     """Let the listeners hear every MLP while this batch is run, and `heads` every attention block."""
-    mlps, blocks = sparse_mlps(model), sparse_heads(model)
-    found: list[Site] = model.moefy_sites  # type: ignore[assignment]
-    for (index, module), site in zip(mlps.items(), found, strict=True):
+    moefied = of(model)
+    mlps, blocks = moefied.mlps, moefied.blocks
+    for (index, module), site in zip(mlps.items(), moefied.sites, strict=True):
         module.observer = _observer(index, side_of(site), batch, listeners)
     if heads is not None:
-        sites: list[HeadSite] = getattr(model, "moefy_heads", [])
-        for (index, block), head_site in zip(blocks.items(), sites, strict=True):
+        for (index, block), head_site in zip(blocks.items(), moefied.heads, strict=True):
             block.observer = _observer(index, side_of(head_site), batch, (heads,))
     try:
         yield
