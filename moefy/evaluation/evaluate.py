@@ -44,6 +44,7 @@ from moefy.evaluation.outputs import Said, compared, cosine, of_tensor, placed, 
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
+from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing
 from moefy.experts.sparse_mlp import all_experts
 from moefy.experts.trunk import short_logits
@@ -154,7 +155,7 @@ def _sinks(
         return nullcontext()
     if against is not None:
         return finding_sinks(against, sites(against), batch)
-    return finding_sinks(model, model.moefy_sites, batch)  # type: ignore[arg-type]
+    return finding_sinks(model, of(model).sites, batch)
 
 
 def _said(model: PreTrainedModel, batch: Batch) -> Said:
