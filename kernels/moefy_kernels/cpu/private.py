@@ -23,9 +23,11 @@ REMEDY = "name a folder of your own in XDG_CACHE_HOME"
 
 def cache() -> Path:
     """The folder of what is kept between runs, never one relative to where Python was started."""
-    homes = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"))
-    found = next((home for home in homes if os.path.isabs(home)), None)
-    return Path(found) / "moefy" if found else Path(tempfile.gettempdir()) / f"moefy-{_user()}"
+    homes = [Path(os.environ.get("XDG_CACHE_HOME", ""))]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        homes.append(Path.home() / ".cache")
+    found = next((home for home in homes if home.is_absolute()), None)
+    return found / "moefy" if found else Path(tempfile.gettempdir()) / f"moefy-{_user()}"
 
 
 def private_folder(folder: Path) -> Path:
@@ -112,7 +114,7 @@ def discard(file: Path) -> None:
 def _usable(file: Path) -> bool:
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with open(descriptor, "rb") as stream:
+        with os.fdopen(descriptor, "rb") as stream:
             state = os.fstat(descriptor)
             whose = state.st_uid == _user() and not state.st_mode & _OTHERS
             if not stat.S_ISREG(state.st_mode) or not whose:
