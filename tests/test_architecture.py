@@ -23,8 +23,8 @@ LAYERS = (
     {"models"},
     {"data", "methods"},
     {"experts"},
-    {"evaluation", "benchmark"},
-    {"conversion", "exporting"},
+    {"evaluation"},
+    {"conversion", "exporting", "benchmark"},
     {"training", "inspection"},
     {"cli"},
 )

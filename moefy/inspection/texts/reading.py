@@ -20,6 +20,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Documents, Ints
 from moefy.data.inputs import load_tokenizer, read_batches
 from moefy.data.shards import select_and_check
 from moefy.errors import UnsupportedModel
+from moefy.experts.moefied import of
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
@@ -76,9 +77,9 @@ def read(
     Raises `UnsupportedModel` for images and encoder-decoders, `CorpusError` for texts that are too
     short to be split.
     """
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    artefact = of(model).artefact
+    checkpoint = of(model).checkpoint
+    kind = of(model).kind
     if kind not in KINDS:
         raise UnsupportedModel(
             f"{type(model).__name__}: inspect reads tokens of decoders and encoders, not of a model "
