@@ -115,13 +115,12 @@ def _table(text: str, path: Path, delimiter: str) -> Records:
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in rows:
-            yield (
-                f"line {rows.line_num}",
-                {name: value for name, value in row.items() if value != ""},
-            )
+            # An empty cell is no label; an empty text is an empty text.
+            given = {name: value for name, value in row.items() if value or name == "text"}
+            yield f"line {rows.line_num}", given
     except csv.Error as error:
         raise CorpusError(
-            f"corpus {path}: line {rows.line_num} is not a row ({error}); expected a header with a "
+            f"corpus {path}: what follows line {rows.line_num} is not a row ({error}); expected a header with a "
             f"column 'text', cells with a quote or '{delimiter}' in quotes"
         ) from None
     finally:
