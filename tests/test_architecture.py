@@ -210,6 +210,16 @@ def place_violations(root: Path) -> list[str]:
     return broken
 
 
+def address_violations(root: Path) -> list[str]:
+    """Tests lie in the room they are of; what several share lies in tests/tiny."""
+    rooms = {path.name for path in (root / "moefy").iterdir() if path.is_dir()} | {"moefy_kernels"}
+    return [
+        f"{file}: no room of moefy is called {file.parent.name}"
+        for file in sources(root, "tests")
+        if file.parent.name not in rooms | {"tests", "tiny", "golden"}
+    ]
+
+
 def file_violations(root: Path) -> list[str]:
     broken = []
     for file in sources(root, *SOURCE_ROOTS):
@@ -242,6 +252,7 @@ RULES = (
     room_violations,
     kernel_violations,
     place_violations,
+    address_violations,
     file_violations,
     pickle_violations,
 )
@@ -391,6 +402,7 @@ BREAKS = {
     "scripts/kernels.py": (place_violations, "scripts/kernels.py", ""),
     "experiments/kernels.py": (place_violations, "experiments/kernels.py", ""),
     "kernels.py": (place_violations, "kernels.py", ""),
+    "tests of no room": (address_violations, "tests/interpret/test_rows.py", ""),
     "a vague name": (file_violations, "moefy/methods/partition/utils.py", ""),
     "too long": (file_violations, "tests/test_long.py", "x = 1\n" * (MAX_LINES + 1)),
     "pickle": (pickle_violations, "moefy/models/checkpoint.py", "def f():\n    import pickle\n"),

@@ -13,7 +13,6 @@ goes on where it stopped; the output appears by rename when all is done.
 Shapes: T tokens, D width, N neurons, E experts.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -58,6 +56,7 @@ from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memo
 from moefy.run.output import OutputFolder
 from moefy.run.processes import launched
 from moefy.run.provenance import machine, versions
+from moefy.run.stages import digest
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
@@ -201,7 +200,7 @@ def _fingerprint(
 ) -> str:
     """Digest of all that decides the result: an unfinished run is only resumed with the same."""
     settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, streamed, versions()]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return digest(settings)
 
 
 def _lasting_name(folder: str | Path, adapter: bool) -> str:
@@ -250,20 +249,22 @@ def _fit(job: Job, samples: dict[str, Captured]) -> None:
     """Fit every layer that is not there yet, each from its own weights and sample alone."""
     checkpoint, todo, recipe = job.checkpoint, job.todo, job.recipe
     mine = job.processes.mine
-    for what in ("layers", "heads"):
-        (job.work / what).mkdir(exist_ok=True)
     stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
     get = _reader(checkpoint, {name: disk for disk, name in stored.items()})
     for site in job.report.track(mine(todo.sites), "fit layers"):
-        at = job.work / "layers" / str(site.index)
-        if not at.with_suffix(".json").exists():
+        name = f"layers/{site.index}"
+        if not job.stages.has(name):
             mlp = read_mlp(site, get).to(torch.float32)
-            keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
+            keep(
+                job.stages,
+                name,
+                fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)),
+            )
     for block in job.report.track(mine(todo.head_sites), "fit heads") if todo.head_sites else ():
-        at = job.work / "heads" / str(block.index)
-        if not at.with_suffix(".json").exists():
+        name = f"heads/{block.index}"
+        if not job.stages.has(name):
             heads = HeadOutputs.behind(read_heads(block, get).down_ND.float())
-            keep(at, fit_heads(heads, todo, block, recipe, samples))
+            keep(job.stages, name, fit_heads(heads, todo, block, recipe, samples))
     job.processes.wait()
 
 
@@ -289,8 +290,8 @@ def _tune(
     """Tune the moefied model in memory, where the recipe asks for it, and take back its routing."""
     if not needs_tuning(job.recipe):
         return artefact, {}
-    kept = job.work / "tuned"
-    if not (kept / "record.json").exists():
+    name = "tuned/record"
+    if not job.stages.has(name):
         model = load_dense(job.checkpoint, **placement())
         moefied(model, artefact, permute=True)
         training, held = (job.reading[name][0] for name in ("router", "held-out"))
@@ -299,19 +300,15 @@ def _tune(
         )
         if job.processes.main:
             artefact = with_routing_of(model)
-            kept.mkdir(exist_ok=True)
-            (kept / "tensors.safetensors").write_bytes(save(artefact.tensors))
             record["selections"] = [entry.selection for entry in artefact.layers]
-            (kept / "record.part").write_text(json.dumps(record))
-            (kept / "record.part").replace(kept / "record.json")
+            job.stages.keep(name, record, artefact.tensors)
     job.processes.wait()
-    record = json.loads((kept / "record.json").read_text())
+    record = job.stages.read(name)
     layers = [
         replace(entry, selection=selection)
         for entry, selection in zip(artefact.layers, record.pop("selections"), strict=True)
     ]
-    tensors = load_file(kept / "tensors.safetensors")
-    return replace(artefact, layers=layers, tensors=tensors), record
+    return replace(artefact, layers=layers, tensors=job.stages.tensors(name)), record
 
 
 def _write(job: Job, artefact: Artefact) -> None:

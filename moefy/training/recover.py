@@ -31,7 +31,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.output import OutputFolder, write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import draw_curves
@@ -172,8 +172,7 @@ def _evaluated(
     if accelerator.is_main_process and not kept.exists():
         nn.Module.to(student, accelerator.device)
         found = evaluate(student, texts.evaluated, against=dense, report=report)
-        kept.with_suffix(".part").write_text(json.dumps(found))
-        kept.with_suffix(".part").replace(kept)
+        write_whole(kept, json.dumps(found))
     accelerator.wait_for_everyone()
     found = json.loads(kept.read_text())
     assert isinstance(found, dict)

@@ -23,7 +23,7 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.inspection.texts.table import rows
 from moefy.recipe import override
 
-LLAMA = Path(__file__).parents[1] / "moefy" / "demo" / "llama"
+LLAMA = Path(__file__).parents[2] / "moefy" / "demo" / "llama"
 
 
 def beginnings(documents: int) -> Corpus:

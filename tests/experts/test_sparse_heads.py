@@ -466,7 +466,7 @@ def test_a_config_that_contradicts_the_weights_is_refused():
 
 
 def test_the_table_of_the_documentation_is_that_of_the_records(monkeypatch):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root / "experiments"))
     table = runpy.run_path(str(root / "experiments" / "heads.py"))["table"]()

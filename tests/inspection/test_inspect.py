@@ -21,7 +21,7 @@ from moefy.inspection.record import FILE, Inspection
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 
-DEMO = Path(__file__).parents[1] / "moefy" / "demo"
+DEMO = Path(__file__).parents[2] / "moefy" / "demo"
 RECIPE = Recipe.named(
     "random",
     {
