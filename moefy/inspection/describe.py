@@ -1,14 +1,14 @@
 """The one pass: its parts, as rows, and the tables that they give.
 
-    contributions, examples, directions and direct effects, concepts, near duplicates     of experts
-    routing                                        which experts run for what, and what explains it
-    random partitions, other texts                 how all that compares, with `controls`
+contributions, examples, directions and direct effects, concepts, near duplicates     of experts
+routing                                        which experts run for what, and what explains it
+random partitions, other texts                 how all that compares, with `controls`
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moefy.inspection.account.observe import gather, observe
+from moefy.inspection.account.observe import observe
 from moefy.inspection.controls.random_partition import RandomPartitions
 from moefy.inspection.experts.concepts import Predictivity
 from moefy.inspection.experts.contributions import Contributions
@@ -16,11 +16,11 @@ from moefy.inspection.experts.direct import DirectEffects, Spectrum
 from moefy.inspection.experts.examples import Examples
 from moefy.inspection.experts.near_duplicates import NearDuplicates
 from moefy.inspection.experts.router import RouterQualityOfExperts
-from moefy.inspection.part import Part, Pass
+from moefy.inspection.part import Pass, PassPart, gather
 from moefy.inspection.routing.statistics import Routing
 from moefy.inspection.texts.table import Table
 
-PARTS: dict[str, Callable[[Pass], Part[Any]]] = {
+PARTS: dict[str, Callable[[Pass], PassPart[Any]]] = {
     "contributions": Contributions,
     "router": RouterQualityOfExperts,
     "examples": Examples,
@@ -31,7 +31,7 @@ PARTS: dict[str, Callable[[Pass], Part[Any]]] = {
     "routing": Routing,
 }
 """What is heard in one pass, in the order in which their columns stand."""
-CONTROLS: dict[str, Callable[[Pass], Part[Any]]] = {"random_partitions": RandomPartitions}
+CONTROLS: dict[str, Callable[[Pass], PassPart[Any]]] = {"random_partitions": RandomPartitions}
 """Parts that are made with `controls` alone."""
 KEYS = {"layers": ("layer",), "experts": ("layer", "expert")}
 """Tables of which every part gives columns, and the columns that name a row."""
@@ -43,20 +43,29 @@ def describe(work: Pass) -> dict[str, Table]:
     With several processes, all of which call this, each runs some of the batches and makes some of the
     layers' random partitions; the first makes the tables, and in the others there are none.
     """
-    reading, processes = work.reading, work.processes
-    for make in (PARTS | CONTROLS if work.controls else PARTS).values():
+    main = work.processes.main
+    parts = listened(work, (PARTS | CONTROLS if work.controls else PARTS).values())
+    gather(parts, work.modules, work.processes)
+    tables = [part.tables() for part in parts if main or part.everywhere]
+    return merged(tables) if main else {}
+
+
+def listened(
+    work: Pass, makers: Iterable[Callable[[Pass], PassPart[Any]]], batches: list[int] | None = None
+) -> list[PassPart[Any]]:
+    """Parts that have heard these batches, or this process's share of all."""
+    for make in makers:
         work.parts.append(make(work))
     before = [part.before for part in work.parts if part.before is not None]
-    if not processes.main:
-        observe(work.model, reading, before, batches=[0])
-    mine = list(processes.mine(range(len(reading.batches))))
+    if batches is None:
+        batches = list(work.processes.mine(range(len(work.reading.batches))))
+    if 0 not in batches:
+        observe(work.model, work.reading, before, batches=[0])
     observe(
-        work.model, reading, work.parts,
-        unembedding=work.unembedding, batches=mine, report=work.report,
+        work.model, work.reading, work.parts,
+        unembedding=work.unembedding, batches=batches, report=work.report,
     )  # fmt: skip
-    gather(work.parts, work.modules, processes)
-    tables = [part.tables() for part in work.parts if processes.main or part.everywhere]
-    return merged(tables) if processes.main else {}
+    return work.parts
 
 
 def merged(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:

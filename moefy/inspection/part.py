@@ -1,6 +1,6 @@
 """A part of the one pass: what it keeps of every layer, how processes add up, what tables it gives.
 
-    class Loudest(Part[Kept]):                           # and one row of `describe.PARTS`
+    class Loudest(PassPart[Kept]):                           # and one row of `describe.PARTS`
         def begin(self, ledger):                         # what is kept of a layer, all zero
             return Kept(largest=Largest(np.zeros(ledger.experts)))
 
@@ -11,7 +11,8 @@
             return {"experts": of_experts(layer, {"loudest": self.layers[layer].largest.total})}
 
 Whatever of a layer is an `Accumulator` is sent to the first process and merged there: counts and records
-come out exactly as in one process, sums are in fp64.
+come out exactly as in one process; sums are in fp64 and differ in their last digits, because they are added up
+in another order. Nothing goes through a file.
 
 A block of documents is a unit of the statistics (a document, or a source where a domain has many), or
 several units of one domain where there are more than `BLOCKS`: memory then no longer grows with the text.
@@ -21,7 +22,7 @@ Shapes: Q documents, G blocks, X columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -46,7 +47,7 @@ from moefy.run.processes import ALONE, Processes
 BLOCKS = 512
 """About the most blocks; at least one for each domain."""
 
-P = TypeVar("P", bound="Part[Any]")
+P = TypeVar("P", bound="PassPart[Any]")
 S = TypeVar("S", bound="State")
 T = TypeVar("T")
 V = TypeVar("V", Tensor, NDArray[Any])
@@ -65,7 +66,7 @@ class Pass:
     processes: Processes = ALONE
 
     def __post_init__(self) -> None:
-        self.parts: list[Part[Any]] = []
+        self.parts: list[PassPart[Any]] = []
         """Those that are made already."""
 
     @cached_property
@@ -128,22 +129,22 @@ class State:
                 mine.merge(other)
 
 
-class Part(ABC, Generic[S]):
+class PassPart(Generic[S]):
     """Listens to ledgers; when the pass is over it gives tables."""
 
     everywhere: ClassVar[bool] = False
     """Whether tables are made by all processes together; else the first makes them of what all heard."""
-    before: "Part[Any] | None" = None
+    before: "PassPart[Any] | None" = None
     """What must have heard the first batch in every process, whoever reads that."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Pass) -> None:
+        self.work = work
         self.layers: dict[int, S] = {}
 
-    @abstractmethod
     def begin(self, ledger: Ledger) -> S | None:
-        """What is kept of a layer, nothing heard yet; None where the layer has nothing to tell."""
+        """What is kept of a layer, nothing heard yet; None where nothing is to be."""
+        return None
 
-    @abstractmethod
     def take(self, state: S, ledger: Ledger) -> None:
         """Add a chunk of tokens to what is kept of its layer."""
 
@@ -176,21 +177,37 @@ class Part(ABC, Generic[S]):
         return {name: joined(each[name] for each in found) for name in (found[0] if found else ())}
 
 
+def gather(parts: Sequence[PassPart[Any]], layers: Iterable[int], processes: Processes) -> None:
+    """Merge what all have heard into the parts of the first process, one layer at a time so that no
+    more is held twice. All processes call it with the same parts and layers."""
+    if processes.count == 1:
+        return
+    for layer in layers:
+        for part in parts:
+            heard = processes.all([part.part(layer)])
+            for other in heard[1:] if processes.main else ():
+                if other is not None:
+                    part.merge(layer, other)
+
+
 class Sum(Accumulator, Generic[V]):
     """A total, from zeros of its shape and type."""
 
     def __init__(self, zeros: V) -> None:
-        self.total = zeros
+        self.total: V = zeros
 
     @property
     def part(self) -> V:
-        return self.total
+        """The total."""
+        total: V = self.total
+        return total
 
     def add(self, values: V) -> None:
         """Add to the total."""
         self.total += values
 
     def merge(self, part: V) -> None:
+        """Add another total."""
         self.total += part
 
 
@@ -202,9 +219,11 @@ class Largest(Accumulator):
 
     @property
     def part(self) -> NDArray[Any]:
+        """The largest so far."""
         return self.total
 
     def merge(self, part: Any) -> None:
+        """Take in values, or the largest of others."""
         np.maximum(self.total, part, out=self.total)
 
 
@@ -216,6 +235,7 @@ class Runs(Accumulator, Generic[T]):
 
     @property
     def part(self) -> list[T]:
+        """The pieces."""
         return self._runs
 
     def add(self, run: T) -> None:
@@ -223,6 +243,7 @@ class Runs(Accumulator, Generic[T]):
         self._runs.append(run)
 
     def merge(self, part: list[T]) -> None:
+        """Take in pieces of others, behind these."""
         self._runs += part
 
 
@@ -279,9 +300,11 @@ class BlockSums(Accumulator):
 
     @property
     def part(self) -> Tensor:
+        """Sums of both kinds."""
         return self._sums
 
     def merge(self, part: Tensor) -> None:
+        """Add the sums over other tokens."""
         self._sums += part
 
     @property
@@ -316,9 +339,11 @@ class SeenDocuments(Accumulator):
 
     @property
     def part(self) -> NDArray[np.uint8]:
+        """The bits."""
         return self._seen
 
     def merge(self, part: NDArray[np.uint8]) -> None:
+        """Take in other tokens."""
         self._seen |= part
 
     @property

@@ -28,7 +28,7 @@ from torch import Tensor
 from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.part import Part, Pass, SeenDocuments, State, Sum
+from moefy.inspection.part import Pass, PassPart, SeenDocuments, State, Sum
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes, uniforms
 
@@ -47,22 +47,25 @@ class _Scale(State):
     mean: float | None = None
 
 
-class Scales(Part[_Scale]):
+class Scales(PassPart[_Scale]):
     """Mean score of every layer over the first tokens that are heard: what bins are set around.
 
     Where several processes listen, all must have heard the same batch first.
     """
 
     def begin(self, ledger: Ledger) -> _Scale:
+        """Not known yet."""
         return _Scale()
 
     def take(self, state: _Scale, ledger: Ledger) -> None:
+        """Take the mean from the first chunk that holds more than first tokens."""
         if state.mean is None and bool(ledger.later_T.any()):
             state.mean = float(_scores(ledger, ledger.later_T).mean()) or 1.0
 
 
 def _scores(ledger: Ledger, at_T: Tensor) -> Tensor:
-    return ledger.h_TN[at_T].abs() * ledger.mlp.down_ND.norm(dim=1)
+    score_TN: Tensor = ledger.h_TN[at_T].abs() * ledger.mlp.down_ND.norm(dim=1)
+    return score_TN
 
 
 @dataclass
@@ -93,11 +96,11 @@ class Counts(State):
         return found
 
 
-class Predictivity(Part[Counts]):
+class Predictivity(PassPart[Counts]):
     """Memory is `2 L 2 (C + 1) N B` bytes, and a bit for each document and concept of a layer and shard."""
 
     def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
-        super().__init__()
+        super().__init__(work)
         reading, documents = work.reading, work.reading.documents
         self.classes = token_classes(reading.tokenizer, reading.vocabulary)
         self.domain_Q, self.seed = documents.domain_D, work.seed
@@ -111,9 +114,10 @@ class Predictivity(Part[Counts]):
         }
         # The draw may give some tokens more than was asked for, never twice as many.
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if 2 * tokens < 2**16 else np.uint32)
-        self.before = self.scales = Scales()
+        self.before = self.scales = Scales(work)
 
     def begin(self, ledger: Ledger) -> Counts:
+        """No counts yet."""
         shape, documents = (len(self.names) + 1, ledger.mlp.neurons, BINS), len(self.domain_Q)
         return Counts(
             ledger.experts,
@@ -122,6 +126,7 @@ class Predictivity(Part[Counts]):
         )
 
     def take(self, state: Counts, ledger: Ledger) -> None:
+        """Count the scores of drawn tokens by concept, in either shard."""
         self.scales.hear(ledger)
         tokens = ledger.tokens
         drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
@@ -129,7 +134,9 @@ class Predictivity(Part[Counts]):
             here_T = here_Q[tokens.document_T] & later_T & (drawn_T < self.share[shard])
             if here_T.any():
                 member_CT = self.members(tokens.take(here_T))
-                self._count(state.scores[shard], _scores(ledger, ledger.here(here_T)), member_CT, ledger)
+                self._count(
+                    state.scores[shard], _scores(ledger, ledger.here(here_T)), member_CT, ledger
+                )
                 state.seen[shard].add(tokens.document_T[here_T], member_CT.T)
 
     def _count(
@@ -261,9 +268,7 @@ def _counts(owner_RN: Ints, top_CK: Ints, experts: int) -> Ints:
 
 
 def _cells(found: Predictivity, layers: list[_Layer], p: list[Floats], q: list[Floats]) -> Table:
-    return joined(
-        _cells_of(found, *of_layer) for of_layer in zip(layers, p, q, strict=True)
-    )
+    return joined(_cells_of(found, *of_layer) for of_layer in zip(layers, p, q, strict=True))
 
 
 def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> Table:
@@ -274,7 +279,8 @@ def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> 
     held_p = np.where(known_CE, item.p(np.maximum(item.held_CE, 0)), np.nan)
     rejected_CE = q_CE < LEVEL
     # Whether the held-out shard says so too; None where there was nothing to confirm.
-    again = np.where(rejected_CE & np.isfinite(held_p), held_p < LEVEL, None)
+    replicated = (held_p < LEVEL).astype(object)
+    replicated[~rejected_CE | np.isnan(held_p)] = None
     return table(
         {
             "layer": [item.layer] * concept.size,
@@ -289,7 +295,7 @@ def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> 
             "auroc": item.auroc_CE.ravel(),
             "held_out_count": np.where(known_CE, item.held_CE, np.nan).ravel(),
             "held_out_p": held_p.ravel(),
-            "replicated": again.ravel(),
+            "replicated": replicated.ravel(),
             "documents": counts.seen[SELECT].count_X[concept],
             "tokens": counts.positives(SELECT)[concept],
         }

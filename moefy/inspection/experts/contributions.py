@@ -17,7 +17,7 @@ import torch
 
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.part import BlockSums, Largest, Part, Pass, State
+from moefy.inspection.part import BlockSums, Largest, Pass, PassPart, State
 from moefy.inspection.texts.table import Table, joined, of_experts, table
 
 ERROR = -1
@@ -27,7 +27,7 @@ FIGURES = 6
 
 
 @dataclass
-class _Kept(State):
+class _ContributionSums(State):
     """Of one layer: six figures of every expert and four of the layer."""
 
     experts: int
@@ -47,18 +47,20 @@ class _Kept(State):
         return np.split(sums_GX[:, :cut], FIGURES, axis=1), sums_GX[:, cut:]
 
 
-class Contributions(Part[_Kept]):
+class Contributions(PassPart[_ContributionSums]):
     """Memory is `16 L G (6 E + 4)` bytes, G at most about 512."""
 
     def __init__(self, work: Pass) -> None:
-        super().__init__()
+        super().__init__(work)
         self.documents, self.blocks = work.reading.documents, work.blocks
 
-    def begin(self, ledger: Ledger) -> _Kept:
+    def begin(self, ledger: Ledger) -> _ContributionSums:
+        """No sums yet."""
         sums = BlockSums(self.blocks, FIGURES * ledger.experts + 4)
-        return _Kept(ledger.experts, sums, Largest(np.zeros(1)))
+        return _ContributionSums(ledger.experts, sums, Largest(np.zeros(1)))
 
-    def take(self, state: _Kept, ledger: Ledger) -> None:
+    def take(self, state: _ContributionSums, ledger: Ledger) -> None:
+        """Norms, shares and energies of experts; energies of the whole."""
         norm_TE, share_TE, ran_TE = ledger.norm_TE, ledger.share_TE, ledger.mask_TE.float()
         energy_TE = norm_TE.square()
         layer_T4 = torch.stack(
@@ -75,6 +77,7 @@ class Contributions(Part[_Kept]):
         state.share_error.merge(float((share_TE.double().sum(1) - 1).abs().max()))
 
     def rows(self, layer: int) -> dict[str, Table]:
+        """`experts`, `layers` and `energy`."""
         return {
             "experts": self._experts(layer),
             "layers": self._layer(layer),
@@ -83,7 +86,9 @@ class Contributions(Part[_Kept]):
 
     def _experts(self, layer: int) -> Table:
         columns: dict[str, Floats] = {}
-        for suffix, (norm, norm_ran, share, share_ran, energy, ran), whole in self.layers[layer].ends():
+        for suffix, (norm, norm_ran, share, share_ran, energy, ran), whole in self.layers[
+            layer
+        ].ends():
             tokens, total = whole[:, 3], whole[:, 2]
             figures = {
                 "norm": (norm, tokens),

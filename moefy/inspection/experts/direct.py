@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account.ledger import Ledger, bare
-from moefy.inspection.part import BlockSums, Part, Pass, SeenDocuments, State, Sum
+from moefy.inspection.part import BlockSums, Pass, PassPart, SeenDocuments, State, Sum
 from moefy.inspection.texts.table import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import NONE, uniforms
 
@@ -67,15 +67,17 @@ class _Moments(State):
     tokens: Sum[Tensor]
 
 
-class Spectrum(Part[_Moments]):
+class Spectrum(PassPart[_Moments]):
     """Memory is `8 L (N F + N + E)` bytes."""
 
     def begin(self, ledger: Ledger) -> _Moments:
+        """No moments yet."""
         experts, size = ledger.experts, ledger.module.expert_size
         shapes = ((experts, size, size), (experts, size), (experts,))
         return _Moments(ledger.module, *(Sum(torch.zeros(s, dtype=torch.float64)) for s in shapes))
 
     def take(self, state: _Moments, ledger: Ledger) -> None:
+        """Moments of the activations of routed tokens."""
         on_TE = (ledger.mask_TE & ledger.later_T[:, None]).float()
         h_TEF = ledger.h_TN.view(len(on_TE), ledger.experts, -1) * on_TE[:, :, None]
         h_ETF = h_TEF.transpose(0, 1)
@@ -134,18 +136,19 @@ class _Effects(State):
     seen: SeenDocuments
 
 
-class DirectEffects(Part[_Effects]):
+class DirectEffects(PassPart[_Effects]):
     """Memory is `8 L (2 N + 2 E + 1)` bytes, `48 L G E` of sums over documents and, once, `4 E V`. There are
     no tables where no logit can be traced."""
 
     def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
-        super().__init__()
+        super().__init__(work)
         self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.spectrum, self.depth = work.part(Spectrum), len(work.modules)
         self.unembedding = work.unembedding
         self.share = tokens / max(1, int(work.reading.tokens_D.sum()))
 
     def begin(self, ledger: Ledger) -> _Effects | None:
+        """Nothing where sigma or the map to logits is not known."""
         if self.unembedding is None or ledger.scale_T is None:
             return None
         experts, f64 = ledger.experts, torch.float64
@@ -159,6 +162,7 @@ class DirectEffects(Part[_Effects]):
         )
 
     def take(self, state: _Effects, ledger: Ledger) -> None:
+        """Mean contributions over sigma, and effects on next tokens."""
         assert ledger.scale_T is not None
         later_T = ledger.later_T
         inverse_T = later_T / ledger.scale_T.float()
@@ -194,6 +198,7 @@ class DirectEffects(Part[_Effects]):
 
     @torch.no_grad()
     def rows(self, layer: int) -> dict[str, Table]:
+        """`logits`, and columns of `experts` and `layers`."""
         early = {"layer": [layer], "direct_only": [self._early(layer)]}
         return {
             "logits": joined(self._logits(layer)),
@@ -218,7 +223,10 @@ class DirectEffects(Part[_Effects]):
         return mean_ED.float()
 
     def _logits(self, layer: int) -> list[Table]:
-        found, (inverse_E, routed_E) = self.spectrum.directions(layer), self.layers[layer].inverse.total
+        found, (inverse_E, routed_E) = (
+            self.spectrum.directions(layer),
+            self.layers[layer].inverse.total,
+        )
         inverse_E = inverse_E / routed_E.clamp_min(1)
         share_E = torch.full_like(routed_E, torch.nan)
         parts = [self._ends(layer, "mean", self.mean_difference(layer), share_E, routed_E)]

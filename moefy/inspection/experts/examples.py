@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.part import Accumulator, Largest, Part, Pass, State
+from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State
 from moefy.inspection.texts.table import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
@@ -122,6 +122,7 @@ class Best(Accumulator):
 
     @property
     def part(self) -> Records:
+        """The records."""
         return self.records
 
     def merge(self, part: Records) -> None:
@@ -207,7 +208,7 @@ def _windows(chunk: Chunk, at_R: Ints, expert_R: Ints, reach: int) -> Array:
 
 
 @dataclass
-class _Kept(State):
+class _Panels(State):
     """Of one layer."""
 
     panels: dict[tuple[str, str], Best]
@@ -216,21 +217,23 @@ class _Kept(State):
     """Norms `[E]`."""
 
 
-class Examples(Part[_Kept]):
+class Examples(PassPart[_Panels]):
     """Memory is `L E (135 (2 S + 5 K) + 74 SAMPLE + 4)` bytes for K kept and S sampled, whatever is read."""
 
     def __init__(self, work: Pass, *, kept: int | None = None, sampled: int | None = None) -> None:
-        super().__init__()
+        super().__init__(work)
         usual = sizes(sum(module.experts for module in work.modules.values()))
         self.kept, self.sampled = kept or usual[0], sampled or usual[1]
         self.documents, self.seed = work.reading.documents, work.seed
         self.select_Q = self.documents.of_shard(SELECT)
 
-    def begin(self, ledger: Ledger) -> _Kept:
+    def begin(self, ledger: Ledger) -> _Panels:
+        """Panels without a record."""
         zeros = np.zeros(ledger.experts, dtype=np.float32)
-        return _Kept(self._empty(ledger.experts), Largest(zeros))
+        return _Panels(self._empty(ledger.experts), Largest(zeros))
 
-    def take(self, state: _Kept, ledger: Ledger) -> None:
+    def take(self, state: _Panels, ledger: Ledger) -> None:
+        """Offer every token but the first of a document to the panels of its shard."""
         tokens = ledger.tokens
         later_T = tokens.position_T > 0
         if not later_T.any():
@@ -329,7 +332,9 @@ class Examples(Part[_Kept]):
         self, layer: int, panel: str, shard: str, best: Best, expert: Array, place: Array, bins: Any
     ) -> Table:
         records, count = best.records, len(expert)
-        windows = _bytes(records.window_ENW[expert, place], self.layers[layer].largest.total[expert])
+        windows = _bytes(
+            records.window_ENW[expert, place], self.layers[layer].largest.total[expert]
+        )
         return table(
             {
                 "layer": [layer] * count,

@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 from moefy.evaluation.statistics import Floats
 from moefy.experts.sparse_mlp import SparseMlp
-from moefy.inspection.account.ledger import Ledger, bare
-from moefy.inspection.part import Part, Pass, State
+from moefy.inspection.account.ledger import bare
+from moefy.inspection.part import PassPart, State
 from moefy.inspection.texts.table import Table, joined, of_experts, table
 from moefy.models.mlp import DenseMlp
 
@@ -69,22 +69,12 @@ def neuron_rows(mlp: DenseMlp) -> Tensor:
     return rows_NP
 
 
-class NearDuplicates(Part[State]):
+class NearDuplicates(PassPart[State]):
     """Of the weights alone: it hears nothing."""
-
-    def __init__(self, work: Pass) -> None:
-        super().__init__()
-        self.modules = work.modules
-
-    def begin(self, ledger: Ledger) -> None:
-        return None
-
-    def take(self, state: State, ledger: Ledger) -> None:
-        """Nothing is heard."""
 
     def tables(self) -> dict[str, Table]:
         """What `neuron_families` finds."""
-        return neuron_families(self.modules)
+        return neuron_families(self.work.modules)
 
 
 @torch.no_grad()

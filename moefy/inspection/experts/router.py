@@ -15,7 +15,7 @@ import torch
 
 from moefy.evaluation.router_quality import compare_with_oracle
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.part import BlockSums, Part, Pass, SeenDocuments, State
+from moefy.inspection.part import BlockSums, Pass, PassPart, SeenDocuments, State
 from moefy.inspection.texts.table import Table, of_experts, table
 from moefy.inspection.texts.tokens import uniforms
 
@@ -25,7 +25,7 @@ _ENERGIES = ("energy", "model", "oracle")
 
 
 @dataclass
-class _Kept(State):
+class _RouterSums(State):
     """Of one layer: hits, what ran and what the oracle ran of every routed expert, and three energies."""
 
     shared: int
@@ -34,20 +34,22 @@ class _Kept(State):
     seen: SeenDocuments
 
 
-class RouterQualityOfExperts(Part[_Kept]):
+class RouterQualityOfExperts(PassPart[_RouterSums]):
     """Memory is `16 L G (3 E + 3)` bytes and a bit for each document and expert."""
 
     def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
-        super().__init__()
+        super().__init__(work)
         self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.share = tokens / max(1, int(work.reading.tokens_D.sum()))
 
-    def begin(self, ledger: Ledger) -> _Kept:
+    def begin(self, ledger: Ledger) -> _RouterSums:
+        """No sums yet."""
         shared, routed = ledger.module.shared, ledger.experts - ledger.module.shared
         sums = BlockSums(self.blocks, 3 * routed + len(_ENERGIES))
-        return _Kept(shared, routed, sums, SeenDocuments(len(self.documents), routed))
+        return _RouterSums(shared, routed, sums, SeenDocuments(len(self.documents), routed))
 
-    def take(self, state: _Kept, ledger: Ledger) -> None:
+    def take(self, state: _RouterSums, ledger: Ledger) -> None:
+        """Of drawn tokens: what ran, what the oracle would run, and the energies that either misses."""
         drawn_T = uniforms(ledger.tokens, self.seed) < self.share
         if not drawn_T.any():
             return
@@ -62,6 +64,7 @@ class RouterQualityOfExperts(Part[_Kept]):
         state.seen.add(tokens.document_T, (ran_TE | oracle_TE).cpu().numpy())
 
     def rows(self, layer: int) -> dict[str, Table]:
+        """Columns of `experts` and `layers`."""
         state = self.layers[layer]
         sums, none = state.sums.all_GX, np.full(state.shared, np.nan)
         hits, ran, oracle = np.split(sums[:, : 3 * state.routed], 3, axis=1)

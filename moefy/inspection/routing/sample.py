@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moefy.data.documents import Documents, Ints
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.part import Part, Pass, Runs, State
+from moefy.inspection.part import Pass, PassPart, Runs, State
 from moefy.inspection.texts.tokens import Tokens
 
 TOKENS = 200_000
@@ -51,7 +51,7 @@ class RoutingSample:
 
 
 @dataclass
-class _Kept(State):
+class _Masks(State):
     """Of one layer."""
 
     experts: int
@@ -61,20 +61,22 @@ class _Kept(State):
     """Of the first layer alone: all have the same."""
 
 
-class RoutingSampler(Part[_Kept]):
+class RoutingSampler(PassPart[_Masks]):
     """Collects a `RoutingSample` during the pass, from documents drawn evenly beforehand."""
 
     def __init__(self, work: Pass, chosen_Q: Bools | None = None) -> None:
-        super().__init__()
+        super().__init__(work)
         self.documents = work.reading.documents
         if chosen_Q is None:
             chosen_Q = drawn_documents(work.reading.tokens_D, TOKENS, work.seed)
         self.chosen_Q = chosen_Q
 
-    def begin(self, ledger: Ledger) -> _Kept:
-        return _Kept(ledger.experts, ledger.module.shared, Runs(), Runs())
+    def begin(self, ledger: Ledger) -> _Masks:
+        """No masks yet."""
+        return _Masks(ledger.experts, ledger.module.shared, Runs(), Runs())
 
-    def take(self, state: _Kept, ledger: Ledger) -> None:
+    def take(self, state: _Masks, ledger: Ledger) -> None:
+        """Masks of the tokens of chosen documents, a bit for each expert."""
         keep_T = self.chosen_Q[ledger.tokens.document_T]
         if not keep_T.any():
             return
