@@ -15,11 +15,10 @@ from moefy.benchmark.levels.model import bench_model
 from moefy.benchmark.prompts import prompt
 from moefy.benchmark.settings import check, parse_batches, parse_densities
 from moefy.errors import MoefyError, unknown_choice
-from moefy.experts.loading import load, load_dense, weights_of
+from moefy.experts.loading import open_model
+from moefy.experts.moefied import of
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.models.artefact import read_artefact
-from moefy.models.checkpoint import Checkpoint
 from moefy.run.console import Reporter
 
 KERNEL, LAYER, MODEL = LEVELS = ("kernel", "layer", "model")
@@ -118,10 +117,6 @@ def _layers(model: Path | None, layer: str | None, dtype: str | None, tokens: in
     return synthetic(Shape.parse(layer or ""), dtype=DTYPES[dtype or "float32"], tokens=tokens)
 
 
-def _placement(weights: Checkpoint, dtype: str | None) -> dict[str, Any]:
-    return {**placement(weights), **({} if dtype is None else {"dtype": DTYPES[dtype]})}
-
-
 def _vocabulary(model: PreTrainedModel, folder: Path) -> int:
     found = getattr(model.config.get_text_config(), "vocab_size", None)
     if found is None:
@@ -139,18 +134,16 @@ def _model(
     calibrated: bool,
 ) -> dict[str, Any]:
     """`bench_model` of a folder, against the stock model of the same weights or another one."""
-    artefact = read_artefact(folder, verify=False)
-    weights = weights_of(artefact, folder)
-    where = _placement(weights, dtype)
-    sparse = load(folder, verify=False, **where)
+    sparse = open_model(folder, dtype=DTYPES.get(dtype or ""), dense=False)
+    weights, artefact = of(sparse).checkpoint, of(sparse).artefact
     if calibrated:
         calibrate_unknown([*sparse_mlps(sparse).values()], common["report"])
-    other = weights if against is None else Checkpoint.open(against)
-    dense = load_dense(other, **{**_placement(other, dtype), "dtype": sparse.dtype})
+    dense = open_model(against or folder, dtype=sparse.dtype, dense=True)
     tokens = prompt_tokens + generated
     vocabulary = _vocabulary(sparse, folder)
     ids = prompt(weights.folder, vocabulary, max(common["batches"]), tokens)
     what = str(artefact.source["name"]) + ("" if against is None else f" against {against}")
+    where = placement(weights) | ({} if dtype is None else {"dtype": DTYPES[dtype]})
     return bench_model(
         dense, sparse, ids, what=what, generated=generated, placement=where, **common
     )
@@ -158,9 +151,8 @@ def _model(
 
 def _own(folder: Path, dtype: str | None, tokens: int) -> Layers:
     """Layers of a folder with their inputs."""
-    artefact = read_artefact(folder, verify=False)
-    weights = weights_of(artefact, folder)
-    model = load(folder, verify=False, **_placement(weights, dtype))
+    model = open_model(folder, dtype=DTYPES.get(dtype or ""), dense=False)
+    weights, artefact = of(model).checkpoint, of(model).artefact
     vocabulary = _vocabulary(model, folder)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH)
     length = min(LENGTH, positions)

@@ -31,14 +31,15 @@ from moefy.conversion.allocate import needs_tuning, tune
 from moefy.conversion.capture import Captured, capture
 from moefy.conversion.card import model_card
 from moefy.conversion.job import Converted, Job, Reading, collect, keep
-from moefy.conversion.layer import HELD_OUT_SHARE, fit_heads, fit_layer, layer_sample, sample_sizes
+from moefy.conversion.layer import fit_heads, fit_layer, layer_sample
 from moefy.conversion.plan import Plan, describe, plan
 from moefy.conversion.streamed import stream as streaming
-from moefy.data.corpus import Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import EVALUATED_DOCUMENTS, by_role, tokens_of_roles
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, say
+from moefy.evaluation.outputs import difference, run_outputs
 from moefy.experts.loading import load, load_dense, moefied, with_routing_of
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
@@ -60,8 +61,6 @@ from moefy.run.stages import digest
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
-
-EVALUATED_DOCUMENTS = 44
 
 
 def convert(
@@ -97,15 +96,15 @@ def convert(
         with clock.stage("plan"):
             checkpoint = Checkpoint.open(folder)
             text = load_corpus(corpus)
-            shards = split_shards(text, recipe.seed)
+            texts = by_role(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
             if stream:
                 streaming.refuse(checkpoint, todo, recipe, adapter, processes)
             else:
                 _require_memory(checkpoint)
             report.say(describe(todo, recipe, stream=stream))
-            reading = _reading(checkpoint, todo, recipe, shards)
-            held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+            reading = _reading(checkpoint, todo, recipe, texts)
+            held = texts["evaluation"].take(EVALUATED_DOCUMENTS)
             limit = streaming.EVALUATED_TOKENS if stream else None
             evaluated = read_batches(checkpoint, todo.kind, held, recipe.context, limit)
         with clock.stage("hash the source"):
@@ -212,16 +211,14 @@ def _lasting_name(folder: str | Path, adapter: bool) -> str:
 
 
 def _reading(
-    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, shards: dict[str, Corpus]
+    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, texts: dict[str, Corpus]
 ) -> Reading:
     """Batches, and how many of their tokens to keep: for the partition, for the router, and for the
     router's early stopping. A corpus the model cannot read is found here, before anything is made.
     """
-    train, held = hold_out(shards["router"], HELD_OUT_SHARE, recipe.seed)
-    texts = {"partition": shards["partition"], "router": train, "held-out": held}
     return {
-        name: (read_batches(checkpoint, todo.kind, texts[name], recipe.context, limit), limit)
-        for name, limit in sample_sizes(recipe).items()
+        role: (read_batches(checkpoint, todo.kind, texts[role], recipe.context, limit), limit)
+        for role, limit in tokens_of_roles(recipe).items()
     }
 
 
@@ -334,8 +331,8 @@ def _seal(finished: Path, artefact: Artefact) -> None:
 def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
     """Relative error of the written model with every expert on, against the source itself."""
     with all_experts(sparse):
-        got = say(sparse, batch, keep_BT=batch.mask())
-    want = say(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
+        got = run_outputs(sparse, batch, keep_BT=batch.mask())
+    want = run_outputs(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
     error, size, _ = difference(got, want)
     return error / size
 

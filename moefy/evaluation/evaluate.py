@@ -16,6 +16,7 @@ Shapes: B documents, T tokens, V vocabulary or classes, D width.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,13 @@ from moefy.evaluation.groups import (
     sums_of,
     tail,
 )
+from moefy.evaluation.judge import Judged, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
-from moefy.evaluation.outputs import Said, compared, cosine, of_tensor, placed, say
+from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, run_outputs
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
-from moefy.evaluation.statistics import Bootstrap
+from moefy.evaluation.statistics import ratios, unit_words, units_of
+from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing
 from moefy.experts.sparse_mlp import all_experts
 from moefy.experts.trunk import short_logits
@@ -60,15 +63,6 @@ class DocumentSums:
     source_id: str
     bytes: int
     sums: Sums
-
-
-def outputs(result: Any) -> Tensor:
-    """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
-
-    Class scores `[B, V]` come as `[B, 1, V]`.
-    """
-    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    return value if value.ndim == 3 else value[:, None]
 
 
 @torch.no_grad()
@@ -88,17 +82,22 @@ def evaluate(
     skill and strata are taken from, fitted on other documents; left out, there are none.
     """
     report = report or Reporter(quiet=True)
-    documents: list[DocumentSums] = []
-    kl: list[Tensor] = []
     load, quality = FfnLoad(model), RouterQuality(model, batches, seed=seed)
     heads = HeadLoad(model)
-    for batch in report.track(batches, "evaluate"):
+    sinks_BT: list[Tensor | None] = []
+
+    def dense(batch: Batch) -> Outputs:
         with _dense(model, against), _sinks(model, against, batch) as sinks:
-            dense = _said(against if against is not None else model, batch)
+            outputs = _outputs(model if against is None else against, batch)
+        sinks_BT.append(None if sinks is None else sinks.marked_BT)
+        return outputs
+
+    def sparse(batch: Batch) -> Outputs:
         with observing(model, batch, load, quality, heads=heads):
-            sparse = _said(model, batch)
-        marked_BT = None if sinks is None else sinks.marked_BT
-        documents += compare(batch, dense, sparse, marked_BT, bigram, kl)
+            return _outputs(model, batch)
+
+    every = judged(sparse, report.track(batches, "evaluate"), dense, figures)
+    documents, kl = document_sums(every, sinks_BT, bigram)
     record = summarise(documents, kl, load, quality, heads, seed)
     if against is not None:
         record["dense"] = "another checkpoint"
@@ -154,84 +153,91 @@ def _sinks(
         return nullcontext()
     if against is not None:
         return finding_sinks(against, sites(against), batch)
-    return finding_sinks(model, model.moefy_sites, batch)  # type: ignore[arg-type]
+    return finding_sinks(model, of(model).sites, batch)
 
 
-def _said(model: PreTrainedModel, batch: Batch) -> Said:
+def _outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """What a batch is compared by, from one pass: whoever listens hears every token once."""
     if batch.targets_BT is not None or "pixel_values" in batch.inputs:
-        return say(model, batch)
+        return run_outputs(model, batch)
     with short_logits(model):
         result = model(**inputs_of(model, batch), output_hidden_states=True)
     hidden = getattr(result, "last_hidden_state", None)
-    return of_tensor(batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden))
+    return outputs_of(
+        batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden)
+    )
 
 
-def compare(
-    batch: Batch,
-    dense: Said,
-    sparse: Said,
-    sinks_BT: Tensor | None,
-    bigram: Bigram | None,
-    kl: list[Tensor],
-) -> list[DocumentSums]:
-    """Sums of every metric over every group of tokens of each document; adds to `kl` that of tokens.
-
-    `sinks_BT` marks sinks.
-    """
-    keep_BT, rank_BT = sparse.keep_BT, None
+def figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+    """What an evaluation measures `[J]`."""
     if sparse.classes:
-        found = compared(dense, sparse)
-        kl.append(found["kl"].cpu())
-    else:
-        found = {"cosine": cosine(dense, sparse)}
-    values = {name: placed(value_J, keep_BT) for name, value_J in found.items()}
-    if batch.targets_BT is not None and bigram is not None:
-        values["ce_bigram"], rank_BT = bigram.score(batch)
-    marks = groups(keep_BT, sinks_BT, rank_BT)
-    return [
-        DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
-        for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
-    ]
+        return compared(dense, sparse)
+    return {"cosine": cosine(dense, sparse)}
 
 
-def _bootstrap(documents: list[DocumentSums], seed: int) -> Bootstrap:
-    return Bootstrap([(doc.domain, doc.source_id) for doc in documents], seed)
+def document_sums(
+    every: Iterable[Judged], sinks_BT: Sequence[Tensor | None], bigram: Bigram | None
+) -> tuple[list[DocumentSums], list[Tensor]]:
+    """Sums of every figure over every group of tokens of each document, and KL of every token.
+
+    `sinks_BT` marks the sinks of every batch; its marks may be made while the batches are judged.
+    """
+    documents: list[DocumentSums] = []
+    kl: list[Tensor] = []
+    for number, one in enumerate(every):
+        values_BT, rank_BT = {name: one.placed(name) for name in one.figures_J}, None
+        if "kl" in values_BT:
+            kl.append(one.figures_J["kl"].cpu())
+        if one.batch.targets_BT is not None and bigram is not None:
+            values_BT["ce_bigram"], rank_BT = bigram.score(one.batch)
+        sums = sums_of(values_BT, groups(one.keep_BT, sinks_BT[number], rank_BT))
+        documents += [
+            DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, found)
+            for sample, found in zip(one.batch.samples, sums, strict=True)
+        ]
+    return documents, kl
 
 
 def _summary(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
     """Means over tokens with bootstrap intervals."""
-    bootstrap = _bootstrap(documents, seed)
     names = list(documents[0].sums[ALL])
     sums = {name: np.array([doc.sums[ALL][name] for doc in documents]) for name in names}
     bytes_ = np.array([doc.bytes for doc in documents])
     tokens = sums.pop("tokens")
-    summary: dict[str, Any] = {
-        "documents": len(documents),
-        "sources": bootstrap.sources,
-        "bootstrap": bootstrap.unit,
-        "tokens": int(tokens.sum()),
-    }
-    summary |= {name: bootstrap.ratio(values, tokens) for name, values in sums.items()}
+    parts = {name: (values, tokens) for name, values in sums.items()}
     if "ce" in sums:
-        summary["ce_increase"] = bootstrap.ratio(sums["ce"] - sums["ce_dense"], tokens)
-        for name, ce in (("bits_per_byte", "ce"), ("bits_per_byte_dense", "ce_dense")):
-            if bytes_.sum():
-                summary[name] = bootstrap.ratio(sums[ce], bytes_ * math.log(2))
+        parts["ce_increase"] = sums["ce"] - sums["ce_dense"], tokens
+        if bytes_.sum():
+            parts["bits_per_byte"] = sums["ce"], bytes_ * math.log(2)
+            parts["bits_per_byte_dense"] = sums["ce_dense"], bytes_ * math.log(2)
     if "ce_bigram" in sums:
         ahead = sums["ce_bigram"] - sums["ce_dense"]
         # Of a dense model that is no better than the bigram there is no skill to lose.
-        skill = bootstrap.ratio(sums["ce_bigram"] - sums["ce"], ahead)
-        summary["bigram_skill"] = skill if ahead.sum() > 0 else None
-    return summary
+        parts["bigram_skill"] = (
+            sums["ce_bigram"] - sums["ce"],
+            ahead if ahead.sum() > 0 else np.zeros(len(ahead)),
+        )
+    domains, sources = _labels(documents)
+    return {
+        "documents": len(documents),
+        "sources": len(set(sources)),
+        "bootstrap": unit_words(domains, sources),
+        "tokens": int(tokens.sum()),
+        **ratios(parts, units_of(domains, sources), seed=seed),
+    }
+
+
+def _labels(documents: list[DocumentSums]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Domains and sources."""
+    return [doc.domain for doc in documents], [(doc.domain, doc.source_id) for doc in documents]
 
 
 def _sceptical(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
     """The damage over all tokens beside that over some of them."""
-    bootstrap, sums = _bootstrap(documents, seed), [doc.sums for doc in documents]
+    unit_Q, sums = units_of(*_labels(documents)), [doc.sums for doc in documents]
 
     def record(group: str) -> dict[str, Any]:
-        return group_record(sums, group, bootstrap)
+        return group_record(sums, group, unit_Q, seed)
 
     found: dict[str, Any] = {}
     if SINKS in sums[0]:

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from moefy.conversion.optimise import CLIP, draws
-from moefy.data.corpus import IGNORED, Sample, make_batches
+from moefy.conversion.optimise import CLIP
+from moefy.data.corpus import IGNORED, Sample, make_batches, sampler
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.outputs import Objective
 from moefy.models.checkpoint import Checkpoint
@@ -129,7 +129,7 @@ def fine_tune(
         store.save()
     log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
     failed = 0
-    steps = draws(samples, recipe.batch_tokens, recipe.seed, least=processes)
+    steps = sampler(samples, recipe.batch_tokens, recipe.seed, least=processes)
     remaining = islice(steps, outcome.steps, recipe.steps)
     with report.progress(recipe.steps, what, outcome.steps) as progress:
         for documents in remaining:

@@ -24,9 +24,9 @@ from moefy.data.corpus import load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
-from moefy.experts.loading import load, load_dense, save, weights_of
+from moefy.experts.loading import load, load_dense, save
 from moefy.experts.routed import Routed
-from moefy.models.artefact import ADAPTER, Artefact, read_artefact
+from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
@@ -150,7 +150,7 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
             f"{folder}: its weights were trained already, the dense model is no longer in it; give it "
             f"with --against (it was made from '{artefact.source['name']}')"
         )
-    return weights_of(artefact, folder, verify=False)
+    return open_artefact(folder, verify=False)[1]
 
 
 def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:

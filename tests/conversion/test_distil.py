@@ -14,12 +14,11 @@ import moefy
 from moefy.conversion import allocate as tuning
 from moefy.conversion.distil import distil_layer, distil_model
 from moefy.conversion.fit import Tokens
-from moefy.conversion.layer import HELD_OUT_SHARE, sample_sizes
-from moefy.data.corpus import IGNORED, Batch, hold_out, load_corpus, split_shards
+from moefy.data.corpus import IGNORED, Batch, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import by_role, tokens_of_roles
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluation.evaluate import outputs
-from moefy.evaluation.outputs import distance, say
+from moefy.evaluation.outputs import distance, run_outputs, values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
@@ -114,8 +113,8 @@ def test_the_distance_is_kl_over_predicted_positions(tmp_path: Path) -> None:
     batch = batches_for("llama", model, Checkpoint.open(tmp_path / "source"))[0]
     with torch.no_grad():
         with all_experts(model):
-            dense = say(model, batch)
-        sparse = say(model, batch)
+            dense = run_outputs(model, batch)
+        sparse = run_outputs(model, batch)
     assert distance(dense, sparse).item() == pytest.approx(naive_distance(model, [batch]), rel=1e-4)
     assert distance(dense, dense).item() == 0
     assert len(dense) == sum(len(sample.inputs["input_ids"]) - 1 for sample in batch.samples)
@@ -187,11 +186,10 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def held_out(model: PreTrainedModel, source: Path, name: str) -> list[Batch]:
     """The very documents that a conversion holds out."""
-    shards = split_shards(load_corpus(corpus_for(name)), 0)
-    _, held = hold_out(shards["router"], HELD_OUT_SHARE, 0)
+    held = by_role(load_corpus(corpus_for(name)), 0)["held-out"]
     checkpoint = Checkpoint.open(source)
     kind = sites(load_dense(checkpoint))[0].family.kind
-    return read_batches(checkpoint, kind, held, RECIPE.context, sample_sizes(RECIPE)["held-out"])
+    return read_batches(checkpoint, kind, held, RECIPE.context, tokens_of_roles(RECIPE)["held-out"])
 
 
 @torch.no_grad()
@@ -200,8 +198,8 @@ def check_invariant(model: PreTrainedModel, folder: Path, name: str) -> None:
     source = Checkpoint.open(folder / "source")
     with all_experts(model):
         got, want = (
-            outputs(model(**example_inputs(name))),
-            outputs(load_dense(source)(**example_inputs(name))),
+            values_of(model(**example_inputs(name))),
+            values_of(load_dense(source)(**example_inputs(name))),
         )
     assert ((got - want).norm() / want.norm()) < 1e-5
     sparse, dense = (

@@ -18,7 +18,8 @@ from moefy.conversion.plan import describe, plan
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.evaluation.evaluate import evaluate, outputs
+from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
@@ -64,7 +65,7 @@ def made(tmp_path_factory):
 
 @torch.no_grad()
 def run(model, inputs):
-    return outputs(model(**inputs))
+    return values_of(model(**inputs))
 
 
 def naive(source: Path, out: Path, *, rolled: int = 0):
@@ -189,7 +190,7 @@ def test_decoding_with_a_cache_is_the_whole_pass(name, made):
 def test_an_encoder_decoder_decodes_with_a_cache(made):
     _, out = made("t5", compensation="conditional_mean")
     model = moefy.load(out, dtype=torch.float64)
-    blocks = [site.block.rpartition(".")[2] for site in model.moefy_heads]
+    blocks = [site.block.rpartition(".")[2] for site in model.moefy.heads]
     assert blocks == ["SelfAttention"] * 3 + ["EncDecAttention", "SelfAttention", "EncDecAttention"]
     inputs = {k: v for k, v in example_inputs("t5").items() if k != "decoder_input_ids"}
     model.generation_config.decoder_start_token_id = 0
@@ -221,7 +222,7 @@ def test_a_copy_routes_by_itself_and_gradients_pass(made):
     model.train()
     model.gradient_checkpointing_enable()
     model(**inputs, use_cache=False).logits.sum().backward()
-    for site in model.moefy_heads:
+    for site in model.moefy.heads:
         assert model.get_submodule(site.projection).weight.grad.abs().sum() > 0
     with pytest.raises(MoefyError, match="without its attention module"):
         sparse_heads(model)[0](torch.zeros(1, 1, 32))

@@ -7,8 +7,6 @@ Shapes: B documents, T tokens of a batch without padding, D width, N neurons, E 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch
-from moefy.evaluation.outputs import predicted, say
-from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.evaluation.outputs import first_choices, run_outputs
+from moefy.experts.passes import Heard, observing
+from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.ledger import Ledger, bare
 from moefy.inspection.account.unembedding import Unembedding, scales
 from moefy.inspection.texts.reading import Reading
@@ -64,67 +63,37 @@ def _ledgers(
     model: PreTrainedModel, reading: Reading, number: int, unembedding: Unembedding | None
 ) -> Iterator[Ledger]:
     """The ledgers of one batch, chunk by chunk."""
-    batch, modules = reading.batches[number], sparse_mlps(model)
-    keep_T = _kept(batch)
-    with _recording(modules) as heard, scales(unembedding) as sigma:
-        said = say(model, batch, keep_BT=batch.mask())
+    batch, layers = reading.batches[number], _Layers()
+    with observing(model, batch, layers, scores=True), scales(unembedding) as sigma:
+        outputs = run_outputs(model, batch, keep_BT=batch.mask())
     with scales(unembedding) as of_head:
-        predicted_T = predicted(said) if said.speaks else None
-    scale_T = None if of_head or not sigma else sigma[-1].flatten()[keep_T]
+        predicted_T = first_choices(outputs) if outputs.is_logits else None
+    scale_T = None if of_head or not sigma else sigma[-1].flatten()[_kept(batch)]
     if of_head:  # a norm behind the last hidden states runs as logits are made, chunk by chunk
         scale_T = torch.cat([sigma_1C.flatten() for sigma_1C in of_head])
     tokens = tokens_of(batch, reading.first_B[number], predicted_T)
-    for layer, module in modules.items():
+    for layer, module in sparse_mlps(model).items():
         # Of one layer at a time: in fp32 the weights of all may be twice the model.
-        weights, at_layer = bare(module), heard[layer]
-        x_TD, mask_TE = at_layer.x_TD[keep_T], at_layer.mask_TE[keep_T]
-        scores_TE = None if at_layer.scores_TE is None else at_layer.scores_TE[keep_T]
+        weights, heard = bare(module), layers.heard[layer]
         size = max(1, _ENTRIES // weights.neurons)
-        for first in range(0, len(x_TD), size):
+        for first in range(0, len(heard.x_TD), size):
             at = slice(first, first + size)
             yield Ledger(
-                layer, module, weights, x_TD[at], mask_TE[at],
-                None if scores_TE is None else scores_TE[at],
+                layer, module, weights, heard.x_TD[at], heard.mask_TE[at].bool(),
+                None if heard.scores_TE is None else heard.scores_TE[at],
                 tokens.take(at),
                 None if scale_T is None else scale_T[at],
             )  # fmt: skip
 
 
-@dataclass
-class _Heard:
-    """What one layer read and ran, padding included."""
+class _Layers:
+    """Keeps what every layer read and ran until its pass is over."""
 
-    x_TD: Tensor
-    mask_TE: Tensor
-    scores_TE: Tensor | None = None
+    def __init__(self) -> None:
+        self.heard: dict[int, Heard] = {}
 
-
-@contextmanager
-def _recording(modules: dict[int, SparseMlp]) -> Iterator[dict[int, _Heard]]:
-    heard: dict[int, _Heard] = {}
-    scored: dict[int, Tensor] = {}
-    handles = []
-
-    def listen(layer: int, module: SparseMlp) -> None:
-        def observer(x_TD: Tensor, mask_TE: Tensor) -> None:
-            heard[layer] = _Heard(x_TD, mask_TE.bool(), scored.pop(layer, None))
-
-        def score(_: object, __: object, scores: Tensor) -> None:
-            scored[layer] = scores.reshape(-1, scores.shape[-1])
-
-        module.observer = observer
-        point = module.get_submodule("hook_router_scores")
-        handles.append(point.register_forward_hook(score))
-
-    for layer, module in modules.items():
-        listen(layer, module)
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in modules.values():
-            module.observer = None
+    def hear(self, heard: Heard) -> None:
+        self.heard[heard.layer] = heard
 
 
 def _kept(batch: Batch) -> Tensor:

@@ -18,8 +18,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import judged, nats, say
-from moefy.evaluation.statistics import RESAMPLES, Floats
+from moefy.evaluation.outputs import ce_per_token, judged_positions, run_outputs
+from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.effects import means
 from moefy.inspection.causal.engine import Base, Engine
@@ -47,7 +47,7 @@ def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
         row = 0
         for layer, module in engine.modules.items():
             along_TE = _along(base, layer, module.experts, gradient)
-            keep_BT1 = judged(batch)[:, :, None].to(along_TE.device)
+            keep_BT1 = judged_positions(batch)[:, :, None].to(along_TE.device)
             # The loss at one position moves with what is added at all positions before it.
             counted = keep_BT1 if gradient is None else torch.ones_like(keep_BT1)
             along_BTE = along_TE.view(*keep_BT1.shape[:2], -1) * counted
@@ -82,7 +82,7 @@ def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
         add(layer, module)
     try:
         with torch.enable_grad(), engine.running():
-            loss = nats(say(engine.model, batch)).sum()
+            loss = ce_per_token(run_outputs(engine.model, batch)).sum()
             grads = torch.autograd.grad(loss, list(added.values()))
     finally:
         for handle in handles:
@@ -123,11 +123,11 @@ def _spearman(a_E: Floats, b_E: Floats, seed: int) -> tuple[float, float, float]
     """Rank correlation over experts, with a bootstrap interval over experts."""
     if len(a_E) < 3:
         return (np.nan,) * 3
-    random = np.random.default_rng([seed, len(a_E)])
-    at_RE = random.integers(len(a_E), size=(RESAMPLES, len(a_E)))
+    at_RE = resampled(len(a_E), seed)
     a_RE, b_RE = (stats.rankdata(v[at_RE], axis=1) for v in (a_E, b_E))
     a_RE, b_RE = (v - v.mean(1, keepdims=True) for v in (a_RE, b_RE))
     size_R = np.sqrt((a_RE**2).sum(1) * (b_RE**2).sum(1))
     drawn_R = (a_RE * b_RE).sum(1) / np.maximum(size_R, 1e-300)
-    low, high = np.quantile(drawn_R, [0.025, 0.975])
-    return float(stats.spearmanr(a_E, b_E).statistic), float(low), float(high)
+    rank = float(stats.spearmanr(a_E, b_E).statistic)
+    low, high = ends(rank, drawn_R)
+    return rank, float(low), float(high)
