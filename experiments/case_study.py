@@ -1,6 +1,6 @@
 """What the experts of the demo models do: the records behind docs/case-study.md, its tables and pictures.
 
-    python experiments/case_study.py inspect llama opt   # benchmarks/records/inspect_<model>.json; about 25 minutes each
+    python experiments/case_study.py inspect llama opt   # benchmarks/records/inspect_<model>.json; 25 minutes each
     python experiments/case_study.py page                # every table and picture of the page, from the records
 
 The page also shows `experiments/removal_bars.py` and `experiments/training_history.py`.
@@ -194,7 +194,8 @@ def causes(found: dict[str, dict[str, Any]]) -> str:
         for row in sorted(chosen, key=lambda row: -row["csi"])[:5]:
             strongest.append(
                 [name, f"L{row['layer']}.E{row['expert']}", row["domain"],
-                 interval(row["ce"], row["ce_low"], row["ce_high"]), interval(row["csi"], row["csi_low"], row["csi_high"]),
+                 interval(row["ce"], row["ce_low"], row["ce_high"]),
+                 interval(row["csi"], row["csi_low"], row["csi_high"]),
                  f"{row['percentile']:.0f} %"]
             )  # fmt: skip
     second = [
@@ -221,7 +222,8 @@ def kept(found: dict[str, dict[str, Any]]) -> str:
         for share in sorted({row["share"] for row in table}):
             at = [row for row in table if row["share"] == share]
             lines.append(
-                [name, f"{share:.1%}", *(f"{np.mean([row[key] for row in at]):.2f}" for key in ("ce", "ce_other", "ce_random")),
+                [name, f"{share:.1%}",
+                 *(f"{np.mean([row[key] for row in at]):.2f}" for key in ("ce", "ce_other", "ce_random")),
                  f"{sum(row['ce'] < row['ce_random_least'] for row in at)} of {len(at)}",
                  f"{sum(row['saved_low'] > 0 for row in at)} of {len(at)}"]
             )  # fmt: skip

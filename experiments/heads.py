@@ -19,11 +19,11 @@ from pages import filled
 
 from moefy import recipe as recipes
 from moefy.conversion.capture import Captured, capture
-from moefy.conversion.convert import EVALUATED_DOCUMENTS, HELD_OUT_SHARE
 from moefy.conversion.layer import fit_heads, fit_layer, layer_sample
 from moefy.conversion.plan import Plan, plan
-from moefy.data.corpus import hold_out, load_corpus, split_shards
+from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import EVALUATED_DOCUMENTS, HELD_OUT_SHARE, by_role
 from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load_dense, moefied
 from moefy.experts.placement import placement
@@ -66,12 +66,11 @@ DENSITIES = (0.67, 0.5)
 def measure(name: str, model: Path) -> dict[str, Any]:
     checkpoint, corpus = Checkpoint.open(model), load_corpus()
     base = recipes.override(Recipe(), DENSE_MLPS)
-    shards = split_shards(corpus, base.seed)
-    train, held = hold_out(shards["router"], HELD_OUT_SHARE, base.seed)
-    texts = {
-        "partition": (shards["partition"], base.partition.tokens),
-        "router": (train, base.router.tokens),
-        "held-out": (held, round(base.router.tokens * HELD_OUT_SHARE)),
+    texts = by_role(corpus, base.seed)
+    limits = {
+        "partition": base.partition.tokens,
+        "router": base.router.tokens,
+        "held-out": round(base.router.tokens * HELD_OUT_SHARE),
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -80,14 +79,14 @@ def measure(name: str, model: Path) -> dict[str, Any]:
         for site in todo.head_sites:
             places += site.places(len(todo.sites))
         samples = {}
-        for part, (text, limit) in texts.items():
+        for part, limit in limits.items():
             samples[part] = Captured(Path(folder), part)
             capture(
                 load_dense(checkpoint, **placement()), places,
-                read_batches(checkpoint, todo.kind, text, base.context, limit), samples[part],
+                read_batches(checkpoint, todo.kind, texts[part], base.context, limit), samples[part],
                 limit=limit, seed=base.seed, report=Reporter(),
             )  # fmt: skip
-        text = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+        text = texts["evaluation"].take(EVALUATED_DOCUMENTS)
         batches = read_batches(checkpoint, todo.kind, text, base.context)
         for density in DENSITIES:
             for label, settings in VARIANTS.items():

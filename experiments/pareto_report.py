@@ -31,8 +31,8 @@ of 16-bit weights) and whole in what is computed, so the second panel is where i
 Peers stand at their best expert size of those tried, budget by budget. `n/a`: the method cannot go
 below that budget; `not run`: nobody has run it yet. Means over seeds (of shards and fits) with the half-width of a
 95 % t-interval; how many seeds stands in the last table. Documents of the evaluation shard: 22 for the demo models,
-44 for the others. Thresholds drift between documents, so a budget is met within 0.02. The best of all recipes but ours and the controls is *the best
-peer*, whichever it is at that budget.
+44 for the others. Thresholds drift between documents, so a budget is met within 0.02. The best of all recipes but
+ours and the controls is *the best peer*, whichever it is at that budget.
 *Oracle*: single neurons chosen by their true contribution, nothing for the others; choosing is not counted, so it is a
 bound and no method. *pruning*, *random*: static pruning at equal size; random experts chosen at random.
 Made by `experiments/pareto.py` and `experiments/pareto_report.py` from `benchmarks/records/pareto_*.json`.
@@ -40,15 +40,15 @@ Made by `experiments/pareto.py` and `experiments/pareto_report.py` from `benchma
 ABOUT = {
     "llama": "Bundled demo model: SwiGLU, D 192, N 1024, 6 layers.",
     "opt": "Bundled demo model: ReLU, D 192, N 1024, 6 layers.",
-    "minilm": "all-MiniLM-L6-v2, a sentence encoder: GELU, D 384, N 1536, 6 layers, on the bundled corpus. Figures are one "
-    "minus the cosine of hidden states, token by token.",
-    "babyllama": "EN10/BabyLlama, characters: SwiGLU, D 128, N 352, 5 layers, on TinyStories. A small model trained long: "
-    "hardly a neuron can be spared, and every recipe loses much at 0.25.",
-    "stories260K": "karpathy/tinyllamas 260K: SwiGLU, D 64, N 172, 5 layers, on TinyStories. As above, more so; at 0.5 TEAL is "
-    "better than anything of ours.",
+    "minilm": "all-MiniLM-L6-v2, a sentence encoder: GELU, D 384, N 1536, 6 layers, on the bundled corpus. Figures are "
+    "one minus the cosine of hidden states, token by token.",
+    "babyllama": "EN10/BabyLlama, characters: SwiGLU, D 128, N 352, 5 layers, on TinyStories. A small model trained "
+    "long: hardly a neuron can be spared, and every recipe loses much at 0.25.",
+    "stories260K": "karpathy/tinyllamas 260K: SwiGLU, D 64, N 172, 5 layers, on TinyStories. As above, more so; at 0.5 "
+    "TEAL is better than anything of ours.",
     "relu-stories": "A GPT-2 shape with ReLU, characters: D 64, N 256, 4 layers, on TinyStories.",
-    "sort": "minGPT that sorts six digits: GELU, D 48, N 192, 3 layers, on its 729 inputs. Static pruning, a control, is "
-    "better than every recipe at 0.25: for one task the same neurons serve every token.",
+    "sort": "minGPT that sorts six digits: GELU, D 48, N 192, 3 layers, on its 729 inputs. Static pruning, a "
+    "control, is better than every recipe at 0.25: for one task the same neurons serve every token.",
 }
 """What a model is, in the order in which they are shown."""
 

@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moefy import recipe as recipes
 from moefy.conversion.compare import Comparison
 from moefy.conversion.convert import convert
-from moefy.data.corpus import load_corpus, split_shards
+from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import split_shards
 from moefy.errors import MoefyError
 from moefy.experts.loading import load
 from moefy.experts.passes import run

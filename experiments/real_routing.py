@@ -22,8 +22,9 @@ from torch import Tensor
 
 from moefy.cli.quickstart import demo_models
 from moefy.conversion.convert import convert
-from moefy.data.corpus import load_corpus, split_shards
+from moefy.data.corpus import load_corpus
 from moefy.data.inputs import load_tokenizer
+from moefy.data.shards import split_shards
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.recipe import Recipe

@@ -16,10 +16,10 @@ from moefy.benchmark.layers import LENGTH, Layers, Shape, own_layers, prompt, sy
 from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.benchmark.levels.model import bench_model
 from moefy.errors import MoefyError, unknown_choice
-from moefy.experts.loading import load, load_dense, weights_of
+from moefy.experts.loading import open_model
+from moefy.experts.moefied import of
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.run.console import Reporter
 
@@ -125,9 +125,14 @@ class Settings:
             if value < 1:
                 raise MoefyError(f"{name} {value}: expected 1 or more")
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype that models run in; None is what this machine runs best."""
+        return DTYPES.get(self.dtype or "")
+
     def placed(self, weights: Checkpoint) -> dict[str, Any]:
-        """Device and dtype of a checkpoint that is loaded."""
-        return placement(weights) | ({} if self.dtype is None else {"dtype": DTYPES[self.dtype]})
+        """Device and dtype of others that are loaded beside this checkpoint."""
+        return placement(weights) | ({} if self.dtype is None else {"dtype": self.torch_dtype})
 
 
 def _numbers(
@@ -160,9 +165,8 @@ def _layers(asked: Settings, tokens: int) -> Layers:
     if asked.model is None:
         shape = Shape.parse(asked.layer or "")
         return synthetic(shape, dtype=DTYPES[asked.dtype or "float32"], tokens=tokens)
-    artefact = read_artefact(asked.model, verify=False)
-    weights = weights_of(artefact, asked.model)
-    model = load(asked.model, verify=False, **asked.placed(weights))
+    model = open_model(asked.model, dtype=asked.torch_dtype, dense=False)
+    weights, artefact = of(model).checkpoint, of(model).artefact
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH)
     length = min(LENGTH, positions)
     given = prompt(weights.folder, _vocabulary(model, asked), -(-tokens // length), length)
@@ -172,15 +176,11 @@ def _layers(asked: Settings, tokens: int) -> Layers:
 def _models(asked: Settings) -> tuple[Models, Checkpoint, str]:
     """The folder and the stock model of the same weights or another one; its weights; both in words."""
     assert asked.model is not None
-    artefact = read_artefact(asked.model, verify=False)
-    weights = weights_of(artefact, asked.model)
-    where = asked.placed(weights)
-    sparse = load(asked.model, verify=False, **where)
-    other = weights if asked.against is None else Checkpoint.open(asked.against)
-    dense = load_dense(other, **(asked.placed(other) | {"dtype": sparse.dtype}))
-    what = str(artefact.source["name"])
+    sparse = open_model(asked.model, dtype=asked.torch_dtype, dense=False)
+    weights, what = of(sparse).checkpoint, str(of(sparse).artefact.source["name"])
+    dense = open_model(asked.against or asked.model, dtype=sparse.dtype, dense=True)
     what += "" if asked.against is None else f" against {asked.against}"
-    return Models(dense, sparse, where), weights, what
+    return Models(dense, sparse, asked.placed(weights)), weights, what
 
 
 def _vocabulary(model: PreTrainedModel, asked: Settings) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from moefy.benchmark.bytes_read import cache_bytes
@@ -37,7 +36,9 @@ from moefy.benchmark.engines.base import (
     keeping,
 )
 from moefy.benchmark.rounding import relative_error
+from moefy.evaluation.outputs import kl_of
 from moefy.experts.offload import device_of
+from moefy.experts.passes import watching
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.run.memory import free_memory
@@ -76,16 +77,13 @@ def compare(got: Tensor, want: Tensor) -> Fidelity:
         raise Unavailable(
             f"computes something else: logits of shape {tuple(got.shape)}, not {tuple(want.shape)}"
         )
-    kl_C = torch.cat([_kl(*pair) for pair in zip(got, want, strict=True)])
+    # Rounding takes it no lower than 0.
+    kl_C = torch.cat(
+        [kl_of(w.double(), g.double()) for g, w in zip(got, want, strict=True)]
+    ).clamp_min(0)
     return Fidelity(
         relative_error(got, want), float(kl_C.quantile(0.5)), float(kl_C.mean()), float(kl_C.max())
     )
-
-
-def _kl(got_BV: Tensor, want_BV: Tensor) -> Tensor:
-    """KL from `want` in fp64 `[B]`; rounding takes it no lower than 0."""
-    want_BV, got_BV = (log_softmax(logits.double(), -1) for logits in (want_BV, got_BV))
-    return (want_BV.exp() * (want_BV - got_BV)).sum(-1).clamp_min(0)
 
 
 def judge(fidelity: Fidelity, allowed: float) -> None:
@@ -252,21 +250,8 @@ def _passes(
         passes.append(Pass([masks.copy()], cache_bytes(session.cache)))
         masks.clear()
 
-    with _listening(sparse, masks):
+    with watching(sparse_mlps(sparse), lambda _, __, mask_TE: masks.append(mask_TE.clone())):
         logits = logits_of(session, steps, finish)
     prefill, *decoded = passes
     mean = fmean(one.cache for one in decoded)
     return prefill, Pass([one.masks[0] for one in decoded], mean), logits
-
-
-@contextmanager
-def _listening(model: PreTrainedModel, masks: list[Tensor]) -> Iterator[None]:
-    """Masks of the layers are added to `masks`, in order, as they run."""
-    modules = sparse_mlps(model).values()
-    for module in modules:
-        module.observer = lambda _, mask_TE: masks.append(mask_TE.clone())
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.observer = None

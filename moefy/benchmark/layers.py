@@ -7,7 +7,7 @@ model's own layers have the inputs that they have within it.
 Shapes: T tokens, D width, N neurons, E experts, K experts that run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from moefy.data.corpus import load_corpus
 from moefy.data.inputs import load_tokenizer
 from moefy.errors import MoefyError
 from moefy.experts.offload import device_of
+from moefy.experts.passes import watching
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp
@@ -223,20 +224,12 @@ def own_layers(
         )
     count = min(COPIES, len(modules))
     chosen = [modules[i * len(modules) // count] for i in range(count)]
-    seen: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[[Tensor, Tensor], None]:
-        return lambda x_TD, _: seen.update({index: x_TD.clone()})
-
-    for index, module in enumerate(chosen):
-        module.observer = keep(index)
-    try:
+    inputs: dict[int, Tensor] = {}
+    observed = dict(enumerate(chosen))
+    with watching(observed, lambda n, x_TD, _: inputs.update({n: x_TD.clone()})):
         model(input_ids=prompt.ids_BT.to(device_of(model)))
-    finally:
-        for module in chosen:
-            module.observer = None
-    drawn_T = torch.randperm(len(seen[0]), generator=torch.Generator().manual_seed(seed))[:tokens]
-    inputs = [seen[index][drawn_T.to(seen[index].device)] for index in range(count)]
+    drawn_T = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))[:tokens]
+    inputs_TD = [inputs[n][drawn_T.to(inputs[n].device)] for n in range(count)]
     first = chosen[0]
     text = (
         f"layers of {what}: D {first.weights.width}, N {first.weights.neurons}, {first.experts} experts, "
@@ -244,7 +237,7 @@ def own_layers(
     )
     for module in chosen:
         module.requires_grad_(False)
-    return Layers(text, chosen, inputs, synthetic=False)
+    return Layers(text, chosen, inputs_TD, synthetic=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ runs (a paired bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap
 buffers that no cache holds, in turn, by a sum and by a product with a vector, and the best counts. On a
 GPU it is a copy, whose bytes are read and written.
 
-Shapes: R samples, C calls of a sample, B resamples.
+Shapes: G samples, C calls of a sample, R resamples.
 """
 
 import gc
@@ -24,13 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moefy.evaluation.statistics import ends, resampled
 from moefy.run.memory import free_memory
 
 Seconds = NDArray[np.float64]
 LEAST_SAMPLES = 5
 """With fewer, resampling finds too little noise: 4 equal values are not rare."""
 WARMUP = 2
-RESAMPLES, CONFIDENCE = 2000, 0.99
+CONFIDENCE = 0.99
 """Of many rows of a table one in a hundred that is called different need not be."""
 FLOOR = 0.01
 """No interval is narrower to either side: where memory happens to lie does not change within a run, so
@@ -58,7 +59,7 @@ class Run:
 def side_by_side(
     runs: Mapping[str, Run], samples: int, *, warmup: int = WARMUP, seed: int = 0
 ) -> dict[str, Seconds]:
-    """Seconds `[R, C]` of every call of every run, after `warmup` samples that are thrown away."""
+    """Seconds `[G, C]` of every call of every run, after `warmup` samples that are thrown away."""
     for run in runs.values():
         for _ in range(warmup):
             run()
@@ -118,13 +119,12 @@ class Ratio:
         return {"speedup": speedup, "ratio": self.value, "interval": [self.low, self.high]}
 
 
-def speedup(run_RC: Seconds, base_RC: Seconds, seed: int = 0) -> Ratio:
+def speedup(run_GC: Seconds, base_GC: Seconds, seed: int = 0) -> Ratio:
     """The median of `base` over that of `run`, with the interval of this ratio."""
-    rounds = len(run_RC)
-    drawn_BR = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
-    value = float(np.median(base_RC) / np.median(run_RC))
-    drawn_B = np.median(base_RC[drawn_BR], axis=(1, 2)) / np.median(run_RC[drawn_BR], axis=(1, 2))
-    low, high = np.quantile(drawn_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    at_RG = resampled(len(run_GC), seed)
+    value = float(np.median(base_GC) / np.median(run_GC))
+    drawn_R = np.median(base_GC[at_RG], axis=(1, 2)) / np.median(run_GC[at_RG], axis=(1, 2))
+    low, high = ends(value, drawn_R, level=CONFIDENCE)
     least = 1 + FLOOR
     return Ratio(value, min(float(low), value / least), max(float(high), value * least))
 

@@ -410,27 +410,18 @@ def bench(
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(
-            help="eager, compiled, a backend, auto, experts or experts:NAME, llama.cpp or all (all); may be "
-            "repeated."
-        ),
+        typer.Option(help="eager, auto, a backend, experts, llama.cpp ... (all); may be repeated."),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Beside each engine, it as a graph of torch.compile.")
+        bool, typer.Option("--compiled", help="Beside each engine its graph of torch.compile.")
     ] = False,
     linears: Annotated[
-        bool,
-        typer.Option("--linears", help="Beside each engine, it with moefy's linear maps (CPU)."),
+        bool, typer.Option("--linears", help="And its moefy.native_linears.")
     ] = False,
     experts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=FOLDER: an export, run by transformers' implementation NAME of experts (or all)."
-        ),
+        list[str] | None, typer.Option(help="NAME=FOLDER: an export by transformers' NAME, or all.")
     ] = None,
-    gguf: Annotated[
-        list[Path] | None, typer.Option(help="GGUF file that llama.cpp runs; may be repeated.")
-    ] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="File for llama.cpp to run.")] = None,
     batches: Annotated[
         str | None, typer.Option(help="By comma (1,2,4,8,16; of a model: 1).")
     ] = None,

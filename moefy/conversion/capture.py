@@ -23,6 +23,7 @@ from moefy.errors import MoefyError
 from moefy.experts.passes import listen, walk
 from moefy.models.locate import Place, side_of
 from moefy.run.console import Reporter
+from moefy.run.output import write_whole
 from moefy.run.processes import ALONE, Processes
 
 
@@ -121,9 +122,7 @@ def capture(
             "dtype": str(model.dtype).removeprefix("torch."),
             "domains": {s: domains_of(batches, s, sizes[s], keep[s]) for s in sides},
         }
-        unfinished = into._index.with_suffix(".part")
-        unfinished.write_text(json.dumps(index))
-        unfinished.replace(into._index)
+        write_whole(into._index, json.dumps(index))
     processes.wait()
 
 

@@ -25,16 +25,11 @@ from transformers import PreTrainedModel
 from moefy import recipe as recipes
 from moefy.conversion.allocate import needs_tuning, tune
 from moefy.conversion.capture import Captured, capture
-from moefy.conversion.layer import (
-    HELD_OUT_SHARE,
-    fit_layer,
-    layer_sample,
-    sample_sizes,
-    split_layer,
-)
+from moefy.conversion.layer import fit_layer, layer_sample, split_layer
 from moefy.conversion.plan import Plan, inputs_read, plan
-from moefy.data.corpus import Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role, tokens_of_roles
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.load import FfnLoad
 from moefy.evaluation.outputs import Said, compared, cosine, nats, say
@@ -72,7 +67,7 @@ class Comparison:
         *,
         corpus: Any = None,
         seed: int = 0,
-        documents: int = 44,
+        documents: int = EVALUATED_DOCUMENTS,
         report: Reporter | None = None,
     ) -> None:
         self.checkpoint = Checkpoint.open(model)
@@ -81,7 +76,7 @@ class Comparison:
         self.seed, self.report = seed, report or Reporter(quiet=True)
         text = load_corpus(corpus)
         self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
-        self.shards = split_shards(text, seed)
+        self.texts = by_role(text, seed)
         self.documents = documents
         self._dense_outputs: list[Said] = []
         self._evaluation: list[Batch] = []
@@ -236,7 +231,7 @@ class Comparison:
         record: dict[str, Any] = {"routers": fits}
         if needs_tuning(recipe):
             training = self._texts("router", todo.kind)
-            held = self._texts("held-out", todo.kind, sample_sizes(recipe)["held-out"])
+            held = self._texts("held-out", todo.kind, tokens_of_roles(recipe)["held-out"])
             record["tuning"] = tune(model, todo, recipe, samples, training, held, self.report)
         return model, record
 
@@ -262,21 +257,17 @@ class Comparison:
         if not self._dense_outputs:
             stock = self._load()
             kind = sites(stock)[0].family.kind
-            text = self.shards["evaluation"].take(self.documents)
-            self._evaluation = read_batches(self.checkpoint, kind, text, 512)
+            text = self.texts["evaluation"].take(self.documents)
+            self._evaluation = read_batches(self.checkpoint, kind, text, CONTEXT)
             self._dense_outputs = [say(stock, batch) for batch in self._evaluation]
         return self._dense_outputs
 
     def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
-        train, held = hold_out(self.shards["router"], HELD_OUT_SHARE, self.seed)
-        text: dict[str, Corpus] = {
-            "partition": self.shards["partition"], "router": train, "held-out": held
-        }  # fmt: skip
-        return read_batches(self.checkpoint, kind, text[name], 512, limit)
+        return read_batches(self.checkpoint, kind, self.texts[name], CONTEXT, limit)
 
     def _samples(self, recipe: Recipe, todo: Plan) -> dict[str, Captured]:
         found = {}
-        for name, limit in sample_sizes(recipe).items():
+        for name, limit in tokens_of_roles(recipe).items():
             folder = self.folder / f"seed{self.seed}-{limit}"
             folder.mkdir(exist_ok=True)
             found[name] = Captured(folder, name)
@@ -320,7 +311,7 @@ def compare(
     budgets: list[float],
     *,
     corpus: Any = None,
-    documents: int = 44,
+    documents: int = EVALUATED_DOCUMENTS,
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:

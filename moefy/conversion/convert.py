@@ -13,7 +13,6 @@ goes on where it stopped; the output appears by rename when all is done.
 Shapes: T tokens, D width, N neurons, E experts.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,11 +31,12 @@ from moefy.conversion.allocate import needs_tuning, tune
 from moefy.conversion.capture import Captured, capture
 from moefy.conversion.card import model_card
 from moefy.conversion.job import Converted, Job, Reading, collect, keep
-from moefy.conversion.layer import HELD_OUT_SHARE, fit_heads, fit_layer, layer_sample, sample_sizes
+from moefy.conversion.layer import fit_heads, fit_layer, layer_sample
 from moefy.conversion.plan import Plan, describe, plan
 from moefy.conversion.streamed import stream as streaming
-from moefy.data.corpus import Batch, Corpus, hold_out, load_corpus, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import EVALUATED_DOCUMENTS, by_role, tokens_of_roles
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import difference, say
@@ -58,11 +57,10 @@ from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memo
 from moefy.run.output import OutputFolder
 from moefy.run.processes import launched
 from moefy.run.provenance import machine, versions
+from moefy.run.stages import digest
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
-
-EVALUATED_DOCUMENTS = 44
 
 
 def convert(
@@ -98,15 +96,15 @@ def convert(
         with clock.stage("plan"):
             checkpoint = Checkpoint.open(folder)
             text = load_corpus(corpus)
-            shards = split_shards(text, recipe.seed)
+            texts = by_role(text, recipe.seed)
             todo = plan(checkpoint, recipe, text.name, adapter=adapter)
             if stream:
                 streaming.refuse(checkpoint, todo, recipe, adapter, processes)
             else:
                 _require_memory(checkpoint)
             report.say(describe(todo, recipe, stream=stream))
-            reading = _reading(checkpoint, todo, recipe, shards)
-            held = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+            reading = _reading(checkpoint, todo, recipe, texts)
+            held = texts["evaluation"].take(EVALUATED_DOCUMENTS)
             limit = streaming.EVALUATED_TOKENS if stream else None
             evaluated = read_batches(checkpoint, todo.kind, held, recipe.context, limit)
         with clock.stage("hash the source"):
@@ -201,7 +199,7 @@ def _fingerprint(
 ) -> str:
     """Digest of all that decides the result: an unfinished run is only resumed with the same."""
     settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, streamed, versions()]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return digest(settings)
 
 
 def _lasting_name(folder: str | Path, adapter: bool) -> str:
@@ -213,16 +211,14 @@ def _lasting_name(folder: str | Path, adapter: bool) -> str:
 
 
 def _reading(
-    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, shards: dict[str, Corpus]
+    checkpoint: Checkpoint, todo: Plan, recipe: Recipe, texts: dict[str, Corpus]
 ) -> Reading:
     """Batches, and how many of their tokens to keep: for the partition, for the router, and for the
     router's early stopping. A corpus the model cannot read is found here, before anything is made.
     """
-    train, held = hold_out(shards["router"], HELD_OUT_SHARE, recipe.seed)
-    texts = {"partition": shards["partition"], "router": train, "held-out": held}
     return {
-        name: (read_batches(checkpoint, todo.kind, texts[name], recipe.context, limit), limit)
-        for name, limit in sample_sizes(recipe).items()
+        role: (read_batches(checkpoint, todo.kind, texts[role], recipe.context, limit), limit)
+        for role, limit in tokens_of_roles(recipe).items()
     }
 
 
@@ -250,20 +246,22 @@ def _fit(job: Job, samples: dict[str, Captured]) -> None:
     """Fit every layer that is not there yet, each from its own weights and sample alone."""
     checkpoint, todo, recipe = job.checkpoint, job.todo, job.recipe
     mine = job.processes.mine
-    for what in ("layers", "heads"):
-        (job.work / what).mkdir(exist_ok=True)
     stored = disk_names(meta_model(read_config(checkpoint)), checkpoint.tensors)
     get = _reader(checkpoint, {name: disk for disk, name in stored.items()})
     for site in job.report.track(mine(todo.sites), "fit layers"):
-        at = job.work / "layers" / str(site.index)
-        if not at.with_suffix(".json").exists():
+        name = f"layers/{site.index}"
+        if not job.stages.has(name):
             mlp = read_mlp(site, get).to(torch.float32)
-            keep(at, fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)))
+            keep(
+                job.stages,
+                name,
+                fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site)),
+            )
     for block in job.report.track(mine(todo.head_sites), "fit heads") if todo.head_sites else ():
-        at = job.work / "heads" / str(block.index)
-        if not at.with_suffix(".json").exists():
+        name = f"heads/{block.index}"
+        if not job.stages.has(name):
             heads = HeadOutputs.behind(read_heads(block, get).down_ND.float())
-            keep(at, fit_heads(heads, todo, block, recipe, samples))
+            keep(job.stages, name, fit_heads(heads, todo, block, recipe, samples))
     job.processes.wait()
 
 
@@ -289,8 +287,8 @@ def _tune(
     """Tune the moefied model in memory, where the recipe asks for it, and take back its routing."""
     if not needs_tuning(job.recipe):
         return artefact, {}
-    kept = job.work / "tuned"
-    if not (kept / "record.json").exists():
+    name = "tuned/record"
+    if not job.stages.has(name):
         model = load_dense(job.checkpoint, **placement())
         moefied(model, artefact, permute=True)
         training, held = (job.reading[name][0] for name in ("router", "held-out"))
@@ -299,19 +297,15 @@ def _tune(
         )
         if job.processes.main:
             artefact = with_routing_of(model)
-            kept.mkdir(exist_ok=True)
-            (kept / "tensors.safetensors").write_bytes(save(artefact.tensors))
             record["selections"] = [entry.selection for entry in artefact.layers]
-            (kept / "record.part").write_text(json.dumps(record))
-            (kept / "record.part").replace(kept / "record.json")
+            job.stages.keep(name, record, artefact.tensors)
     job.processes.wait()
-    record = json.loads((kept / "record.json").read_text())
+    record = job.stages.read(name)
     layers = [
         replace(entry, selection=selection)
         for entry, selection in zip(artefact.layers, record.pop("selections"), strict=True)
     ]
-    tensors = load_file(kept / "tensors.safetensors")
-    return replace(artefact, layers=layers, tensors=tensors), record
+    return replace(artefact, layers=layers, tensors=job.stages.tensors(name)), record
 
 
 def _write(job: Job, artefact: Artefact) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.conversion.fit import Tokens
-from moefy.conversion.optimise import CLIP, draws, matched
-from moefy.data.corpus import Batch, Sample, make_batches
+from moefy.conversion.optimise import CLIP, matched
+from moefy.data.corpus import Batch, Sample, make_batches, sampler
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged, say
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -58,7 +58,7 @@ def distil_model(
                 dense = say(model, batch)
             yield distance(dense, say(model, batch)) * (_count(batch) / total)
 
-    steps = (of_step(group) for group in draws(samples, recipe.tokens, seed))
+    steps = (of_step(group) for group in sampler(samples, recipe.tokens, seed))
     return _train(model, modules, steps, recipe, report)
 
 

@@ -3,13 +3,11 @@
 What was fitted of every layer lies in the work folder until all of it becomes one artefact.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moefy import recipe as recipes
@@ -25,6 +23,7 @@ from moefy.run.clock import Clock
 from moefy.run.console import Reporter
 from moefy.run.processes import Processes
 from moefy.run.provenance import versions
+from moefy.run.stages import Stages
 
 Reading = dict[str, tuple[list[Batch], int]]
 """Batches by what they are for, and how many of their tokens are looked at."""
@@ -55,6 +54,11 @@ class Job:
         """Where the result is put together."""
         return self.work / "model"
 
+    @property
+    def stages(self) -> Stages:
+        """What is finished: `layers/0`, `heads/0`, ..., `tuned/record`."""
+        return Stages(self.work)
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -71,21 +75,19 @@ class Converted:
     head_fits: list[dict[str, Any]] = field(default_factory=list)
 
 
-def keep(at: Path, fitted: Fitted[Any], extra: dict[str, Any] | None = None) -> None:
-    """Write one layer; once its `.json` is there, the layer is finished."""
-    at.with_suffix(".safetensors").write_bytes(save(fitted.tensors))
-    # Written last and by rename: its presence says that the layer is finished.
-    unfinished = at.with_suffix(".part")
-    kept = {"entry": asdict(fitted.entry), "fit": fitted.fit.record(), **(extra or {})}
-    unfinished.write_text(json.dumps(kept))
-    unfinished.replace(at.with_suffix(".json"))
+def keep(
+    stages: Stages, name: str, fitted: Fitted[Any], extra: dict[str, Any] | None = None
+) -> None:
+    """Keep what was fitted of one layer."""
+    values = {"entry": asdict(fitted.entry), "fit": fitted.fit.record(), **(extra or {})}
+    stages.keep(name, values, fitted.tensors)
 
 
 def collect(job: Job) -> tuple[Artefact, list[dict[str, Any]], list[dict[str, Any]]]:
     """All that was fitted as one artefact, and how well the routers of MLPs and of heads came out."""
     tensors: dict[str, Tensor] = {}
-    layers, fits = _fitted(job.work, "layers", job.todo.sites, tensors)
-    heads, head_fits = _fitted(job.work, "heads", job.todo.head_sites, tensors)
+    layers, fits = _fitted(job.stages, "layers", job.todo.sites, tensors)
+    heads, head_fits = _fitted(job.stages, "heads", job.todo.head_sites, tensors)
     artefact = Artefact(
         form=ADAPTER if job.adapter else FULL,
         source=job.source,
@@ -100,15 +102,15 @@ def collect(job: Job) -> tuple[Artefact, list[dict[str, Any]], list[dict[str, An
 
 
 def _fitted(
-    work: Path, what: str, found: Sequence[Site | HeadSite], tensors: dict[str, Tensor]
+    stages: Stages, what: str, found: Sequence[Site | HeadSite], tensors: dict[str, Tensor]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Entries and fits of all that is of one kind; adds what they fitted to `tensors`."""
     entries, fits = [], []
     for site in found:
-        at = work / what / str(site.index)
-        kept = json.loads(at.with_suffix(".json").read_text())
+        name = f"{what}/{site.index}"
+        kept = stages.read(name)
         entries.append(kept["entry"])
         fits.append({"layer": site.layer, **kept["fit"]})
-        for name, value in load_file(at.with_suffix(".safetensors")).items():
-            tensors[f"{what}.{site.index}.{name}"] = value
+        for key, value in stages.tensors(name).items():
+            tensors[f"{what}.{site.index}.{key}"] = value
     return entries, fits

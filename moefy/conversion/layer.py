@@ -25,23 +25,8 @@ from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp, HeadOutputs
 from moefy.recipe import Recipe
 
-HELD_OUT_SHARE = 0.15
-"""Share of the router shard that is not fitted on: it stops fitting, sets thresholds and densities."""
-
-LEAST_HELD_OUT = 2048
-"""Tokens of it that are read at least."""
-
 PROVISIONAL = 256
 """Tokens that set a selection which is going to be set anew."""
-
-
-def sample_sizes(recipe: Recipe) -> dict[str, int]:
-    """Tokens that a conversion reads: for the partition, for routers, and held out from those."""
-    return {
-        "partition": recipe.partition.tokens,
-        "router": recipe.router.tokens,
-        "held-out": max(LEAST_HELD_OUT, round(recipe.router.tokens * HELD_OUT_SHARE)),
-    }
 
 
 E = TypeVar("E", bound=Entry)

@@ -1,11 +1,10 @@
-"""Corpora with domain and source labels, their disjoint shards, and batches a model can run.
+"""Corpora with domain and source labels, and batches a model can run.
 
 A *document* is one piece of text, its *domain* the label of its corpus, its *source* the work it was
-cut from. Shards never share a document, and never a source in domains with 20 sources or more.
+cut from.
 
     corpus = load_corpus()                       # the bundled one; or a path, or a dataset's name
-    shards = split_shards(corpus, seed=0)
-    batches = make_batches(shards["evaluation"].samples(tokenizer, "decoder", context=512))
+    batches = make_batches(corpus.samples(tokenizer, "decoder", context=512))
 
 It knows nothing of experts. Shapes: B documents of a batch, T tokens, D model width.
 """
@@ -14,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from moefy.errors import CorpusError
 
-SHARDS = {"partition": 0.15, "router": 0.5, "examples": 0.1, "evaluation": 0.25}
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 2000
 MANY_SOURCES = 20
@@ -289,51 +287,6 @@ def _cut(text: str) -> list[str]:
     return [p for p in [*pieces, piece] if p.strip()]
 
 
-def split_shards(corpus: Corpus, seed: int) -> dict[str, Corpus]:
-    """Four shards, `SHARDS`, that share no document, nor a source where a domain has 20 or more.
-
-    What the corpus holds twice is used once, so that no shard knows the content of another. Raises
-    `CorpusError` where a shard would be empty.
-    """
-    parts: dict[str, list[Document]] = {name: [] for name in SHARDS}
-    unique = list({doc.sha256: doc for doc in reversed(corpus.documents)}.values())[::-1]
-    for domain in corpus.domains:
-        documents = [doc for doc in unique if doc.domain == domain]
-        sources = sorted({doc.source_id for doc in documents})
-        if len(sources) >= MANY_SOURCES:
-            units = [[doc for doc in documents if doc.source_id == s] for s in sources]
-        else:
-            units = [[doc] for doc in documents]
-        order = np.random.default_rng([seed, _number(domain)]).permutation(len(units))
-        total = sum(len(unit) for unit in units)
-        # Each unit goes where the most is still missing, so that every shard fills evenly.
-        have = dict.fromkeys(SHARDS, 0)
-        for index in order:
-            name = max(SHARDS, key=lambda n: SHARDS[n] * total - have[n])
-            have[name] += len(units[index])
-            parts[name] += units[index]
-    empty = [name for name, documents in parts.items() if not documents]
-    if empty:
-        raise CorpusError(
-            f"corpus {corpus.name}: {len(corpus.documents)} documents do not fill four disjoint "
-            f"shards ({', '.join(SHARDS)}); '{empty[0]}' stays empty; give at least 8 documents"
-        )
-    return {name: replace(corpus, documents=docs) for name, docs in parts.items()}
-
-
-def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Two corpora without a common document: the rest, and about this share of every domain."""
-    order = np.random.default_rng([seed, 1]).permutation(len(corpus.documents))
-    cut = max(1, round(share * len(order)))
-    rest = [corpus.documents[i] for i in sorted(order[cut:])]
-    out = [corpus.documents[i] for i in sorted(order[:cut])]
-    return replace(corpus, documents=rest or out), replace(corpus, documents=out)
-
-
-def _number(text: str) -> int:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-
-
 def _sample(doc: Document, tokenizer: Any, kind: str, context: int) -> Sample | None:
     if kind == "image":
         if doc.image is None:
@@ -410,6 +363,23 @@ def make_batches(samples: Iterable[Sample], tokens: int = BATCH_TOKENS) -> list[
             group = []
         group.append(sample)
     return [*batches, _pad(group)] if group else batches
+
+
+def sampler(
+    samples: list[Sample], tokens: int, seed: int, least: int = 1
+) -> Iterator[list[Sample]]:
+    """The documents of one training step after the other, without end: about `tokens` positions each,
+    and at least `least` documents. They are drawn anew in every round, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    group: list[Sample] = []
+    size = 0
+    while True:
+        for index in torch.randperm(len(samples), generator=generator).tolist():
+            group.append(samples[index])
+            size += sample_length(samples[index])
+            if size >= tokens and len(group) >= least:
+                yield group
+                group, size = [], 0
 
 
 def sample_length(sample: Sample) -> int:

@@ -44,7 +44,7 @@ class Documents:
 
     @property
     def sources(self) -> list[Hashable]:
-        """The source of every document, as `evaluate.bootstrap.Bootstrap` wants it."""
+        """The source of every document, with its domain."""
         return [(doc.domain, doc.source_id) for doc in self.documents]
 
     def of_shard(self, shard: str) -> NDArray[np.bool_]:

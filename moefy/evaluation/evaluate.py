@@ -43,7 +43,8 @@ from moefy.evaluation.load import FfnLoad, HeadLoad
 from moefy.evaluation.outputs import Said, compared, cosine, of_tensor, placed, say
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
-from moefy.evaluation.statistics import Bootstrap
+from moefy.evaluation.statistics import ratios, unit_words, units_of
+from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing
 from moefy.experts.sparse_mlp import all_experts
 from moefy.experts.trunk import short_logits
@@ -154,7 +155,7 @@ def _sinks(
         return nullcontext()
     if against is not None:
         return finding_sinks(against, sites(against), batch)
-    return finding_sinks(model, model.moefy_sites, batch)  # type: ignore[arg-type]
+    return finding_sinks(model, of(model).sites, batch)
 
 
 def _said(model: PreTrainedModel, batch: Batch) -> Said:
@@ -195,43 +196,46 @@ def compare(
     ]
 
 
-def _bootstrap(documents: list[DocumentSums], seed: int) -> Bootstrap:
-    return Bootstrap([(doc.domain, doc.source_id) for doc in documents], seed)
-
-
 def _summary(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
     """Means over tokens with bootstrap intervals."""
-    bootstrap = _bootstrap(documents, seed)
     names = list(documents[0].sums[ALL])
     sums = {name: np.array([doc.sums[ALL][name] for doc in documents]) for name in names}
     bytes_ = np.array([doc.bytes for doc in documents])
     tokens = sums.pop("tokens")
-    summary: dict[str, Any] = {
-        "documents": len(documents),
-        "sources": bootstrap.sources,
-        "bootstrap": bootstrap.unit,
-        "tokens": int(tokens.sum()),
-    }
-    summary |= {name: bootstrap.ratio(values, tokens) for name, values in sums.items()}
+    parts = {name: (values, tokens) for name, values in sums.items()}
     if "ce" in sums:
-        summary["ce_increase"] = bootstrap.ratio(sums["ce"] - sums["ce_dense"], tokens)
-        for name, ce in (("bits_per_byte", "ce"), ("bits_per_byte_dense", "ce_dense")):
-            if bytes_.sum():
-                summary[name] = bootstrap.ratio(sums[ce], bytes_ * math.log(2))
+        parts["ce_increase"] = sums["ce"] - sums["ce_dense"], tokens
+        if bytes_.sum():
+            parts["bits_per_byte"] = sums["ce"], bytes_ * math.log(2)
+            parts["bits_per_byte_dense"] = sums["ce_dense"], bytes_ * math.log(2)
     if "ce_bigram" in sums:
         ahead = sums["ce_bigram"] - sums["ce_dense"]
         # Of a dense model that is no better than the bigram there is no skill to lose.
-        skill = bootstrap.ratio(sums["ce_bigram"] - sums["ce"], ahead)
-        summary["bigram_skill"] = skill if ahead.sum() > 0 else None
-    return summary
+        parts["bigram_skill"] = (
+            sums["ce_bigram"] - sums["ce"],
+            ahead if ahead.sum() > 0 else np.zeros(len(ahead)),
+        )
+    domains, sources = _labels(documents)
+    return {
+        "documents": len(documents),
+        "sources": len(set(sources)),
+        "bootstrap": unit_words(domains, sources),
+        "tokens": int(tokens.sum()),
+        **ratios(parts, units_of(domains, sources), seed=seed),
+    }
+
+
+def _labels(documents: list[DocumentSums]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Domains and sources."""
+    return [doc.domain for doc in documents], [(doc.domain, doc.source_id) for doc in documents]
 
 
 def _sceptical(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
     """The damage over all tokens beside that over some of them."""
-    bootstrap, sums = _bootstrap(documents, seed), [doc.sums for doc in documents]
+    unit_Q, sums = units_of(*_labels(documents)), [doc.sums for doc in documents]
 
     def record(group: str) -> dict[str, Any]:
-        return group_record(sums, group, bootstrap)
+        return group_record(sums, group, unit_Q, seed)
 
     found: dict[str, Any] = {}
     if SINKS in sums[0]:

@@ -1,6 +1,5 @@
 """Evaluate and run folders that `convert` wrote: what the CLI's verbs call."""
 
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, Corpus, load_corpus, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError, RecipeError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.experts.loading import load, load_dense, weights_of
-from moefy.experts.passes import walk
-from moefy.experts.placement import placement
-from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
-from moefy.methods.tables import ROUTERS, Router, choose
-from moefy.models.artefact import Artefact, read_artefact
-from moefy.models.checkpoint import Checkpoint
+from moefy.experts.loading import open_model
+from moefy.experts.moefied import of
+from moefy.experts.passes import walk, watching
+from moefy.experts.sparse_mlp import all_experts
+from moefy.methods.tables import ROUTERS, choose
+from moefy.models.artefact import Artefact
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
-
-BIGRAM_TOKENS = 10_000_000
-"""Most tokens that the bigram is fitted on."""
 
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""
@@ -51,12 +47,11 @@ def evaluate_folder(
     where another one is evaluated. `router` puts another router that needs no fitting in the place
     of the fitted one.
     """
-    artefact = read_artefact(folder, verify=False)
-    weights = weights_of(artefact, folder, verify=False)
-    model = load(folder, **placement(weights))
+    model = open_model(folder, verify=True, dense=False)
+    moefied = of(model)
+    artefact, weights, kind = moefied.artefact, moefied.checkpoint, moefied.kind
     recipe = from_dict(artefact.recipe)
-    texts = _texts(load_corpus(corpus), artefact, recipe.seed)
-    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    texts = _texts(load_corpus(corpus), artefact)
     evaluated = texts.evaluated.take(documents)
     batches = read_batches(weights, kind, evaluated, recipe.context)
     bigram, why = None, "only language models have one"
@@ -68,10 +63,7 @@ def evaluate_folder(
             why = str(error)
     if router is not None:
         _replace_routers(model, router, batches)
-    dense = None
-    if against is not None:
-        other = Checkpoint.open(against)
-        dense = load_dense(other, **placement(other))
+    dense = None if against is None else open_model(against, dense=True)
     record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
     if bigram is None:
         record["bigram"] = {"tokens": 0, "why": why}
@@ -108,15 +100,14 @@ class _Texts:
         return replace(self.fitted, documents=self.fitted.documents + self.bigram.documents)
 
 
-def _texts(text: Corpus, artefact: Artefact, seed: int) -> _Texts:
-    bundled = load_corpus()
-    own = next((c for c in (text, bundled) if c.sha256 == artefact.corpus["sha256"]), None)
-    shards = {} if own is None else split_shards(own, seed)
-    others = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
-    fitted = Corpus(artefact.corpus["name"], others)
-    if own is text:
+def _texts(text: Corpus, artefact: Artefact) -> _Texts:
+    own, bundled = of_conversion(text, artefact), load_corpus()
+    if own is not None:
+        fitted = replace(own["fitted"], name=artefact.corpus["name"])
         what = "the other shards of the corpus"
-        return _Texts(text.sha256, shards["evaluation"], fitted, fitted, what)
+        return _Texts(text.sha256, own["evaluation"], fitted, fitted, what)
+    own = of_conversion(bundled, artefact)
+    fitted = Corpus(artefact.corpus["name"], [] if own is None else own["fitted"].documents)
     what = "the bigram's text and the fitting shards of the bundled corpus"
     if own is None:
         what = "the bigram's text alone; the corpus of the conversion is not at hand"
@@ -131,18 +122,17 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
         raise RecipeError(
             f"router '{name}' needs fitting: convert again with --set router.name={name}"
         )
-    modules = sparse_mlps(model).values()
-    for module in modules:
-        module.observer = functools.partial(_put_router, module, kind)
-    with all_experts(model):
+    modules = of(model).mlps
+
+    def put(layer: int, x_TD: Tensor, _: Tensor) -> None:
+        module = modules[layer]
+        routed = module.routed.to(torch.float32)
+        settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
+        router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
+        router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
+        module.router = router.to(x_TD.device)
+
+    with all_experts(model), watching(modules, put):
         walk(model, batches[0])
-    for module in modules:
-        module.observer, module.look_ahead = None, False
-
-
-def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
-    routed = module.routed.to(torch.float32)
-    settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
-    router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
-    router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
-    module.router = router.to(x_TD.device)
+    for module in modules.values():
+        module.look_ahead = False

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moefy.evaluation.statistics import Bootstrap
+from moefy.data.documents import Ints
+from moefy.evaluation.statistics import ratios
 
 ALL, AFTER_FIRST, PLAIN, SINKS = "all", "without_first", "without_first_and_sinks", "sinks"
 STRATA = {"rank_1": (1, 1), "rank_2_to_10": (2, 10), "rank_over_10": (11, 1 << 62)}
@@ -59,24 +60,22 @@ def sums_of(values: dict[str, Tensor], marks: dict[str, Tensor]) -> list[Sums]:
     ]
 
 
-def group_record(documents: list[Sums], group: str, bootstrap: Bootstrap) -> dict[str, Any]:
+def group_record(documents: list[Sums], group: str, unit_Q: Ints, seed: int) -> dict[str, Any]:
     """One group: its tokens, its share of all tokens and of all KL, and the damage in it."""
 
     def column(name: str, of: str = group) -> Any:
         return np.array([doc[of][name] for doc in documents])
 
     tokens = column("tokens")
-    record = {"tokens": int(tokens.sum()), "share": bootstrap.ratio(tokens, column("tokens", ALL))}
+    sums = {"share": (tokens, column("tokens", ALL))}
     names = documents[0][group]
-    for name in _SHOWN:
-        if name in names:
-            record[name] = bootstrap.ratio(column(name), tokens)
+    sums |= {name: (column(name), tokens) for name in _SHOWN if name in names}
     if "kl" in names:
-        record["share_of_kl"] = bootstrap.ratio(column("kl"), column("kl", ALL))
+        sums["share_of_kl"] = column("kl"), column("kl", ALL)
     if "ce" in names:
-        record["ce_dense"] = bootstrap.ratio(column("ce_dense"), tokens)
-        record["ce_increase"] = bootstrap.ratio(column("ce") - column("ce_dense"), tokens)
-    return record
+        sums["ce_dense"] = column("ce_dense"), tokens
+        sums["ce_increase"] = column("ce") - column("ce_dense"), tokens
+    return {"tokens": int(tokens.sum()), **ratios(sums, unit_Q, seed=seed)}
 
 
 TOP = 0.01

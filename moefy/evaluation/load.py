@@ -9,12 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moefy.experts.moefied import of
 from moefy.experts.passes import Heard
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.models.heads import HeadSite
-from moefy.models.locate import Site
 
 
 class Load:
@@ -61,7 +60,7 @@ class FfnLoad(Load):
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = sparse_mlps(model)
-        self.found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+        self.found = of(model).sites
         super().__init__([module.experts for module in self.modules.values()])
 
     def density(self) -> float:
@@ -138,7 +137,7 @@ class HeadLoad(Load):
     """Counts the heads that run; a model whose heads all run has no figures."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.found: list[HeadSite] = getattr(model, "moefy_heads", [])
+        self.found = of(model).heads
         self.modules = sparse_heads(model)
         super().__init__([module.experts for module in self.modules.values()])
 

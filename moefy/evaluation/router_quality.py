@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
+from moefy.experts.moefied import of
 from moefy.experts.passes import Heard
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import expert_norms
-from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
 
 TOKENS = 4096
@@ -36,7 +36,7 @@ class RouterQuality:
     def __init__(
         self, model: PreTrainedModel, batches: list[Batch], *, tokens: int = TOKENS, seed: int = 0
     ) -> None:
-        self.found: list[Site] = model.moefy_sites  # type: ignore[assignment]
+        self.found = of(model).sites
         self.modules = sparse_mlps(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.most = tokens

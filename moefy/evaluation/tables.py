@@ -37,6 +37,8 @@ def cell_text(name: str, value: dict[str, Any]) -> str:
 
 
 def _interval(value: dict[str, Any]) -> str:
+    if value["ci95"] is None:
+        return f"{value['mean']:.3f}"
     low, high = value["ci95"]
     return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -45,13 +45,13 @@ def share_context(model: PreTrainedModel) -> None:
         decodes = reads and model.can_generate() and root is roots[-1]
         if decodes:
             cache_argument(root)
-        # Found there by the hook, so that a copy of the model fills a context of its own.
-        root.moefy_context = context
-        hook = functools.partial(_fill, positions(root.forward), reads, ahead, decodes)
+        # Bound to the hook, which is copied with the model: a copy fills a context of its own.
+        hook = functools.partial(_fill, context, positions(root.forward), reads, ahead, decodes)
         root.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _fill(
+    context: Context,
     names: tuple[str, ...],
     reads: bool,
     ahead: bool,
@@ -65,7 +65,6 @@ def _fill(
     The routing itself `reads` it, or looks `ahead` from the layer before; `decodes` says that a pass
     may go on behind others.
     """
-    context: Context = root.moefy_context  # type: ignore[assignment]
     if not reads and torch.compiler.is_compiling():
         if ahead:
             context.previous_TD = None

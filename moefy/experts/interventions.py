@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
 from moefy.errors import CorpusError, MoefyError, unknown_choice
-from moefy.experts.means import ExpertStatistics as ExpertStatistics
 from moefy.experts.means import statistics as statistics
+from moefy.experts.moefied import ExpertStatistics as ExpertStatistics
+from moefy.experts.moefied import of
 from moefy.experts.points import Intervention
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.models.checkpoint import Checkpoint
 
 MODES = ("zero", "mean", "peak", "resample")
 OWN_TOKENS, OWN_CONTEXT = 20_000, 512
@@ -274,23 +274,21 @@ def _of_another(run_TN: Tensor, places_BP: Tensor) -> Tensor:
 
 def _measured(model: PreTrainedModel, mode: str) -> ExpertStatistics:
     """Statistics of the model on the bundled corpus, measured when first asked for."""
-    modules = list(sparse_mlps(model).values())
+    moefied = of(model)
+    modules, known = list(moefied.mlps.values()), moefied.means
     dense = modules[0].all_on
-    known: dict[bool, ExpertStatistics] = vars(model).setdefault("moefy_statistics", {})
     if dense in known:
         return known[dense]
     ask = "give means=moefy.experts.interventions.statistics(model, batches)"
-    checkpoint: Checkpoint | None = getattr(model, "moefy_checkpoint", None)
-    if checkpoint is None:
+    if moefied.stored is None:
         raise MoefyError(f"mode='{mode}': this model was not loaded from a folder; {ask}")
     if any(module.hooked for module in modules):
         raise MoefyError(
             f"mode='{mode}': means are measured without hooks, and there are some; {ask}, or enter "
             "model.experts(...) first"
         )
-    kind = model.moefy_sites[0].family.kind  # type: ignore[index, union-attr]
     try:
-        batches = read_batches(checkpoint, kind, load_corpus(), OWN_CONTEXT, OWN_TOKENS)
+        batches = read_batches(moefied.stored, moefied.kind, load_corpus(), OWN_CONTEXT, OWN_TOKENS)
     except CorpusError as error:
         raise MoefyError(
             f"mode='{mode}': the bundled corpus cannot be read: {error}; {ask}"

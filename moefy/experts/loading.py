@@ -20,7 +20,9 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.context import share_context
 from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
+from moefy.experts.moefied import NAME, Moefied, of
 from moefy.experts.offload import StoredMlp, offload, offloaded, stored_names
+from moefy.experts.placement import placement
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
@@ -34,9 +36,9 @@ from moefy.models.artefact import (
     Entry,
     HeadEntry,
     LayerEntry,
+    open_artefact,
+    open_folder,
     part_of,
-    read_artefact,
-    verify_source,
     write_side_files,
 )
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite, sha256
@@ -104,17 +106,53 @@ def load(
 
     Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
     """
-    folder = Path(folder)
-    artefact = read_artefact(folder, verify=verify)
-    checkpoint = weights_of(artefact, folder, base, verify)
+    artefact, checkpoint = open_artefact(folder, base=base, verify=verify)
+    return _loaded(artefact, checkpoint, **kwargs)
+
+
+def open_model(
+    where: str | Path | PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    base: str | Path | None = None,
+    verify: bool = False,
+    dense: bool | None = None,
+) -> PreTrainedModel:
+    """The model of a folder of `convert`, a dense checkpoint or a Hub id, as this machine runs it best.
+
+    `dtype` and `device` overrule `placement`; `base` and `verify` are those of `load`. `dense=True`
+    gives the stock model of the same weights, `dense=False` wants one with experts. A model is given
+    back as it is.
+
+    Raises `CheckpointError` for what cannot be opened, `MoefyError` for a model without experts where
+    `dense` is False.
+    """
+    if isinstance(where, PreTrainedModel):
+        if dense is False:
+            of(where)
+        return where
+    opened = open_artefact if dense is False else open_folder
+    artefact, checkpoint = opened(where, base=base, verify=verify)
+    options = placement(checkpoint)
+    if dtype is not None:
+        options["dtype"] = dtype
+    if device is not None:
+        options["device_map"] = {"": device}
+    if artefact is None or dense:
+        return load_dense(checkpoint, **options)
+    return _loaded(artefact, checkpoint, **options)
+
+
+def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
     if len(sites(model)) != len(artefact.layers):
         raise CheckpointError(
-            f"{folder}: {len(artefact.layers)} layers in {META}, {len(sites(model))} in the model"
+            f"{META}: {len(artefact.layers)} layers, and {len(sites(model))} in the model of "
+            f"{checkpoint.folder}"
         )
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
-    model.moefy_checkpoint = checkpoint  # type: ignore[assignment]
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    setattr(model, save_pretrained.__name__, MethodType(save_pretrained, model))
     return model
 
 
@@ -147,31 +185,12 @@ def moefied(
         raise CheckpointError(f"{META}: its attention blocks are not those of the model")
     for block, heads in zip(blocks, artefact.heads, strict=True):
         _install_heads(model, block, heads, artefact)
-    model.moefy = artefact  # type: ignore[assignment]
-    model.moefy_sites = found  # type: ignore[assignment]
-    model.moefy_heads = blocks  # type: ignore[assignment]
+    mlps, routed = sparse_mlps(model), sparse_heads(model)
+    vars(model)[NAME] = Moefied(artefact, found, blocks, mlps, routed, checkpoint)
     share_context(model)
     for method in METHODS:
         setattr(model, method.__name__, MethodType(method, model))
     model.eval()
-
-
-def weights_of(
-    artefact: Artefact, folder: Path, base: str | Path | None = None, verify: bool = True
-) -> Checkpoint:
-    """The checkpoint that holds an artefact's weights: its own folder, or the base of an adapter."""
-    if artefact.form != ADAPTER:
-        return Checkpoint.open(folder)
-    where = str(base or artefact.source["name"])
-    try:
-        checkpoint = Checkpoint.open(where)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{folder}: the base of this adapter cannot be opened: {error}"
-        ) from None
-    if verify:
-        verify_source(artefact, checkpoint)
-    return checkpoint
 
 
 def install(
@@ -254,7 +273,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
 
 def with_routing_of(model: PreTrainedModel) -> Artefact:
     """The artefact of a moefied model with its routers, selections and compensations as they are."""
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     tensors, layers, heads = dict(artefact.tensors), [], []
     for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
         tensors |= _routing(f"layers.{index}", module)
@@ -298,9 +317,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     are overwritten in place, and `weights_modified` then says so. An adapter whose weights have
     changed is refused: convert it in full form to train it.
     """
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    folder = Path(folder)
+    artefact, checkpoint, folder = of(model).artefact, of(model).checkpoint, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapter = artefact.form == ADAPTER
     meta = meta_model(AutoConfig.from_pretrained(checkpoint.folder))
@@ -335,5 +352,6 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     write_side_files(folder, written)
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **_: Any) -> None:
+def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **_: Any) -> None:
+    """`save` under the name that transformers has for it."""
     save(model, save_directory)

@@ -7,7 +7,6 @@ Shapes: T tokens, of b sequences at p positions each, N neurons of a layer in ex
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
 from moefy.errors import MoefyError
+from moefy.experts.moefied import ExpertStatistics
 from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import sparse_mlps
 
@@ -26,22 +26,6 @@ _LAID_OUT = 1024
 """Most tokens that are."""
 _ENTRIES = 2**20
 """Most values that are sorted into bins at a time."""
-
-
-@dataclass(frozen=True)
-class ExpertStatistics:
-    """What the neurons of every layer add on some text, in expert order: `r_e h_j`."""
-
-    mean_LN: list[Tensor]
-    """Mean over tokens, one `[N]` per layer, in fp32."""
-    peak_LN: list[Tensor]
-    """Most frequent value: exactly zero, or the top of a histogram with bins IQR / cbrt(n) wide, half of
-    what Freedman and Diaconis (1981) advise, smoothed, for the n values other than zero of the first
-    1024 tokens."""
-    tokens_L: list[int]
-    """Tokens that every layer saw, padding left out."""
-    dense: bool
-    """Whether every expert was on (`all_experts`)."""
 
 
 @torch.no_grad()

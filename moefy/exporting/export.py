@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel
-from moefy.experts.loading import weights_of
 from moefy.exporting.card import export_card
 from moefy.exporting.targets import (
     GGUF,
@@ -35,7 +34,7 @@ from moefy.exporting.targets import (
 from moefy.exporting.tensors import Source, plan_tensors
 from moefy.exporting.verification import verification_batches, verify, verify_dense
 from moefy.exporting.writer import write_shards
-from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
+from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, open_artefact
 from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder
 from moefy.models.config import read_config
 from moefy.models.locate import Site, meta_model, sites
@@ -70,8 +69,7 @@ def export(
             f"quantize={quantize}: {to} keeps the dtype of its source; export --to gguf"
         )
     folder, target = Path(folder), find_target(to)
-    artefact = read_artefact(folder)
-    checkpoint = weights_of(artefact, folder)
+    artefact, checkpoint = open_artefact(folder)
     config = read_config(checkpoint)
     meta = meta_model(config)
     found = sites(meta)
@@ -109,8 +107,8 @@ def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dic
     options: dict[str, Any] = {"quantize": quantize, "overwrite": overwrite}
     if not (folder / META).exists():
         return {"kind": "export", "to": GGUF, **write_gguf(folder, out, **options)}
-    artefact = read_artefact(folder)
-    config = read_config(weights_of(artefact, folder))
+    artefact, checkpoint = open_artefact(folder)
+    config = read_config(checkpoint)
     to = native_target(config, shared=any(entry.shared for entry in artefact.layers))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:

@@ -11,26 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from moefy.data.documents import HELD_OUT
 from moefy.data.inputs import load_tokenizer
+from moefy.data.shards import SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
-from moefy.experts.loading import load, load_dense, weights_of
-from moefy.experts.placement import placement
+from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, hunt
 from moefy.inspection.inspect import Inspected
 from moefy.inspection.routing.saturation import router_saturation, routing_sample
 from moefy.inspection.texts.reading import read_texts
 from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
-from moefy.models.artefact import META, Artefact, read_artefact
+from moefy.models.artefact import Artefact, open_folder
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine, versions
-
-HELD_OUT_SHARE = 0.7
-"""About how much of a text is held out, the least share that `read_texts` leaves."""
 
 
 def diff(
@@ -54,18 +50,15 @@ def diff(
     Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
     """
     report = Reporter(quiet=quiet)
-    weights = [_weights(name) for name in (base, other)]
-    artefacts = [_artefact(name) for name in (base, other)]
+    opened = [open_folder(name, verify=False) for name in (base, other)]
+    artefacts, weights = [one for one, _ in opened], [one for _, one in opened]
     _require_one_tokenizer(weights)
     fitted = next((artefact for artefact in artefacts if artefact is not None), None)
     reading = read_texts(
         weights[0], "decoder", Recipe().context, fitted, corpora,
-        tokens=round(tokens / HELD_OUT_SHARE),
+        tokens=round(tokens / (1 - SELECT_SHARE)),
     )  # fmt: skip
-    models = [
-        _model(name, checkpoint, artefact)
-        for name, checkpoint, artefact in zip((base, other), weights, artefacts, strict=True)
-    ]
+    models = [open_model(name, verify=True) for name in (base, other)]
     for model, name in zip(models, (base, other), strict=True):
         if not model.can_generate():
             raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
@@ -104,23 +97,6 @@ def same_experts(first: Artefact | None, second: Artefact | None) -> bool:
         and torch.equal(first.permutation(index), second.permutation(index))
         for index, (one, other) in enumerate(zip(first.layers, second.layers, strict=True))
     )
-
-
-def _artefact(name: str | Path) -> Artefact | None:
-    return read_artefact(Path(name), verify=False) if (Path(name) / META).exists() else None
-
-
-def _weights(name: str | Path) -> Checkpoint:
-    artefact = _artefact(name)
-    return (
-        Checkpoint.open(name) if artefact is None else weights_of(artefact, Path(name), None, False)
-    )
-
-
-def _model(name: str | Path, checkpoint: Checkpoint, artefact: Artefact | None) -> PreTrainedModel:
-    if artefact is None:
-        return load_dense(checkpoint, **placement(checkpoint))
-    return load(name, **placement(checkpoint))
 
 
 def _require_one_tokenizer(weights: list[Checkpoint]) -> None:

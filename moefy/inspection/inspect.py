@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, unknown_choice
 from moefy.experts.interventions import MODES
-from moefy.experts.loading import load, weights_of
-from moefy.experts.placement import placement
+from moefy.experts.loading import open_model
+from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.causal.causal import TOKENS as CAUSAL_TOKENS
@@ -34,7 +34,6 @@ from moefy.inspection.report.page import Report
 from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
 from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
-from moefy.models.artefact import Artefact, read_artefact
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 from moefy.run.processes import ALONE, Processes, launched
@@ -108,7 +107,7 @@ def inspect(
         raise MoefyError(f"inspect on {tokens} and {causal_tokens} tokens: give at least 1 of each")
     processes, began = launched(), time.perf_counter()
     report = Reporter(quiet=quiet or not processes.main)
-    moefied = _loaded(model)
+    moefied = open_model(model, verify=True, dense=False)
     reading = read(moefied, corpora, tokens=tokens)
     # A model in memory may have been changed since it was loaded: only folders have parts to keep.
     kept = out is not None and moefied is not model
@@ -232,19 +231,8 @@ class _Run:
         )
 
 
-def _loaded(model: str | Path | PreTrainedModel) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        if not sparse_mlps(model):
-            raise MoefyError(
-                f"{type(model).__name__}: has no experts; give what moefy.load returns"
-            )
-        return model
-    weights = weights_of(read_artefact(Path(model), verify=False), Path(model), verify=False)
-    return load(model, **placement(weights))
-
-
 def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     return {
         "source": artefact.source["sha256"],
         "artefact": artefact.sha256,
@@ -256,7 +244,7 @@ def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str
 
 def _about(model: PreTrainedModel, reading: Reading) -> dict[str, Any]:
     """What was inspected, on what."""
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     layers = []
     for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
         order_N = artefact.permutation(index)

@@ -16,16 +16,17 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.conversion.convert import TOLERANCE
-from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.data.inputs import read_batches
+from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.folder import BIGRAM_TOKENS
 from moefy.evaluation.outputs import difference, say
 from moefy.evaluation.statistics import Interval
 from moefy.experts.loading import load_dense
+from moefy.experts.moefied import of
 from moefy.experts.offload import device_of
 from moefy.experts.placement import memory_of
 from moefy.experts.sparse_mlp import all_experts
@@ -33,8 +34,6 @@ from moefy.inspection.in_context import LATE, MODELS, induction, late_tokens
 from moefy.inspection.routing.sample import drawn_documents
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table
-from moefy.models.artefact import Artefact
-from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.memory import free_memory
@@ -118,8 +117,8 @@ def _drawn(reading: Reading, tokens: int, seed: int) -> list[Batch]:
 
 def fit_bigram(model: PreTrainedModel, reading: Reading) -> Bigram | None:
     """A bigram fitted on `other_text`; None where the model cannot read that."""
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    context = from_dict(model.moefy.recipe).context  # type: ignore[union-attr]
+    checkpoint = of(model).checkpoint
+    context = from_dict(of(model).artefact.recipe).context
     text = other_text(model, reading)
     try:
         batches = read_batches(checkpoint, reading.kind, text, context, BIGRAM_TOKENS)
@@ -134,12 +133,10 @@ def other_text(model: PreTrainedModel, reading: Reading) -> Corpus:
     Of the bundled corpus the evaluation shard is left out where the model was converted with it, since
     the held-out documents and their sources are in there.
     """
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     bundled = load_corpus()
-    known = bundled.documents
-    if bundled.sha256 == artefact.corpus["sha256"]:
-        shards = split_shards(bundled, from_dict(artefact.recipe).seed)
-        known = [doc for name in shards if name != "evaluation" for doc in shards[name].documents]
+    texts = of_conversion(bundled, artefact)
+    known = bundled.documents if texts is None else texts["fitted"].documents
     documents = reading.documents
     shard = dict.fromkeys((SELECT, HELD_OUT), documents.documents)
     for name in shard:
@@ -186,6 +183,8 @@ def _quality(record: dict[str, Any]) -> Entries:
 
 def _skill(entry: dict[str, Any]) -> str:
     low, high = entry["low"], entry["high"]
+    if low is None:
+        return "one document alone: no interval, no verdict"
     if low > 1:
         return "better than the dense model on these documents"
     if high < 0:
@@ -225,7 +224,7 @@ def _context(model: PreTrainedModel, reading: Reading, seed: int) -> Entries:
 def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """Largest difference of an output to the stock dense model's, every expert on, on one batch."""
     what = "largest difference of an output to the dense model's with every expert on"
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    checkpoint = of(model).checkpoint
     if memory_of(checkpoint) > free_memory():
         return _value(None, f"{what}; memory does not hold both models")
     with all_experts(model):
@@ -285,7 +284,7 @@ def _entry(given: dict[str, Any] | None, what: str) -> dict[str, Any]:
     """From what `evaluate` records."""
     if given is None:
         return _value(None, f"{what}; the dense model is no better than the bigram")
-    low, high = given["ci95"]
+    low, high = given["ci95"] or (None, None)
     return {**_value(given["mean"], what), "low": low, "high": high}
 
 

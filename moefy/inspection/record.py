@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moefy.errors import CheckpointError, MoefyError, unknown_choice
 from moefy.inspection.texts.table import Table, rows
+from moefy.run.output import write_whole
 
 FILE = "inspection.json"
 FORMAT = 1
@@ -103,9 +104,7 @@ class Inspection:
         """Write `inspection.json` into a folder; returns the file."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False))
         return path
 
     @classmethod

@@ -191,6 +191,37 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
     return artefact
 
 
+def open_artefact(
+    folder: str | Path, *, base: str | Path | None = None, verify: bool = True
+) -> tuple[Artefact, Checkpoint]:
+    """An artefact and the checkpoint that holds its weights: its own folder, or the base of an adapter.
+
+    `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
+    the weights. Raises `CheckpointError` for a damaged artefact, and where the base is not to be had.
+    """
+    artefact = read_artefact(folder, verify=verify)
+    if artefact.form != ADAPTER:
+        return artefact, Checkpoint.open(folder)
+    try:
+        checkpoint = Checkpoint.open(base or artefact.source["name"])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: the base of this adapter cannot be opened: {error}"
+        ) from None
+    if verify:
+        verify_source(artefact, checkpoint)
+    return artefact, checkpoint
+
+
+def open_folder(
+    where: str | Path, *, base: str | Path | None = None, verify: bool = True
+) -> tuple[Artefact | None, Checkpoint]:
+    """`open_artefact` of a folder that moefy wrote; of a dense checkpoint or Hub id, None and itself."""
+    if is_artefact(where):
+        return open_artefact(where, base=base, verify=verify)
+    return None, Checkpoint.open(where)
+
+
 def verify_source(artefact: Artefact, base: Checkpoint) -> None:
     """Raise `CheckpointError` where `base` does not hold the very files of the source."""
     hashes = base.hashes()

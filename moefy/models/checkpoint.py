@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.errors import CheckpointError
+from moefy.run.output import whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -246,9 +247,8 @@ def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> 
             continue
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
-        part = copy.with_name(copy.name + ".part")
-        shutil.copyfile(file, part)
-        part.replace(copy)
+        with whole(copy) as part:
+            shutil.copyfile(file, part)
 
 
 def outline(source: Path, target: Path) -> None:

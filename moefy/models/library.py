@@ -3,7 +3,7 @@
 Above: what a forward call was given, found by what it is. A release may rename an argument (the
 key-value cache was `past_key_values` up to transformers 5.23, then `cache`); its kind stays, and where
 that is not enough moefy refuses rather than take a token for a prompt. Below: `ROWS`, everything that a
-release could move without notice, with the release it was last seen in. tests/test_library.py holds a
+release could move without notice, with the release it was last seen in. tests/models/test_library.py holds a
 canary for every row.
 
     cache = find_cache(given_to(names, args, kwargs))

@@ -1,4 +1,4 @@
-"""The folder that a run writes: it appears under its name only when it is complete."""
+"""What a run writes, a file or a folder: it appears under its name only when it is complete."""
 
 import errno
 import shutil
@@ -12,6 +12,30 @@ from moefy.errors import OutputError
 
 NOTHING = 2**20
 """Bytes free on a disk that counts as full."""
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write `file` meanwhile, beside it; it gets its name when the block ends without an error."""
+    part = file.with_name(file.name + ".part")
+    yield part
+    part.replace(file)
+
+
+def write_whole(file: Path, content: bytes | str) -> None:
+    """Write a file that is never seen half written; text is UTF-8."""
+    with whole(file) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def put_in_place(new: Path, place: Path, old: Path) -> None:
+    """Rename the folder `new` to `place`; what lay there is `old` for a moment, and stays that in a run
+    that is killed just then."""
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        place.replace(old)
+    new.replace(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class OutputFolder:
@@ -95,10 +119,5 @@ class OutputFolder:
 
     def commit(self, finished: Path) -> None:
         """Put the finished folder in its place by rename and drop the rest of the work."""
-        old = self.out.parent / f".{self.out.name}.moefy-old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.out.exists():
-            self.out.replace(old)
-        finished.replace(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(finished, self.out, self.out.parent / f".{self.out.name}.moefy-old")
         shutil.rmtree(self.work, ignore_errors=True)

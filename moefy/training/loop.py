@@ -7,7 +7,6 @@ Files in the work folder: `checkpoint` (what `Accelerator.save_state` writes, re
 `log.jsonl`, one line a step. Shapes: none of its own.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -29,15 +28,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from moefy.conversion.optimise import CLIP, draws
-from moefy.data.corpus import IGNORED, Sample, make_batches
+from moefy.conversion.optimise import CLIP
+from moefy.data.corpus import IGNORED, Sample, make_batches, sampler
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.outputs import Objective
 from moefy.models.checkpoint import Checkpoint
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.output import OutputFolder, put_in_place, write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import versions
+from moefy.run.stages import digest
 from moefy.training.recipe import TrainingRecipe
 
 WARMUP = 0.05
@@ -129,7 +129,7 @@ def fine_tune(
         store.save()
     log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
     failed = 0
-    steps = draws(samples, recipe.batch_tokens, recipe.seed, least=processes)
+    steps = sampler(samples, recipe.batch_tokens, recipe.seed, least=processes)
     remaining = islice(steps, outcome.steps, recipe.steps)
     with report.progress(recipe.steps, what, outcome.steps) as progress:
         for documents in remaining:
@@ -224,8 +224,7 @@ def begin(
 
     def first() -> None:
         decided = [source.hashes(), *settings, processes.count, versions()]
-        stamp = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
-        if not output.begin(stamp, resume=resume, overwrite=overwrite):
+        if not output.begin(digest(decided), resume=resume, overwrite=overwrite):
             parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
             output.need(2 * 3 * 4 * parameters + source.bytes)
 
@@ -255,11 +254,7 @@ class _Store:
         self.accelerator.save_state(str(self.part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if self.place.exists():
-                shutil.rmtree(self.old, ignore_errors=True)
-                self.place.replace(self.old)
-            self.part.replace(self.place)
-            shutil.rmtree(self.old, ignore_errors=True)
+            put_in_place(self.part, self.place, self.old)
         self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
@@ -282,9 +277,7 @@ class _Log:
         if writes and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= steps]
-            part = file.with_suffix(".part")
-            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            part.replace(file)
+            write_whole(file, "".join(f"{line}\n" for line in kept))
 
     def add(self, row: dict[str, Any]) -> None:
         if self.writes:

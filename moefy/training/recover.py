@@ -24,14 +24,14 @@ from moefy.data.corpus import load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
-from moefy.experts.loading import load, load_dense, save, weights_of
+from moefy.experts.loading import load, load_dense, save
 from moefy.experts.routed import Routed
-from moefy.models.artefact import ADAPTER, Artefact, read_artefact
+from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.output import OutputFolder, write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import draw_curves
@@ -150,7 +150,7 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
             f"{folder}: its weights were trained already, the dense model is no longer in it; give it "
             f"with --against (it was made from '{artefact.source['name']}')"
         )
-    return weights_of(artefact, folder, verify=False)
+    return open_artefact(folder, verify=False)[1]
 
 
 def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:
@@ -172,8 +172,7 @@ def _evaluated(
     if accelerator.is_main_process and not kept.exists():
         nn.Module.to(student, accelerator.device)
         found = evaluate(student, texts.evaluated, against=dense, report=report)
-        kept.with_suffix(".part").write_text(json.dumps(found))
-        kept.with_suffix(".part").replace(kept)
+        write_whole(kept, json.dumps(found))
     accelerator.wait_for_everyone()
     found = json.loads(kept.read_text())
     assert isinstance(found, dict)

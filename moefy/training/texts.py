@@ -1,18 +1,15 @@
 """What training reads: documents to train on, to check on and to evaluate on, none of them twice."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from moefy.conversion.layer import HELD_OUT_SHARE
-from moefy.data.corpus import Batch, Corpus, Sample, hold_out, sample_length, split_shards
+from moefy.data.corpus import Batch, Corpus, Sample, sample_length
 from moefy.data.inputs import read_batches
+from moefy.data.shards import EVALUATED_DOCUMENTS, HELD_OUT_TOKENS, by_role
 from moefy.errors import CorpusError
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.training.recipe import TrainingRecipe
-
-HELD_OUT_TOKENS = 4096
-EVALUATED_DOCUMENTS = 44
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,9 @@ def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: i
 
     Raises `CorpusError` where that is less than one step.
     """
-    shards = split_shards(text, seed)
-    train, held = hold_out(shards["router"], HELD_OUT_SHARE, seed)
-    train = replace(train, documents=train.documents + shards["partition"].documents)
+    texts = by_role(text, seed)
     kind = sites(meta_model(read_config(source)))[0].family.kind
-    read = read_batches(source, kind, train, recipe.context)
+    read = read_batches(source, kind, texts["training"], recipe.context)
     samples = [sample for batch in read for sample in batch.samples]
     tokens = sum(map(sample_length, samples))
     if tokens < recipe.batch_tokens:
@@ -43,9 +38,9 @@ def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: i
             f"corpus {text.name}: {tokens} tokens to train on, one step takes "
             f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
         )
-    evaluated = shards["evaluation"].take(EVALUATED_DOCUMENTS)
+    evaluated = texts["evaluation"].take(EVALUATED_DOCUMENTS)
     return Texts(
         samples,
-        read_batches(source, kind, held, recipe.context, HELD_OUT_TOKENS),
+        read_batches(source, kind, texts["held-out"], recipe.context, HELD_OUT_TOKENS),
         read_batches(source, kind, evaluated, recipe.context),
     )

@@ -20,6 +20,7 @@ from moefy.data.corpus import Batch
 from moefy.experts.passes import listen
 from moefy.experts.placement import stored_dtype
 from moefy.models.locate import Place
+from moefy.run.output import whole
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,10 @@ class States:
 
     def write(self, layer: int, states: Iterator[Tensor]) -> None:
         """The states `[B, T, D]` of every batch before a layer, in order."""
-        unfinished = self._file(layer).with_suffix(".part")
-        with unfinished.open("wb") as stream:
+        with whole(self._file(layer)) as part, part.open("wb") as stream:
             for hidden in states:
                 raw = hidden.to("cpu", self.dtype).contiguous().flatten().view(torch.uint8)
                 stream.write(raw.numpy().data)
-        unfinished.replace(self._file(layer))
 
     def drop(self, layer: int) -> None:
         """Remove the states before a layer."""

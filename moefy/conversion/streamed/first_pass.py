@@ -6,7 +6,6 @@ have done, and through the experts fitted so far, which is what routers and thre
 Shapes: B documents, T tokens, D width.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,9 +71,9 @@ class FirstPass:
         report = self.job.report
         written = self._prepared(self.job.finished)
         count = len(self.skeleton.sites)
-        first = sum((self.done / f"{i}.json").exists() for i in range(count))
+        first = sum(self.job.stages.has(f"layers/{i}") for i in range(count))
         if first:
-            kept = json.loads((self.done / f"{first - 1}.json").read_text())
+            kept = self.job.stages.read(f"layers/{first - 1}")
             self.skeleton.in_tuple = kept["in_tuple"]
             report.say(f"{first} of {count} layers are there already")
         else:
@@ -161,7 +160,7 @@ class FirstPass:
             fitted.fit,
         )
         kept = {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
-        keep(self.done / str(site.index), result, kept)
+        keep(self.job.stages, f"layers/{site.index}", result, kept)
 
     def _measure(self, site: Site) -> tuple[dict[str, Tensor], Tensor]:
         """Take all dense states through the layer; what its MLP reads `[T, D]` by group, and what its

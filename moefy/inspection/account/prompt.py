@@ -29,6 +29,7 @@ from moefy.data.documents import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import per_position, predicted, say
 from moefy.evaluation.statistics import Floats
+from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.ledger import Ledger
 from moefy.inspection.account.observe import observe
@@ -38,7 +39,6 @@ from moefy.inspection.texts.table import Table, joined, rows, table
 from moefy.inspection.texts.windows import _of_ids, _rising
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
-from moefy.models.locate import Site
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest gap of the account, as a share of the largest logit; ledgers are in fp32."""
@@ -60,7 +60,7 @@ def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Ta
             f"prompt of {len(ids)} token ids: give two or more, each from 0 to {vocabulary - 1}"
         )
     ids_T = torch.tensor(list(ids))
-    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    kind = of(model).kind
     unembedding = find_unembedding(model, ids_T) if kind == "decoder" else None
     kept = _Ledgers()
     reading = _reading(ids_T, vocabulary)
@@ -146,8 +146,7 @@ def _reading(ids_T: Tensor, vocabulary: int) -> Reading:
 def _stream(model: PreTrainedModel, unembedding: Unembedding | None) -> Iterator[_Stream]:
     """Records the residual stream of the pass that is run meanwhile."""
     stream, handles = _Stream(), []
-    found: list[Site] = model.moefy_sites  # type: ignore[assignment]
-    paths = {index: site.layer for index, site in enumerate(found)}
+    paths = {index: site.layer for index, site in enumerate(of(model).sites)}
 
     def enters(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged, nats, say
-from moefy.evaluation.statistics import RESAMPLES, Floats
+from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.effects import means
 from moefy.inspection.causal.engine import Base, Engine
@@ -123,11 +123,11 @@ def _spearman(a_E: Floats, b_E: Floats, seed: int) -> tuple[float, float, float]
     """Rank correlation over experts, with a bootstrap interval over experts."""
     if len(a_E) < 3:
         return (np.nan,) * 3
-    random = np.random.default_rng([seed, len(a_E)])
-    at_RE = random.integers(len(a_E), size=(RESAMPLES, len(a_E)))
+    at_RE = resampled(len(a_E), seed)
     a_RE, b_RE = (stats.rankdata(v[at_RE], axis=1) for v in (a_E, b_E))
     a_RE, b_RE = (v - v.mean(1, keepdims=True) for v in (a_RE, b_RE))
     size_R = np.sqrt((a_RE**2).sum(1) * (b_RE**2).sum(1))
     drawn_R = (a_RE * b_RE).sum(1) / np.maximum(size_R, 1e-300)
-    low, high = np.quantile(drawn_R, [0.025, 0.975])
-    return float(stats.spearmanr(a_E, b_E).statistic), float(low), float(high)
+    rank = float(stats.spearmanr(a_E, b_E).statistic)
+    low, high = ends(rank, drawn_R)
+    return rank, float(low), float(high)

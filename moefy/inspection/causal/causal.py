@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.errors import MoefyError, unknown_choice
 from moefy.experts.interventions import MODES, ExpertStatistics, statistics
+from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.causal.attribution import every_expert, screen, screen_table
 from moefy.inspection.causal.documents import Texts, draw
@@ -38,7 +39,6 @@ from moefy.inspection.causal.sufficiency import keep_only
 from moefy.inspection.causal.token_losses import dense_against_moefied
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, table
-from moefy.models.artefact import Artefact
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes
 from moefy.run.provenance import versions
@@ -320,7 +320,7 @@ def _digest_of_texts(texts: Texts) -> str:
 
 def _digest(model: PreTrainedModel) -> list[str]:
     """What tells one model from another: its routing and every weight that is in memory."""
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import Said, difference
 from moefy.experts.interventions import ExpertStatistics, experts
+from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.inspection.causal.damage import Reference, output
-from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
 from moefy.run.processes import ALONE, Processes
 
@@ -55,8 +55,7 @@ class Engine:
         `processes` share out the batches of `of_sets` and `screen`, and need a `start`."""
         self.model, self.which, self.mode, self.means = model, which, mode, means
         self.modules = sparse_mlps(model)
-        sites: list[Site] = model.moefy_sites  # type: ignore[assignment]
-        self.blocks = [model.get_submodule(site.layer) for site in sites]
+        self.blocks = [model.get_submodule(site.layer) for site in of(model).sites]
         self.start, self.processes = start, processes
 
     def running(self) -> AbstractContextManager[None]:

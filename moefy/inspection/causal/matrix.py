@@ -22,16 +22,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from moefy.evaluation.statistics import (
     FEW,
-    LEVEL,
     RESAMPLES,
     Floats,
     Interval,
+    ends,
+    pooled_p,
     q_values,
     ratio_interval,
+    resamples,
     units,
 )
 from moefy.inspection.causal.damage import COSINE, NATS
@@ -134,12 +135,6 @@ def _null_columns(
     return found
 
 
-def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
-    """One-sided p of every z among those of all random sets; NaN where there is no z."""
-    reached_EC = len(null_z) - np.searchsorted(np.sort(null_z), z_EC)
-    return np.where(np.isfinite(z_EC), (1 + reached_EC) / (1 + len(null_z)), np.nan)
-
-
 def labelled(given: Table, *, which: str, mode: str, how: str) -> Table:
     """The same rows with what they were made by."""
     count = len(given["layer"])
@@ -193,26 +188,18 @@ def selectivity(
         groups = int(units.max()) + 1
         member_DG = np.eye(groups)[units]
         top_SG, size_G = values_SD[:, here] @ member_DG, member_DG.sum(0)
-        random = np.random.default_rng([seed, domain, groups])
-        times_RG = random.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+        times_RG = resamples(groups, seed, domain)
         drawn_RSC[:, :, domain] = (times_RG @ top_SG.T) / (times_RG @ size_G)[:, None]
         mean_SC[:, domain] = top_SG.sum(1) / size_G.sum()
         influence.append((top_SG - mean_SC[:, [domain]] * size_G) / size_G.sum())
     estimate_SC, drawn_RSC = contrast(mean_SC), contrast(drawn_RSC)
     total = sum(part.shape[1] for part in influence)
-    level_2SC = _corrected(estimate_SC, drawn_RSC, influence) if total < FEW else None
-    if level_2SC is None:
-        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-        low_SC, high_SC = np.quantile(drawn_RSC, tails, axis=0)
-    else:
-        drawn_RSC.sort(axis=0)
-        at = np.clip((level_2SC * (RESAMPLES - 1)).round().astype(int), 0, RESAMPLES - 1)
-        low_SC, high_SC = np.take_along_axis(drawn_RSC, at, axis=0)
-    return Interval(estimate_SC, low_SC, high_SC)
+    acceleration_SC = _acceleration(estimate_SC, influence) if total < FEW else None
+    return Interval(estimate_SC, *ends(estimate_SC, drawn_RSC, acceleration_SC))
 
 
-def _corrected(estimate_SC: Floats, drawn_RSC: Floats, influence: list[Floats]) -> Floats:
-    """Which quantiles of the resamples are the ends of the BCa interval `[2, S, C]`."""
+def _acceleration(estimate_SC: Floats, influence: list[Floats]) -> Floats:
+    """How the error of CSI changes with CSI (Efron 1987), from the influence of every unit."""
     domains = len(influence)
     cube_SC = np.zeros_like(estimate_SC)
     square_SC = np.zeros_like(estimate_SC)
@@ -221,13 +208,7 @@ def _corrected(estimate_SC: Floats, drawn_RSC: Floats, influence: list[Floats]) 
         cube_SC += (influence[domain] ** 3).sum(1)[:, None] * weight_C**3
         square_SC += (influence[domain] ** 2).sum(1)[:, None] * weight_C**2
     with np.errstate(invalid="ignore", divide="ignore"):
-        skew_SC = np.where(square_SC > 0, cube_SC / (6 * square_SC**1.5), 0.0)
-    below_SC = (drawn_RSC < estimate_SC).mean(0) + (drawn_RSC == estimate_SC).mean(0) / 2
-    bias_SC = stats.norm.ppf(np.clip(below_SC, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
-    z = np.asarray(stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2]))[:, None, None]
-    return np.asarray(
-        stats.norm.cdf(bias_SC + (bias_SC + z) / (1 - skew_SC * (bias_SC + z))), dtype=float
-    )
+        return np.where(square_SC > 0, cube_SC / (6 * square_SC**1.5), 0.0)
 
 
 def selectivity_p(values_SD: Floats, domain_D: NDArray[np.int64], *, seed: int = 0) -> Floats:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.data.documents import Ints
-from moefy.evaluation.statistics import Floats, null_z
+from moefy.evaluation.statistics import Floats, ends, null_z, resamples
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Engine
 from moefy.methods.partition.canonical import canonical_order
@@ -36,7 +36,6 @@ BINS, WIDTH = 4, 2.0
 """Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
 TOLERANCE = 0.05
 _SWAPS, _TRIED = 5000, 64
-_DRAWN = 200
 _LEAST = 1e-9
 """Energies below this share of the largest count as it: experts that add nothing."""
 
@@ -155,7 +154,7 @@ def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
     The median of the slopes of log damage between all pairs of sets, weighted by how far their log
     energies lie apart (Jaeckel 1972; Sievers 1978): what a few sets do does not move it. A set that
     does no harm counts as less than any other: the slope to it has no end, which a median bears.
-    The error is half of what the middle 68 % of `_DRAWN` bootstraps over sets span. Without two
+    The error is half of what the middle 68 % of the resamples of sets span. Without two
     sets to compare s is 1, and the error NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -168,17 +167,14 @@ def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
     i, j, wide, slope = (v[known] for v in (i, j, wide, slope))
     order = np.argsort(slope, kind="stable")
     i, j, wide, slope = (v[order] for v in (i, j, wide, slope))
-    sets = len(x_S)
-    drawn_RS = np.random.default_rng([sets, 16]).multinomial(
-        sets, np.full(sets, 1 / sets), size=_DRAWN
-    )
 
-    def median(times_S: Ints) -> float:
+    def median(times_S: Floats) -> float:
         reached_P = (wide * times_S[i] * times_S[j]).cumsum()
         return float(slope[np.searchsorted(reached_P, reached_P[-1] / 2).clip(max=len(slope) - 1)])
 
-    found = median(np.ones(sets, dtype=np.int64))
-    low, high = np.quantile(np.clip([median(row) for row in drawn_RS], -1e9, 1e9), [0.16, 0.84])
+    found = median(np.ones(len(x_S)))
+    drawn_R = np.clip([median(times_S) for times_S in resamples(len(x_S), 16)], -1e9, 1e9)
+    low, high = ends(found, drawn_R, level=0.68)
     return min(max(found, 0.0), 1.0), float((high - low) / 2)
 
 

@@ -26,13 +26,14 @@ from moefy.conversion.convert import convert
 from moefy.data.corpus import load_corpus
 from moefy.errors import CorpusError
 from moefy.experts.loading import load, load_dense
+from moefy.experts.moefied import of
 from moefy.experts.placement import placement
 from moefy.inspection.controls.corpora import figures
 from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, rows, table
-from moefy.models.artefact import META, SIDE, Artefact
-from moefy.models.checkpoint import Checkpoint, copy_folder
+from moefy.models.artefact import META, SIDE
+from moefy.models.checkpoint import copy_folder
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import from_dict
@@ -68,7 +69,7 @@ def random_weights(
 
     Raises `CorpusError` where a corpus is given and is not that of the conversion.
     """
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     report = report or Reporter(quiet=True)
     text = load_corpus(corpus)
     if text.sha256 != artefact.corpus["sha256"]:
@@ -80,7 +81,7 @@ def random_weights(
             raise CorpusError(f"{reason}; give that one")
         report.say(f"{reason}: this control is left out")
         return {}
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    checkpoint = of(model).checkpoint
     stages = stages or Stages(None, None)
     made: dict[str, Mapping[str, Table]] = {}
     for control in CONTROLS:
@@ -116,8 +117,8 @@ def converted(
 ) -> Iterator[PreTrainedModel]:
     """The control of a moefied model, converted by the same recipe; its folder, made in that of the
     stages, is gone afterwards. Their processes convert it together."""
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
+    artefact = of(model).artefact
+    checkpoint = of(model).checkpoint
     where, processes = stages.folder, stages.processes
     if where is not None:
         where.mkdir(parents=True, exist_ok=True)

@@ -25,13 +25,12 @@ from transformers import PreTrainedModel
 
 from moefy.conversion.capture import Captured, capture
 from moefy.data.corpus import Batch, make_batches
+from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.inspection.controls.gauge import on_cpu
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.methods.partition.partition import partition
-from moefy.models.artefact import Artefact
-from moefy.models.locate import Site
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes
@@ -64,7 +63,7 @@ def seeds(
     batches and then the layers.
     """
     report = report or Reporter(quiet=True)
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
+    artefact = of(model).artefact
     modules = sparse_mlps(model)
     limit = min(tokens, from_dict(artefact.recipe).partition.tokens)
     shards = halves(reading, seed)
@@ -75,7 +74,7 @@ def seeds(
             for batches, sample in zip(shards, samples, strict=True):
                 with all_experts(model):
                     capture(
-                        model, model.moefy_sites, batches, sample,  # type: ignore[arg-type]
+                        model, of(model).sites, batches, sample,
                         limit=limit, seed=seed, report=report, processes=processes,
                     )  # fmt: skip
         for layer in report.track(processes.mine(list(modules)), "partitions again"):
@@ -103,8 +102,8 @@ def _layer(
     count: int,
     seed: int,
 ) -> tuple[Table, Table]:
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
-    site: Site = model.moefy_sites[layer]  # type: ignore[index,assignment]
+    artefact = of(model).artefact
+    site = of(model).sites[layer]
     columns: dict[str, Any] = {"layer": [layer] * module.experts}
     columns["expert"] = list(range(module.experts))
     if module.expert_size == 1:

@@ -10,10 +10,8 @@ Shapes: D documents, J judged tokens.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from moefy.evaluation.statistics import Floats, ratio_interval, units
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.removal.removable import Gone, Removable
 from moefy.inspection.removal.shards import Part
+from moefy.run.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -79,39 +78,19 @@ def _judgements(said: Said) -> tuple[Tensor, ...]:
     return per_position(of, said)
 
 
-class Kept:
-    """Results by name, each a file of JSON in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-
-    def get(self, name: str) -> Any:
-        """What was kept under this name; None where nothing was."""
-        file = self.folder / f"{name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-    def put(self, name: str, value: Any) -> None:
-        """Keep JSON values; the file appears when it is whole."""
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(value), encoding="utf-8")
-        part.replace(self.folder / f"{name}.json")
-
-
 class Judge:
     """Judges removals, each once."""
 
-    def __init__(self, removable: Removable, kept: Kept) -> None:
-        self.removable, self.kept = removable, kept
+    def __init__(self, removable: Removable, stages: Stages) -> None:
+        self.removable, self.stages = removable, stages
 
     def __call__(self, name: str, gone: Gone, texts: Texts) -> Point:
         """The model without these neurons on these texts; `name` says which removal and which texts."""
-        found = self.kept.get(name)
-        if found is None:
+        if not self.stages.has(name):
             with self.removable.without(gone):
                 point = judge(self.removable.model, texts)
-            found = {"ce": point.ce_D.tolist(), "right": point.right_D.tolist()}
-            self.kept.put(name, found)
+            self.stages.keep(name, {"ce": point.ce_D.tolist(), "right": point.right_D.tolist()})
+        found = self.stages.read(name)
         return Point(np.array(found["ce"]), np.array(found["right"]))
 
 

@@ -7,7 +7,6 @@ What comes out is an ordinary checkpoint: the source's, with zeros in the place 
 removed neurons have in the down projections. docs/removal.md says how to read the figures.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.inspection.removal.importance import importance, ranked, relative
 from moefy.inspection.removal.matched import energy_matched, random_experts, single_neurons
-from moefy.inspection.removal.points import Judge, Kept, Pair, against, area, largest, mean_row, row
+from moefy.inspection.removal.points import Judge, Pair, against, area, largest, mean_row, row
 from moefy.inspection.removal.relearning import relearning
 from moefy.inspection.removal.removable import EXPERT, Gone, Removable, Source, gone_of, open_source
 from moefy.inspection.removal.shards import Parts, choose_domains, read_parts
@@ -27,6 +26,7 @@ from moefy.inspection.removal.written import README, write
 from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.provenance import machine, versions
+from moefy.run.stages import Stages, digest
 
 TOKENS = 20_000
 """Tokens that are read for each part, of the domain to forget and the others together."""
@@ -81,7 +81,7 @@ def prune(
     output.begin(_stamp(source, text, settings), resume=resume, overwrite=overwrite)
     output.need(source.checkpoint.bytes)
     with output.full_disk():
-        judge = Judge(removable, Kept(output.work / "points"))
+        judge = Judge(removable, Stages(output.work / "points"))
         removal = _Removal(removable, judge, parts, unit, seed, report)
         try:
             count = removal.count(allowed, share)
@@ -116,7 +116,7 @@ def _stamp(source: Source, text: Corpus, settings: list[Any]) -> str:
     """What decides the result: another run must not go on with these points."""
     artefact = source.artefact.sha256 if source.artefact else {}
     decided = [source.checkpoint.hashes(), artefact, settings, text.sha256, versions()]
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+    return digest(decided)
 
 
 class _Removal:

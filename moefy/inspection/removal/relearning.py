@@ -77,15 +77,14 @@ def relearning(
     How many random neurons those are is decided on `decide`, steps are counted on `measure`; both are
     of the domain to forget.
     """
-    kept = judge_.kept.get("relearning")
-    if kept is not None:
-        return dict(kept)
+    if judge_.stages.has("relearning"):
+        return dict(judge_.stages.read("relearning"))
     whole = judge_("base-measure-forget", removable.nothing(), measure).ce(measure)
     lost = judge_("chosen-measure-forget", gone, measure).ce(measure)
     found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(lesson), "rate": RATE}
     if lost <= whole:
         found |= {"removal": None, "control": None, "verdict": "nothing was lost to be relearned"}
-        judge_.kept.put("relearning", found)
+        judge_.stages.keep("relearning", found)
         return found
     found["removal"] = relearn(removable, gone, lesson, measure, whole + HALF * (lost - whole))
     found["control"] = None
@@ -106,7 +105,7 @@ def relearning(
     found["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": steps}
     found["lost"] = lost - whole
     found["verdict"] = verdict(found)
-    judge_.kept.put("relearning", found)
+    judge_.stages.keep("relearning", found)
     return found
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel, unknown_choice
-from moefy.experts.loading import load_dense, weights_of
-from moefy.models.artefact import ADAPTER, Artefact, is_artefact, read_artefact
+from moefy.experts.loading import load_dense
+from moefy.models.artefact import ADAPTER, Artefact, is_artefact, open_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site, read_mlp, sites
 from moefy.models.mlp import DenseMlp
@@ -61,8 +61,8 @@ def open_source(model: str | Path, unit: str) -> Source:
     if unit not in UNITS:
         raise MoefyError(unknown_choice("unit", unit, UNITS))
     if is_artefact(model):
-        artefact = read_artefact(Path(model))
-        return Source(weights_of(artefact, Path(model)), artefact)
+        artefact, checkpoint = open_artefact(model)
+        return Source(checkpoint, artefact)
     checkpoint = Checkpoint.open(model)
     if unit == EXPERT:
         raise MoefyError(

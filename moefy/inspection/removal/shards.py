@@ -10,9 +10,10 @@ They are the shards of the conversion, so that what its router learned from is n
 
 from dataclasses import dataclass, replace
 
-from moefy.data.corpus import Batch, Corpus, make_batches, sample_length, split_shards
+from moefy.data.corpus import Batch, Corpus, make_batches, sample_length
 from moefy.data.documents import Documents
 from moefy.data.inputs import load_tokenizer, read_batches
+from moefy.data.shards import CONTEXT, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
 from moefy.inspection.texts.reading import Reading
@@ -20,8 +21,6 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 
 RANK, DECIDE, RELEARN, MEASURE = "rank", "decide", "relearn", "measure"
-SHARDS = {RANK: "examples", DECIDE: "partition", RELEARN: "router", MEASURE: "evaluation"}
-CONTEXT = 512
 FORGET_SHARE = 0.25
 """Share of the tokens that is of the domain to forget."""
 RETAIN_DOCUMENTS = 16
@@ -110,20 +109,19 @@ def read_parts(
 
     Raises `CorpusError` where a domain has too few documents.
     """
-    shards = split_shards(corpus, split)
-    _require_enough(corpus, shards, domains)
+    texts = by_role(corpus, split)
+    _require_enough(corpus, texts, domains)
     reader = _Reader(checkpoint, kind)
     share = round(FORGET_SHARE * tokens)
     found = {}
     for role in (RANK, DECIDE, MEASURE):
-        shard = shards[SHARDS[role]]
-        forget = reader.read(shard, (domains.forget,), role)
-        few = _of(shard, domains.retain).take(RETAIN_DOCUMENTS * len(domains.retain))
+        forget = reader.read(texts[role], (domains.forget,), role)
+        few = _of(texts[role], domains.retain).take(RETAIN_DOCUMENTS * len(domains.retain))
         retain = reader.read(few, domains.retain, role)
         found[role] = Part(
             draw(forget, role, share, seed=seed), draw(retain, role, tokens - share, seed=seed)
         )
-    lesson = reader.read(shards[SHARDS[RELEARN]], (domains.forget,), RELEARN)
+    lesson = reader.read(texts[RELEARN], (domains.forget,), RELEARN)
     return Parts(**found, lesson=_lesson(lesson))
 
 
@@ -131,10 +129,10 @@ def _of(shard: Corpus, names: tuple[str, ...]) -> Corpus:
     return replace(shard, documents=[doc for doc in shard.documents if doc.domain in names])
 
 
-def _require_enough(corpus: Corpus, shards: dict[str, Corpus], domains: Domains) -> None:
+def _require_enough(corpus: Corpus, texts: dict[str, Corpus], domains: Domains) -> None:
     for name in (domains.forget, *domains.retain):
-        for role, shard in SHARDS.items():
-            count = len(_of(shards[shard], (name,)).documents)
+        for role in (RANK, DECIDE, RELEARN, MEASURE):
+            count = len(_of(texts[role], (name,)).documents)
             if count < LEAST:
                 total = sum(doc.domain == name for doc in corpus.documents)
                 raise CorpusError(

@@ -31,6 +31,7 @@ from moefy.inspection.record import Inspection
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
 from moefy.inspection.texts.table import Table
+from moefy.run.output import write_whole
 
 LARGEST = 20 * 10**6
 """Most bytes of one file; what is larger becomes a folder."""
@@ -147,11 +148,9 @@ def _check(path: Path, overwrite: bool) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -8,17 +8,19 @@ Shapes: D documents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, Corpus, load_corpus, split_shards
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.documents import HELD_OUT, SELECT, Documents, Ints
 from moefy.data.inputs import load_tokenizer, read_batches
-from moefy.errors import CorpusError, UnsupportedModel
+from moefy.data.shards import select_and_check
+from moefy.errors import UnsupportedModel
+from moefy.experts.moefied import of
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
@@ -26,8 +28,6 @@ from moefy.recipe import from_dict
 
 TOKENS = 200_000
 """Most tokens that are read where nothing else is said."""
-SELECT_SHARE = 0.3
-"""Share of the documents of a foreign corpus that examples are chosen from."""
 KINDS = ("decoder", "encoder")
 
 
@@ -77,9 +77,9 @@ def read(
     Raises `UnsupportedModel` for images and encoder-decoders, `CorpusError` for texts that are too
     short to be split.
     """
-    artefact: Artefact = model.moefy  # type: ignore[assignment]
-    checkpoint: Checkpoint = model.moefy_checkpoint  # type: ignore[assignment]
-    kind = model.moefy_sites[0].family.kind  # type: ignore[union-attr,index]
+    artefact = of(model).artefact
+    checkpoint = of(model).checkpoint
+    kind = of(model).kind
     if kind not in KINDS:
         raise UnsupportedModel(
             f"{type(model).__name__}: inspect reads tokens of decoders and encoders, not of a model "
@@ -107,7 +107,7 @@ def read_texts(
         corpus = load_corpus(source)
         name = given or corpus.name
         hashes[name] = corpus.sha256
-        for shard, part in _shards(corpus, artefact).items():
+        for shard, part in zip(shards, select_and_check(corpus, artefact), strict=True):
             shards[shard].append((name, part))
     each = {
         shard: max(1, round(tokens * len_ / sum(map(_documents, shards.values()))))
@@ -141,21 +141,3 @@ def _key(document: Any) -> tuple[str, str, str]:
 
 def _keys(corpus: Corpus) -> list[tuple[str, str, str]]:
     return [_key(doc) for doc in corpus.documents]
-
-
-def _shards(corpus: Corpus, artefact: Artefact | None) -> dict[str, Corpus]:
-    if artefact is not None and corpus.sha256 == artefact.corpus["sha256"]:
-        parts = split_shards(corpus, from_dict(artefact.recipe).seed)
-        return {SELECT: parts["examples"], HELD_OUT: parts["evaluation"]}
-    unique = list({doc.sha256: doc for doc in corpus.documents}.values())
-    select = [doc for doc in unique if int(doc.sha256[:8], 16) < SELECT_SHARE * 2**32]
-    held_out = [doc for doc in unique if int(doc.sha256[:8], 16) >= SELECT_SHARE * 2**32]
-    if not select or not held_out:
-        raise CorpusError(
-            f"corpus {corpus.name}: {len(unique)} different documents do not fill two disjoint "
-            "shards; give more text"
-        )
-    return {
-        SELECT: replace(corpus, documents=select),
-        HELD_OUT: replace(corpus, documents=held_out),
-    }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "real_routing.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "real_routing.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from moefy.conversion.convert import convert
 from moefy.data.corpus import load_corpus
 from moefy.recipe import override
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _PLAIN = {"partition.method": "random", "compensation.name": "none", "router.epochs": 1}
 _DEMO = {"partition.expert_size": 64, "partition.tokens": 256, "router.tokens": 512}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from moefy_kernels.roofline import MEASURED, PEAK, Layer, Work, least_seconds, u
 
 LLAMA = Layer(width=4096, neurons=14336, size=128)
 H200 = PEAK["H200"]._replace(launch=0)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_layer_of_llama_3_8b():

@@ -181,6 +181,7 @@ def test_sixteen_bits(moefied: Path, tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[5])
 import test_recover as t
 from moefy.training import loop
 die, add = int(sys.argv[3]), loop._Log.add
@@ -195,12 +196,12 @@ t.run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 
 def launch(moefied: Path, out: Path, die: int = 0) -> subprocess.CompletedProcess[str]:
     """A run in another process, killed when it has logged step `die`."""
-    return start(SCRIPT, moefied, out, die, 0).end()
+    return start(SCRIPT, moefied, out, die, 0, Path(__file__).parent).end()
 
 
 def launch_two(moefied: Path, out: Path, die: int = 0) -> list[subprocess.CompletedProcess[str]]:
     """A run in two processes, of which the second is killed when it has logged step `die`."""
-    return run_two(SCRIPT, moefied, out, die, 1)
+    return run_two(SCRIPT, moefied, out, die, 1, Path(__file__).parent)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(moefied: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json

@@ -189,7 +189,7 @@ def test_decoding_with_a_cache_is_the_whole_pass(name, made):
 def test_an_encoder_decoder_decodes_with_a_cache(made):
     _, out = made("t5", compensation="conditional_mean")
     model = moefy.load(out, dtype=torch.float64)
-    blocks = [site.block.rpartition(".")[2] for site in model.moefy_heads]
+    blocks = [site.block.rpartition(".")[2] for site in model.moefy.heads]
     assert blocks == ["SelfAttention"] * 3 + ["EncDecAttention", "SelfAttention", "EncDecAttention"]
     inputs = {k: v for k, v in example_inputs("t5").items() if k != "decoder_input_ids"}
     model.generation_config.decoder_start_token_id = 0
@@ -221,7 +221,7 @@ def test_a_copy_routes_by_itself_and_gradients_pass(made):
     model.train()
     model.gradient_checkpointing_enable()
     model(**inputs, use_cache=False).logits.sum().backward()
-    for site in model.moefy_heads:
+    for site in model.moefy.heads:
         assert model.get_submodule(site.projection).weight.grad.abs().sum() > 0
     with pytest.raises(MoefyError, match="without its attention module"):
         sparse_heads(model)[0](torch.zeros(1, 1, 32))
@@ -466,7 +466,7 @@ def test_a_config_that_contradicts_the_weights_is_refused():
 
 
 def test_the_table_of_the_documentation_is_that_of_the_records(monkeypatch):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root / "experiments"))
     table = runpy.run_path(str(root / "experiments" / "heads.py"))["table"]()

@@ -8,7 +8,7 @@ import pytest
 
 from moefy.run.memory import peak_memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = "from moefy.run.memory import peak_memory; {}; print(peak_memory())"
 
 

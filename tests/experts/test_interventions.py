@@ -367,7 +367,7 @@ def test_means_of_the_bundled_corpus_are_measured_once(made, monkeypatch):
     outer = again.experts(ablate=[(0, e) for e in range(8)], mode="zero")
     with pytest.warns(UserWarning), outer, again.experts(ablate=[(1, 3)]):
         pass
-    first, second = (vars(m)["moefy_statistics"][False] for m in (model, again))
+    first, second = (m.moefy.means[False] for m in (model, again))
     assert all(map(torch.equal, first.mean_LN, second.mean_LN))
     assert first.tokens_L[0] >= 600
 
@@ -410,6 +410,6 @@ def test_what_cannot_be_had_is_refused(load, made):
     with pytest.raises(MoefyError, match="no batch"):
         statistics(model, [])
     bare = load_dense(Checkpoint.open(made("demo_opt")), dtype=torch.float32)
-    moefied(bare, moefy.load(made("demo_opt")).moefy, permute=False)
+    moefied(bare, moefy.load(made("demo_opt")).moefy.artefact, permute=False)
     with pytest.raises(MoefyError, match="not loaded from a folder"), bare.experts(ablate=[(0, 1)]):
         pass

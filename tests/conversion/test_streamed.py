@@ -155,7 +155,7 @@ def _mlps(model):
 
 
 def test_its_own_evaluation_is_that_of_the_loaded_model(tmp_path):
-    from moefy.data.corpus import split_shards
+    from moefy.data.shards import split_shards
     from moefy.evaluation.evaluate import evaluate
 
     source = build("llama", tmp_path / "source")

@@ -26,6 +26,14 @@ _CONTEXT.set_forkserver_preload(
     ]
 )  # fmt: skip
 
+# `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they run on
+# its CPUs.
+LAUNCH = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+"""Arguments of Python that run what follows in two processes."""
+
 
 @dataclass(frozen=True)
 class Child:

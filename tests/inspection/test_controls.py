@@ -219,11 +219,11 @@ def test_planted_experts_are_found_again_by_every_seed_and_text(by_domain):
 
 def test_random_weights_have_no_stable_experts_and_random_partitions_no_stability(converted):
     model, reading = converted
-    artefact = model.moefy
+    artefact = model.moefy.artefact
     method = {**artefact.recipe["partition"], "method": "random"}
-    model.moefy = replace(artefact, recipe={**artefact.recipe, "partition": method})
+    model.moefy.artefact = replace(artefact, recipe={**artefact.recipe, "partition": method})
     tables = seeds(model, reading)
-    model.moefy = artefact
+    model.moefy.artefact = artefact
     for row in rows(tables["layers"]):
         assert abs(row["stability_ari"]) < 0.1
         # The shared expert is found by its loudness, not at random.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from plain_bigram import plain_bigram, plain_score
+from scipy.stats import bootstrap
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
 
@@ -15,7 +16,7 @@ from moefy.data.inputs import read_batches
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.sinks import Sinks
-from moefy.evaluation.statistics import Bootstrap
+from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.methods.tables import ROUTERS
@@ -282,16 +283,27 @@ def test_intervals_draw_whole_sources():
     sources = [f"s{i // 3}" for i in range(66)]
     g = np.random.default_rng(1)
     top, bottom = g.random(66) * 5, g.random(66) + 1
-    groups = {s: [i for i in range(66) if sources[i] == s] for s in dict.fromkeys(sources)}
-    names = list(groups)
-    drawn = []
-    for draw in np.random.default_rng(7).integers(22, size=(1000, 22)):
-        chosen = [i for d in draw for i in groups[names[d]]]
-        drawn.append(sum(top[i] for i in chosen) / sum(bottom[i] for i in chosen))
-    bootstrap = Bootstrap(sources, 7)
-    ratio = bootstrap.ratio(top, bottom)
-    assert bootstrap.unit == "sources"
-    assert ratio["mean"] == pytest.approx(top.sum() / bottom.sum())
-    assert ratio["ci95"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
-    assert Bootstrap(sources[:30], 7).unit == "documents (single-source)"
-    assert bootstrap.ratio(top, np.zeros(66)) is None
+    unit_Q = units_of(["d"] * 66, sources)
+    ratio = ratios({"x": (top, bottom), "none": (top, np.zeros(66))}, unit_Q, seed=7)
+    sums = np.stack([top, bottom]).reshape(2, 22, 3).sum(-1)
+
+    def over(top_G, bottom_G, axis):
+        return top_G.sum(axis) / bottom_G.sum(axis)
+
+    plain = bootstrap(tuple(sums), over, paired=True, n_resamples=4000, rng=0).confidence_interval
+    assert ratio["x"]["mean"] == pytest.approx(top.sum() / bottom.sum())
+    assert ratio["x"]["ci95"] == pytest.approx(plain, rel=0.02)
+    assert ratio["none"] is None
+
+
+def test_a_domain_of_few_sources_is_drawn_by_document():
+    domains, sources = ["many"] * 40 + ["few"] * 6, [i // 2 for i in range(40)] + [0] * 6
+    unit_Q = units_of(domains, sources)
+    assert unit_Q.tolist() == [i // 2 for i in range(40)] + list(range(20, 26))
+    assert unit_words(domains[:40], sources[:40]) == "sources"
+    assert unit_words(domains[40:], sources[40:]) == "documents (single-source)"
+    assert "documents in domains of few" in unit_words(domains, sources)
+
+
+def test_one_document_alone_has_no_interval():
+    assert ratios({"x": ([3.0], [2.0])}, [0])["x"] == {"mean": 1.5, "ci95": None}

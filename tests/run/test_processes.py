@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_two
+from children import LAUNCH, run_two
 from safetensors.torch import load_file
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
@@ -23,13 +23,6 @@ GREEDY = {
     "partition.expert_size": 1, "router.name": "largest_inputs", "selection.name": "threshold",
     "budget.name": "greedy", "density": 0.3,
 }  # fmt: skip
-
-# `--multi_gpu` is how accelerate starts several processes on one machine; without GPUs they run on
-# its CPUs.
-LAUNCH = (
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-)  # fmt: skip
 
 CODE = """
 import os, signal, sys

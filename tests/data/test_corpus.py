@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 
 from moefy.data.corpus import (
     IGNORED,
-    SHARDS,
     Corpus,
     Document,
-    hold_out,
     load_corpus,
     make_batches,
-    split_shards,
 )
+from moefy.data.shards import SHARDS, hold_out, split_shards
 from moefy.errors import CorpusError
 
 

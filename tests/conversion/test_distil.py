@@ -14,9 +14,9 @@ import moefy
 from moefy.conversion import allocate as tuning
 from moefy.conversion.distil import distil_layer, distil_model
 from moefy.conversion.fit import Tokens
-from moefy.conversion.layer import HELD_OUT_SHARE, sample_sizes
-from moefy.data.corpus import IGNORED, Batch, hold_out, load_corpus, split_shards
+from moefy.data.corpus import IGNORED, Batch, load_corpus
 from moefy.data.inputs import read_batches
+from moefy.data.shards import by_role, tokens_of_roles
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.evaluate import outputs
 from moefy.evaluation.outputs import distance, say
@@ -187,11 +187,10 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def held_out(model: PreTrainedModel, source: Path, name: str) -> list[Batch]:
     """The very documents that a conversion holds out."""
-    shards = split_shards(load_corpus(corpus_for(name)), 0)
-    _, held = hold_out(shards["router"], HELD_OUT_SHARE, 0)
+    held = by_role(load_corpus(corpus_for(name)), 0)["held-out"]
     checkpoint = Checkpoint.open(source)
     kind = sites(load_dense(checkpoint))[0].family.kind
-    return read_batches(checkpoint, kind, held, RECIPE.context, sample_sizes(RECIPE)["held-out"])
+    return read_batches(checkpoint, kind, held, RECIPE.context, tokens_of_roles(RECIPE)["held-out"])
 
 
 @torch.no_grad()

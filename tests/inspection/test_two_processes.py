@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import LAUNCH
 from state_size import Sizes, state_bytes
-from test_processes import LAUNCH
 from tiny_conversion import convert_tiny
 from tiny_models import build
 
@@ -56,10 +56,10 @@ def case(tmp_path_factory):
 
 
 def launch(tmp_path, case, out, *, dies=False) -> subprocess.CompletedProcess[str]:
-    root, (model, text) = Path(__file__).parent.parent, case
+    root, (model, text) = Path(__file__).parents[2], case
     script = tmp_path / "run.py"
     settings = {**SETTINGS, "corpora": {"text": str(text)}, "out": str(out)}
-    paths = [str(root), str(root / "kernels"), str(root / "tests")]
+    paths = [str(root), str(root / "kernels"), str(root / "tests" / "tiny")]
     script.write_text(CODE.format(paths=paths, model=str(model), settings=settings, dies=dies))
     command = [sys.executable, *LAUNCH, str(script)]
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
@@ -207,7 +207,7 @@ def test_a_large_model_holds_little():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_read():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
     try:
         from inspection_memory import measured
     finally:

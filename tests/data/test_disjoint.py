@@ -11,7 +11,8 @@ from tiny_models import build
 
 import moefy.conversion.convert
 import moefy.evaluation.folder
-from moefy.data.corpus import Corpus, Document, load_corpus, split_shards
+from moefy.data.corpus import Corpus, Document, load_corpus
+from moefy.data.shards import split_shards
 from moefy.evaluation.folder import evaluate_folder
 
 
@@ -77,9 +78,9 @@ def test_partition_router_hold_out_bigram_and_evaluation_share_no_document(folde
 
 def texts(corpus, converted_with):
     artefact = SimpleNamespace(
-        corpus={"name": converted_with.name, "sha256": converted_with.sha256}
+        corpus={"name": converted_with.name, "sha256": converted_with.sha256}, recipe={"seed": 0}
     )
-    return moefy.evaluation.folder._texts(corpus, artefact, 0)
+    return moefy.evaluation.folder._texts(corpus, artefact)
 
 
 def test_another_corpus_is_compared_with_what_the_model_was_fitted_on():

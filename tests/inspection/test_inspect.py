@@ -13,15 +13,16 @@ from typer.testing import CliRunner
 import moefy
 from moefy import Recipe
 from moefy.cli.verbs import app
-from moefy.data.corpus import load_corpus, split_shards
+from moefy.data.corpus import load_corpus
 from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.shards import split_shards
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.record import FILE, Inspection
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 
-DEMO = Path(__file__).parents[1] / "moefy" / "demo"
+DEMO = Path(__file__).parents[2] / "moefy" / "demo"
 RECIPE = Recipe.named(
     "random",
     {

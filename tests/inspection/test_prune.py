@@ -25,7 +25,6 @@ from moefy.inspection.removal.importance import importance, ranked, relative
 from moefy.inspection.removal.matched import energy_matched, random_neurons
 from moefy.inspection.removal.points import (
     TIMES,
-    Kept,
     Point,
     against,
     area,
@@ -47,6 +46,7 @@ from moefy.inspection.removal.summary import lines
 from moefy.inspection.removal.written import write
 from moefy.models.artefact import read_artefact
 from moefy.run.console import Reporter
+from moefy.run.stages import Stages
 
 QUIET = Reporter(quiet=True)
 FORGOTTEN = 2
@@ -343,17 +343,17 @@ def test_a_disk_that_fills_up_loses_nothing(
     planted_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _, whole = planted_run
-    put, names = Kept.put, []
+    keep, names = Stages.keep, []
     given: dict[str, Any] = {"forget": f"d{FORGOTTEN}", "corpus": planted.corpus(), "tokens": 6000}
 
-    def filling(self: Kept, name: str, value: Any) -> None:
+    def filling(self: Stages, name: str, value: Any) -> None:
         if len(names) == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         names.append(name)
-        put(self, name, value)
+        keep(self, name, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "put", filling)
+        patch.setattr(Stages, "keep", filling)
         with pytest.raises(OutputError, match="disk is full; free some room and pass --resume"):
             moefy.prune(made, tmp_path / "out", quiet=True, **given)
     assert not (tmp_path / "out").exists()
@@ -363,11 +363,11 @@ def test_a_disk_that_fills_up_loses_nothing(
         moefy.prune(made, tmp_path / "out", quiet=True, resume=True, **{**given, "tokens": 5000})
     again: list[str] = []
 
-    def counted(self: Kept, name: str, value: Any) -> None:
+    def counted(self: Stages, name: str, value: Any) -> None:
         again.append(name)
-        put(self, name, value)
+        keep(self, name, value)
 
-    monkeypatch.setattr(Kept, "put", counted)
+    monkeypatch.setattr(Stages, "keep", counted)
     record = moefy.prune(made, tmp_path / "out", quiet=True, resume=True, **given)
     assert not set(names) & set(again)
     assert {**record, "machine": 0} == {**whole, "machine": 0}

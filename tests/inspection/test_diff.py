@@ -23,7 +23,7 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.inspection.texts.table import rows
 from moefy.recipe import override
 
-LLAMA = Path(__file__).parents[1] / "moefy" / "demo" / "llama"
+LLAMA = Path(__file__).parents[2] / "moefy" / "demo" / "llama"
 
 
 def beginnings(documents: int) -> Corpus:
@@ -152,7 +152,7 @@ def test_dense_beside_moefied(llama, moefied):
     found = moefy.diff(llama, folder, corpora=corpus, quiet=True)
     documents = naive(stock(llama), moefy.load(folder, dtype=torch.float32), found, corpus)
     read = {r["sha256"] for r in rows(found.table("documents")) if r["shard"] == HELD_OUT}
-    held = moefy.data.corpus.split_shards(corpus, 0)["evaluation"].documents
+    held = moefy.data.shards.split_shards(corpus, 0)["evaluation"].documents
     assert read == {doc.sha256 for doc in held}
     kl = torch.cat([kl for _, _, kl in documents.values()]).mean().item()
     assert kl > 0.1
