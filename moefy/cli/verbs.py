@@ -433,9 +433,7 @@ def bench(
     ] = None,
     prompt: Annotated[int, typer.Option(help="Prompt tokens, of a model.")] = 128,
     generated: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each engine (15; of a model: 7).")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples (15; of a model: 7).")] = None,
     calibrate: Annotated[
         bool | None,
         typer.Option(
@@ -464,8 +462,7 @@ def bench(
     if plot is not None:
         check_plot(plot)
     record = run(
-        model, level=level, layer=layer, against=against, engines=engine or [], compiled=compiled,
-        linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []), gguf=gguf or [], batches=batches,
+        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled, linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []), gguf=gguf or [], batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
         calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip
