@@ -1,6 +1,5 @@
 """Evaluate and run folders that `convert` wrote: what the CLI's verbs call."""
 
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
-from moefy.experts.passes import walk
-from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
-from moefy.methods.tables import ROUTERS, Router, choose
+from moefy.experts.passes import walk, watching
+from moefy.experts.sparse_mlp import all_experts
+from moefy.methods.tables import ROUTERS, choose
 from moefy.models.artefact import Artefact
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
@@ -123,18 +122,17 @@ def _replace_routers(model: PreTrainedModel, name: str, batches: list[Batch]) ->
         raise RecipeError(
             f"router '{name}' needs fitting: convert again with --set router.name={name}"
         )
-    modules = sparse_mlps(model).values()
-    for module in modules:
-        module.observer = functools.partial(_put_router, module, kind)
-    with all_experts(model):
+    modules = of(model).mlps
+
+    def put(layer: int, x_TD: Tensor, _: Tensor) -> None:
+        module = modules[layer]
+        routed = module.routed.to(torch.float32)
+        settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
+        router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
+        router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
+        module.router = router.to(x_TD.device)
+
+    with all_experts(model), watching(modules, put):
         walk(model, batches[0])
-    for module in modules:
-        module.observer, module.look_ahead = None, False
-
-
-def _put_router(module: SparseMlp, kind: type[Router], x_TD: Tensor, _: Tensor) -> None:
-    routed = module.routed.to(torch.float32)
-    settings = {"hidden": 0, "bits": BITS, "inputs": round(INPUTS * routed.width)}
-    router = kind.make(routed.width, module.experts - module.shared, routed.neurons, settings)
-    router.initialise(routed, x_TD.float(), module.weights.to(torch.float32))
-    module.router = router.to(x_TD.device)
+    for module in modules.values():
+        module.look_ahead = False

@@ -1,11 +1,17 @@
-"""Run a batch, and listen: to the inputs of modules, or to the experts that run, padding left out.
+"""Run a batch, and listen: to the inputs of modules, or to the experts that run.
+
+    with watching(sparse_mlps(model), lambda layer, x_TD, mask_TE: ...):   # anything that runs
+        model(ids)
+    with observing(model, batch, listener, scores=True):                    # padding left out
+        walk(model, batch)                                                  # listener.hear(Heard(...))
 
 Shapes: B documents, T tokens of one batch without padding, D width, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,22 +21,45 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import Batch
 from moefy.experts.moefied import of
 from moefy.experts.offload import device_of
+from moefy.experts.points import SCORES
+from moefy.experts.routed import Routed
+from moefy.experts.sparse_mlp import SparseMlp
 from moefy.experts.trunk import short_logits
 from moefy.models.library import hidden_of
 from moefy.models.locate import Place, side_of
 
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called with the number of a module, its input `[T, D]` and the mask of all its experts `[T, E]`."""
+
+
+@contextmanager
+def watching(modules: Mapping[int, Routed], observer: Observer) -> Iterator[None]:
+    """While this lasts, call `observer` whenever one of these modules runs, padding included."""
+    before = {number: module.observer for number, module in modules.items()}
+    try:
+        for number, module in modules.items():
+            module.observer = partial(observer, number)
+        yield
+    finally:
+        for number, module in modules.items():
+            module.observer = before[number]
+
 
 @dataclass(frozen=True)
 class Heard:
-    """One layer in one forward pass."""
+    """One layer in one forward pass, padding left out."""
 
     layer: int
     side: str
     """Whose tokens it reads: `encoder` or `decoder`."""
     batch: Batch
+    module: Routed
+    """The SparseMlp that ran, or the SparseHeads."""
     x_TD: Tensor
     mask_TE: Tensor
     """Which of the `S + E` experts ran."""
+    scores_TE: Tensor | None
+    """What the router gave the routed experts, where it was asked for and there is such."""
     document_T: Tensor
     """Row of the batch that each token belongs to."""
 
@@ -44,39 +73,71 @@ class Listener(Protocol):
 
 @contextmanager
 def observing(
-    model: PreTrainedModel, batch: Batch, *listeners: Listener, heads: Listener | None = None
+    model: PreTrainedModel,
+    batch: Batch,
+    *listeners: Listener,
+    heads: Listener | None = None,
+    scores: bool = False,
 ) -> Iterator[None]:
-    """Let the listeners hear every MLP while this batch is run, and `heads` every attention block."""
+    """Let the listeners hear every MLP while this batch is run, and `heads` every attention block.
+
+    With `scores` they hear what routers of MLPs give as well.
+    """
     moefied = of(model)
-    mlps, blocks = moefied.mlps, moefied.blocks
-    for (index, module), site in zip(mlps.items(), moefied.sites, strict=True):
-        module.observer = _observer(index, side_of(site), batch, listeners)
-    if heads is not None:
-        for (index, block), head_site in zip(blocks.items(), moefied.heads, strict=True):
-            block.observer = _observer(index, side_of(head_site), batch, (heads,))
-    try:
+    with ExitStack() as stack:
+        scored = stack.enter_context(_scores(moefied.mlps)) if scores else {}
+        mlps = _Ears(batch, moefied.mlps, moefied.sites, listeners, scored)
+        stack.enter_context(watching(moefied.mlps, mlps))
+        if heads is not None:
+            blocks = _Ears(batch, moefied.blocks, moefied.heads, (heads,), {})
+            stack.enter_context(watching(moefied.blocks, blocks))
         yield
-    finally:
-        for routed in (*mlps.values(), *blocks.values()):
-            routed.observer = None
 
 
-def _observer(
-    index: int, side: str, batch: Batch, listeners: tuple[Listener, ...]
-) -> Callable[[Tensor, Tensor], None]:
-    mask_BT = batch.mask(side)
+@dataclass(frozen=True)
+class _Ears:
+    """The observer that tells listeners of a batch."""
 
-    def observer(x_TD: Tensor, mask_TE: Tensor) -> None:
-        documents = len(batch.samples)
+    batch: Batch
+    modules: Mapping[int, Routed]
+    places: Sequence[Place]
+    listeners: tuple[Listener, ...]
+    scored: dict[int, Tensor]
+
+    def __call__(self, number: int, x_TD: Tensor, mask_TE: Tensor) -> None:
+        side, documents = side_of(self.places[number]), len(self.batch.samples)
         rows = torch.arange(documents, device=x_TD.device)
-        document_T = rows.repeat_interleave(len(x_TD) // documents)
+        document_T, scores_TE = rows.repeat_interleave(len(x_TD) // documents), None
+        if number in self.scored:
+            scores_TE = self.scored.pop(number)
+        mask_BT = self.batch.mask(side)
         if mask_BT is not None:
             keep_T = mask_BT.flatten().to(x_TD.device)
             x_TD, mask_TE, document_T = x_TD[keep_T], mask_TE[keep_T], document_T[keep_T]
-        for listener in listeners:
-            listener.hear(Heard(index, side, batch, x_TD, mask_TE, document_T))
+            scores_TE = None if scores_TE is None else scores_TE[keep_T]
+        module = self.modules[number]
+        heard = Heard(number, side, self.batch, module, x_TD, mask_TE, scores_TE, document_T)
+        for listener in self.listeners:
+            listener.hear(heard)
 
-    return observer
+
+@contextmanager
+def _scores(modules: Mapping[int, SparseMlp]) -> Iterator[dict[int, Tensor]]:
+    """What every router gave in the pass under way, by layer."""
+    scored: dict[int, Tensor] = {}
+
+    def keep(number: int, _: nn.Module, __: object, scores: Tensor) -> None:
+        scored[number] = scores.reshape(-1, scores.shape[-1])
+
+    handles = [
+        module.get_submodule(SCORES).register_forward_hook(partial(keep, number))
+        for number, module in modules.items()
+    ]
+    try:
+        yield scored
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run(model: PreTrainedModel, batch: Batch) -> object:

@@ -35,8 +35,8 @@ from moefy.inspection.removal.figures import (
     Point,
     against,
     area,
-    judge,
     largest,
+    measured,
     rises,
 )
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
@@ -105,7 +105,7 @@ def test_what_is_written_is_what_was_measured(planted_run) -> None:
     _, out, record = planted_run
     source = open_source(out, NEURON)
     texts = parts_of(source, planted.corpus(), f"d{FORGOTTEN}", tokens=6000).measure.forget
-    got = judge(source.without({}), texts).ce(texts)
+    got = measured(source.without({}), texts).ce(texts)
     assert got == pytest.approx(record["at"]["removal"]["ce_forget"], rel=1e-6)
 
 
@@ -251,7 +251,7 @@ def test_points_are_those_of_one_document_at_a_time(tmp_path: Path) -> None:
     source = open_source(build("llama", tmp_path / "source"), NEURON)
     model = source.without({})
     texts = parts_of(source, two_domains(), "low").measure.retain
-    point = judge(model, texts)
+    point = measured(model, texts)
     ce, right = [], []
     for batch in texts.batches:
         for sample in batch.samples:

@@ -12,14 +12,14 @@ Shapes: Q documents, J judged tokens, C domains.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.evaluation.outputs import Said, nats_of, per_position, placed, say
+from moefy.evaluation.judge import judge
+from moefy.evaluation.outputs import run_outputs
 from moefy.evaluation.statistics import Floats, ratios, units
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Engine, Gone
@@ -51,26 +51,10 @@ def by_domain(values_Q: Floats, texts: Texts) -> Floats:
     return np.bincount(domain_Q, values_Q) / np.bincount(domain_Q, texts.tokens_D)
 
 
-@torch.no_grad()
-def judge(model: PreTrainedModel, texts: Texts) -> Point:
+def measured(model: PreTrainedModel, texts: Texts) -> Point:
     """How a model predicts these texts."""
-    ce: list[Floats] = []
-    right: list[Floats] = []
-    for batch in texts.batches:
-        said = say(model, batch)
-        for value_J, sums in zip(_judgements(said), (ce, right), strict=True):
-            sums.append(placed(value_J.double(), said.keep_BT).sum(1).numpy())
-    return Point(np.concatenate(ce), np.concatenate(right))
-
-
-def _judgements(said: Said) -> tuple[Tensor, ...]:
-    """Cross-entropy `[J]`, and whether the right token is put first."""
-
-    def of(at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
-        assert said.targets_J is not None
-        return nats_of(logits_CV, said, at), logits_CV.argmax(-1) == said.targets_J[at]
-
-    return per_position(of, said)
+    sums_Q = judge(partial(run_outputs, model), texts.batches).sums_Q
+    return Point(sums_Q["ce"], sums_Q["right"])
 
 
 @dataclass(frozen=True)
@@ -84,7 +68,7 @@ class Judge:
         """The model without these neurons on these texts; `name` says which removal and which texts."""
         if not self.stages.has(name):
             with self.engine.without(gone):
-                point = judge(self.engine.model, texts)
+                point = measured(self.engine.model, texts)
             self.stages.keep(name, {"ce": point.ce_Q.tolist(), "right": point.right_Q.tolist()})
         sums = self.stages.read(name)
         return Point(np.array(sums["ce"]), np.array(sums["right"]))

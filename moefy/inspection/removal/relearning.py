@@ -14,11 +14,11 @@ import torch
 
 from moefy.conversion.optimise import CLIP, matched
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import judged, language
+from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Gone
 from moefy.inspection.removal.controls import random_neurons
-from moefy.inspection.removal.figures import Judge, judge, largest
+from moefy.inspection.removal.figures import Judge, largest, measured
 from moefy.inspection.removal.parts import Parts
 from moefy.inspection.removal.source import NEURON, Source, units_of
 
@@ -45,19 +45,19 @@ def relearn(
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(matched(parameters, RATE), weight_decay=0.0)
     objective = language(model)
-    ce = [judge(model, texts).ce(texts)]
+    ce = [measured(model, texts).ce(texts)]
     while ce[-1] > goal and len(ce) <= most:
         for batch in data:
             (objective(model, batch)["loss"] / _tokens(data)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        ce.append(judge(model, texts).ce(texts))
+        ce.append(measured(model, texts).ce(texts))
     return {"goal": goal, "steps": len(ce) - 1 if ce[-1] <= goal else None, "ce": ce}
 
 
 def relearning(
-    source: Source, judged_: Judge, gone: Gone, parts: Parts, *, seed: int
+    source: Source, judge: Judge, gone: Gone, parts: Parts, *, seed: int
 ) -> dict[str, Any]:
     """Steps to half of what was lost, of the removal and of random neurons that cost as much.
 
@@ -65,17 +65,17 @@ def relearning(
     of the domain to forget.
     """
     data, measure = parts.relearn, parts.measure.forget
-    whole = judged_("base-measure-forget", {}, measure).ce(measure)
-    lost = judged_("chosen-measure-forget", gone, measure).ce(measure) - whole
+    whole = judge("base-measure-forget", {}, measure).ce(measure)
+    lost = judge("chosen-measure-forget", gone, measure).ce(measure) - whole
     found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(data), "rate": RATE}
     found |= {"removal": None, "control": None}
     if lost <= 0:
         return found | {"verdict": "nothing was lost to be relearned"}
     found["removal"] = relearn(source, gone, data, measure, whole + HALF * lost)
-    count = _as_costly(judged_, gone, parts.decide.forget, seed)
+    count = _as_costly(judge, gone, parts.decide.forget, seed)
     if count is not None:
-        control = random_neurons(judged_.engine, count, seed)
-        cost = judged_("control-measure-forget", control, measure).ce(measure) - whole
+        control = random_neurons(judge.engine, count, seed)
+        cost = judge("control-measure-forget", control, measure).ce(measure) - whole
         if cost > 0:
             steps = relearn(source, control, data, measure, whole + HALF * cost)
             found["control"] = {"neurons": count, "ce_lost": cost, **steps}
@@ -87,21 +87,21 @@ def relearning(
     return found | {"verdict": verdict(found)}
 
 
-def _as_costly(judged_: Judge, gone: Gone, decide: Texts, seed: int) -> int | None:
+def _as_costly(judge: Judge, gone: Gone, decide: Texts, seed: int) -> int | None:
     """How many random neurons cost the domain what the removal costs it; None where all do not."""
-    wanted = judged_("chosen-decide-forget", gone, decide).ce(decide)
-    total = sum(units_of(judged_.engine, NEURON).values())
+    wanted = judge("chosen-decide-forget", gone, decide).ce(decide)
+    total = sum(units_of(judge.engine, NEURON).values())
 
     def cheaper(count: int) -> bool:
-        random = random_neurons(judged_.engine, count, seed)
-        return judged_(f"random-{count}-decide-forget", random, decide).ce(decide) <= wanted
+        random = random_neurons(judge.engine, count, seed)
+        return judge(f"random-{count}-decide-forget", random, decide).ce(decide) <= wanted
 
     count = largest(total, cheaper)
     return None if count == total else count + 1
 
 
 def _tokens(data: list[Batch]) -> int:
-    return sum(int(judged(batch).sum()) for batch in data)
+    return sum(int(judged_positions(batch).sum()) for batch in data)
 
 
 def verdict(found: dict[str, Any]) -> str:
