@@ -25,6 +25,7 @@ from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
+from moefy.inspection.part import Pass
 from moefy.inspection.routing.sample import RoutingSample
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
@@ -56,12 +57,13 @@ class Everything:
     def __init__(self):
         self.ledgers = []
 
-    def add(self, ledger):
+    def hear(self, ledger):
         self.ledgers.append(ledger)
 
 
 def drawn(model, reading, **settings):
-    random = RandomPartitions(reading, sparse_mlps(model), **settings)
+    seed = settings.pop("seed", 0)
+    random = RandomPartitions(Pass(model, reading, seed), **settings)
     heard = Everything()
     observe(model, reading, [random, heard])
     return random, heard, random.tables()
