@@ -16,7 +16,7 @@ from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.causal.causal import causal
+from moefy.inspection.causal import causal
 from moefy.inspection.in_context import induction, nats
 from moefy.inspection.page_one import fit_bigram, honesty, other_text
 from moefy.inspection.routing.sample import RoutingSampler
