@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from moefy.benchmark.engines.llama_cpp import LlamaCpp
 from moefy.benchmark.engines.table import LLAMA_CPP, PREFIX, Choice, Unavailable, serve
 from moefy.errors import MoefyError
-from moefy.experts.backends.linears import native_linears
+from moefy.experts.backends.cpu import native_linears
 from moefy.experts.backends.stock_moe import register_experts
 from moefy.experts.offload import device_of
 from moefy.experts.sparse_mlp import use_backend

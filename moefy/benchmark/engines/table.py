@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from moefy.errors import MoefyError, unknown_choice
-from moefy.experts.sparse_mlp import BACKENDS, ON_CPU
+from moefy.experts.backends import BACKENDS
+from moefy.experts.backends.base import CPU, GPU
 
 EAGER, COMPILED, AUTO, LLAMA_CPP, ALL = "eager", "compiled", "auto", "llama.cpp", "all"
 DENSE = (EAGER, COMPILED)
@@ -120,8 +121,12 @@ def _meant(name: str) -> list[str]:
 def serve(choice: Choice, device: torch.device) -> None:
     """Raise `Unavailable` where an engine never runs on such a device."""
     on_gpu = device.type == "cuda"
-    if choice.experts == "moefy" or (choice.name in BACKENDS and choice.name not in ON_CPU):
+    if choice.experts == "moefy" or (
+        choice.name in BACKENDS and CPU not in BACKENDS[choice.name].devices
+    ):
         if not on_gpu:
             raise Unavailable("its Triton kernels need a GPU")
-    elif on_gpu and (choice.linears or (choice.name in ON_CPU and choice.name != MASKED)):
+    elif on_gpu and (
+        choice.linears or (choice.name in BACKENDS and GPU not in BACKENDS[choice.name].devices)
+    ):
         raise Unavailable("made for CPUs")

@@ -23,7 +23,7 @@ from moefy.benchmark.rounding import Exact, checked, exact
 from moefy.benchmark.settings import check
 from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
-from moefy.experts.sparse_mlp import BACKENDS
+from moefy.experts.backends import BACKENDS
 from moefy.methods.tables import SELECTIONS
 from moefy.run.console import Reporter
 

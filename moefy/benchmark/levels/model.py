@@ -38,8 +38,9 @@ from moefy.benchmark.settings import check
 from moefy.benchmark.timing import Run, read_bandwidth, side_by_side
 from moefy.benchmark.watched import Watched, check_layers, watching
 from moefy.errors import MoefyError
+from moefy.experts.backends import BACKENDS
 from moefy.experts.offload import device_of
-from moefy.experts.sparse_mlp import BACKENDS, sparse_mlps
+from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.run.console import Reporter
 
