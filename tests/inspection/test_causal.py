@@ -19,7 +19,7 @@ import moefy
 from moefy.data.corpus import IGNORED, Batch
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.errors import MoefyError
-from moefy.evaluation.outputs import of_tensor
+from moefy.evaluation.outputs import outputs_of
 from moefy.experts.interventions import MODES, statistics
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import run
@@ -31,7 +31,7 @@ from moefy.inspection.causal.documents import draw
 from moefy.inspection.causal.effects import gone, neurons_of, of_sets
 from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
 from moefy.inspection.causal.interactions import non_additivity
-from moefy.inspection.causal.nulls import energies, energy_matrix, matches, random_sets
+from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
 from moefy.inspection.causal.sufficiency import keep_only
 from moefy.inspection.causal.token_losses import dense_against_moefied, hunt
 from moefy.inspection.texts.reading import read
@@ -207,9 +207,9 @@ def test_small_effects_are_not_lost_in_large_logits():
     targets = torch.randint(0, 500, (1, 40), generator=generator)
     targets[0, 7] = IGNORED
     batch = Batch([], {}, targets)
-    exact = Reference(of_tensor(batch, base)).compare(of_tensor(batch, other))
+    exact = Reference(outputs_of(batch, base)).compare(outputs_of(batch, other))
     near = base.float() + (other - base).float()
-    found = Reference(of_tensor(batch, base.float())).compare(of_tensor(batch, near))
+    found = Reference(outputs_of(batch, base.float())).compare(outputs_of(batch, near))
     log_p, log_q = base[0].log_softmax(-1), other[0].log_softmax(-1)
     keep = targets[0] != IGNORED
     want_kl = (log_p.exp() * (log_p - log_q)).sum(-1)[keep]
@@ -225,13 +225,13 @@ def test_states_that_did_not_change_are_no_damage_and_none_is_negative():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 400, 32, generator=generator)
     batch = Batch([], {"attention_mask": torch.ones(1, 400, dtype=torch.long)}, None)
-    reference = Reference(of_tensor(batch, base))
-    assert not reference.compare(of_tensor(batch, base.clone()))[0].any()
+    reference = Reference(outputs_of(batch, base))
+    assert not reference.compare(outputs_of(batch, base.clone()))[0].any()
     other = base + 1e-4 * torch.randn(base.shape, generator=generator)
     want = 1 - cosine_similarity(base[0].double(), other[0].double(), dim=-1)
     # Differences of unit vectors of fp32: their rounding, squared, beside what is found.
     assert torch.allclose(
-        reference.compare(of_tensor(batch, other))[0].double(), want, rtol=1e-2, atol=1e-13
+        reference.compare(outputs_of(batch, other))[0].double(), want, rtol=1e-2, atol=1e-13
     )
     assert want.min() > 0 and want.max() < torch.finfo(torch.float32).eps
 
@@ -259,7 +259,7 @@ def test_random_sets_have_the_size_and_energy_of_experts(made, kind):
     engine = engine_of(model, texts, mode="zero")
     module = engine.modules[0]
     given = [np.arange(e * 8, e * 8 + 8) for e in range(module.experts)]
-    energy_NN = energy_matrix(engine, texts, 0)
+    energy_NN = energy_matrices(engine, texts.batches, [0])[0]
     x_TD = torch.cat([engine.base(b).x[0][b.mask().flatten()] for b in texts.batches])
     h_TN = module.weights.hidden(x_TD)
     for numbers, got in zip(given, energies(energy_NN, given), strict=True):
@@ -285,7 +285,7 @@ def test_random_sets_have_the_size_and_energy_of_experts(made, kind):
                 by_N = factor.get(name, torch.ones(64)).to(value)
                 value.copy_((value * (by_N if value.ndim == 1 else by_N[:, None]))[order_N])
     moved = [where_N[numbers] for numbers in given]
-    again = random_sets(engine, energy_matrix(engine, texts, 0), 0, moved, 6, seed=0)
+    again = random_sets(engine, energy_matrices(engine, texts.batches, [0])[0], 0, moved, 6, seed=0)
     got = [sorted(order_N[torch.from_numpy(s)].tolist()) for s in again.sets]
     assert got == [s.tolist() for s in sets.sets]
 
