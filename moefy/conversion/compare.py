@@ -33,9 +33,8 @@ from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role, tokens_of_r
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.load import FfnLoad
 from moefy.evaluation.outputs import Said, compared, cosine, nats, say
+from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import (
-    build_compensation,
-    build_router,
     load_dense,
     moefied,
     replace_module,

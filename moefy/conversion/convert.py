@@ -44,7 +44,7 @@ from moefy.experts.loading import load, load_dense, moefied, with_routing_of
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
-from moefy.models.checkpoint import Checkpoint, copy_folder, sha256
+from moefy.models.checkpoint import Checkpoint, copy_folder
 from moefy.models.config import read_config
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, disk_names, meta_model, read_mlp
@@ -164,7 +164,8 @@ def _in_memory(job: Job) -> Converted | None:
         _write(job, artefact)
 
     with clock.stage("verify"):
-        sparse = load(job.finished, verify=False, **placement())
+        # What it names is what the recipe names.
+        sparse = load(job.finished, verify=False, plugins=True, **placement())
         error = _verify(job.checkpoint, sparse, job.evaluated[0])
         give_back()
         quality = evaluate(sparse, job.evaluated, report=job.report)
@@ -313,17 +314,14 @@ def _write(job: Job, artefact: Artefact) -> None:
     shutil.rmtree(job.finished, ignore_errors=True)
     job.finished.mkdir()
     if artefact.form == FULL:
-        weights = {file.name for file in job.checkpoint.files}
-        copy_folder(job.checkpoint.folder, job.finished, skip=weights)
+        copy_folder(job.checkpoint.folder, job.finished, skip={*job.checkpoint.weights})
         reorder(job.checkpoint, job.finished, job.todo.sites, artefact, job.report)
     write_side_files(job.finished, artefact)
 
 
 def _seal(finished: Path, artefact: Artefact) -> None:
     """Write the side files with the hashes of the weights that lie beside them."""
-    hashes = {}
-    if artefact.form == FULL:
-        hashes = {file.name: sha256(file) for file in Checkpoint.open(finished).files}
+    hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
     write_side_files(finished, replace(artefact, sha256=hashes))
 
 

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel
+from moefy.experts.entries import check_artefact
 from moefy.exporting.card import export_card
 from moefy.exporting.targets import (
     GGUF,
@@ -37,6 +38,7 @@ from moefy.exporting.writer import write_shards
 from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, open_artefact
 from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder
 from moefy.models.config import read_config
+from moefy.models.heads import head_sites
 from moefy.models.locate import Site, meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.run.console import Reporter
@@ -73,6 +75,7 @@ def export(
     config = read_config(checkpoint)
     meta = meta_model(config)
     found = sites(meta)
+    check_artefact(artefact, found, head_sites(meta) if artefact.heads else ())
     if target is not None:
         check(target, artefact, found, config)
         if not type(meta).__name__.endswith("ForCausalLM"):
@@ -172,7 +175,7 @@ def _dense(
     """Write and verify the source's own architecture, its neurons in expert order."""
     output.need(checkpoint.bytes)
     adapter = artefact.form == ADAPTER
-    weights = {file.name for file in checkpoint.files} if adapter else {*_SIDE_FILES, CARD}
+    weights = {*checkpoint.weights} if adapter else {*_SIDE_FILES, CARD}
     copy_folder(checkpoint.folder, finished, skip=weights)
     if not adapter and (finished / SOURCE_CARD).exists():
         shutil.move(finished / SOURCE_CARD, finished / CARD)
@@ -195,7 +198,7 @@ def _copy_files(source: Path, finished: Path) -> None:
     skip = {*_SIDE_FILES, "config.json", INDEX, CARD}
     for file in source.rglob("*"):
         if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
-            skip.add(str(file.relative_to(source)))
+            skip.add(file.relative_to(source).as_posix())
     copy_folder(source, finished, skip=skip)
     if not (source / META).exists() and (source / CARD).is_file():
         shutil.copyfile(source / CARD, finished / SOURCE_CARD)

@@ -180,7 +180,10 @@ def _load_stock(path: Path, placement: dict[str, Any]) -> Any:
     if not (path / "config.json").is_file():
         raise MoefyError(f"--engine {PREFIX}={path}: not a model folder (no config.json)")
     model = AutoModelForCausalLM.from_pretrained(
-        path, experts_implementation="eager", **{"dtype": "auto", **placement}
+        path,
+        trust_remote_code=False,
+        experts_implementation="eager",
+        **{"dtype": "auto", **placement},
     )
     if not model._can_set_experts_implementation():
         raise MoefyError(

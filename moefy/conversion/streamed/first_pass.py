@@ -94,8 +94,7 @@ class FirstPass:
         if ready.exists():
             return Checkpoint.open(finished)
         finished.mkdir(exist_ok=True)
-        weights = {file.name for file in self.checkpoint.files}
-        copy_folder(self.checkpoint.folder, finished, skip=weights)
+        copy_folder(self.checkpoint.folder, finished, skip={*self.checkpoint.weights})
         written = outlined(self.checkpoint, finished)
         names = self.skeleton.names
         below = tuple(f"{site.layer}." for site in self.skeleton.sites)

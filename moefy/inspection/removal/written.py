@@ -41,8 +41,8 @@ def write(source: Source, gone: Gone, folder: Path, report: Reporter) -> list[Te
     found = sites(meta_model(read_config(checkpoint)))
     if source.in_expert_order:
         assert source.artefact is not None
-        weights = {file.name for file in checkpoint.files}
-        copy_folder(checkpoint.folder, folder, skip={META, SIDE, "records.json", README, *weights})
+        skip = {META, SIDE, "records.json", README, *checkpoint.weights}
+        copy_folder(checkpoint.folder, folder, skip=skip)
         reorder(checkpoint, folder, found, source.artefact, report, inverse=True)
     else:
         copy_folder(checkpoint.folder, folder)
