@@ -27,7 +27,8 @@ from moefy.conversion.plan import Plan
 from moefy.conversion.sensitivity import sensitivities, stream_metric
 from moefy.conversion.settle import SeenInputs, planned_active, settle, settle_on, varies
 from moefy.data.corpus import Batch, make_batches
-from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Said, distance, say
+from moefy.evaluation.judge import judge
+from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Outputs, distances, run_outputs
 from moefy.experts.passes import Listener, observing
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -88,7 +89,7 @@ def tune(
     """
     record: dict[str, Any] = {}
     metric: list[Tensor] | None = None
-    said: list[Said] | None = None
+    said: list[Outputs] | None = None
     held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
     # All are to measure alike, and all at once.
     fits = processes.once(lambda: _fits(model, BACKWARD_TOKENS * processes.count))
@@ -137,28 +138,27 @@ class HeldOut:
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, batches: list[Batch], dense: list[Said] | None = None
+        self, model: PreTrainedModel, batches: list[Batch], dense: list[Outputs] | None = None
     ) -> None:
         self.model, self.batches = model, batches
         if dense is None:
             with all_experts(model):
-                dense = [say(model, batch) for batch in batches]
+                dense = [run_outputs(model, batch) for batch in batches]
         self.dense = dense
 
-    @torch.no_grad()
     def distance(self, *listeners: Listener, only: Routed | None = None) -> float:
         """What distillation minimises, per token; with `only`, every other layer is dense."""
-        total = tokens = 0.0
+
+        def run(batch: Batch) -> Outputs:
+            with observing(self.model, batch, *listeners):
+                return run_outputs(self.model, batch)
+
         with nullcontext() if only is None else all_experts(self.model):
             if only is not None:
                 only.all_on = False
-            for batch, dense in zip(self.batches, self.dense, strict=True):
-                with observing(self.model, batch, *listeners):
-                    sparse = say(self.model, batch)
-                total += distance(dense, sparse).item() * len(dense)
-                tokens += len(dense)
+            judgement = judge(run, self.batches, self.dense, distances)
         give_back()
-        return total / tokens
+        return judgement.mean("distance")
 
 
 @torch.no_grad()

@@ -31,8 +31,9 @@ from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role, tokens_of_roles
 from moefy.errors import MoefyError, RecipeError
+from moefy.evaluation.judge import judge
 from moefy.evaluation.load import FfnLoad
-from moefy.evaluation.outputs import Said, compared, cosine, nats, say
+from moefy.evaluation.outputs import Outputs, compared, cosine, run_outputs
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import (
     load_dense,
@@ -77,7 +78,7 @@ class Comparison:
         self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
         self.texts = by_role(text, seed)
         self.documents = documents
-        self._dense_outputs: list[Said] = []
+        self._dense_outputs: list[Outputs] = []
         self._evaluation: list[Batch] = []
 
     def run(self, recipe: Recipe) -> dict[str, Any]:
@@ -99,8 +100,8 @@ class Comparison:
 
     def dense_nats(self) -> float:
         """Cross-entropy of the dense language model on the evaluation documents."""
-        found = [nats(dense) for dense in self._dense() if dense.targets_J is not None]
-        return float(torch.cat(found).mean())
+        dense = self._dense()
+        return judge(dense, self._evaluation).mean("ce")
 
     def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
         """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
@@ -174,26 +175,20 @@ class Comparison:
         """KL and cross-entropy increase (or cosine) and what was read, on the evaluation shard."""
         load = FfnLoad(model) if sparse_mlps(model) else None
         baselines = [m for m in model.modules() if isinstance(m, InputSparseMlp)]
-        sums = dict.fromkeys(("kl", "ce_increase", "cosine", "agreement"), 0.0)
-        tokens = 0
-        dense = self._dense()
-        for batch, want in zip(self._evaluation, dense, strict=True):
+
+        def run(batch: Batch) -> Outputs:
             if load is None:
                 for module in baselines:
                     module.counted = batch.mask(module.side)
-                got = say(model, batch)
-            else:
-                with observing(model, batch, load):
-                    got = say(model, batch)
-            tokens += len(got)
-            if not got.classes or got.targets_J is None:
-                sums["cosine"] += float(cosine(want, got).sum())
-                continue
-            found_J = compared(want, got)
-            sums["kl"] += float(found_J["kl"].sum())
-            sums["agreement"] += float(found_J["agreement"].sum())
-            sums["ce_increase"] += float((found_J["ce"] - found_J["ce_dense"]).sum())
-        found: dict[str, Any] = {name: total / tokens for name, total in sums.items() if total}
+                return run_outputs(model, batch)
+            with observing(model, batch, load):
+                return run_outputs(model, batch)
+
+        dense = self._dense()
+        judgement = judge(run, self._evaluation, dense, _figures)
+        found: dict[str, Any] = {
+            name: mean for name in judgement.sums_Q if (mean := judgement.mean(name))
+        }
         if load is not None:
             found["ffn_density"] = load.density()
             found["active_budget"] = load.active_budget()
@@ -202,7 +197,7 @@ class Comparison:
         else:
             found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
             found["active_compute"] = found["active_budget"]
-        return {"tokens": tokens, **found}
+        return {"tokens": int(judgement.tokens_Q.sum()), **found}
 
     def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
         if recipe.attention.density is not None:
@@ -252,13 +247,13 @@ class Comparison:
             parameter.requires_grad_(False)
         return model
 
-    def _dense(self) -> list[Said]:
+    def _dense(self) -> list[Outputs]:
         if not self._dense_outputs:
             stock = self._load()
             kind = sites(stock)[0].family.kind
             text = self.texts["evaluation"].take(self.documents)
             self._evaluation = read_batches(self.checkpoint, kind, text, CONTEXT)
-            self._dense_outputs = [say(stock, batch) for batch in self._evaluation]
+            self._dense_outputs = [run_outputs(stock, batch) for batch in self._evaluation]
         return self._dense_outputs
 
     def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
@@ -302,6 +297,15 @@ class Comparison:
         kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
         file.write_text(json.dumps(kept))
         return split
+
+
+def _figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+    """What recipes are compared by `[J]`."""
+    if sparse.targets_J is None:
+        return {"cosine": cosine(dense, sparse)}
+    figures = compared(dense, sparse)
+    increase = {"ce_increase": figures["ce"] - figures["ce_dense"]}
+    return {"kl": figures["kl"], **increase, "agreement": figures["agreement"]}
 
 
 def compare(

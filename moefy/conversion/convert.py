@@ -39,7 +39,7 @@ from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, by_role, tokens_of_roles
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, say
+from moefy.evaluation.outputs import difference, run_outputs
 from moefy.experts.loading import load, load_dense, moefied, with_routing_of
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
@@ -329,8 +329,8 @@ def _seal(finished: Path, artefact: Artefact) -> None:
 def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
     """Relative error of the written model with every expert on, against the source itself."""
     with all_experts(sparse):
-        got = say(sparse, batch, keep_BT=batch.mask())
-    want = say(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
+        got = run_outputs(sparse, batch, keep_BT=batch.mask())
+    want = run_outputs(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
     error, size, _ = difference(got, want)
     return error / size
 

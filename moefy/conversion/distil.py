@@ -22,7 +22,7 @@ from moefy.conversion.fit import Tokens
 from moefy.conversion.optimise import CLIP, matched
 from moefy.data.corpus import Batch, Sample, make_batches, sampler
 from moefy.errors import MoefyError
-from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged, say
+from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged_positions, run_outputs
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.recipe import DistilRecipe
 from moefy.run.console import Reporter
@@ -55,8 +55,8 @@ def distil_model(
         # The largest first: its memory serves the others.
         for batch in reversed(batches):
             with torch.no_grad(), all_experts(model):
-                dense = say(model, batch)
-            yield distance(dense, say(model, batch)) * (_count(batch) / total)
+                dense = run_outputs(model, batch)
+            yield distance(dense, run_outputs(model, batch)) * (_count(batch) / total)
 
     steps = (of_step(group) for group in sampler(samples, recipe.tokens, seed))
     return _train(model, modules, steps, recipe, report)
@@ -66,7 +66,7 @@ def _count(batch: Batch) -> int:
     """Judged positions of a batch."""
     if "pixel_values" in batch.inputs:
         return len(batch.samples)
-    return int(judged(batch).sum())
+    return int(judged_positions(batch).sum())
 
 
 def distil_layer(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from moefy.conversion.distil import only_training
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import Said, say
+from moefy.evaluation.outputs import Outputs, run_outputs
 from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.locate import Site, side_of
@@ -30,7 +30,7 @@ from moefy.run.memory import give_back
 
 def sensitivities(
     model: PreTrainedModel, found: list[Site], batches: list[Batch], *, seed: int = 0
-) -> tuple[list[Tensor], list[Said]]:
+) -> tuple[list[Tensor], list[Outputs]]:
     """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on; and what that says of
     each batch."""
     modules = list(sparse_mlps(model).values())
@@ -38,7 +38,7 @@ def sensitivities(
     tokens = [0] * len(found)
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[int, Tensor] = {}
-    dense: list[Said] = []
+    dense: list[Outputs] = []
 
     def keep(index: int, _: nn.Module, __: object, output: Tensor) -> Tensor:
         # The first layer's output depends on nothing that is trained.
@@ -51,7 +51,7 @@ def sensitivities(
     try:
         for batch in batches:
             with torch.enable_grad(), all_experts(model), only_training(model, []):
-                said = say(model, batch)
+                said = run_outputs(model, batch)
                 said.rows_JD.backward(_gradient(said, generator))
             dense.append(said.detach())
             del said
@@ -107,7 +107,7 @@ def inverse_power(power_T: Tensor) -> Tensor:
     return 1 / power_T.median().clamp_min(1e-30)
 
 
-def _gradient(said: Said, generator: torch.Generator) -> Tensor:
+def _gradient(said: Outputs, generator: torch.Generator) -> Tensor:
     """The gradient of `_objective` at the rows of `said` `[J, D]`, a chunk of logits at a time."""
     found = []
     for at in said.chunks():

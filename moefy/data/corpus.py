@@ -10,7 +10,6 @@ It knows nothing of experts. Shapes: B documents of a batch, T tokens, D model w
 """
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +18,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from moefy.data.pixels import PICTURES, STACKS, read_picture, read_stacks
+from moefy.data.records import (
+    RECORDS,
+    Records,
+    checked,
+    json_lines,
+    kind_of,
+    read_records,
+    read_text,
+    sound,
+    token_ids,
+)
 from moefy.errors import CorpusError
 
 SEPARATOR = "<|endoftext|>"
@@ -134,12 +144,13 @@ class Corpus:
 def load_corpus(source: str | Path | Corpus | Sequence[Any] | None = None) -> Corpus:
     """Read a corpus.
 
-    `None` is the bundled one. A `.jsonl` file has one document a line, `{"text"` or `"input_ids"`,
-    `"domain"`, `"source_id"}`; any other file is text, its documents separated by
-    `<|endoftext|>` lines or else cut at line ends; a folder has one sub-folder per domain with text
-    files in it, or text files, or image files; `.npy` or `.safetensors` is a stack of
-    `pixel_values`. A name that is no path is given to `datasets`. A list holds texts, lists of
-    token ids, or images `[C, H, W]`.
+    `None` is the bundled one. `.jsonl` has one record a line, `{"text"` or `"input_ids"`, `"domain"`,
+    `"source_id"}`; `.json` an array of such, `.csv`, `.tsv` and `.parquet` rows; any other file is
+    text, its documents separated by `<|endoftext|>` lines; all may end in `.gz`, `.bz2` or `.xz`.
+    Texts longer than `PIECE_BYTES` are cut, at line ends where there are any. A folder has one
+    sub-folder per domain with such files in it, or such files, or images; hidden ones are left out.
+    `.npy` or `.safetensors` is a stack of `pixel_values`. A name that is no path is given to
+    `datasets`. A list holds texts, lists of token ids, records, or images `[C, H, W]`.
 
     Raises `CorpusError` for anything empty or unreadable.
     """
@@ -147,9 +158,12 @@ def load_corpus(source: str | Path | Corpus | Sequence[Any] | None = None) -> Co
         return source
     if source is None:
         text = (resources.files("moefy") / "demo" / "corpus.jsonl").read_text(encoding="utf-8")
-        return Corpus("bundled", _jsonl(text, "bundled corpus"))
+        records = json_lines(text, "bundled corpus")
+        return Corpus("bundled", _documents(records, "bundled corpus", "text"))
     if not isinstance(source, str | Path):
-        corpus = Corpus("in memory", [_in_memory(i, item) for i, item in enumerate(source)])
+        corpus = Corpus(
+            "in memory", [d for i, item in enumerate(source) for d in _in_memory(i, item)]
+        )
     else:
         corpus = Corpus(Path(source).name, _from_path(source))
     if not corpus.documents:
@@ -163,65 +177,53 @@ def _from_path(source: str | Path) -> list[Document]:
         return _folder(path)
     if path.is_file():
         return _file(path, path.stem)
-    if path.suffix in (".txt", ".jsonl", ".npy", ".safetensors"):
+    if kind_of(path) in (".txt", *STACKS, *RECORDS):
         raise CorpusError(f"corpus {path}: no such file")
     return _dataset(str(source))
 
 
 def _folder(path: Path) -> list[Document]:
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
     documents = []
-    for file in files:
+    for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
-        domain = parts[0] if len(parts) > 1 else path.name
-        documents += _file(file, domain)
+        # What a tool keeps for itself (.git, .ipynb_checkpoints) is no text.
+        if file.is_file() and not any(part.startswith(".") for part in parts):
+            documents += _file(file, parts[0] if len(parts) > 1 else path.name)
     return documents
 
 
 def _file(path: Path, domain: str) -> list[Document]:
-    if path.suffix in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
-        return [Document(domain, path.name, image=_image(path))]
-    if path.suffix == ".npy":
-        return _images(torch.from_numpy(np.load(path)), domain)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return [doc for tensor in load_file(path).values() for doc in _images(tensor, domain)]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"corpus {path}: not UTF-8 (byte {error.start}); re-encode it, for example with iconv"
-        ) from None
-    if path.suffix == ".jsonl":
-        return _jsonl(text, str(path), domain)
-    pieces = [piece for part in text.split(SEPARATOR) for piece in _cut(part)]
+    kind = kind_of(path)
+    if kind in PICTURES:
+        return [Document(domain, path.name, image=read_picture(path))]
+    if kind in STACKS:
+        images = [image for stack in read_stacks(path) for image in stack]
+        return [Document(domain, str(i), image=image.float()) for i, image in enumerate(images)]
+    if kind in RECORDS:
+        return _documents(read_records(path), str(path), domain)
+    pieces = [piece for part in read_text(path).split(SEPARATOR) for piece in _cut(part)]
     return [Document(domain, path.name, piece) for piece in pieces]
 
 
-def _jsonl(text: str, where: str, domain: str = "text") -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+def _documents(records: Records, where: str, domain: str) -> list[Document]:
+    found = []
+    for place, row in records:
+        source = f"{where}:{place.rpartition(' ')[2]}"
         try:
-            row = json.loads(line)
-            ids = tuple(int(i) for i in row.get("input_ids", ()))
-            if "text" not in row and not ids:
-                raise KeyError("neither text nor input_ids")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            found += _record(row, domain, source)
+        except (ValueError, TypeError) as error:
             raise CorpusError(
-                f"corpus {where}: line {number} is not a document ({error})"
+                f"corpus {where}: {place} is not a document ({error}); mend it or leave it out"
             ) from None
-        documents.append(
-            Document(
-                str(row.get("domain", domain)),
-                str(row.get("source_id", f"{where}:{number}")),
-                str(row.get("text", "")),
-                ids,
-            )
-        )
-    return documents
+    return found
+
+
+def _record(row: Any, domain: str, source: str) -> list[Document]:
+    """The documents of one record, cut as texts are. Raises what `checked` raises."""
+    domain, source, text, ids = checked(row, domain, source)
+    if ids or len(text.encode()) <= PIECE_BYTES:
+        return [Document(domain, source, text, ids)] if ids or text.strip() else []
+    return [Document(domain, source, piece) for piece in _cut(text)]
 
 
 def _dataset(name: str) -> list[Document]:
@@ -237,49 +239,36 @@ def _dataset(name: str) -> list[Document]:
         raise CorpusError(f"corpus {name}: datasets cannot load it ({error})") from error
     if "text" not in rows.column_names:
         raise CorpusError(f"corpus {name}: no column 'text'; it has {', '.join(rows.column_names)}")
-    return [
-        Document(str(row.get("domain", name)), str(row.get("source_id", i)), piece)
-        for i, row in enumerate(rows)
-        for piece in _cut(row["text"])
-    ]
+    records = ((f"row {number}", row) for number, row in enumerate(rows))
+    return _documents(records, name, name)
 
 
-def _in_memory(index: int, item: Any) -> Document:
-    if isinstance(item, str):
-        return Document("text", str(index), item)
+def _in_memory(index: int, item: Any) -> list[Document]:
     if isinstance(item, Tensor) and item.is_floating_point():
-        return Document("images", str(index), image=item)
-    return Document("tokens", str(index), ids=tuple(int(i) for i in item))
-
-
-def _images(stack: Tensor, domain: str) -> list[Document]:
-    if stack.ndim != 4:
-        raise CorpusError(
-            f"corpus {domain}: pixel_values of shape {list(stack.shape)}; expected [images, C, H, W]"
-        )
-    return [Document(domain, str(i), image=image.float()) for i, image in enumerate(stack)]
-
-
-def _image(path: Path) -> Tensor:
+        return [Document("images", str(index), image=item)]
     try:
-        from PIL import Image
-    except ImportError:
+        if isinstance(item, str):
+            return [Document("text", str(index), sound(item))]
+        if isinstance(item, dict):
+            return _record(item, "text", str(index))
+        return [Document("tokens", str(index), ids=token_ids(item))]
+    except (ValueError, TypeError) as error:
         raise CorpusError(
-            f"corpus {path}: reading images needs pip install moefy[images]"
+            f"corpus in memory: item {index} is not a document ({error}); give texts, lists of token "
+            "ids, records or images [C, H, W]"
         ) from None
-    with Image.open(path) as picture:
-        rgb = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
 
 
 def _cut(text: str) -> list[str]:
     """Pieces of at most `PIECE_BYTES`, cut at line ends where there are any."""
     pieces, piece = [], ""
     for line in re.findall(r"[^\n]*\n|[^\n]+", text.strip("\n")):
-        while len(line.encode()) > PIECE_BYTES:
-            head = line.encode()[:PIECE_BYTES].decode(errors="ignore")
+        raw, at = line.encode(), 0
+        while len(raw) - at > PIECE_BYTES:
+            head = raw[at : at + PIECE_BYTES].decode(errors="ignore")
             pieces += [piece, head]
-            piece, line = "", line[len(head) :]
+            piece, at = "", at + len(head.encode())
+        line = raw[at:].decode()
         if len((piece + line).encode()) > PIECE_BYTES:
             pieces.append(piece)
             piece = ""

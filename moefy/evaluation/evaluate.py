@@ -16,6 +16,7 @@ Shapes: B documents, T tokens, V vocabulary or classes, D width.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,9 @@ from moefy.evaluation.groups import (
     sums_of,
     tail,
 )
+from moefy.evaluation.judge import Judged, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
-from moefy.evaluation.outputs import Said, compared, cosine, of_tensor, placed, say
+from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, run_outputs
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
@@ -63,15 +65,6 @@ class DocumentSums:
     sums: Sums
 
 
-def outputs(result: Any) -> Tensor:
-    """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
-
-    Class scores `[B, V]` come as `[B, 1, V]`.
-    """
-    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    return value if value.ndim == 3 else value[:, None]
-
-
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
@@ -89,17 +82,22 @@ def evaluate(
     skill and strata are taken from, fitted on other documents; left out, there are none.
     """
     report = report or Reporter(quiet=True)
-    documents: list[DocumentSums] = []
-    kl: list[Tensor] = []
     load, quality = FfnLoad(model), RouterQuality(model, batches, seed=seed)
     heads = HeadLoad(model)
-    for batch in report.track(batches, "evaluate"):
+    sinks_BT: list[Tensor | None] = []
+
+    def dense(batch: Batch) -> Outputs:
         with _dense(model, against), _sinks(model, against, batch) as sinks:
-            dense = _said(against if against is not None else model, batch)
+            outputs = _outputs(model if against is None else against, batch)
+        sinks_BT.append(None if sinks is None else sinks.marked_BT)
+        return outputs
+
+    def sparse(batch: Batch) -> Outputs:
         with observing(model, batch, load, quality, heads=heads):
-            sparse = _said(model, batch)
-        marked_BT = None if sinks is None else sinks.marked_BT
-        documents += compare(batch, dense, sparse, marked_BT, bigram, kl)
+            return _outputs(model, batch)
+
+    every = judged(sparse, report.track(batches, "evaluate"), dense, figures)
+    documents, kl = document_sums(every, sinks_BT, bigram)
     record = summarise(documents, kl, load, quality, heads, seed)
     if against is not None:
         record["dense"] = "another checkpoint"
@@ -158,42 +156,46 @@ def _sinks(
     return finding_sinks(model, of(model).sites, batch)
 
 
-def _said(model: PreTrainedModel, batch: Batch) -> Said:
+def _outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """What a batch is compared by, from one pass: whoever listens hears every token once."""
     if batch.targets_BT is not None or "pixel_values" in batch.inputs:
-        return say(model, batch)
+        return run_outputs(model, batch)
     with short_logits(model):
         result = model(**inputs_of(model, batch), output_hidden_states=True)
     hidden = getattr(result, "last_hidden_state", None)
-    return of_tensor(batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden))
+    return outputs_of(
+        batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden)
+    )
 
 
-def compare(
-    batch: Batch,
-    dense: Said,
-    sparse: Said,
-    sinks_BT: Tensor | None,
-    bigram: Bigram | None,
-    kl: list[Tensor],
-) -> list[DocumentSums]:
-    """Sums of every metric over every group of tokens of each document; adds to `kl` that of tokens.
-
-    `sinks_BT` marks sinks.
-    """
-    keep_BT, rank_BT = sparse.keep_BT, None
+def figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+    """What an evaluation measures `[J]`."""
     if sparse.classes:
-        found = compared(dense, sparse)
-        kl.append(found["kl"].cpu())
-    else:
-        found = {"cosine": cosine(dense, sparse)}
-    values = {name: placed(value_J, keep_BT) for name, value_J in found.items()}
-    if batch.targets_BT is not None and bigram is not None:
-        values["ce_bigram"], rank_BT = bigram.score(batch)
-    marks = groups(keep_BT, sinks_BT, rank_BT)
-    return [
-        DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, sums)
-        for sample, sums in zip(batch.samples, sums_of(values, marks), strict=True)
-    ]
+        return compared(dense, sparse)
+    return {"cosine": cosine(dense, sparse)}
+
+
+def document_sums(
+    every: Iterable[Judged], sinks_BT: Sequence[Tensor | None], bigram: Bigram | None
+) -> tuple[list[DocumentSums], list[Tensor]]:
+    """Sums of every figure over every group of tokens of each document, and KL of every token.
+
+    `sinks_BT` marks the sinks of every batch; its marks may be made while the batches are judged.
+    """
+    documents: list[DocumentSums] = []
+    kl: list[Tensor] = []
+    for number, one in enumerate(every):
+        values_BT, rank_BT = {name: one.placed(name) for name in one.figures_J}, None
+        if "kl" in values_BT:
+            kl.append(one.figures_J["kl"].cpu())
+        if one.batch.targets_BT is not None and bigram is not None:
+            values_BT["ce_bigram"], rank_BT = bigram.score(one.batch)
+        sums = sums_of(values_BT, groups(one.keep_BT, sinks_BT[number], rank_BT))
+        documents += [
+            DocumentSums(sample.document.domain, sample.document.source_id, sample.bytes, found)
+            for sample, found in zip(one.batch.samples, sums, strict=True)
+        ]
+    return documents, kl
 
 
 def _summary(documents: list[DocumentSums], seed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a pass says: logits at the judged positions, made and compared a few at a time.
+"""What a model puts out for a batch: logits at the judged positions, made and compared a few at a time.
 
-    dense, sparse = say(stock, batch), say(moefied, batch)
-    kl_J, ce_J = kl(dense, sparse), nats(sparse)
+    dense, sparse = run_outputs(stock, batch), run_outputs(moefied, batch)
+    kl_J, ce_J = kl_per_token(dense, sparse), ce_per_token(sparse)
 
 The logits `[B, T, V]` of a batch, in fp32 and with what a comparison makes of them, would take more
 memory than many a model. A pass therefore keeps its last hidden states; logits are made of chunks of
@@ -42,8 +42,8 @@ in 16 bits, rounding errors."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one pass says at its judged positions."""
+class Outputs:
+    """What one pass puts out at its judged positions."""
 
     rows_JD: Tensor
     """Last hidden states; or what is compared itself, where `head` is None."""
@@ -55,9 +55,9 @@ class Said:
     targets_J: Tensor | None
     classes: bool
     """Whether the numbers are log-probabilities of tokens or classes, but for a constant."""
-    speaks: bool
+    is_logits: bool
     """Whether they are logits at all."""
-    learns: bool = False
+    keeps_gradient: bool = False
     """Whether logits carry a gradient, where gradients are taken."""
 
     def __len__(self) -> int:
@@ -71,22 +71,31 @@ class Said:
 
     def logits(self, rows_CD: Tensor) -> Tensor:
         """Logits `[C, V]` of some of `rows_JD`, in fp32 or wider."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.keeps_gradient and torch.is_grad_enabled()):
             found = rows_CD if self.head is None else self.head(rows_CD[None])[0]
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    def made(self) -> "Said":
+    def with_logits(self) -> "Outputs":
         """The same with its logits made once and for all, where one chunk holds them."""
         if self.head is None or len(self.chunks()) > 1:
             return self
         return replace(self, rows_JD=self.logits(self.rows_JD), head=None)
 
-    def detach(self) -> "Said":
+    def detach(self) -> "Outputs":
         """The same without a gradient."""
-        return replace(self, rows_JD=self.rows_JD.detach(), learns=False)
+        return replace(self, rows_JD=self.rows_JD.detach(), keeps_gradient=False)
 
 
-def judged(batch: Batch, shape: torch.Size | None = None) -> Tensor:
+def values_of(result: Any) -> Tensor:
+    """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
+
+    Class scores `[B, V]` come as `[B, 1, V]`.
+    """
+    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return value if value.ndim == 3 else value[:, None]
+
+
+def judged_positions(batch: Batch, shape: torch.Size | None = None) -> Tensor:
     """Which positions `[B, T]` are judged (bool): those with a target, or else all tokens; `shape` is
     that of inputs without a mask."""
     if batch.targets_BT is not None:
@@ -98,22 +107,21 @@ def judged(batch: Batch, shape: torch.Size | None = None) -> Tensor:
     return mask_BT
 
 
-def say(
+def run_outputs(
     model: PreTrainedModel,
     batch: Batch,
     *,
     through: nn.Module | None = None,
     keep_BT: Tensor | None = None,
     device: torch.device | None = None,
-) -> Said:
+) -> Outputs:
     """Run a batch; `through` is `model` as it may be wrapped, `keep_BT` other positions to judge,
     `device` where the inputs are to be if not with the weights."""
     inputs = inputs_of(model, batch, device)
     images = "pixel_values" in inputs
     with nullcontext(Trunk()) if images else short_logits(model) as trunk:
         result: Any = (through or model)(**inputs)
-    found: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    head = None
+    found, head = values_of(result), None
     if trunk.hidden is not None:
         head = Head(model, inputs, trunk.last, trunk.given)
         size, found = found.shape[-1], trunk.hidden
@@ -125,25 +133,23 @@ def say(
             found, head = head(trunk.hidden), None
     else:
         size = found.shape[-1]
-    if found.ndim == 2:
-        found = found[:, None]
-    keep_BT = judged(batch, found.shape[:2]) if keep_BT is None else keep_BT
+    keep_BT = judged_positions(batch, found.shape[:2]) if keep_BT is None else keep_BT
     speaks = hasattr(result, "logits")
-    return Said(
+    return Outputs(
         found[keep_BT.to(found.device)], head, size, keep_BT, _targets(batch, keep_BT, found.device),
         classes=speaks and (batch.targets_BT is not None or images),
-        speaks=speaks,
-        learns=torch.is_grad_enabled(),
+        is_logits=speaks,
+        keeps_gradient=torch.is_grad_enabled(),
     )  # fmt: skip
 
 
-def of_tensor(batch: Batch, values_BTV: Tensor) -> Said:
+def outputs_of(batch: Batch, values_BTV: Tensor) -> Outputs:
     """What logits, or hidden states, of all positions say."""
-    keep_BT = judged(batch, values_BTV.shape[:2])
+    keep_BT = judged_positions(batch, values_BTV.shape[:2])
     targets_J = _targets(batch, keep_BT, values_BTV.device)
-    return Said(
+    return Outputs(
         values_BTV[keep_BT.to(values_BTV.device)], None, values_BTV.shape[-1], keep_BT, targets_J,
-        classes=targets_J is not None, speaks=targets_J is not None,
+        classes=targets_J is not None, is_logits=targets_J is not None,
     )  # fmt: skip
 
 
@@ -163,7 +169,7 @@ def _agrees(head: Head, hidden_BTD: Tensor, shown_1CV: Tensor) -> bool:
     return error <= share * float(together_V.abs().max())
 
 
-def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Said) -> tuple[Tensor, ...]:
+def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Outputs) -> tuple[Tensor, ...]:
     """What `of(at, *logits)` makes of the logits `[C, V]` of each: tensors `[C]`, joined to `[J]`.
 
     `at` is where the chunk lies in `[J]`. With a gradient the logits are made again when it is taken.
@@ -187,7 +193,7 @@ def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Said) -> tuple[Te
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def kl(dense: Said, sparse: Said) -> Tensor:
+def kl_per_token(dense: Outputs, sparse: Outputs) -> Tensor:
     """KL(dense || sparse) `[J]`, in nats."""
     return per_position(lambda _, p, q: (kl_of(p, q),), dense, sparse)[0]
 
@@ -198,12 +204,12 @@ def kl_of(dense_CV: Tensor, sparse_CV: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def nats(said: Said) -> Tensor:
+def ce_per_token(said: Outputs) -> Tensor:
     """Cross-entropy `[J]`, in nats."""
-    return per_position(lambda at, logits: (nats_of(logits, said, at),), said)[0]
+    return per_position(lambda at, logits: (ce_of(logits, said, at),), said)[0]
 
 
-def nats_of(logits_CV: Tensor, said: Said, at: slice) -> Tensor:
+def ce_of(logits_CV: Tensor, said: Outputs, at: slice) -> Tensor:
     """Cross-entropy `[C]` of the logits of one chunk, in nats; zero where nothing is predicted."""
     assert said.targets_J is not None
     return cross_entropy(logits_CV, said.targets_J[at], reduction="none", ignore_index=IGNORED)
@@ -216,25 +222,35 @@ def placed(value_J: Tensor, keep_BT: Tensor) -> Tensor:
     return placed_BT
 
 
-def predicted(said: Said) -> Tensor:
+def first_choices(said: Outputs) -> Tensor:
     """The token `[J]` that is put first."""
     return per_position(lambda _, logits: (logits.argmax(-1),), said)[0]
 
 
-def compared(dense: Said, sparse: Said) -> dict[str, Tensor]:
+def compared(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
     """`ce_dense` and `ce` where tokens are predicted, `kl` and `agreement` `[J]`."""
 
     def of(at: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         found = (kl_of(p, q).clamp_min(0), (p.argmax(-1) == q.argmax(-1)).float())
         if sparse.targets_J is None:
             return found
-        return (*found, nats_of(p, sparse, at), nats_of(q, sparse, at))
+        return (*found, ce_of(p, sparse, at), ce_of(q, sparse, at))
 
     found = per_position(of, dense, sparse)
     return dict(zip(("kl", "agreement", "ce_dense", "ce"), found, strict=False))
 
 
-def cosine(dense: Said, sparse: Said) -> Tensor:
+def predictions(_: Outputs, got: Outputs) -> dict[str, Tensor]:
+    """`ce`, and `right` where the token that comes next is put first `[J]`: no other model is needed."""
+
+    def of(at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
+        assert got.targets_J is not None
+        return ce_of(logits_CV, got, at), (logits_CV.argmax(-1) == got.targets_J[at]).float()
+
+    return dict(zip(("ce", "right"), per_position(of, got), strict=True))
+
+
+def cosine(dense: Outputs, sparse: Outputs) -> Tensor:
     """Cosine `[J]` of what is compared."""
 
     def of(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -243,20 +259,25 @@ def cosine(dense: Said, sparse: Said) -> Tensor:
     return per_position(of, dense, sparse)[0]
 
 
-def distance(dense: Said, sparse: Said) -> Tensor:
-    """What distillation minimises, the mean over judged positions: KL(dense || sparse), or without
-    probabilities the squared error over the squared norm."""
-    if sparse.classes:
-        return kl(dense, sparse).mean()
+def distances(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+    """What distillation minimises, as `distance` `[J]`: KL(dense || sparse), or without probabilities the squared
+    error over the squared norm."""
 
-    def of(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    def relative(_: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         return ((p - q).square().sum(-1) / p.square().sum(-1).clamp_min(1e-12),)
 
-    return per_position(of, dense, sparse)[0].mean()
+    if sparse.classes:
+        return {"distance": kl_per_token(dense, sparse)}
+    return {"distance": per_position(relative, dense, sparse)[0]}
+
+
+def distance(dense: Outputs, sparse: Outputs) -> Tensor:
+    """The mean of `distances` over judged positions."""
+    return distances(dense, sparse)["distance"].mean()
 
 
 @torch.no_grad()
-def difference(got: Said, want: Said) -> tuple[float, float, float]:
+def difference(got: Outputs, want: Outputs) -> tuple[float, float, float]:
     """Norm of the difference over all judged positions, norm of `want`, and the largest difference."""
 
     def of(_: slice, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -275,7 +296,7 @@ def language(plain: PreTrainedModel) -> Objective:
     """Cross-entropy on the text."""
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        ce = nats(say(plain, batch, through=model)).sum()
+        ce = ce_per_token(run_outputs(plain, batch, through=model)).sum()
         return {"loss": ce, "ce": ce}
 
     return objective

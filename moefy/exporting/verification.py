@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import load_tokenizer, read_batches
 from moefy.errors import MoefyError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load, load_dense
 from moefy.experts.passes import run
 from moefy.experts.placement import placement
@@ -230,7 +230,7 @@ def _run(model: PreTrainedModel, batches: list[Batch], seen: list[Tensor]) -> Ou
     logits, masks = [], []
     for batch in batches:
         seen.clear()
-        logits.append(outputs(run(model, batch)).float().cpu())
+        logits.append(values_of(run(model, batch)).float().cpu())
         shape = logits[-1].shape[:2]
         masks.append(torch.stack([m.view(*shape, -1) for m in seen]) if seen else torch.empty(0))
     return Outcome(logits, masks)

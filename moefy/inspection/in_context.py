@@ -104,8 +104,8 @@ def nats(model: PreTrainedModel, batch: Batch, name: str = "moefied") -> Tensor:
     """Nats of every predicted token `[B, T]` on the CPU, zero where nothing is predicted; `dense` runs
     every expert."""
     with all_experts(model) if name == "dense" else nullcontext():
-        said = outputs.say(model, batch)
-    return outputs.placed(outputs.nats(said), said.keep_BT)
+        said = outputs.run_outputs(model, batch)
+    return outputs.placed(outputs.ce_per_token(said), said.keep_BT)
 
 
 def _batches(ids_BT: Tensor) -> list[Batch]:

@@ -23,7 +23,7 @@ from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, say
+from moefy.evaluation.outputs import difference, run_outputs
 from moefy.evaluation.statistics import Interval
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
@@ -228,9 +228,9 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if memory_of(checkpoint) > free_memory():
         return _value(None, f"{what}; memory does not hold both models")
     with all_experts(model):
-        got = say(model, batch, keep_BT=batch.mask())
+        got = run_outputs(model, batch, keep_BT=batch.mask())
     dense = load_dense(checkpoint, dtype=model.dtype).to(device_of(model))  # type: ignore[arg-type]
-    error, size, most = difference(got, say(dense, batch, keep_BT=batch.mask()))
+    error, size, most = difference(got, run_outputs(dense, batch, keep_BT=batch.mask()))
     entry = _value(most, what)
     relative = error / size
     entry["relative"] = relative

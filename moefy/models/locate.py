@@ -227,8 +227,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
         family = FAMILIES.get(config.model_type)
         kind = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
-    build = kind._from_config
-    if not issubclass(kind, PreTrainedModel):
+    if issubclass(kind, PreTrainedModel):
+        build = kind._from_config
+    else:
         build = functools.partial(kind.from_config, trust_remote_code=False)
     try:
         with torch.device("meta"):

@@ -1,29 +1,25 @@
 """Training a dense model on text: the control of recovery, and what sparsifying does."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from moefy.conversion.optimise import matched
 from moefy.data.corpus import Batch, Sample
-from moefy.evaluation.outputs import Objective, nats, say
+from moefy.evaluation.judge import judge
+from moefy.evaluation.outputs import Objective, run_outputs
 from moefy.run.console import Reporter
 from moefy.training.loop import Outcome, fine_tune, make_accelerator
 from moefy.training.parts import in_training
 from moefy.training.recipe import TrainingRecipe
 
 
-@torch.no_grad()
 def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
     """Mean cross-entropy of the predicted tokens, in nats."""
-    total, tokens = 0.0, 0
-    for batch in batches:
-        found_J = nats(say(model, batch))
-        total, tokens = total + float(found_J.sum()), tokens + len(found_J)
-    return total / tokens
+    return judge(partial(run_outputs, model), batches).mean("ce")
 
 
 def train_dense(

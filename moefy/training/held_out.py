@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from moefy.conversion.settle import settle, varies
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import compared, distance, say
+from moefy.evaluation.judge import judge
+from moefy.evaluation.outputs import Outputs, compared, distances, run_outputs
 from moefy.experts.passes import Heard, observing
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.recipe import Recipe
@@ -39,7 +40,7 @@ class RecoveryCheck:
         weight: float,
     ) -> None:
         self.model, self.batches, self.recipe, self.weight = model, batches, recipe, weight
-        self.want = [say(dense, batch) for batch in batches]
+        self.want = [run_outputs(dense, batch) for batch in batches]
         self.active: dict[int, float] = {}
         self.merged: Callable[[], AbstractContextManager[None]] = nullcontext
         """While it lasts the model has the weights that have been learned (`parts.Learning`)."""
@@ -79,21 +80,16 @@ class RecoveryCheck:
             # Processes may differ in the last bit; they are to run the same experts.
             self.load_state_dict(broadcast_object_list([self.state_dict()])[0])
         shares = _Shares()
-        sums = {"kl": 0.0, "ce": 0.0}
-        tokens = 0
-        for batch, want in zip(self.batches, self.want, strict=True):
+
+        def run(batch: Batch) -> Outputs:
             with observing(self.model, batch, shares):
-                got = say(self.model, batch)
-            if got.targets_J is None:
-                sums["kl"] += float(distance(want, got)) * len(got)
-            else:
-                found_J = compared(want, got)
-                sums["kl"] += float(found_J["kl"].sum())
-                sums["ce"] += float(found_J["ce"].sum())
-            tokens += len(got)
+                return run_outputs(self.model, batch)
+
+        judgement = judge(run, self.batches, self.want, _kl_and_ce)
         for module, was in zip(modules.values(), training, strict=True):
             module.straight_through = was
-        kl, ce_mean = sums["kl"] / tokens, sums["ce"] / tokens
+        kl = judgement.mean("kl")
+        ce_mean = judgement.mean("ce") if "ce" in judgement.sums_Q else 0.0
         if not self.active:
             self.active = {i: shares.active(i) - module.shared for i, module in modules.items()}
             self.effective = [shares.effective(i) for i in modules]
@@ -109,6 +105,13 @@ class RecoveryCheck:
             "effective_experts": sum(effective) / len(effective),
             "collapsed_layers": [i for i, now in enumerate(share) if now < COLLAPSED],
         }
+
+
+def _kl_and_ce(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+    """`kl`, or what stands for it, and `ce` of models that predict tokens."""
+    if sparse.targets_J is None:
+        return {"kl": distances(dense, sparse)["distance"]}
+    return compared(dense, sparse)
 
 
 class _Shares:

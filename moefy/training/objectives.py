@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import Objective, distance, kl_of, nats, nats_of, per_position, say
+from moefy.evaluation.outputs import (
+    Objective,
+    ce_of,
+    ce_per_token,
+    distance,
+    kl_of,
+    per_position,
+    run_outputs,
+)
 from moefy.models.locate import Site, side_of
 
 TINY = 1e-12
@@ -28,14 +36,14 @@ def towards(student: PreTrainedModel, dense: PreTrainedModel, weight: float) -> 
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            want = say(dense, batch)
-        got = say(student, batch, through=model)
+            want = run_outputs(dense, batch)
+        got = run_outputs(student, batch, through=model)
         if got.targets_J is None:
             kl = distance(want, got) * len(got)
             return {"loss": kl, "kl": kl}
 
         def of(at: slice, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-            return kl_of(p, q), nats_of(q, got, at)
+            return kl_of(p, q), ce_of(q, got, at)
 
         kl, ce = (value_J.sum() for value_J in per_position(of, want, got))
         return {"loss": weight * kl + (1 - weight) * ce, "kl": kl, "ce": ce}
@@ -112,8 +120,8 @@ def sparse(plain: PreTrainedModel, activations: Activations, weight: float) -> O
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with activations.over(batch):
-            got = say(plain, batch, through=model)
-        ce, tokens = nats(got).sum(), len(got)
+            got = run_outputs(plain, batch, through=model)
+        ce, tokens = ce_per_token(got).sum(), len(got)
         penalty = activations.mean() * tokens
         return {
             "loss": ce + weight * penalty,

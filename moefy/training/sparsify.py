@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import load_corpus
+from moefy.data.corpus import Batch, load_corpus
 from moefy.errors import UnsupportedModel
-from moefy.evaluation.outputs import nats, say
+from moefy.evaluation.judge import judge
+from moefy.evaluation.outputs import Outputs, ce_per_token, run_outputs
 from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
@@ -170,22 +171,23 @@ def _train(
         activations.remove()
 
 
-@torch.no_grad()
 def _figures(model: PreTrainedModel, found: list[Site], texts: Texts) -> dict[str, float]:
     """On the evaluation shard: cross-entropy, share of the activations that are not zero and square
     Hoyer over N, over tokens and layers."""
     activations = Activations(model, found, "hoyer")
-    sums, tokens = {"ce": 0.0, "active": 0.0, "hoyer": 0.0}, 0
-    for batch in texts.evaluated:
+
+    def run(batch: Batch) -> Outputs:
         with activations.over(batch):
-            ce_J = nats(say(model, batch))
-        count = len(ce_J)
-        sums["ce"] += float(ce_J.sum())
-        sums["active"] += float(activations.density()) * count
-        sums["hoyer"] += float(activations.mean()) * count
-        tokens += count
+            return run_outputs(model, batch)
+
+    def of(_: Outputs, got: Outputs) -> dict[str, Tensor]:
+        ce_J = ce_per_token(got)
+        of_batch = {"active": activations.density(), "hoyer": activations.mean()}
+        return {"ce": ce_J, **{name: value.expand(len(ce_J)) for name, value in of_batch.items()}}
+
+    judgement = judge(run, texts.evaluated, of=of)
     activations.remove()
-    return {name: value / tokens for name, value in sums.items()}
+    return {name: judgement.mean(name) for name in ("ce", "active", "hoyer")}
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import moefy
 from moefy.conversion.convert import convert
 from moefy.errors import MoefyError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps, use_backend
 from moefy.models.artefact import read_artefact
@@ -29,7 +29,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @torch.no_grad()
 def run(model, name):
-    return outputs(model(**example_inputs(name)))
+    return values_of(model(**example_inputs(name)))
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -214,7 +214,7 @@ def test_padding_changes_no_real_token(made):
     model = moefy.load(out)
     inputs = example_inputs("llama")
     alone = {n: v[1:, :8] for n, v in inputs.items()}
-    both, single = run(model, "llama")[1, :8], outputs(model(**alone))[0]
+    both, single = run(model, "llama")[1, :8], values_of(model(**alone))[0]
     assert relative(both, single) < 1e-5
 
 

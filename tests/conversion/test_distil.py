@@ -18,8 +18,7 @@ from moefy.data.corpus import IGNORED, Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import by_role, tokens_of_roles
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluation.evaluate import outputs
-from moefy.evaluation.outputs import distance, say
+from moefy.evaluation.outputs import distance, run_outputs, values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
@@ -114,8 +113,8 @@ def test_the_distance_is_kl_over_predicted_positions(tmp_path: Path) -> None:
     batch = batches_for("llama", model, Checkpoint.open(tmp_path / "source"))[0]
     with torch.no_grad():
         with all_experts(model):
-            dense = say(model, batch)
-        sparse = say(model, batch)
+            dense = run_outputs(model, batch)
+        sparse = run_outputs(model, batch)
     assert distance(dense, sparse).item() == pytest.approx(naive_distance(model, [batch]), rel=1e-4)
     assert distance(dense, dense).item() == 0
     assert len(dense) == sum(len(sample.inputs["input_ids"]) - 1 for sample in batch.samples)
@@ -199,8 +198,8 @@ def check_invariant(model: PreTrainedModel, folder: Path, name: str) -> None:
     source = Checkpoint.open(folder / "source")
     with all_experts(model):
         got, want = (
-            outputs(model(**example_inputs(name))),
-            outputs(load_dense(source)(**example_inputs(name))),
+            values_of(model(**example_inputs(name))),
+            values_of(load_dense(source)(**example_inputs(name))),
         )
     assert ((got - want).norm() / want.norm()) < 1e-5
     sparse, dense = (

@@ -14,7 +14,7 @@ import moefy
 from moefy import recipe as recipes
 from moefy.conversion.convert import convert
 from moefy.errors import RecipeError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
@@ -63,10 +63,10 @@ def test_a_shipped_recipe_converts(name: str, corpus: Path, tmp_path: Path) -> N
     record = convert(source, tmp_path / "out", recipe=recipe, corpus=corpus, quiet=True)
     model = moefy.load(tmp_path / "out")
     inputs = example_inputs("llama")
-    dense = outputs(load_dense(Checkpoint.open(source))(**inputs))
+    dense = values_of(load_dense(Checkpoint.open(source))(**inputs))
     with all_experts(model):
-        assert ((outputs(model(**inputs)) - dense).norm() / dense.norm()) < 1e-5
-    sparse = outputs(model(**inputs))
+        assert ((values_of(model(**inputs)) - dense).norm() / dense.norm()) < 1e-5
+    sparse = values_of(model(**inputs))
     assert ((sparse - dense).norm() / dense.norm()) > 1e-3
     quality = record["evaluation"]
     density = quality["ffn_density"]
@@ -125,7 +125,7 @@ def test_layers_are_tuned_together_in_sixteen_bits(
         assert record["conversion"]["tuning"]["budget"]["held_out_kl"] < 1
         model = moefy.load(out)
         assert {m.up_ND.dtype for m in sparse_mlps(model).values()} == {torch.bfloat16}
-        assert outputs(model(**example_inputs("llama"))).isfinite().all()
+        assert values_of(model(**example_inputs("llama"))).isfinite().all()
 
 
 def ignore_weights(_: str, names: list[str]) -> set[str]:

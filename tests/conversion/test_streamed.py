@@ -19,7 +19,7 @@ from moefy.conversion.streamed.skeleton import Skeleton, require_a_chain
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import SparseMlp, all_experts
 from moefy.models.artefact import read_artefact
@@ -82,7 +82,7 @@ def test_layer_by_layer_is_the_stock_model(name, tmp_path):
         with skeleton.layer(index):
             states = [skeleton.run(index, b, h) for b, h in zip(batches, states, strict=True)]
     for batch, hidden in zip(batches, states, strict=True):
-        want, got = outputs(stock(**batch.inputs)), skeleton.leave(batch, hidden)
+        want, got = values_of(stock(**batch.inputs)), skeleton.leave(batch, hidden)
         assert relative(got.logits(got.rows_JD), want[got.keep_BT]) < 1e-6
 
 

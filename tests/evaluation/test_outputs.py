@@ -24,7 +24,14 @@ from moefy.conversion.compare import Comparison
 from moefy.data.corpus import IGNORED, Batch, Document, Sample
 from moefy.evaluation import outputs
 from moefy.evaluation.folder import evaluate_folder
-from moefy.evaluation.outputs import compared, distance, kl, nats, predicted, say
+from moefy.evaluation.outputs import (
+    ce_per_token,
+    compared,
+    distance,
+    first_choices,
+    kl_per_token,
+    run_outputs,
+)
 from moefy.experts.passes import run
 from moefy.experts.points import say_once
 from moefy.recipe import override
@@ -60,7 +67,7 @@ def test_logits_of_chunks_are_those_of_the_whole_pass(name, monkeypatch):
     model = model_of(name).double()
     batch = batch_of(name, model)
     with torch.no_grad():
-        result, said = run(model, batch), say(model, batch)
+        result, said = run(model, batch), run_outputs(model, batch)
     assert (said.head is not None) == (model.get_output_embeddings() is not None)
     monkeypatch.setattr(outputs, "LOGITS_BYTES", 4 * said.size * 3)
     whole = getattr(result, "logits", result.get("last_hidden_state"))[said.keep_BT]
@@ -72,21 +79,21 @@ def test_logits_of_chunks_are_those_of_the_whole_pass(name, monkeypatch):
     if batch.targets_BT is not None:
         target = batch.targets_BT[said.keep_BT]
         want = torch.nn.functional.cross_entropy(whole, target, reduction="none")
-        torch.testing.assert_close(nats(said), want, rtol=1e-10, atol=1e-10)
-        assert torch.equal(predicted(said), whole.argmax(-1))
+        torch.testing.assert_close(ce_per_token(said), want, rtol=1e-10, atol=1e-10)
+        assert torch.equal(first_choices(said), whole.argmax(-1))
 
 
 def test_gradients_of_chunks_are_those_of_the_whole_pass(monkeypatch):
     model = model_of("gemma2").double()
     batch = batch_of("gemma2", model)
-    other = say(model_of("gemma2", final_logit_softcapping=5.0).double(), batch).detach()
-    kl(other, say(model, batch)).sum().backward()
+    other = run_outputs(model_of("gemma2", final_logit_softcapping=5.0).double(), batch).detach()
+    kl_per_token(other, run_outputs(model, batch)).sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     monkeypatch.setattr(outputs, "LOGITS_BYTES", 4 * 96 * 2)
-    said = say(model, batch)
+    said = run_outputs(model, batch)
     assert len(said.chunks()) > 3
-    kl(other, said).sum().backward()
+    kl_per_token(other, said).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-9, atol=1e-12)
 
@@ -95,7 +102,7 @@ def test_figures_of_two_models_are_those_of_their_whole_logits():
     first, second = model_of("llama"), model_of("llama", rms_norm_eps=0.5)
     batch = batch_of("llama", first)
     with torch.no_grad():
-        found = compared(say(first, batch), say(second, batch))
+        found = compared(run_outputs(first, batch), run_outputs(second, batch))
         p, q = (run(m, batch).logits[batch.targets_BT != IGNORED].double() for m in (first, second))
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     target = batch.targets_BT[batch.targets_BT != IGNORED][:, None]
@@ -121,7 +128,7 @@ def test_a_head_that_mixes_positions_is_left_to_make_all_logits():
 
     model.lm_head.__class__ = Mixing
     with torch.no_grad(), pytest.warns(UserWarning, match="logits of single positions"):
-        said = say(model, batch)
+        said = run_outputs(model, batch)
     assert said.head is None
     whole = run(model, batch).logits[batch.targets_BT != IGNORED]
     torch.testing.assert_close(said.rows_JD, whole)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.points import OF_ALL, POINTS, say_once
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps, use_backend
 from moefy.models.library import passing
@@ -23,7 +23,7 @@ MASK, OUT = "blocks.1.mlp.hook_expert_mask", "blocks.1.mlp.hook_out"
 
 @torch.no_grad()
 def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return outputs(model(**inputs))
+    return values_of(model(**inputs))
 
 
 def point(name: str, layer: int = 1) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts import interventions
 from moefy.experts import means as neuron_statistics
 from moefy.experts.interventions import ExpertStatistics, expert_pairs, neuron_mask, statistics
@@ -32,7 +32,7 @@ Edit = Callable[[int, Tensor], Tensor]
 
 @torch.no_grad()
 def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return outputs(model(**inputs))
+    return values_of(model(**inputs))
 
 
 def stock(folder: Path, inputs: dict[str, Tensor], edit: Edit) -> Tensor:

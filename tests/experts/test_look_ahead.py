@@ -9,7 +9,7 @@ from tiny_models import build, example_inputs
 from torch import Tensor
 
 import moefy
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
@@ -44,7 +44,10 @@ def test_look_ahead_reads_the_input_of_the_mlp_before(name: str, tmp_path: Path)
             assert not torch.equal(own, want)
     with all_experts(model):
         stock = load_dense(Checkpoint.open(tmp_path / "source"))
-        got, want = outputs(model(**example_inputs(name))), outputs(stock(**example_inputs(name)))
+        got, want = (
+            values_of(model(**example_inputs(name))),
+            values_of(stock(**example_inputs(name))),
+        )
         assert ((got - want).norm() / want.norm()) < 1e-5
         assert len(sites(stock)) == len(modules)
 
@@ -60,7 +63,7 @@ def test_look_ahead_decodes_with_a_cache_as_without(name: str, tmp_path: Path) -
     cached = model.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     if name != "t5":
-        plain = outputs(model(cached))[0, ids.shape[1] - 1 : -1]
+        plain = values_of(model(cached))[0, ids.shape[1] - 1 : -1]
         assert torch.equal(plain.argmax(-1), cached[0, ids.shape[1] :])
 
 

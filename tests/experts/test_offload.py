@@ -10,7 +10,7 @@ from tiny_models import build, example_inputs
 import moefy
 from moefy.errors import MoefyError
 from moefy.evaluation import folder as measure
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from moefy.models.checkpoint import Checkpoint
 
 @torch.no_grad()
 def run(model, name):
-    return outputs(model(**example_inputs(name)))
+    return values_of(model(**example_inputs(name)))
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])

@@ -18,7 +18,8 @@ from moefy.conversion.plan import describe, plan
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
-from moefy.evaluation.evaluate import evaluate, outputs
+from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.outputs import values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
@@ -64,7 +65,7 @@ def made(tmp_path_factory):
 
 @torch.no_grad()
 def run(model, inputs):
-    return outputs(model(**inputs))
+    return values_of(model(**inputs))
 
 
 def naive(source: Path, out: Path, *, rolled: int = 0):

@@ -19,7 +19,7 @@ import moefy
 from moefy.data.corpus import IGNORED, Batch
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.errors import MoefyError
-from moefy.evaluation.outputs import of_tensor
+from moefy.evaluation.outputs import outputs_of
 from moefy.experts.interventions import MODES, statistics
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import run
@@ -207,9 +207,9 @@ def test_small_effects_are_not_lost_in_large_logits():
     targets = torch.randint(0, 500, (1, 40), generator=generator)
     targets[0, 7] = IGNORED
     batch = Batch([], {}, targets)
-    exact = Reference(of_tensor(batch, base)).compare(of_tensor(batch, other))
+    exact = Reference(outputs_of(batch, base)).compare(outputs_of(batch, other))
     near = base.float() + (other - base).float()
-    found = Reference(of_tensor(batch, base.float())).compare(of_tensor(batch, near))
+    found = Reference(outputs_of(batch, base.float())).compare(outputs_of(batch, near))
     log_p, log_q = base[0].log_softmax(-1), other[0].log_softmax(-1)
     keep = targets[0] != IGNORED
     want_kl = (log_p.exp() * (log_p - log_q)).sum(-1)[keep]
@@ -225,13 +225,13 @@ def test_states_that_did_not_change_are_no_damage_and_none_is_negative():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 400, 32, generator=generator)
     batch = Batch([], {"attention_mask": torch.ones(1, 400, dtype=torch.long)}, None)
-    reference = Reference(of_tensor(batch, base))
-    assert not reference.compare(of_tensor(batch, base.clone()))[0].any()
+    reference = Reference(outputs_of(batch, base))
+    assert not reference.compare(outputs_of(batch, base.clone()))[0].any()
     other = base + 1e-4 * torch.randn(base.shape, generator=generator)
     want = 1 - cosine_similarity(base[0].double(), other[0].double(), dim=-1)
     # Differences of unit vectors of fp32: their rounding, squared, beside what is found.
     assert torch.allclose(
-        reference.compare(of_tensor(batch, other))[0].double(), want, rtol=1e-2, atol=1e-13
+        reference.compare(outputs_of(batch, other))[0].double(), want, rtol=1e-2, atol=1e-13
     )
     assert want.min() > 0 and want.max() < torch.finfo(torch.float32).eps
 

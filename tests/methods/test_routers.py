@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 import moefy
 from moefy.conversion.fit import Tokens, predicted
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluation.evaluate import outputs
+from moefy.evaluation.outputs import values_of
 from moefy.experts.routed import straight_through
 from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, all_experts, use_backend
 from moefy.methods.base import Router
@@ -440,7 +440,7 @@ def test_self_gating_in_a_model_is_the_same_with_every_backend(tmp_path: Path) -
     ids = example_inputs("llama")["input_ids"][:, :3]
     for backend in [*BACKENDS, "auto"]:
         use_backend(model, backend)
-        results.append(outputs(model(ids)))
+        results.append(values_of(model(ids)))
     for other in results[1:]:
         assert ((other - results[0]).norm() / results[0].norm()) < 1e-5
 

@@ -23,8 +23,7 @@ from torch import Tensor
 import moefy
 from moefy import recipe as recipes
 from moefy.errors import CheckpointError, CorpusError, MoefyError, OutputError, RecipeError
-from moefy.evaluation.evaluate import outputs
-from moefy.evaluation.outputs import distance, say
+from moefy.evaluation.outputs import distance, run_outputs, values_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.models.artefact import read_artefact
@@ -116,7 +115,7 @@ def test_training_closes_the_gap_and_says_so(moefied: Path, tmp_path: Path) -> N
     # The folder loads, and knows that its weights are no longer the source's.
     assert read_artefact(tmp_path / "out").weights_modified
     model = moefy.load(tmp_path / "out")
-    assert outputs(model(**example_inputs("llama"))).isfinite().all()
+    assert values_of(model(**example_inputs("llama"))).isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [1, 6, 60])
@@ -290,7 +289,7 @@ def test_a_run_that_goes_wrong_later_gives_the_last_good_model(
         record["training"]["after"]["held_out_loss"] < record["training"]["before"]["held_out_loss"]
     )
     model = moefy.load(tmp_path / "out")
-    assert outputs(model(**example_inputs("llama"))).isfinite().all()
+    assert values_of(model(**example_inputs("llama"))).isfinite().all()
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_made(
@@ -424,7 +423,7 @@ def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path:
     loaded = moefy.load(tmp_path / "out", dtype=torch.float32)
     kl = tokens = 0.0
     for batch, want in zip(check.batches, check.want, strict=True):
-        got = say(loaded, batch)
+        got = run_outputs(loaded, batch)
         kl, tokens = kl + float(distance(want, got)) * len(got), tokens + len(got)
     assert kl / tokens == pytest.approx(found[-1]["held_out_kl"], rel=1e-3)
     assert abs(found[-1]["held_out_kl"] / found[0]["held_out_kl"] - 1) > 0.01
@@ -441,6 +440,6 @@ def test_all_experts_of_a_trained_model_are_the_trained_dense_model(
     model, given = moefy.load(tmp_path / "out"), example_inputs("llama")
     for module in sparse_mlps(model).values():
         module.all_on = True
-    dense = outputs(load_dense(Checkpoint.open(tmp_path / "out"))(**given))
-    got = outputs(model(**given))
+    dense = values_of(load_dense(Checkpoint.open(tmp_path / "out"))(**given))
+    got = values_of(model(**given))
     assert (got - dense).norm() < 1e-5 * dense.norm()

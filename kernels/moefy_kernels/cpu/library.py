@@ -2,12 +2,13 @@
 
 One source is compiled for the instruction set that torch reports for this machine, with the compiler's own
 vector types (`experts.cpp`). The result is kept under a name made of everything that it depends on, so that
-machines which share a home do not share instructions:
+machines which share a home do not share instructions, and of its own content, which is checked before it is
+loaded (`private.py`):
 
-    $XDG_CACHE_HOME/moefy/native-<set>-<hash>.so        (`~/.cache` where it is not set)
+    $XDG_CACHE_HOME/moefy/native/<set>-<hash>-<content>.so        (`~/.cache` where it is not set)
 
-`CXX` names another compiler, `ATEN_CPU_CAPABILITY=avx2` a smaller instruction set, for torch too. Without a
-compiler there is no library: `library()` is None, a warning says so once, and torch computes.
+`CXX` names another compiler, `ATEN_CPU_CAPABILITY=avx2` a smaller instruction set, for torch too. Where no
+library can be built, or none loaded, `library()` is None, a warning says why once, and torch computes.
 """
 
 import ctypes
@@ -17,13 +18,14 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from moefy_kernels.cpu import private
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -42,14 +44,22 @@ COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fPIC",
 def library() -> ctypes.CDLL | None:
     """The library for this machine, or None, with one warning, where it cannot be built."""
     try:
-        return ctypes.CDLL(str(build(instruction_set(), cache())))
+        return load(build(instruction_set(), private.cache() / "native"))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"no native kernels on this CPU, torch computes instead: {error}. Install a C++ compiler "
-            "(such as g++) or name one in CXX",
-            stacklevel=2,
+            f"no native kernels on this CPU, torch computes instead: {error}", stacklevel=2
         )
         return None
+
+
+def load(file: Path) -> ctypes.CDLL:
+    """Load a library that `build` gave; `OSError`, with the remedy, where the system does not let it."""
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise OSError(
+            f"{error}; if the folder is mounted noexec, {private.REMEDY}, else delete the file"
+        ) from None
 
 
 def constant(function: Function) -> Function:
@@ -79,31 +89,26 @@ def instruction_set() -> str:
     return name if name in ("avx512", "avx2") else "portable"
 
 
-def cache() -> Path:
-    """The folder of what is kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "moefy"
-
-
 def build(name: str, folder: Path) -> Path:
-    """The library for an instruction set, compiled unless it is there.
+    """The library for an instruction set, compiled unless a whole one is in the folder.
 
-    Raises `OSError` without a compiler or where nothing can be written, `SubprocessError` where the
-    compiler fails.
+    Raises `OSError` without a compiler or where nothing can be kept, `SubprocessError` where the
+    compiler fails; each says what to do.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        raise OSError("no C++ compiler was found")
+    if compiler is None or shutil.which(compiler) is None:
+        lacking = f"CXX={compiler} is no program here" if compiler else "no C++ compiler was found"
+        raise OSError(f"{lacking}. Install a C++ compiler (such as g++) or name one in CXX")
     version = _run(compiler, "--version").split("\n")[0]
     key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
     key.update(repr((version, COMMON, FLAGS[name])).encode())
-    path = folder / f"native-{name}-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            # Renamed when it is whole: several processes may build at once.
-            _compile(compiler, name, Path(work) / path.name).replace(path)
-    return path
+    folder, label = private.private_folder(folder), f"{name}-{key.hexdigest()[:16]}"
+    kept = private.find(folder, label)
+    if kept is None:
+        # Renamed when it is whole: several processes may build at once.
+        with private.workplace(folder) as work:
+            kept = private.keep(_compile(compiler, name, work / "made.so"), folder, label)
+    return kept
 
 
 def _compile(compiler: str, name: str, out: Path) -> Path:
@@ -119,5 +124,7 @@ def _compile(compiler: str, name: str, out: Path) -> Path:
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise subprocess.SubprocessError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
+        raise subprocess.SubprocessError(
+            f"{command[0]} failed: {done.stderr.strip()[-400:]}. Name another C++ compiler in CXX"
+        )
     return done.stdout

@@ -19,11 +19,13 @@ import hashlib
 import json
 import math
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
 from moefy_kernels import roofline
-from moefy_kernels.cpu.library import cache, instruction_set
+from moefy_kernels.cpu.library import instruction_set
+from moefy_kernels.cpu.private import cache
 from moefy_kernels.roofline import Layer
 
 PATHS = ("masked", "views", "native")
@@ -70,7 +72,19 @@ def calibration() -> list[dict[str, Any]]:
     path = calibration_file()
     if not path.is_file():
         return []
-    return json.loads(path.read_text(encoding="utf-8"))["entries"]  # type: ignore[no-any-return]
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        for entry in entries:
+            Layer(*entry["layer"])
+            _ = entry["threads"], entry["tokens"], entry["densities"], entry["seconds"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(
+            f"{path}: damaged ({type(error).__name__}), so times are guessed; measure them with moefy "
+            "bench --calibrate",
+            stacklevel=2,
+        )
+        return []
+    return entries
 
 
 def keep(entries: list[dict[str, Any]]) -> Path:

@@ -6,7 +6,7 @@ layer. It reads the written weights layer by layer.
 Shapes: B documents, T tokens, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from moefy.conversion.settle import settle_layer, varies
 from moefy.conversion.streamed.carried import Carried, carry, reads, through
 from moefy.conversion.streamed.skeleton import Skeleton
 from moefy.data.corpus import Batch, make_batches
-from moefy.evaluation.evaluate import DocumentSums, compare, summarise
+from moefy.evaluation.evaluate import document_sums, figures, summarise
+from moefy.evaluation.judge import judge, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
-from moefy.evaluation.outputs import distance
+from moefy.evaluation.outputs import Outputs, distances
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import Sinks
 from moefy.experts.loading import with_routing_of
@@ -124,17 +125,23 @@ class SecondPass:
 
     def distance(self, dense: Carried, sparse: Carried) -> float:
         """KL, or what stands for it, of the held-out documents' last states (`moefy.evaluation.outputs.distance`)."""
-        total = tokens = 0.0
+        judgement = judge(
+            self._left(sparse),
+            _singles(sparse.states.batches),
+            self._left(dense),
+            distances,
+        )
+        return judgement.mean("distance")
+
+    def _left(self, carried: Carried) -> Callable[[Batch], Outputs]:
+        """What the model puts out for every document alone, in turn."""
         last = len(self.skeleton.sites)
-        pairs = zip(dense.states.before(last), sparse.states.before(last), strict=True)
-        for (batch, first), (_, second) in pairs:
-            for one, a, b in zip(
-                _single(batch), _cut(batch, first), _cut(batch, second), strict=True
-            ):
-                want, got = (self.skeleton.leave(one, h) for h in (a, b))
-                total += distance(want, got).item() * len(want)
-                tokens += len(want)
-        return total / tokens
+        states = (
+            hidden
+            for batch, hidden_BTD in carried.states.before(last)
+            for hidden in _cut(batch, hidden_BTD)
+        )
+        return lambda one: self.skeleton.leave(one, next(states))
 
     def error(self, probe: Carried) -> float:
         """Relative error of the last hidden states with every expert on, against the source's: over
@@ -147,30 +154,26 @@ class SecondPass:
 
     def record(self) -> dict[str, Any]:
         """The evaluation, made of the last states."""
-        documents: list[DocumentSums] = []
-        kl: list[Tensor] = []
-        last = len(self.skeleton.sites)
-        pairs = zip(self.dense.states.before(last), self.routed.states.before(last), strict=True)
-        for number, ((batch, first), (_, second)) in enumerate(pairs):
-            marks = self.sinks[number].marked_BT
-            for row, (one, a, b) in enumerate(
-                zip(_single(batch), _cut(batch, first), _cut(batch, second), strict=True)
-            ):
-                dense, sparse = (self.skeleton.leave(one, h) for h in (a, b))
-                sinks_BT = marks[row : row + 1, : a.shape[1]]
-                documents += compare(one, dense, sparse, sinks_BT, None, kl)
+        batches = self.routed.states.batches
+        sinks_BT = [
+            row_T[None, : len(sample.inputs["input_ids"])]
+            for batch, sinks in zip(batches, self.sinks, strict=True)
+            for sample, row_T in zip(batch.samples, sinks.marked_BT, strict=True)
+        ]
+        every = judged(self._left(self.routed), _singles(batches), self._left(self.dense), figures)
+        documents, kl = document_sums(every, sinks_BT, None)
         return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
 
 
-def _single(batch: Batch) -> list[Batch]:
-    """Every document of a batch alone, so that logits of one are in memory at a time."""
-    return [make_batches([sample])[0] for sample in batch.samples]
+def _singles(batches: list[Batch]) -> list[Batch]:
+    """Every document alone, so that logits of one are in memory at a time."""
+    return [make_batches([sample])[0] for batch in batches for sample in batch.samples]
 
 
 def _cut(batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
     """The states of every document alone `[1, T, D]`, without padding."""
-    for row, one in enumerate(_single(batch)):
-        yield hidden[row : row + 1, : one.inputs["input_ids"].shape[1]]
+    for row, sample in enumerate(batch.samples):
+        yield hidden[row : row + 1, : len(sample.inputs["input_ids"])]
 
 
 def with_density(artefact: Artefact, chosen: list[Candidate]) -> Artefact:

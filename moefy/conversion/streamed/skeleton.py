@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from moefy.data.corpus import Batch
 from moefy.errors import UnsupportedModel
-from moefy.evaluation.outputs import Said, say
+from moefy.evaluation.outputs import Outputs, run_outputs
 from moefy.experts.loading import moefied
 from moefy.experts.offload import StoredMlp, stored_names
 from moefy.experts.passes import inputs_of
@@ -239,11 +239,11 @@ class Skeleton:
         return found
 
     @torch.no_grad()
-    def leave(self, batch: Batch, hidden: Tensor) -> Said:
+    def leave(self, batch: Batch, hidden: Tensor) -> Outputs:
         """What the model says, given the last layer's output `[B, T, D]`."""
         self._entered = hidden.to(self.device, self.dtype)
         try:
-            return say(self.model, batch, device=self.device)
+            return run_outputs(self.model, batch, device=self.device)
         finally:
             self._entered = None
 

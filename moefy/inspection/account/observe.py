@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch
-from moefy.evaluation.outputs import predicted, say
+from moefy.evaluation.outputs import first_choices, run_outputs
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.inspection.account.ledger import Ledger, bare
 from moefy.inspection.account.unembedding import Unembedding, scales
@@ -65,9 +65,9 @@ def observe(
     for number in report.track(numbers, what):
         batch = reading.batches[number]
         with _recording(modules) as heard, scales(unembedding) as sigma:
-            said = say(model, batch, keep_BT=batch.mask())
+            said = run_outputs(model, batch, keep_BT=batch.mask())
         with scales(unembedding) as of_head:
-            predicted_T = predicted(said) if said.speaks else None
+            predicted_T = first_choices(said) if said.is_logits else None
         tokens = tokens_of(batch, reading.first_B[number], predicted_T)
         keep_T = _kept(batch)
         scale_T = None if of_head or not sigma else sigma[-1].flatten()[keep_T]

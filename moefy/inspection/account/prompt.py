@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import IGNORED, Batch, Document, Sample
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
-from moefy.evaluation.outputs import per_position, predicted, say
+from moefy.evaluation.outputs import first_choices, per_position, run_outputs
 from moefy.evaluation.statistics import Floats
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
@@ -67,9 +67,9 @@ def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Ta
     with _stream(model, unembedding) as stream:
         observe(model, reading, [kept], unembedding=unembedding)
     target_T = torch.cat([ids_T[1:], ids_T[:1]])
-    said = say(model, reading.batches[0], keep_BT=reading.batches[0].mask())
-    if said.speaks:
-        target_T[-1] = predicted(said)[-1].cpu()
+    said = run_outputs(model, reading.batches[0], keep_BT=reading.batches[0].mask())
+    if said.is_logits:
+        target_T[-1] = first_choices(said)[-1].cpu()
     reason = stream.refused
     if unembedding is None:
         reason = f"a model of kind '{kind}' whose logits are no linear map behind a final norm"

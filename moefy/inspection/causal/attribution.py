@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import judged, nats, say
+from moefy.evaluation.outputs import ce_per_token, judged_positions, run_outputs
 from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.effects import means
@@ -47,7 +47,7 @@ def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
         row = 0
         for layer, module in engine.modules.items():
             along_TE = _along(base, layer, module.experts, gradient)
-            keep_BT1 = judged(batch)[:, :, None].to(along_TE.device)
+            keep_BT1 = judged_positions(batch)[:, :, None].to(along_TE.device)
             # The loss at one position moves with what is added at all positions before it.
             counted = keep_BT1 if gradient is None else torch.ones_like(keep_BT1)
             along_BTE = along_TE.view(*keep_BT1.shape[:2], -1) * counted
@@ -82,7 +82,7 @@ def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
         add(layer, module)
     try:
         with torch.enable_grad(), engine.running():
-            loss = nats(say(engine.model, batch)).sum()
+            loss = ce_per_token(run_outputs(engine.model, batch)).sum()
             grads = torch.autograd.grad(loss, list(added.values()))
     finally:
         for handle in handles:

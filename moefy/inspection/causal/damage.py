@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import Said, nats, of_tensor, per_position, say
+from moefy.evaluation.outputs import Outputs, ce_per_token, outputs_of, per_position, run_outputs
 from moefy.experts.passes import walk
 
 NATS, COSINE = "nats per token", "1 - cosine of the last hidden states"
@@ -31,31 +31,31 @@ _CHUNK = 2**18
 _LARGEST = 80.0
 
 
-def output(model: PreTrainedModel, batch: Batch) -> Said:
+def output(model: PreTrainedModel, batch: Batch) -> Outputs:
     """What a run is judged by: logits, or last hidden states of an encoder."""
     if batch.targets_BT is not None:
-        return say(model, batch)
+        return run_outputs(model, batch)
     heard: list[Any] = []
     handle = model.base_model.register_forward_hook(lambda _, __, result: heard.append(result))
     try:
         walk(model, batch)
     finally:
         handle.remove()
-    return of_tensor(batch, torch.as_tensor(heard[-1][0]))
+    return outputs_of(batch, torch.as_tensor(heard[-1][0]))
 
 
 class Reference:
     """The base run of one batch."""
 
-    def __init__(self, base: Said) -> None:
+    def __init__(self, base: Outputs) -> None:
         """`base` is what `output` gave. Few logits are kept, many made again for every comparison."""
-        self.base = base.made()
+        self.base = base.with_logits()
         self.p_JV: Tensor | None = None
         if base.classes and self.base.head is None:
             rows_JV = self.base.rows_JD
             self.p_JV = self.base.logits(rows_JV).softmax(-1)
 
-    def compare(self, other: Said) -> tuple[Tensor, Tensor | None]:
+    def compare(self, other: Outputs) -> tuple[Tensor, Tensor | None]:
         """Damage `[J]` of another run of the batch, and KL `[J]` of language models."""
         if not self.base.classes:
             return per_position(_apart, self.base, other)[0], None
@@ -81,7 +81,7 @@ class Reference:
 
     def target_log_p(self) -> Tensor:
         """Log-probability `[J]` that the base gives to the targets."""
-        return -nats(self.base)
+        return -ce_per_token(self.base)
 
 
 def _apart(_: slice, base_CD: Tensor, other_CD: Tensor) -> tuple[Tensor]:

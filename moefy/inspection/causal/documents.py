@@ -14,7 +14,7 @@ import numpy as np
 
 from moefy.data.corpus import Batch, Sample, make_batches, sample_length
 from moefy.data.documents import Documents, Ints
-from moefy.evaluation.outputs import judged
+from moefy.evaluation.outputs import judged_positions
 from moefy.inspection.texts.reading import Reading
 
 MIN_DOCUMENTS = 30
@@ -41,7 +41,7 @@ class Texts:
     @property
     def tokens_D(self) -> Ints:
         """Tokens of every document that are judged: with a next token, or all for encoders."""
-        return np.concatenate([judged(batch).sum(1).numpy() for batch in self.batches])
+        return np.concatenate([judged_positions(batch).sum(1).numpy() for batch in self.batches])
 
 
 def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:

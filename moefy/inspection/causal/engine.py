@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import Said, difference
+from moefy.evaluation.outputs import Outputs, difference
 from moefy.experts.interventions import ExpertStatistics, experts
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -179,7 +179,7 @@ class Base:
         return replaced_TN - run_TN, mlp.down_ND
 
     @torch.no_grad()
-    def output(self, gone: Mapping[int, Tensor]) -> Said:
+    def output(self, gone: Mapping[int, Tensor]) -> Outputs:
         """What the model gives with these neurons replaced, bool `[N]` by layer."""
         engine, first = self.engine, min(gone)
         if engine.start == AFTER and len(gone) == 1:

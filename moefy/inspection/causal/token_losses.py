@@ -26,7 +26,7 @@ from moefy.data.corpus import Batch
 from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.groups import TOP, tail
-from moefy.evaluation.outputs import Said, judged, of_tensor
+from moefy.evaluation.outputs import Outputs, judged_positions, outputs_of
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.account.observe import tokens_of
@@ -38,7 +38,7 @@ from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes
 
-Logits = Callable[[Batch], Tensor | Said]
+Logits = Callable[[Batch], Tensor | Outputs]
 """From a batch to logits `[B, P, V]`, or to what stands for them."""
 TOKENS = 50_000
 """Tokens that are compared where nothing else is said."""
@@ -89,7 +89,7 @@ def differences(
         assert kl_J is not None
         mask = batch.mask()
         assert mask is not None
-        keep_J = judged(batch)[mask].numpy()
+        keep_J = judged_positions(batch)[mask].numpy()
         values = [v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)]
         own.append((at, (tokens_of(batch, at).take(keep_J), values)))
     heard, every = zip(*processes.in_order(own), strict=True)
@@ -135,7 +135,7 @@ def dense_against_moefied(
 ) -> dict[str, Table]:
     """The hunt between the dense model and what `moefy.load` gave."""
 
-    def dense(batch: Batch) -> Said:
+    def dense(batch: Batch) -> Outputs:
         with all_experts(model):
             return output(model, batch)
 
@@ -146,17 +146,17 @@ def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:
     """Held-out batches and the number of the first document of each."""
     numbered = zip(reading.batches, reading.first_B, strict=True)
     every = [(b, at) for b, at in numbered if reading.documents.shards[at] == HELD_OUT]
-    held = sum(int(judged(batch).sum()) for batch, _ in every)
+    held = sum(int(judged_positions(batch).sum()) for batch, _ in every)
     return every[:: max(1, round(held / tokens))]
 
 
-def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Said]:
+def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
     if isinstance(given, PreTrainedModel):
         return lambda batch: output(given, batch)
 
-    def call(batch: Batch) -> Said:
+    def call(batch: Batch) -> Outputs:
         found = given(batch)
-        return found if isinstance(found, Said) else of_tensor(batch, found)
+        return found if isinstance(found, Outputs) else outputs_of(batch, found)
 
     return call
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.evaluation.outputs import Said, nats_of, per_position, placed, say
+from moefy.evaluation.outputs import Outputs, ce_of, per_position, placed, run_outputs
 from moefy.evaluation.statistics import Floats, ratio_interval, units
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.removal.removable import Gone, Removable
@@ -62,18 +62,18 @@ def judge(model: PreTrainedModel, texts: Texts) -> Point:
     ce: list[Floats] = []
     right: list[Floats] = []
     for batch in texts.batches:
-        said = say(model, batch)
+        said = run_outputs(model, batch)
         for value_J, found in zip(_judgements(said), (ce, right), strict=True):
             found.append(placed(value_J.double(), said.keep_BT).sum(1).numpy())
     return Point(np.concatenate(ce), np.concatenate(right))
 
 
-def _judgements(said: Said) -> tuple[Tensor, ...]:
+def _judgements(said: Outputs) -> tuple[Tensor, ...]:
     """Cross-entropy `[J]`, and whether the right token is put first."""
 
     def of(at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
         assert said.targets_J is not None
-        return nats_of(logits_CV, said, at), logits_CV.argmax(-1) == said.targets_J[at]
+        return ce_of(logits_CV, said, at), logits_CV.argmax(-1) == said.targets_J[at]
 
     return per_position(of, said)
 

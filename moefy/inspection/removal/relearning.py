@@ -15,7 +15,7 @@ import torch
 
 from moefy.conversion.optimise import CLIP, matched
 from moefy.data.corpus import Batch
-from moefy.evaluation.outputs import judged, language
+from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.removal.matched import random_neurons
 from moefy.inspection.removal.points import Judge, judge, largest
@@ -50,7 +50,7 @@ def relearn(
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(matched(parameters, RATE), weight_decay=0.0)
     objective = language(model)
-    tokens = sum(int(judged(batch).sum()) for batch in lesson)
+    tokens = sum(int(judged_positions(batch).sum()) for batch in lesson)
     ce = [judge(model, texts).ce(texts)]
     while ce[-1] > goal and len(ce) <= most:
         for batch in lesson:
@@ -125,7 +125,7 @@ def _as_costly(
 
 
 def _tokens(lesson: list[Batch]) -> int:
-    return sum(int(judged(batch).sum()) for batch in lesson)
+    return sum(int(judged_positions(batch).sum()) for batch in lesson)
 
 
 def verdict(found: dict[str, Any]) -> str:
