@@ -368,9 +368,9 @@ _META = {
 def _check_recipe(file: Path, recipe: dict[str, Any]) -> None:
     """Whether it is a recipe; of names of code, none is taken that is not allowed."""
     try:
-        recipes.from_dict(recipe, f"{file}: recipe")
+        recipes.from_dict(recipe)
     except RecipeError as error:
-        raise CheckpointError(f"{error}; {AGAIN}") from None
+        raise CheckpointError(f"{file}: recipe: {error}; {AGAIN}") from None
     if not _PLUGINS.get():
         for key, value in recipes.flat(recipe).items():
             if isinstance(value, str):

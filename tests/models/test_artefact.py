@@ -120,7 +120,7 @@ WRONG = [
     ("layers/0/experts", 10**12, "experts"), ("layers/0/experts", 7, "do not divide"),
     ("layers/0/experts", True, "experts"), ("layers/0/experts", 8.0, "experts"),
     ("layers/0/neurons", 2**40, "neurons"), ("layers/0/neurons", 2**20, "permutation"),
-    ("layers/0/width", 2, "width"), ("layers/0/shared", 8, "none is left"),
+    ("layers/0/width", 64, "width: got 64, the model has 32"), ("layers/0/shared", 8, "none is left"),
     ("layers/0/shared", -1, "shared"), ("layers/0/router", "linear", "router"),
     ("layers/0/router/name", "linaer", "did you mean 'linear'"),
     ("layers/0/router/name", None, "name"), ("layers/0/router/hidden", 2**40, "hidden"),
