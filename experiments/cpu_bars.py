@@ -19,8 +19,9 @@ import torch
 from pages import fill
 
 from moefy.benchmark.calibrate import calibrate
+from moefy.benchmark.engines import choose
 from moefy.benchmark.layers import Shape, synthetic
-from moefy.benchmark.levels.layer import bench_kernel, bench_layer
+from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.experts.sparse_mlp import ON_CPU
 from moefy.run.console import Reporter
 
@@ -43,10 +44,11 @@ def layers(
             found = synthetic(shape, dtype=DTYPES[dtype], tokens=16)
             # Dense does not depend on the experts: compiling it once will do.
             engines = [name for name in ENGINES if name != "compiled" or experts == EXPERTS[0]]
-            record = bench_layer(
-                found, batches=(1, 2, 4, 8, 16), densities=(0.25, 1.0), engines=engines,
+            sweep = Sweep(
+                engines=choose(engines), batches=(1, 2, 4, 8, 16), densities=(0.25, 1.0),
                 samples=5 if tiny else 7, report=REPORT,
             )  # fmt: skip
+            record = bench_layer(found, sweep)
             _save(record, f"cpu_layer_{dtype}_{experts}", tiny)
 
 
@@ -54,9 +56,10 @@ def prefill(tiny: bool) -> None:
     """A prompt, in fp32: torch has no product in bf16 that is worth comparing with on every machine."""
     for experts in EXPERTS:
         found = synthetic(_shape(experts, tiny), dtype=torch.float32, tokens=512)
-        record = bench_kernel(
-            found, batches=(512,), densities=(0.25,), engines=ENGINES, samples=5, report=REPORT
+        sweep = Sweep(
+            engines=choose(ENGINES), batches=(512,), densities=(0.25,), samples=5, report=REPORT
         )
+        record = bench_kernel(found, sweep)
         _save(record, f"cpu_prefill_{experts}", tiny)
 
 
@@ -68,13 +71,12 @@ def dispatch(tiny: bool) -> None:
     calibrate(found, report=REPORT)
     # With many tokens arithmetic decides, so that one layer need not make room for the next.
     one = replace(found, modules=found.modules[:1], inputs_TD=found.inputs_TD[:1])
-    record, rest = (
-        bench_kernel(
-            layers, batches=batches, densities=(0.05, 0.1, 0.25, 0.5, 0.75, 1.0),
-            engines=("eager", *ON_CPU, "auto"), samples=5, report=REPORT,
-        )
-        for layers, batches in ((found, (1, 2, 4, 8, 16)), (one, many))
+    sweep = Sweep(
+        engines=choose(["eager", *ON_CPU, "auto"]), batches=(1, 2, 4, 8, 16), samples=5, report=REPORT,
+        densities=(0.05, 0.1, 0.25, 0.5, 0.75, 1.0),
     )  # fmt: skip
+    record = bench_kernel(found, sweep)
+    rest = bench_kernel(one, replace(sweep, batches=many))
     record["cells"] += rest["cells"]
     del record["break_even"]
     record["choices"] = [_choice(cell) for cell in record["cells"]]

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import convert
 from moefy.benchmark.bench import bench
-from moefy.benchmark.tables import speed_lines, speed_rows
+from moefy.benchmark.record import speed_lines, speed_rows
 from moefy.exporting.export import export
 from moefy.recipe import load, override
 from moefy.run.tables import terminal
@@ -54,11 +54,11 @@ def corpus(work: Path) -> Path:
     return out
 
 
-def gguf(source: Path, out: Path, *, quantized: bool) -> str:
-    """Write a GGUF file unless it is there; as an engine of `moefy bench`."""
+def gguf(source: Path, out: Path, *, quantized: bool) -> Path:
+    """Write a GGUF file unless it is there."""
     if not out.exists():
         export(source, out, to="gguf", quantize="q8_0" if quantized else None)
-    return f"llama.cpp={out}"
+    return out
 
 
 def measure(
@@ -75,17 +75,19 @@ def measure(
             },
         )  # fmt: skip
         convert(source, out, recipe=recipe, corpus=corpus(work))
-    engines = ["eager", "eager+linears", "compiled+linears", "auto", "auto+linears"]
-    engines.append("auto+compiled+linears")
+    files = []
     if find_spec("llama_cpp"):
         for quantized in (False, True):
             kind = "-q8_0" if quantized else ""
-            engines.append(gguf(source, work / f"dense{kind}.gguf", quantized=quantized))
+            files.append(gguf(source, work / f"dense{kind}.gguf", quantized=quantized))
             name = f"export-{density}{kind}.gguf"
-            engines.append(gguf(out, work / name, quantized=quantized))
+            files.append(gguf(out, work / name, quantized=quantized))
     return bench(
         out,
-        engines=engines,
+        engines=["auto"],
+        compiled=True,
+        linears=True,
+        gguf=files,
         prompt_tokens=prompt,
         generated=generated,
         samples=samples,

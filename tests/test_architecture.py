@@ -299,7 +299,7 @@ BREAKS = {
     "sideways": (
         layer_violations,
         "moefy/evaluation/load.py",
-        "from moefy.benchmark.moved import union\n",
+        "from moefy.benchmark.bytes_read import union\n",
     ),
     "in a function": (
         layer_violations,

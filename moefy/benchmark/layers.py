@@ -7,9 +7,11 @@ model's own layers have the inputs that they have within it.
 Shapes: T tokens, D width, N neurons, E experts, K experts that run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moefy.benchmark.prompts import Prompt
+from moefy.benchmark.bytes_read import density as share_of
+from moefy.benchmark.bytes_read import union as union_of
+from moefy.data.corpus import load_corpus
+from moefy.data.inputs import load_tokenizer
 from moefy.errors import MoefyError
 from moefy.experts.offload import device_of
+from moefy.experts.passes import watching
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp
@@ -27,8 +33,36 @@ from moefy.run.memory import free_memory
 
 COPIES = 4
 """Layers that take turns."""
+LENGTH = 64
+"""Tokens of the sequences that inputs are taken from."""
 FORMS = 3
 """Layouts of its weights that a layer may be needed in: moefy's, the dense one, that of stock experts."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids, and what they are in words."""
+
+    ids_BT: Tensor
+    what: str
+
+
+def prompt(folder: Path, vocabulary: int, batch: int, length: int, seed: int = 0) -> Prompt:
+    """`batch` sequences of `length` tokens for the model in `folder`, which has `vocabulary` tokens."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        ids_BT = torch.randint(vocabulary, (batch, length), generator=generator)
+        return Prompt(ids_BT, "random token ids")
+    corpus = load_corpus()
+    ids: list[int] = []
+    for document in corpus.take(len(corpus.documents)).documents:
+        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= batch * length:
+            break
+    ids *= -(-batch * length // len(ids))  # a batch larger than the corpus reads it again
+    ids_BT = torch.tensor(ids[: batch * length]).view(batch, length)
+    return Prompt(ids_BT, "text of the bundled corpus")
 
 
 @dataclass(frozen=True)
@@ -169,10 +203,6 @@ def _stock_experts(module: SparseMlp) -> Any:
     return stock
 
 
-LENGTH = 64
-"""Tokens of the sequences that inputs are taken from."""
-
-
 @torch.no_grad()
 def own_layers(
     model: PreTrainedModel, what: str, prompt: Prompt, *, tokens: int, seed: int = 0
@@ -194,20 +224,12 @@ def own_layers(
         )
     count = min(COPIES, len(modules))
     chosen = [modules[i * len(modules) // count] for i in range(count)]
-    seen: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[[Tensor, Tensor], None]:
-        return lambda x_TD, _: seen.update({index: x_TD.clone()})
-
-    for index, module in enumerate(chosen):
-        module.observer = keep(index)
-    try:
+    inputs: dict[int, Tensor] = {}
+    observed = dict(enumerate(chosen))
+    with watching(observed, lambda n, x_TD, _: inputs.update({n: x_TD.clone()})):
         model(input_ids=prompt.ids_BT.to(device_of(model)))
-    finally:
-        for module in chosen:
-            module.observer = None
-    drawn_T = torch.randperm(len(seen[0]), generator=torch.Generator().manual_seed(seed))[:tokens]
-    inputs = [seen[index][drawn_T.to(seen[index].device)] for index in range(count)]
+    drawn_T = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))[:tokens]
+    inputs_TD = [inputs[n][drawn_T.to(inputs[n].device)] for n in range(count)]
     first = chosen[0]
     text = (
         f"layers of {what}: D {first.weights.width}, N {first.weights.neurons}, {first.experts} experts, "
@@ -215,4 +237,34 @@ def own_layers(
     )
     for module in chosen:
         module.requires_grad_(False)
-    return Layers(text, chosen, inputs, synthetic=False)
+    return Layers(text, chosen, inputs_TD, synthetic=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every engine has to compute: some layers, the inputs of each, and which experts run."""
+
+    layers: Layers
+    inputs: list[Tensor]
+    """`[T, D]` of each layer."""
+    masks: list[Tensor]
+    """`[T, E]` of each layer."""
+    routed: bool
+    """Whether the engine has to find the masks itself (level `layer`)."""
+    asked: float | None = None
+    """The density that the masks were made for; None where layers have their own."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.inputs[0])
+
+    @property
+    def density(self) -> float:
+        """Share of the experts that a token runs, over all layers."""
+        return fmean(map(share_of, self.masks))
+
+    @property
+    def union(self) -> float:
+        """Share of the experts that any token runs, over all layers."""
+        return fmean(map(union_of, self.masks))

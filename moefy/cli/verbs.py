@@ -410,11 +410,18 @@ def bench(
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(
-            help="eager, compiled, a backend, auto, experts[:NAME][=FOLDER], llama.cpp=FILE.gguf or "
-            "all (all); may be repeated."
-        ),
+        typer.Option(help="eager, auto, a backend, experts, llama.cpp ... (all); may be repeated."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Beside each engine its graph of torch.compile.")
+    ] = False,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="And its moefy.native_linears.")
+    ] = False,
+    experts: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER: an export by transformers' NAME, or all.")
+    ] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="File for llama.cpp to run.")] = None,
     batches: Annotated[
         str | None, typer.Option(help="By comma (1,2,4,8,16; of a model: 1).")
     ] = None,
@@ -426,9 +433,7 @@ def bench(
     ] = None,
     prompt: Annotated[int, typer.Option(help="Prompt tokens, of a model.")] = 128,
     generated: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each engine (15; of a model: 7).")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples (15; of a model: 7).")] = None,
     calibrate: Annotated[
         bool | None,
         typer.Option(
@@ -445,19 +450,19 @@ def bench(
     Example: moefy bench ./out --level layer --batches 1,4,16 --plot layer.png
     """
     from moefy.benchmark.bench import bench as run
-    from moefy.benchmark.bench import calibrate_for
+    from moefy.benchmark.bench import calibrate_machine
     from moefy.benchmark.plot import check_plot, draw_speed
-    from moefy.benchmark.tables import calibration_rows, speed_lines, speed_rows
+    from moefy.benchmark.record import calibration_rows, speed_lines, speed_rows
     from moefy.run.tables import terminal
 
     if calibrate:
-        record = calibrate_for(model, layer, dtype, quiet=quiet)
+        record = calibrate_machine(model, layer=layer, dtype=dtype, quiet=quiet)
         _write(record, output)
         return Shown(record, [terminal(*calibration_rows(record)), f"wrote {record['file']}"])
     if plot is not None:
         check_plot(plot)
     record = run(
-        model, level=level, layer=layer, against=against, engines=engine or [], batches=batches,
+        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled, linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []), gguf=gguf or [], batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
         calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip

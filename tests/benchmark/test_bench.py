@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from moefy.benchmark.engines.layer_engines import Case, prepare
-from moefy.benchmark.engines.table import Unavailable, choose
-from moefy.benchmark.layers import Shape, drawn_masks, synthetic
-from moefy.benchmark.levels.layer import bench_kernel, bench_layer
-from moefy.benchmark.moved import active_parameters, layer_bytes
+from moefy.benchmark.bytes_read import active_parameters, layer_bytes
+from moefy.benchmark.engines import choose
+from moefy.benchmark.engines.base import Unavailable
+from moefy.benchmark.layers import Case, Shape, drawn_masks, synthetic
+from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.benchmark.plot import draw_speed
-from moefy.benchmark.record import Facts, break_even, cell
+from moefy.benchmark.record import Facts, break_even, cell, speed_lines, speed_rows
 from moefy.benchmark.rounding import exact
-from moefy.benchmark.tables import speed_lines, speed_rows
 from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side, speedup
 from moefy.errors import MoefyError
 from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, SparseMlp
@@ -37,6 +36,10 @@ def small_buffers(monkeypatch):
 
 def tiny(tokens=4, dtype=torch.float32):
     return synthetic(TINY, dtype=dtype, tokens=tokens)
+
+
+def sweep(engines=(), samples=5, **given):
+    return Sweep(engines=choose(engines), samples=samples, **given)
 
 
 def drawn(seed, median=1.0, spread=0.05, rounds=15):
@@ -79,7 +82,7 @@ class TestTiming:
         layers = tiny()
         case = Case(layers, layers.inputs(1), drawn_masks(layers.modules, 1), routed=False)
         (choice,) = choose(["eager"])
-        run = Run(prepare(choice, case))
+        run = Run(choice.prepare("kernel", case))
         none = 0
         for seed in range(5):
             seconds = side_by_side({"a": run, "b": run}, 21, seed=seed)
@@ -115,36 +118,64 @@ class TestTiming:
 
 
 class TestEngines:
-    def test_names_paths_and_what_replaces_what(self):
-        names = [choice.name for choice in choose([])]
-        assert names[0] == "eager"
-        assert {"compiled", "auto", "llama.cpp", "experts:grouped_mm", *BACKENDS} <= set(names)
-        assert len(set(names)) == len(names)
-        assert [c.label for c in choose(["views"])] == ["eager", "views"]
-        files = choose(["llama.cpp=a/q8.gguf", "llama.cpp=b/f16.gguf", "llama.cpp"])
-        assert [c.label for c in files] == ["eager", "q8.gguf", "f16.gguf"]
-        stock = {c.name: str(c.path) for c in choose(["all", "experts=mix"]) if c.experts}
-        assert stock == {
-            f"experts:{name}": "mix" for name in ("eager", "batched_mm", "grouped_mm", "moefy")
-        }
+    def test_names_files_and_what_replaces_what(self, tmp_path):
+        labels = [engine.label for engine in choose()]
+        assert labels[0] == "eager"
+        graphs = {"compiled", "auto+compiled", "eager+linears", "compiled+linears"}
+        graphs |= {"auto+linears", "auto+compiled+linears"}
+        assert {*graphs, "auto", "llama.cpp", "experts:grouped_mm", *BACKENDS} <= set(labels)
+        assert len(set(labels)) == len(labels)
+        assert [engine.label for engine in choose(["views"])] == ["eager", "views"]
+        files = [tmp_path / "q8.gguf", tmp_path / "f16.gguf", tmp_path / "mix" / "config.json"]
+        (tmp_path / "mix").mkdir()
+        for file in files:
+            file.touch()
+        chosen = choose(["llama.cpp"], gguf=files[:2])
+        assert [engine.label for engine in chosen] == ["eager", "q8.gguf", "f16.gguf"]
+        everything = choose(["all"], experts={"all": tmp_path / "mix"})
+        stock = {e.label: e.path for e in everything if e.label.startswith("experts:")}
+        names = ("eager", "batched_mm", "grouped_mm", "moefy")
+        assert stock == {f"experts:{name}": tmp_path / "mix" for name in names}
+        one = choose(experts={"moefy": tmp_path / "mix"})
+        assert [engine.label for engine in one] == ["eager", "experts:moefy"]
+
+    def test_variants_stand_beside_the_engines_that_have_any(self):
+        chosen = choose(["native", "experts:eager"], compiled=True, linears=True)
+        assert [engine.label for engine in chosen] == [
+            "eager", "compiled", "eager+linears", "compiled+linears",
+            "native", "native+compiled", "native+linears", "native+compiled+linears", "experts:eager",
+        ]  # fmt: skip
+        assert {engine.backend for engine in chosen} == {"", "native"}
+        compiled = [engine.label for engine in choose(["compiled", "auto"], linears=True)]
+        assert compiled == [
+            "eager", "eager+linears", "compiled", "compiled+linears", "auto", "auto+linears",
+        ]  # fmt: skip
 
     @pytest.mark.parametrize(
-        ("given", "words"),
+        ("settings", "words"),
         [
-            (["vievs"], "did you mean 'views'"),
-            (["views=x"], "take a path"),
-            (["llama.cpp="], "take a path"),
-            (["llama.cpp=a/m.gguf", "llama.cpp=b/m.gguf"], "same name"),
+            ({"named": ["vievs"]}, "did you mean 'views'"),
+            ({"experts": {"egaer": "mix"}}, "did you mean 'eager'"),
+            ({"experts": {"all": "absent"}}, "absent: not a model folder"),
+            ({"gguf": ["absent.gguf"]}, "absent.gguf: no such file"),
         ],
     )
-    def test_bad_names(self, given, words):
+    def test_bad_names(self, settings, words):
         with pytest.raises(MoefyError, match=words):
-            choose(given)
+            choose(**settings)
+
+    def test_files_of_one_name_are_refused(self, tmp_path):
+        files = [tmp_path / folder / "m.gguf" for folder in "ab"]
+        for file in files:
+            file.parent.mkdir()
+            file.touch()
+        with pytest.raises(MoefyError, match="same name"):
+            choose(gguf=files)
 
     def test_a_backend_that_is_registered_later_is_timed(self, monkeypatch):
         monkeypatch.setitem(BACKENDS, "late", masked_mlp)
         monkeypatch.setitem(ON_CPU, "late", masked_mlp)
-        record = bench_kernel(tiny(), engines=["late"], samples=5)
+        record = bench_kernel(tiny(), sweep(["late"]))
         assert set(record["cells"][0]["engines"]) == {"eager", "late"}
 
     def test_every_engine_of_a_cpu_computes_the_reference(self):
@@ -153,19 +184,19 @@ class TestEngines:
         case = Case(layers, layers.inputs(4), masks, routed=False)
         timed = 0
         for choice in choose(["all"]):
-            if choice.name == "compiled":
+            if choice.label == "compiled":
                 continue
-            on_gpus = choice.name in BACKENDS and choice.name not in ON_CPU
-            if on_gpus or choice.name == "experts:moefy":
-                with pytest.raises(Unavailable, match="GPU"):
-                    prepare(choice, case)
-                continue
-            if choice.name == "llama.cpp" or choice.linears or choice.compiled:
-                with pytest.raises(Unavailable, match="whole models"):
-                    prepare(choice, case)
+            why_not = choice.serves("kernel", torch.device("cpu"))
+            if choice.devices == {"cuda"}:
+                assert "GPU" in why_not
+            elif choice.layers is None or choice.linears or choice.compiled:
+                assert "whole models" in why_not
+            if why_not is not None:
+                with pytest.raises(Unavailable, match=why_not):
+                    choice.prepare("kernel", case)
                 continue
             timed += 1
-            calls = prepare(choice, case)
+            calls = choice.prepare("kernel", case)
             for call, module, x_TD, mask_TE in zip(
                 calls, layers.modules, case.inputs, masks, strict=True
             ):
@@ -186,7 +217,7 @@ class TestEngines:
 
         monkeypatch.setitem(BACKENDS, "wrong", backend)
         monkeypatch.setitem(ON_CPU, "wrong", backend)
-        record = level(tiny(), engines=["wrong", "masked"], batches=[4], samples=5)
+        record = level(tiny(), sweep(["wrong", "masked"], batches=[4]))
         (found,) = record["cells"]
         assert set(found["engines"]) == {"eager", "masked"}
         assert "computes something else: relative error" in found["refused"]["wrong"]
@@ -198,18 +229,16 @@ class TestEngines:
         masks[1][0] = True  # one token runs all of them
         (_, choice) = choose(["experts:eager"])
         with pytest.raises(Unavailable, match="different numbers of experts"):
-            prepare(choice, Case(layers, layers.inputs(4), masks, routed=False))
+            choice.prepare("kernel", Case(layers, layers.inputs(4), masks, routed=False))
         layers.modules[0].gate_ND = None
         with pytest.raises(Unavailable, match="no gate"):
-            prepare(choice, Case(layers, layers.inputs(4), masks, routed=False))
+            choice.prepare("kernel", Case(layers, layers.inputs(4), masks, routed=False))
 
     def test_a_layer_routed_by_the_softmax_of_exports(self):
         layers = tiny(tokens=16)
         for module in layers.modules:
             module.selection = SELECTIONS["softmax_topk"](k=3, eps=2.0**-16)
-        record = bench_layer(
-            layers, engines=["experts:eager", "experts:batched_mm"], batches=[16], samples=5
-        )
+        record = bench_layer(layers, sweep(["experts:eager", "experts:batched_mm"], batches=[16]))
         assert len(record["cells"][0]["engines"]) == 3
         assert record["cells"][0]["density"] == 3 / 8
 
@@ -326,7 +355,7 @@ def test_without_a_dense_engine_times_stand_alone(tmp_path):
     assert found["engines"]["views"]["speedup"] is found["engines"]["views"]["ratio"] is None
     (row,) = speed_rows({"cells": [found]})[1]
     assert row[3:8] == ["views", "1.000", "1.000", "1000", "no dense"]
-    record = bench_kernel(tiny(), engines=["views"], samples=5)
+    record = bench_kernel(tiny(), sweep(["views"]))
     record["cells"] = [{**found, "refused": {"eager": "failed: made up"}}]
     record["break_even"] = break_even(record["cells"])
     assert record["break_even"][0]["batch"] is None
@@ -344,7 +373,7 @@ def test_an_engine_that_raises_is_a_row_with_its_reason(monkeypatch):
 
     for table in (BACKENDS, ON_CPU):
         monkeypatch.setitem(table, "wrong", fails)
-    (found,) = bench_kernel(tiny(), engines=["wrong"], samples=5)["cells"]
+    (found,) = bench_kernel(tiny(), sweep(["wrong"]))["cells"]
     assert found["refused"] == {"wrong": "failed: KeyError: 'auto'"}
 
 
@@ -375,9 +404,7 @@ ROW = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_record_of_a_sweep(tmp_path, dtype):
     engines = ["masked", "views", "auto", "decode", "llama.cpp"]
-    record = bench_layer(
-        tiny(dtype=dtype), batches=[1, 4], densities=[0.25, 0.5], engines=engines, samples=5
-    )
+    record = bench_layer(tiny(dtype=dtype), sweep(engines, batches=[1, 4], densities=[0.25, 0.5]))
     record = json.loads(json.dumps(record))
     assert set(record) == KEYS | {"cells", "break_even", "machine"}
     assert record["threads"] == torch.get_num_threads()
@@ -404,7 +431,7 @@ def test_the_record_of_a_sweep(tmp_path, dtype):
 
 
 def test_the_compiled_dense_engine():
-    record = bench_kernel(tiny(), engines=["compiled"], batches=[1, 2], samples=5)
+    record = bench_kernel(tiny(), sweep(["compiled"], batches=[1, 2]))
     for found in record["cells"]:
         assert found["refused"] == {}
         assert found["engines"]["compiled"]["relative_error"] < 1e-5
@@ -413,7 +440,7 @@ def test_the_compiled_dense_engine():
 def test_experts_that_run_are_read_and_others_are_not():
     """1 of 16 experts of 25 MB layers beats all of them by far, and by no more than bytes allow."""
     layers = synthetic(Shape(512, 4096, 16, 1), dtype=torch.float32, tokens=1)
-    (found,) = bench_kernel(layers, engines=["views", "masked"], samples=7)["cells"]
+    (found,) = bench_kernel(layers, sweep(["views", "masked"], samples=7))["cells"]
     assert found["ideal"] == pytest.approx(16, rel=0.01)
     rows = found["engines"]
     assert rows["views"]["speedup"] > 2
@@ -447,12 +474,12 @@ def _seconds(call):
 )
 def test_sweeps_that_cannot_be_timed(settings, words):
     with pytest.raises(MoefyError, match=words):
-        bench_kernel(tiny(), **settings)
+        Sweep(**settings)
 
 
 def test_a_layer_that_needs_its_model_is_refused():
     layers = tiny()
     layers.modules[-1].look_ahead = True
     with pytest.raises(MoefyError, match="--level model"):
-        bench_layer(layers, samples=5)
-    assert bench_kernel(layers, engines=["masked"], samples=5)["cells"]
+        bench_layer(layers, sweep())
+    assert bench_kernel(layers, sweep(["masked"]))["cells"]

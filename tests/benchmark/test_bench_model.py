@@ -10,11 +10,12 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from typer.testing import CliRunner
 
-from moefy.benchmark.engines.model_engines import Models
-from moefy.benchmark.engines.table import choose
+from moefy.benchmark.bytes_read import model_bytes, model_parameters
+from moefy.benchmark.engines import choose
+from moefy.benchmark.engines.base import Models
+from moefy.benchmark.layers import Prompt, prompt
+from moefy.benchmark.levels import Sweep
 from moefy.benchmark.levels.model import bench_model
-from moefy.benchmark.moved import model_bytes, model_parameters
-from moefy.benchmark.prompts import Prompt, prompt
 from moefy.cli.quickstart import demo_models
 from moefy.cli.verbs import app
 from moefy.conversion.convert import convert
@@ -67,14 +68,14 @@ TINY = ("--prompt", 12, "--generated", 3, *QUICK)
 
 
 def test_a_model_with_all_that_runs_it(demo, tmp_path):
-    own = ("eager", "eager+linears", "masked", "views", "auto", "auto+linears")
-    engines = (*own, f"experts={demo / 'mixtral'}", "llama.cpp")
-    options = [word for name in engines for word in ("--engine", name)]
+    named = ("masked", "views", "auto")
+    own = [f"{name}{ending}" for name in ("eager", *named) for ending in ("", "+linears")]
+    options = [word for name in (*named, "llama.cpp") for word in ("--engine", name)]
     text = say(
-        demo / "out", *TINY, *options, "--batches", "1,3", "-o", tmp_path / "record.json",
-        "--plot", tmp_path / "picture.png",
+        demo / "out", *TINY, *options, "--linears", "--experts", f"all={demo / 'mixtral'}",
+        "--batches", "1,3", "-o", tmp_path / "record.json", "--plot", tmp_path / "picture.png",
     )  # fmt: skip
-    for words in ("prefill", "decode", "best dense", "tokens/s", "llama.cpp=FILE.gguf", "text of"):
+    for words in ("prefill", "decode", "best dense", "tokens/s", "--gguf FILE", "text of"):
         assert words in text
     record = json.loads((tmp_path / "record.json").read_text())
     assert [(c["phase"], c["batch"], c["tokens"]) for c in record["cells"]] == [
@@ -157,9 +158,9 @@ def test_against_another_dense_model(demo):
         (["OUT", "--prompt", "0"], "--prompt 0: expected 1 or more"),
         (["OUT", "--generated", "0"], "--generated 0: expected 1 or more"),
         (["OUT", "--prompt", "1020"], "1052 tokens of prompt and decode, but 1024 positions"),
-        (["OUT", "--engine", "llama.cpp=absent.gguf"], "absent.gguf: no such file"),
-        (["OUT", "--engine", "experts=absent"], "not a model folder"),
-        (["OUT", "--engine", "experts=OUT"], "is no mixture of experts"),
+        (["OUT", "--gguf", "absent.gguf"], "absent.gguf: no such file"),
+        (["OUT", "--experts", "all=absent"], "not a model folder"),
+        (["OUT", "--experts", "all=OUT"], "is no mixture of experts"),
         (["OUT", "--against", "absent/x"], "absent"),
         (["absent"], "absent"),
     ],
@@ -177,6 +178,14 @@ def ids(batch=2, length=12):
     return Prompt(torch.randint(3, 90, (batch, length)), "random token ids")
 
 
+def timed(dense, sparse, given, engines=(), **settings):
+    sweep = {"batches": settings.pop("batches", (1,)), "samples": 5}
+    return bench_model(
+        Models(dense, sparse), given, Sweep(engines=choose(engines, **settings), **sweep),
+        what="tiny", generated=3,
+    )  # fmt: skip
+
+
 def test_a_backend_that_computes_another_model_is_refused(pair, monkeypatch):
     from moefy.experts import sparse_mlp
 
@@ -185,9 +194,7 @@ def test_a_backend_that_computes_another_model_is_refused(pair, monkeypatch):
 
     for table in (sparse_mlp.BACKENDS, sparse_mlp.ON_CPU):
         monkeypatch.setitem(table, "wrong", swapped)
-    record = bench_model(
-        *pair, ids(), what="tiny", generated=3, engines=["wrong", "masked"], samples=5
-    )
+    record = timed(*pair, ids(), ["wrong", "masked"])
     for cell in record["cells"]:
         assert set(cell["engines"]) == {"eager", "masked"}
         assert "layer 0 computes something else: relative" in cell["refused"]["wrong"]
@@ -196,8 +203,8 @@ def test_a_backend_that_computes_another_model_is_refused(pair, monkeypatch):
 def test_cached_decoding_gives_the_logits_of_a_pass_without_a_cache(pair):
     dense, sparse = pair
     given = ids(batch=3)
-    for choice in choose(["eager+linears", "masked", "views", "auto+linears"]):
-        session = Models(dense, sparse, {}).session(choice, given.ids_BT, 8)
+    for choice in choose(["masked", "views", "auto"], linears=True):
+        session = choice.begin(Models(dense, sparse), given.ids_BT, 8)
         with torch.no_grad():
             for _ in range(2):  # again after a reset
                 session.reset()
@@ -238,10 +245,10 @@ def test_bytes_and_parameters_of_a_model_against_sums_over_its_tensors(pair):
 def test_models_that_do_not_fit_are_refused(pair, tmp_path):
     dense, sparse = pair
     with pytest.raises(MoefyError, match="65 tokens of prompt and decode, but 64 positions"):
-        bench_model(dense, sparse, ids(length=65), what="tiny", generated=3, samples=5)
+        timed(dense, sparse, ids(length=65))
     large = Prompt(torch.full((1, 12), 96), "ids")
     with pytest.raises(MoefyError, match="has token 96, the model knows 96"):
-        bench_model(dense, sparse, large, what="tiny", generated=3, samples=5)
+        timed(dense, sparse, large)
     source = build("bert", tmp_path / "source")
     convert_tiny("bert", source, tmp_path / "out")
     result = CliRunner().invoke(app, ["bench", str(tmp_path / "out"), *map(str, TINY)])
@@ -265,10 +272,7 @@ GRAPHS = ("auto+compiled", "auto+compiled+linears")
 @pytest.mark.slow
 def test_the_compiled_model(pair):
     dense, sparse = pair
-    record = bench_model(
-        dense, sparse, ids(), what="tiny", generated=3, batches=[1, 2], samples=5,
-        engines=["compiled", "eager+linears", "auto+linears", *GRAPHS],
-    )  # fmt: skip
+    record = timed(dense, sparse, ids(), ["auto"], compiled=True, linears=True, batches=[1, 2])
     for cell in record["cells"]:
         assert cell["refused"] == {}
         for name in ("compiled", *GRAPHS):
@@ -285,8 +289,8 @@ def test_llama_cpp_runs_the_dense_and_the_exported_model(demo):
 
     write_gguf(demo_models()["llama"], demo / "dense.gguf")
     write_gguf(demo / "mixtral", demo / "mixtral.gguf")
-    files = (f"llama.cpp={demo / name}.gguf" for name in ("dense", "mixtral"))
-    options = [word for name in files for word in ("--engine", name)]
+    files = (demo / f"{name}.gguf" for name in ("dense", "mixtral"))
+    options = [word for file in files for word in ("--gguf", file)]
     cells = json.loads(say(demo / "out", *TINY, *options, "--json"))["cells"]
     for cell in cells:
         assert set(cell["engines"]) == {"eager", "dense.gguf", "mixtral.gguf"}

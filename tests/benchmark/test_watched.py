@@ -8,14 +8,15 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from torch import nn
 
-from moefy.benchmark import watched
-from moefy.benchmark.engines.layer_engines import mlp as dense_mlp
-from moefy.benchmark.engines.table import Unavailable
+from moefy.benchmark import rounding
+from moefy.benchmark.engines import choose
+from moefy.benchmark.engines import mlp as dense_mlp
+from moefy.benchmark.engines.base import Models, Unavailable
 from moefy.benchmark.fidelity import compare, no_copy, widened
+from moefy.benchmark.layers import Prompt
+from moefy.benchmark.levels import Sweep
 from moefy.benchmark.levels.model import bench_model
-from moefy.benchmark.prompts import Prompt
-from moefy.benchmark.rounding import checked, exact
-from moefy.benchmark.watched import check_layers, watching
+from moefy.benchmark.rounding import check_layers, checked, exact, watching
 from moefy.experts.loading import load, load_dense
 from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, sparse_mlps, use_backend
 from moefy.methods.tables import SELECTIONS
@@ -188,7 +189,7 @@ def test_what_a_router_would_not_choose_is_refused_and_what_rounding_flips_is_no
     first = passes[0][0]
     first.mask_TE[0] = first.mask_TE[0].roll(1)
     with pytest.raises(Unavailable, match="chooses experts that its router does not: 1 of"):
-        watched._check_choice(sparse_mlps(model)[0], first, first)
+        rounding._check_choice(sparse_mlps(model)[0], first, first)
     # Of two experts whose scores tie, sums in another order choose the other one.
     module = sparse_mlps(model)[0]
     module.selection = SELECTIONS["topk"](k=1)
@@ -198,15 +199,14 @@ def test_what_a_router_would_not_choose_is_refused_and_what_rounding_flips_is_no
     top = first.mask_TE[:, 0] | first.mask_TE[:, 1]
     assert bool(top.any())
     first.mask_TE[top] = first.mask_TE[top][:, [1, 0, *range(2, first.mask_TE.shape[1])]]
-    watched._check_choice(module, first, first)
+    rounding._check_choice(module, first, first)
 
 
-def bench(folder, dtype, *engines, sharp=False):
+def bench(folder, dtype, *engines, sharp=False, **variants):
     model = moefied(folder, dtype, sharp=sharp)
+    sweep = Sweep(engines=choose(engines, **variants), samples=5)
     given = Prompt(IDS.repeat(1, 2), "ids")
-    return bench_model(
-        dense(folder, dtype), model, given, what="tiny", generated=4, engines=engines, samples=5
-    )
+    return bench_model(Models(dense(folder, dtype), model), given, sweep, what="tiny", generated=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,10 +215,10 @@ def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
     monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
     for table in (BACKENDS, ON_CPU):
         monkeypatch.setitem(table, "wrong", rolled)
-    right = ("masked", "views", "native", "auto", "auto+linears")
-    record = bench(folder, dtype, *right, "wrong", sharp=True)
+    right = ("eager", "masked", "views", "native", "auto")
+    record = bench(folder, dtype, *right, "wrong", sharp=True, linears=True)
     for cell in record["cells"]:
-        assert set(cell["engines"]) == {"eager", *right}
+        assert set(cell["engines"]) == {*right, *(f"{name}+linears" for name in right)}
         assert "layer 0 computes something else" in cell["refused"]["wrong"]
         assert cell["rounding"]["why_not"] == ""
         assert cell["engines"]["native"]["kl"]["median"] <= cell["rounding"]["allowed"]
@@ -230,7 +230,7 @@ def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
     monkeypatch.setattr(
         sys.modules["moefy.experts.backends.linears"], "linear", lambda *a: real(*a).roll(1, -1)
     )
-    record = bench(folder, torch.bfloat16, "auto", "auto+linears", "eager+linears")
+    record = bench(folder, torch.bfloat16, "auto", linears=True)
     for cell in record["cells"]:
         assert set(cell["engines"]) == {"eager", "auto"}
         assert "computes something else: KL" in cell["refused"]["auto+linears"]
