@@ -381,7 +381,7 @@ def compare(
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
     """
     from moefy.conversion.compare import compare as run
-    from moefy.conversion.tables import comparison_rows
+    from moefy.conversion.compare import comparison_rows
     from moefy.run.tables import terminal
 
     record = run(
@@ -528,7 +528,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
 ) -> Shown:
     """Show a report that is too large for one file, to this machine only; Ctrl-C ends it."""
-    from moefy.inspection.report import serve as run
+    from moefy.inspection.report.serve import serve as run
 
     run(folder, port, typer.echo)
     return Shown(None)

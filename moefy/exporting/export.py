@@ -12,6 +12,7 @@ Shapes: E routed experts, F neurons per expert, K experts that run.
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,12 +40,37 @@ from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder
 from moefy.models.config import read_config
 from moefy.models.locate import Site, meta_model, sites
 from moefy.models.reorder import reorder
-from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.job import Job
 
 CARD, SOURCE_CARD = "README.md", "README.source.md"
 _SIDE_FILES = frozenset({META, SIDE, "records.json"})
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class _Moefied:
+    """A folder of convert, read as far as its weights."""
+
+    folder: Path
+    artefact: Artefact
+    checkpoint: Checkpoint
+    meta: PreTrainedModel
+    sites: list[Site]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Moefied":
+        artefact, checkpoint = open_artefact(folder)
+        meta = meta_model(read_config(checkpoint))
+        return cls(folder, artefact, checkpoint, meta, sites(meta))
+
+    def check(self, target: Target) -> None:
+        """Raise `RecipeError` or `UnsupportedModel` where the target cannot hold this model."""
+        check(target, self.artefact, self.sites, self.meta.config)
+        if not type(self.meta).__name__.endswith("ForCausalLM"):
+            raise UnsupportedModel(
+                f"{self.folder}: {type(self.meta).__name__}; only models with a language-model head have "
+                "stock counterparts here, export --to dense"
+            )
 
 
 def export(
@@ -68,34 +94,14 @@ def export(
         raise MoefyError(
             f"quantize={quantize}: {to} keeps the dtype of its source; export --to gguf"
         )
-    folder, target = Path(folder), find_target(to)
-    artefact, checkpoint = open_artefact(folder)
-    config = read_config(checkpoint)
-    meta = meta_model(config)
-    found = sites(meta)
+    job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
+    target, source = find_target(to), _Moefied.read(Path(folder))
     if target is not None:
-        check(target, artefact, found, config)
-        if not type(meta).__name__.endswith("ForCausalLM"):
-            raise UnsupportedModel(
-                f"{folder}: {type(meta).__name__}; only models with a language-model head have "
-                "stock counterparts here, export --to dense"
-            )
-    output = OutputFolder(Path(out))
-    # What a killed export left behind is worth nothing: start again over it.
-    if output.begin(f"export {to}", resume=not overwrite, overwrite=overwrite):
-        shutil.rmtree(output.work / "model", ignore_errors=True)
-    finished = output.work / "model"
-    finished.mkdir()
-    try:
-        with output.full_disk():
-            if target is None:
-                record = _dense(folder, artefact, checkpoint, found, output, finished)
-            else:
-                record = _stock(folder, artefact, checkpoint, meta, found, target, output, finished)
-    except BaseException:
-        shutil.rmtree(output.work, ignore_errors=True)
-        raise
-    output.commit(finished)
+        source.check(target)
+    with job.running():
+        job.finished.mkdir()
+        record = _dense(source, job) if target is None else _stock(source, target, job)
+    job.commit()
     return {"kind": "export", "to": to, "out": str(out), **record}
 
 
@@ -118,30 +124,23 @@ def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dic
     return {**record, **made, "to": GGUF, "native": to, "warnings": said}
 
 
-def _stock(
-    folder: Path,
-    artefact: Artefact,
-    checkpoint: Checkpoint,
-    meta: PreTrainedModel,
-    found: list[Site],
-    target: Target,
-    output: OutputFolder,
-    finished: Path,
-) -> dict[str, Any]:
+def _stock(moefied: _Moefied, target: Target, job: Job) -> dict[str, Any]:
     """Write and verify a mixture of experts."""
-    entry, config = artefact.layers[0], meta.config
-    source = Source(checkpoint, meta, found, artefact)
-    stored = _name(source.spec(f"{found[0].path('down')}.weight")[1])
+    artefact, checkpoint, meta = moefied.artefact, moefied.checkpoint, moefied.meta
+    entry, config, finished = artefact.layers[0], meta.config, job.finished
+    source = Source(checkpoint, meta, moefied.sites, artefact)
+    stored = _name(source.spec(f"{moefied.sites[0].path('down')}.weight")[1])
     loaded_as = _name(config.dtype) if isinstance(config.dtype, torch.dtype) else stored
     stock = stock_config(target, entry, config, tied=source.tied, dtype=loaded_as)
-    planned = plan_tensors(target, source, found, artefact, meta_model(stock))
-    output.need(sum(tensor.bytes for tensor in planned))
+    planned = plan_tensors(target, source, moefied.sites, artefact, meta_model(stock))
+    size = sum(tensor.bytes for tensor in planned)
+    job.output.need(size)
     _copy_files(checkpoint.folder, finished)
     write_shards(finished, planned)
     text = json.dumps(config_json(stock), indent=2, sort_keys=True)
     (finished / "config.json").write_text(text + "\n", encoding="utf-8")
 
-    k, size = entry.selection["k"], entry.neurons // entry.experts
+    k, expert_size = entry.selection["k"], entry.neurons // entry.experts
     batches = verification_batches(checkpoint, config.vocab_size)
     exact = stored == "float32" or k & (k - 1) == 0
     record = {
@@ -149,44 +148,40 @@ def _stock(
         "experts": entry.experts - entry.shared,
         "shared_experts": entry.shared,
         "active": k,
-        "expert_size": size,
+        "expert_size": expert_size,
         "eps": sorted({layer.selection["eps"] for layer in artefact.layers}),
         "tied_embeddings": source.tied,
         "dtype": stored,
-        "bytes": sum(tensor.bytes for tensor in planned),
-        "verification": verify(folder, finished, batches, exact=exact, expert_size=size),
+        "bytes": size,
+        "verification": verify(
+            moefied.folder, finished, batches, exact=exact, expert_size=expert_size
+        ),
         "warnings": warnings(target, entry, config, stored),
     }
     (finished / CARD).write_text(export_card(artefact.source["name"], record), encoding="utf-8")
     return record
 
 
-def _dense(
-    folder: Path,
-    artefact: Artefact,
-    checkpoint: Checkpoint,
-    found: list[Site],
-    output: OutputFolder,
-    finished: Path,
-) -> dict[str, Any]:
+def _dense(moefied: _Moefied, job: Job) -> dict[str, Any]:
     """Write and verify the source's own architecture, its neurons in expert order."""
-    output.need(checkpoint.bytes)
-    adapter = artefact.form == ADAPTER
+    checkpoint, finished = moefied.checkpoint, job.finished
+    job.output.need(checkpoint.bytes)
+    adapter = moefied.artefact.form == ADAPTER
     weights = {file.name for file in checkpoint.files} if adapter else {*_SIDE_FILES, CARD}
     copy_folder(checkpoint.folder, finished, skip=weights)
     if not adapter and (finished / SOURCE_CARD).exists():
         shutil.move(finished / SOURCE_CARD, finished / CARD)
     if adapter:
-        reorder(checkpoint, finished, found, artefact, Reporter(quiet=True))
-    config = read_config(checkpoint)
+        reorder(checkpoint, finished, moefied.sites, moefied.artefact, job.report)
     record: dict[str, Any] = {
-        "architecture": type(meta_model(config)).__name__,
+        "architecture": type(moefied.meta).__name__,
         "bytes": checkpoint.bytes,
         "warnings": [],
     }
-    if found[0].family.kind == "decoder":
-        batches = verification_batches(checkpoint, config.get_text_config().vocab_size)
-        record["relative_error"] = verify_dense(folder, finished, batches)
+    if moefied.sites[0].family.kind == "decoder":
+        words = moefied.meta.config.get_text_config().vocab_size
+        batches = verification_batches(checkpoint, words)
+        record["relative_error"] = verify_dense(moefied.folder, finished, batches)
     return record
 
 

@@ -21,7 +21,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
 from moefy.inspection.controls import random_partition
 from moefy.inspection.controls.corpora import replication, texts
-from moefy.inspection.controls.gauge import balanced, on_cpu
+from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
@@ -243,7 +243,7 @@ def test_planted_blocks_are_recovered_by_the_partition_methods(by_domain, method
     module = sparse_mlps(model)[0]
     mixed = torch.randperm(module.weights.neurons, generator=torch.Generator().manual_seed(2))
     found = partition(
-        on_cpu(module.weights).take(mixed), x_TD, experts=planted.DOMAINS, method=method
+        module.weights.on_cpu().take(mixed), x_TD, experts=planted.DOMAINS, method=method
     )
     assert adjusted_rand_score(mixed // planted.CONTENT, found.owner_N) > 0.95
 

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger, bare
-from moefy.inspection.controls.gauge import on_cpu
 from moefy.inspection.part import Pass, PassPart, State
 from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.table import Table, joined, table
@@ -156,7 +155,7 @@ class RandomPartitions(PassPart[State]):
         x_TD = torch.from_numpy(inputs_TD).to(mlp.up_ND.device)
         held = _Held.of(mlp, x_TD, k_T, experts, ways)
         real = held.figures(torch.arange(mlp.neurons))
-        order_N = canonical_order(on_cpu(mlp))
+        order_N = canonical_order(mlp.on_cpu())
         random = [
             held.figures(order_N[torch.from_numpy(draw.permutation(mlp.neurons))])
             for draw in (np.random.default_rng([self.seed, layer, r]) for r in range(self.draws))

@@ -9,7 +9,7 @@ Everything is inside: styles, scripts and, in base64, the blocks that the page i
 
 Figures have the three digits that are shown, and of the examples only the shown ones are here:
 `inspection.json` has everything. A policy in the page forbids it to connect anywhere, and to run any
-script but its own, whatever a text holds. `serve` shows the folder on this machine's own address.
+script but its own, whatever a text holds.
 """
 
 import base64
@@ -250,41 +250,3 @@ def _json(value: Any) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # Half of a surrogate pair is no UTF-8, but what it is replaced by here is JSON's escape of it.
     return text.encode("utf-8", errors="backslashreplace")
-
-
-LOOPBACK = "127.0.0.1"
-
-
-def server(folder: str | Path, port: int = 0) -> http.server.ThreadingHTTPServer:
-    """A server of this folder that only this machine can reach; port 0 is any that is free.
-
-    `serve_forever()` runs it; `server_address` says where. Raises `MoefyError` where there is no
-    report or the port is taken.
-    """
-    folder = Path(folder)
-    if not (folder / "index.html").is_file():
-        raise MoefyError(f"{folder}: holds no index.html; give a folder that moefy inspect wrote")
-    handler = functools.partial(_Handler, directory=str(folder))
-    try:
-        return http.server.ThreadingHTTPServer((LOOPBACK, port), handler)
-    except OSError as error:
-        raise OutputError(f"port {port}: cannot be used ({error.strerror}); give another") from None
-
-
-def serve(folder: str | Path, port: int, say: Callable[[str], None]) -> None:
-    """Serve the folder until Ctrl-C; `say` is told the address first. Errors are those of `server`."""
-    with server(folder, port) as found:
-        say(f"http://{LOOPBACK}:{found.server_address[1]}/")
-        with contextlib.suppress(KeyboardInterrupt):
-            found.serve_forever()
-
-
-class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, without a line on stderr for each."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-    def list_directory(self, path: object) -> None:
-        """Show pages only."""
-        self.send_error(http.HTTPStatus.NOT_FOUND)
