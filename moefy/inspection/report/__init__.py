@@ -13,16 +13,12 @@ script but its own, whatever a text holds.
 """
 
 import base64
-import contextlib
-import functools
 import gzip
 import hashlib
 import html
-import http.server
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from moefy.errors import MoefyError, OutputError
+from moefy.errors import OutputError
 from moefy.inspection.record import Inspection
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
