@@ -6,9 +6,11 @@ error of the user's is one line and exit code 1, a usage error exit code 2.
 
 import functools
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,6 +41,11 @@ Precision = Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Setting a=b of the training; may be repeated.")
 ]
+READERS = {
+    "bench", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+}  # fmt: skip
+"""Verbs that read folders which moefy convert wrote."""
+PLUGINS = "Import code that the folder names; only for folders that you trust."
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
@@ -62,16 +69,27 @@ def verb(run: Callable[..., Shown]) -> None:
         ],
         "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
     }
+    if run.__name__.rstrip("_") in READERS:
+        extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
     signature = inspect.signature(run, eval_str=True)
     takes = signature.parameters.keys()
 
     @functools.wraps(run)
-    def command(as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
+    def command(
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        debug: bool,
+        plugins: bool = False,
+        **arguments: Any,
+    ) -> None:
         common = {"quiet": quiet, "verbose": verbose}
         arguments |= {name: value for name, value in common.items() if name in takes}
         _hush(verbose)
+        _say_anything()
         try:
-            shown = run(**arguments)
+            with _plugins() if plugins else nullcontext():
+                shown = run(**arguments)
         except MoefyError as error:
             _fail(error, debug)
         except KeyboardInterrupt:
@@ -91,13 +109,22 @@ def verb(run: Callable[..., Shown]) -> None:
     app.command(run.__name__.rstrip("_"))(command)
 
 
+def _plugins() -> AbstractContextManager[None]:
+    from moefy.models.artefact import allow_plugins
+
+    return allow_plugins()
+
+
 def _show(shown: Shown, as_json: bool) -> None:
     if as_json and shown.data is not None:
-        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=plain))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 160
+    # Paths and domains have brackets and colons of their own.
+    console = Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
     for item in shown.view:
-        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+        console.print(item)
 
 
 def _fail(error: MoefyError, debug: bool) -> NoReturn:
@@ -106,6 +133,13 @@ def _fail(error: MoefyError, debug: bool) -> NoReturn:
         raise error
     typer.echo(f"moefy: {error}", err=True)
     raise typer.Exit(1) from None
+
+
+def _say_anything() -> None:
+    """What a terminal has no letters for is shown as `?` on it; no result is lost at the last line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def _hush(verbose: bool) -> None:
