@@ -34,11 +34,9 @@ from moefy.inspection.removal.source import (
     units_of,
 )
 from moefy.inspection.removal.summary import card, draw
-from moefy.recipe import from_dict
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
-from moefy.run.provenance import machine, versions
-from moefy.run.stages import Stages, digest
+from moefy.run.job import Job
+from moefy.run.provenance import machine
 
 TOKENS = 20_000
 """Tokens that are read for each part, of the domain to forget and the others together."""
@@ -75,26 +73,18 @@ def prune(
     the user's to mend; `out` then is as it was.
     """
     allowed = _allowed(share, retain_loss)
+    job = Job("prune", out, resume=resume, overwrite=overwrite, quiet=quiet)
     source, text = open_source(model, unit), load_corpus(corpus)
     domains = choose_domains(text, forget, None if retain is None else list(retain))
-    split = from_dict(source.artefact.recipe).seed if source.artefact.recipe else seed
-    parts = read_parts(source.checkpoint, text, domains, tokens, split=split, seed=seed)
-    output, report = OutputFolder(Path(out)), Reporter(quiet=quiet)
-    decided = [source.checkpoint.hashes(), source.artefact.sha256, forget, domains.retain, unit, allowed,
-               tokens, seed, text.sha256, versions()]  # fmt: skip
-    output.begin(digest(decided), resume=resume, overwrite=overwrite)
-    output.need(source.checkpoint.bytes)
-    with output.full_disk():
-        removal = _Removal.of(source, parts, unit, seed, report, Stages(output.work / "points"))
-        try:
-            count = removal.count(allowed)
-        except MoefyError:
-            output.discard()
-            raise
-        about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
+    parts = read_parts(source, text, domains, tokens, seed=seed)
+    about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
+    decided = [source.decided, text.sha256, about, tokens, seed]
+    with job.running(decided, disk=source.checkpoint.bytes, worthless=(MoefyError,)):
+        removal = _Removal.of(source, parts, unit, seed, job)
+        count = removal.count(allowed)
         record = removal.record(count, text, about)
-        removal.write(record, count, output.work / "model")
-    output.commit(output.work / "model")
+        removal.write(record, count, job.finished)
+    job.commit()
     return record
 
 
@@ -126,12 +116,10 @@ class _Removal:
     """Numbers of the units, those to go first in front."""
 
     @classmethod
-    def of(
-        cls, source: Source, parts: Parts, unit: str, seed: int, report: Reporter, stages: Stages
-    ) -> "_Removal":
+    def of(cls, source: Source, parts: Parts, unit: str, seed: int, job: Job) -> "_Removal":
         engine = source.engine()
-        order = ranked(engine, parts.rank, unit, report)
-        return cls(source, parts, Judge(engine, stages), unit, seed, report, order)
+        order = ranked(engine, parts.rank, unit, job.report)
+        return cls(source, parts, Judge(engine, job.stages), unit, seed, job.report, order)
 
     def first(self, count: int) -> Neurons:
         """The neurons of the first units."""

@@ -57,6 +57,11 @@ class Source:
         return str(self.artefact.source["name"])
 
     @property
+    def decided(self) -> list[dict[str, str]]:
+        """What tells it from other sources."""
+        return [self.checkpoint.hashes(), self.artefact.sha256]
+
+    @property
     def sites(self) -> list[Site]:
         """Its MLPs."""
         return sites(meta_model(read_config(self.checkpoint)))
