@@ -157,26 +157,26 @@ def balanced(mlp: DenseMlp) -> DenseMlp:
     set so that `||u_j|| = ||d_j||`, biases included in `u_j`; its sign is that of `canonical_gauge`.
     """
     mlp = mlp.on_cpu()
-    found = canonical_gauge(mlp, canonical_order(mlp))
+    same = canonical_gauge(mlp, canonical_order(mlp))
     degree = 1 if mlp.gate_ND is not None else HOMOGENEOUS.get(mlp.activation, 0)
     if not degree:
-        return found
-    square_N = found.up_ND.square().sum(1)
-    if found.up_bias_N is not None:
-        square_N = square_N + found.up_bias_N.square()
-    up_N, down_N = square_N.sqrt(), found.down_ND.norm(dim=1)
+        return same
+    square_N = same.up_ND.square().sum(1)
+    if same.up_bias_N is not None:
+        square_N = square_N + same.up_bias_N.square()
+    up_N, down_N = square_N.sqrt(), same.down_ND.norm(dim=1)
     scale_N = (down_N / up_N).pow(1 / (1 + degree))
     # A neuron that reads or writes nothing stays as it is.
     scale_N = torch.where((up_N > 0) & (down_N > 0), scale_N, torch.ones_like(scale_N))
-    bias_N = None if found.up_bias_N is None else found.up_bias_N * scale_N
+    bias_N = None if same.up_bias_N is None else same.up_bias_N * scale_N
     return DenseMlp(
-        up_ND=found.up_ND * scale_N[:, None],
-        down_ND=found.down_ND / scale_N[:, None] ** degree,
-        activation=found.activation,
-        gate_ND=found.gate_ND,
+        up_ND=same.up_ND * scale_N[:, None],
+        down_ND=same.down_ND / scale_N[:, None] ** degree,
+        activation=same.activation,
+        gate_ND=same.gate_ND,
         up_bias_N=bias_N,
-        gate_bias_N=found.gate_bias_N,
-        down_bias_D=found.down_bias_D,
+        gate_bias_N=same.gate_bias_N,
+        down_bias_D=same.down_bias_D,
     )
 
 
@@ -212,15 +212,15 @@ def compared(trained: Table, random: Mapping[str, Table]) -> Table:
     controls' (Wilcoxon's signed ranks, p < .05), the same verdict for every layer; None below six
     layers, which cannot say so.
     """
-    given = {"trained": trained, **random}
-    by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in given.items()}
-    names = [name for name in figures(trained) if all(name in t for t in given.values())]
-    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *given, "separates")}
+    every = {"trained": trained, **random}
+    by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in every.items()}
+    names = [name for name in figures(trained) if all(name in t for t in every.values())]
+    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *every, "separates")}
     for name in names:
-        all_ = {who: [row[name] for row in found.values()] for who, found in by_layer.items()}
+        all_ = {who: [row[name] for row in layers.values()] for who, layers in by_layer.items()}
         over_layers = _ordered(all_)
         for layer in by_layer["trained"]:
-            here = {who: found[layer] for who, found in by_layer.items()}
+            here = {who: layers[layer] for who, layers in by_layer.items()}
             columns["layer"].append(layer)
             columns["figure"].append(name)
             for who, row in here.items():
@@ -242,10 +242,10 @@ def _apart(here: dict[str, dict[str, Any]], name: str) -> bool | None:
 
 def _ordered(values: dict[str, list[Any]]) -> bool | None:
     """Whether the trained figures differ from both controls' in one direction over layers."""
-    kept = {who: np.array(v, dtype=float) for who, v in values.items()}
+    arrays = {who: np.array(v, dtype=float) for who, v in values.items()}
     signs = set()
-    for who, control in kept.items():
-        away = kept["trained"] - control
+    for who, control in arrays.items():
+        away = arrays["trained"] - control
         away = away[~np.isnan(away)]
         if who == "trained":
             continue

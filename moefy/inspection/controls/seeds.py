@@ -187,8 +187,8 @@ def _agreement(
 
 def _mean(values: Iterable[float]) -> float:
     """NaN of nothing: a method that does not depend on the seed has no pairs of seeds."""
-    given = list(values)
-    return sum(given) / len(given) if given else float("nan")
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def matched(own_N: Ints, other_N: Ints) -> NDArray[np.float64]:

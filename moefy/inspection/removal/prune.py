@@ -171,8 +171,8 @@ class _Removal:
         base, chosen = (self.judge.pair(n, g, part) for n, g in (("base", {}), ("chosen", removed)))
         curve = self.curve({0: base, count: chosen})
         drawn = {name: control.draw(removal) for name, control in CONTROLS.items()}
-        pairs = {name: self.pairs(name, found.sets) for name, found in drawn.items() if found.sets}
-        at = {name: mean_row(found, base, part) for name, found in pairs.items()}
+        pairs = {name: self.pairs(name, some.sets) for name, some in drawn.items() if some.sets}
+        at = {name: mean_row(some, base, part) for name, some in pairs.items()}
         others = [pair[0] for pair in pairs[ENERGY]]
         self.report.say("relearn")
         return {
@@ -206,11 +206,11 @@ class _Removal:
         ]
 
     def relearned(self, removed: Neurons) -> dict[str, Any]:
-        """What the relearning test found, kept when it is done."""
+        """What the relearning test record, kept when it is done."""
         stages = self.judge.stages
         if not stages.has("relearning"):
-            found = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
-            stages.keep("relearning", found)
+            record = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
+            stages.keep("relearning", record)
         return dict(stages.read("relearning"))
 
     def write(self, record: dict[str, Any], count: int, folder: Path) -> None:
