@@ -26,7 +26,7 @@ from moefy import recipe as recipes
 from moefy.conversion.allocate import needs_tuning, tune
 from moefy.conversion.capture import Captured, capture
 from moefy.conversion.layer import fit_layer, layer_sample, split_layer
-from moefy.conversion.plan import Plan, inputs_read, plan
+from moefy.conversion.plan import Plan, plan, router_of
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role, tokens_of_roles
@@ -46,7 +46,7 @@ from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.partition.partition import Partition
-from moefy.methods.routers.oracle import OracleRouter
+from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.artefact import FULL, Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, side_of, sites
@@ -129,7 +129,7 @@ class Comparison:
         )
         model, _ = self._moefied(replace(single, seed=self.seed))
         for module in sparse_mlps(model).values():
-            module.router = OracleRouter(module.weights.width, module.experts, 0)
+            module.router = OracleRouter(module.weights.width, module.experts)
         return {"seed": self.seed, **self.quality(model), "seconds": 0.0}
 
     def neurons(self) -> int:
@@ -159,7 +159,7 @@ class Comparison:
 
         def read(active: float) -> float:
             density = active / entry.experts
-            settings = {**entry.router, "inputs": inputs_read(site, recipe, density)}
+            settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
             run = density * (1 - router.computes_gate / mlp.matrices)
             extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)

@@ -1,7 +1,7 @@
 """Fit one layer's router, selection and compensation on what was captured of it.
 
 A router is fitted to predict a target (`moefy.methods.targets`), by default the norm of what every
-expert would add, under a loss (`moefy.methods.losses`). How good it is, is always measured the same
+expert would add, under a loss (`moefy.methods.targets`). How good it is, is always measured the same
 way: by the squared contribution that the experts it chose capture on held-out documents.
 
 Shapes: T tokens, D width, N routed neurons, E routed experts.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moefy.methods.base import Compensation, Router, Selection
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import LOSSES, TARGETS, choose, expert_norms
 from moefy.methods.targets import Target, deviation
 from moefy.models.mlp import DenseMlp
