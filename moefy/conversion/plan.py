@@ -298,9 +298,11 @@ def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
         if name not in known:
             raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
     given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
-    inputs = LargestInputsRouter.planned(site, given, density)
-    own = kind.planned(site, {**given, **wanted.settings}, density)
-    return {"name": wanted.name, **given, **vars(inputs), **vars(own)}
+    inputs = vars(LargestInputsRouter.planned(site, given, density))
+    own = vars(kind.planned(site, {**given, **wanted.settings}, density))
+    entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
+    others = {name: own[name] for name in own if name not in given}
+    return {**entry, "settings": others} if others else entry
 
 
 def _size(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 Shapes: T tokens, D width, E routed experts.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from moefy.errors import RecipeError
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
+from moefy.models.schema import Field, number, optional
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Router(nn.Module):
         Raises `RecipeError` for one of another type, and where one without a default is not given.
         """
         types, values = get_type_hints(cls.Settings), {}
+        given = {**given, **(given.get("settings") or {})}
         for field in fields(cls.Settings):
             if field.name in given:
                 value, kind = given[field.name], types[field.name]
@@ -134,6 +137,15 @@ class Selection:
     def settings(self) -> dict[str, Any]:
         """JSON values that rebuild this selection: `type(self)(**settings)`."""
         return dict(vars(self))
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What each of `settings` may be where there are `experts` routed ones.
+
+        Nothing is made of settings that are something else. A selection that does not say takes a
+        number, or null, for each of its arguments.
+        """
+        return {name: optional(number()) for name in inspect.signature(cls).parameters}
 
 
 class Compensation(nn.Module):

@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("planted"), {}
     for kind in ("domain", "token", "coin"):
         out, corpus = planted.build(folder, kind)
-        model = load(out)
+        model = load(out, plugins=kind == "coin")
         reading = read(model, corpus)
         everything = np.ones(len(reading.documents), dtype=bool)
         sampler = heard_by(model, reading, partial(RoutingSampler, chosen_Q=everything))

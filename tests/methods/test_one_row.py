@@ -102,7 +102,7 @@ def test_all_three_are_used_by_a_conversion(mine, folder):
     artefact = read_artefact(folder)
     assert artefact.recipe["router"]["settings"] == {"power": 3}
     entry = artefact.layers[0]
-    assert entry.router["power"] == 3 and entry.router["offset"] == 0.5
+    assert entry.router["settings"] == {"power": 3, "offset": 0.5}
     model = moefy.load(folder)
     module = of(model).mlps[0]
     assert isinstance(module.router, mine.Powers)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moefy.methods.base import Context, Selection
+from moefy.models.schema import Field, number, whole
 
 
 class TopK(Selection):
@@ -19,6 +20,11 @@ class TopK(Selection):
 
     def __init__(self, k: int) -> None:
         self.k = k
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopK":
@@ -70,6 +76,11 @@ class SoftmaxTopK(Selection):
     def __init__(self, k: int, eps: float) -> None:
         self.k = k
         self.eps = eps
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts), "eps": number(0, above=True)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "SoftmaxTopK":

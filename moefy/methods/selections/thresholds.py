@@ -11,6 +11,7 @@ from torch import Tensor
 from moefy.errors import RecipeError
 from moefy.methods.base import Context, Selection
 from moefy.methods.selections.ranked import capped
+from moefy.models.schema import Field, number, optional, whole
 
 STEPS = 50
 SLACK = 1.0005
@@ -50,6 +51,11 @@ class Threshold(Selection):
     def __init__(self, threshold: float, most: int | None = None) -> None:
         self.threshold = threshold
         self.most = most
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"threshold": number(), "most": optional(whole(0))}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Threshold":
@@ -93,6 +99,11 @@ class DynamicK(Selection):
         self.most = most
 
     @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"tau": number(0, 1), "most": optional(whole(0))}
+
+    @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "DynamicK":
         """The `tau` with which `active` experts a token run on average.
 
@@ -129,6 +140,11 @@ class TopP(Selection):
         self.p = p
         self.most = most
         self.scale = scale
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"p": number(0, 1), "most": optional(whole(0)), "scale": number(0, above=True)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopP":
