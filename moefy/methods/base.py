@@ -43,6 +43,9 @@ class Router(nn.Module):
     reads_input_alone: ClassVar[bool] = False
     """True where nothing is taken from gate and up rows, so that it can score attention heads."""
 
+    reads_gate: ClassVar[bool] = False
+    """True where there is nothing to read in an MLP without a gate."""
+
     @classmethod
     def make(cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]) -> "Router":
         """The router of a layer of `neurons` routed neurons; `settings` is `router` of its entry."""

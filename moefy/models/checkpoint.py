@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.errors import CheckpointError
+from moefy.models.refusals import refuse_adapter, refuse_pointer
 from moefy.run.output import whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,6 +53,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises `CheckpointError` where the file is cut short or its header is damaged.
     """
+    refuse_pointer(file)
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -100,9 +102,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: not a model folder; give the folder that holds config.json"
             )
+        refuse_adapter(folder)
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise CheckpointError(f"{folder}: no config.json; is this a transformers model folder?")
+        refuse_pointer(config_file)
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -206,6 +210,17 @@ class Checkpoint:
             )
         return _DTYPES[stored.dtype]
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files, whole or not; a plan needs none."""
+        return any((self.folder / name).is_file() for name in (SINGLE, INDEX))
+
+    @property
+    def other_files(self) -> list[Path]:
+        """The files beside the weights, which a conversion copies."""
+        weights = self.files if self.has_weights else []
+        return [file for file in visible_files(self.folder) if file not in weights]
+
     @cached_property
     def bytes(self) -> int:
         """Size of the weight files."""
@@ -240,15 +255,22 @@ def sha256(file: Path) -> str:
 
 def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
     """Copy a model folder file by file; none appears before it is whole."""
-    for file in sorted(source.rglob("*")):
+    for file in visible_files(source):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not file.is_file() or hidden or str(relative) in skip:
+        if str(relative) in skip:
             continue
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
         with whole(copy) as part:
             shutil.copyfile(file, part)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below it, in order; what is hidden is left out."""
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield file
 
 
 def outline(source: Path, target: Path) -> None:

@@ -73,7 +73,7 @@ def disk(todo: Plan, reading: Reading, evaluated: list[Batch]) -> int:
     positions = sum(b.inputs["input_ids"].numel() for batches, _ in groups for b in batches)
     width = max(site.width for site in todo.sites)
     # Dense and sparse, in at most 4 bytes.
-    return todo.weights + 2 * 2 * 4 * positions * width
+    return todo.weights + todo.other + 2 * 2 * 4 * positions * width
 
 
 def stream(job: Job, *, follow: bool = True) -> Converted:
