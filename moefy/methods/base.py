@@ -28,6 +28,10 @@ class Context:
     previous_TD: Tensor | None = None
     """Input of the MLP before this one in the same pass, for routers that look ahead."""
 
+    def __reduce__(self) -> tuple[type["Context"], tuple[()]]:
+        """A copied or pickled model has no pass behind it: none of its tensors go along."""
+        return Context, ()
+
 
 class Router(nn.Module):
     """Scores `[T, E]` of the routed experts from the input of the MLP; a higher score runs first.
