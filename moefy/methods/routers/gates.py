@@ -161,6 +161,7 @@ class SelfGatingRouter(Router):
     """
 
     trainable = False
+    reads_gate = True
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
