@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import convert, load
 from moefy.inspection.describe import describe
+from moefy.inspection.part import Pass
 from moefy.inspection.texts.reading import read
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe
 from moefy.run.memory import peak_memory
@@ -68,7 +69,7 @@ def one(folder: Path, tokens: int) -> dict[str, Any]:
     reading = read(model, documents(tokens), tokens=tokens)
     after = psutil.Process().memory_info().rss
     began = time.perf_counter()
-    describe(model, reading)
+    describe(Pass(model, reading))
     return {
         "tokens": int(reading.tokens_D.sum()),
         "documents": len(reading.documents),

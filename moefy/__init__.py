@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.conversion.convert import convert as convert
-    from moefy.experts.backends.linears import native_linears as native_linears
+    from moefy.experts.backends.cpu import native_linears as native_linears
     from moefy.experts.backends.stock_moe import register_experts as register_experts
     from moefy.experts.loading import load as load
     from moefy.inspection.diff import diff as diff
@@ -31,7 +31,7 @@ _HOME = {
     "diff": "moefy.inspection.diff",
     "inspect": "moefy.inspection.inspect",
     "load": "moefy.experts.loading",
-    "native_linears": "moefy.experts.backends.linears",
+    "native_linears": "moefy.experts.backends.cpu",
     "prune": "moefy.inspection.removal.prune",
     "recover": "moefy.training.recover",
     "register_experts": "moefy.experts.backends.stock_moe",

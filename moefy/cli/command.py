@@ -6,6 +6,7 @@ error of the user's is one line and exit code 1, a usage error exit code 2.
 
 import functools
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def verb(run: Callable[..., Shown]) -> None:
         common = {"quiet": quiet, "verbose": verbose}
         arguments |= {name: value for name, value in common.items() if name in takes}
         _hush(verbose)
+        _say_anything()
         try:
             shown = run(**arguments)
         except MoefyError as error:
@@ -93,11 +95,14 @@ def verb(run: Callable[..., Shown]) -> None:
 
 def _show(shown: Shown, as_json: bool) -> None:
     if as_json and shown.data is not None:
-        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=plain))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 160
+    # Paths and domains have brackets and colons of their own.
+    console = Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
     for item in shown.view:
-        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+        console.print(item)
 
 
 def _fail(error: MoefyError, debug: bool) -> NoReturn:
@@ -106,6 +111,13 @@ def _fail(error: MoefyError, debug: bool) -> NoReturn:
         raise error
     typer.echo(f"moefy: {error}", err=True)
     raise typer.Exit(1) from None
+
+
+def _say_anything() -> None:
+    """What a terminal has no letters for is shown as `?` on it; no result is lost at the last line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def _hush(verbose: bool) -> None:

@@ -463,7 +463,8 @@ def bench(
         check_plot(plot)
     record = run(
         model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled,
-        linears=linears, experts=dict(one.partition("=")[::2] for one in experts or ()), gguf=gguf or (), batches=batches,
+        linears=linears, experts=dict(one.partition("=")[::2] for one in experts or ()), gguf=gguf or (),
+        batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
         calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip

@@ -29,15 +29,14 @@ from moefy.exporting.targets import (
     stock_config,
     warnings,
 )
-from moefy.exporting.tensors import Source, plan_tensors, write_shards, writing
+from moefy.exporting.tensors import Source, plan_tensors, write_shards
 from moefy.exporting.verification import verification_batches, verify, verify_dense
 from moefy.models.artefact import ADAPTER, META, SIDE, open_artefact
 from moefy.models.checkpoint import INDEX, copy_folder
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model
 from moefy.models.reorder import reorder
-from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.job import Job
 
 CARD, SOURCE_CARD = "README.md", "README.source.md"
 _SIDE_FILES = frozenset({META, SIDE, "records.json"})
@@ -67,19 +66,18 @@ def export(
         raise MoefyError(
             f"quantize={quantize}: {to} keeps the dtype of its source; export --to gguf"
         )
+    job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
     artefact, checkpoint = open_artefact(folder)
     source = Source(checkpoint, artefact)
     if target is not None:
         check(target, artefact, source.sites, source.meta)
-    with writing(out, f"export {to}", overwrite=overwrite) as output:
-        finished = output.work / "model"
-        shutil.rmtree(finished, ignore_errors=True)
-        finished.mkdir()
+    with job.running():
+        job.finished.mkdir()
         if target is None:
-            record = _dense(folder, source, output, finished)
+            record = _dense(folder, source, job)
         else:
-            record = _stock(folder, source, target, output, finished)
-        output.commit(finished)
+            record = _stock(folder, source, target, job)
+    job.commit()
     return {"kind": "export", "to": to, "out": str(out), **record}
 
 
@@ -102,17 +100,15 @@ def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dic
     return {**record, **made, "to": GGUF, "native": to, "warnings": cautions}
 
 
-def _stock(
-    folder: Path, source: Source, target: Target, output: OutputFolder, finished: Path
-) -> dict[str, Any]:
+def _stock(folder: Path, source: Source, target: Target, job: Job) -> dict[str, Any]:
     """Write and verify a mixture of experts."""
-    entry, config = source.artefact.layers[0], source.config
+    entry, config, finished = source.artefact.layers[0], source.config, job.finished
     stored = _name(source.spec(f"{source.sites[0].path('down')}.weight")[1])
     loaded_as = _name(config.dtype) if isinstance(config.dtype, torch.dtype) else stored
     stock = stock_config(target, entry, config, tied=source.tied, dtype=loaded_as)
     planned = plan_tensors(target, source, meta_model(stock))
     size = sum(tensor.bytes for tensor in planned)
-    output.need(size)
+    job.output.need(size)
     _copy_files(source.checkpoint.folder, finished)
     write_shards(finished, planned)
     text = json.dumps(config_json(stock), indent=2, sort_keys=True)
@@ -138,17 +134,17 @@ def _stock(
     return record
 
 
-def _dense(folder: Path, source: Source, output: OutputFolder, finished: Path) -> dict[str, Any]:
+def _dense(folder: Path, source: Source, job: Job) -> dict[str, Any]:
     """Write and verify the source's own architecture, its neurons in expert order."""
-    checkpoint, artefact = source.checkpoint, source.artefact
-    output.need(checkpoint.bytes)
+    checkpoint, artefact, finished = source.checkpoint, source.artefact, job.finished
+    job.output.need(checkpoint.bytes)
     adapter = artefact.form == ADAPTER
     weights = {file.name for file in checkpoint.files} if adapter else {*_SIDE_FILES, CARD}
     copy_folder(checkpoint.folder, finished, skip=weights)
     if not adapter and (finished / SOURCE_CARD).exists():
         shutil.move(finished / SOURCE_CARD, finished / CARD)
     if adapter:
-        reorder(checkpoint, finished, source.sites, artefact, Reporter(quiet=True))
+        reorder(checkpoint, finished, source.sites, artefact, job.report)
     record: dict[str, Any] = {
         "architecture": type(source.meta).__name__,
         "bytes": checkpoint.bytes,

@@ -18,7 +18,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -35,7 +34,6 @@ from moefy.models.artefact import ADAPTER, Artefact
 from moefy.models.checkpoint import INDEX, Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute, sites
-from moefy.run.output import OutputFolder
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -201,19 +199,6 @@ def _piece(
 
     shape = _shape(site, role, neurons.stop - neurons.start)
     return Planned(name, shape, source.spec(whole)[1], make)
-
-
-@contextmanager
-def writing(out: Path, what: str, *, overwrite: bool) -> Iterator[OutputFolder]:
-    """Where an export is written; `out` is as it was unless the output is put in its place meanwhile."""
-    output = OutputFolder(out)
-    # What a killed export left behind is worth nothing: start again over it.
-    output.begin(what, resume=not overwrite, overwrite=overwrite)
-    try:
-        with output.full_disk():
-            yield output
-    finally:
-        output.discard()
 
 
 def write_shards(folder: Path, planned: list[Planned], shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,126 +1,71 @@
-"""What one pass tells: contributions, examples, direct effects, the statistics of routing, and how all
-that compares with random partitions and other texts.
+"""The one pass: its parts, as rows, and the tables that they give.
 
-`Description` holds the listeners of what experts contribute, and puts their tables together.
+contributions, examples, directions and direct effects, concepts, near duplicates     of experts
+routing                                        which experts run for what, and what explains it
+random partitions, other texts                 how all that compares, with `controls`
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from transformers import PreTrainedModel
-
-from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.observe import Listener, Shared, gather, observe
-from moefy.inspection.account.unembedding import Unembedding, find_unembedding
-from moefy.inspection.controls.corpora import replication
+from moefy.inspection.account.observe import observe
 from moefy.inspection.controls.random_partition import RandomPartitions
-from moefy.inspection.experts.concepts import Predictivity, enrichment
+from moefy.inspection.experts.concepts import Predictivity
 from moefy.inspection.experts.contributions import Contributions
-from moefy.inspection.experts.direct import DirectEffects
-from moefy.inspection.experts.examples import Examples, sizes
-from moefy.inspection.experts.near_duplicates import neuron_families
+from moefy.inspection.experts.direct import DirectEffects, Spectrum
+from moefy.inspection.experts.examples import Examples
+from moefy.inspection.experts.near_duplicates import NearDuplicates
 from moefy.inspection.experts.router import RouterQualityOfExperts
-from moefy.inspection.experts.spectrum import Spectrum
-from moefy.inspection.routing.sample import TOKENS, RoutingSample, RoutingSampler, drawn_documents
-from moefy.inspection.routing.statistics import routing_statistics
-from moefy.inspection.texts.reading import Reading
+from moefy.inspection.part import Pass, PassPart, gather
+from moefy.inspection.routing.statistics import Routing
 from moefy.inspection.texts.table import Table
-from moefy.run.console import Reporter
-from moefy.run.processes import ALONE, Processes
 
-
-def describe(
-    model: PreTrainedModel,
-    reading: Reading,
-    *,
-    controls: bool = True,
-    seed: int = 0,
-    report: Reporter | None = None,
-    processes: Processes = ALONE,
-) -> dict[str, Table]:
-    """All descriptive tables of a moefied model, from one pass over what is read.
-
-    With `controls` the pass also feeds random partitions, and figures are compared between texts.
-    With `processes`, all of which call this, each runs some of the batches and some of the layers'
-    random partitions; the first makes the tables, and in the others there are none.
-    """
-    modules = sparse_mlps(model)
-    unembedding = None
-    if reading.kind == "decoder":
-        unembedding = find_unembedding(model, reading.batches[0].inputs["input_ids"][0])
-    found = Description(model, reading, unembedding, seed=seed)
-    chosen_D = drawn_documents(reading.tokens_D, TOKENS, seed)
-    sampler = RoutingSampler(reading.documents, chosen_D, len(modules))
-    shared: list[Shared] = [*found.listeners, sampler]
-    random = RandomPartitions(reading, modules, seed=seed) if controls else None
-    listeners: list[Listener] = [*shared] if random is None else [*shared, random]
-    if not processes.main:
-        observe(model, reading, [found.predictivity.scales], batches=[0])
-    mine = list(processes.mine(range(len(reading.batches))))
-    observe(model, reading, listeners, unembedding=unembedding, batches=mine, report=report)
-    gather(shared, modules, processes)
-    drawn = {} if random is None else random.tables(report, processes)
-    if not processes.main:
-        return {}
-
-    def routing(sample: RoutingSample, who: Reporter | None = None) -> dict[str, Table]:
-        return routing_statistics(sample, reading.vocabulary, seed=seed, report=who)
-
-    sample = sampler.sample()
-    parts = [found.tables(), routing(sample, report)]
-    if controls:
-        parts += [drawn, replication(sample, routing, seed=seed)]
-    return merged(parts)
-
-
+PARTS: dict[str, Callable[[Pass], PassPart[Any]]] = {
+    "contributions": Contributions,
+    "router": RouterQualityOfExperts,
+    "examples": Examples,
+    "spectrum": Spectrum,
+    "direct": DirectEffects,  # after the spectrum, whose directions it follows
+    "predictivity": Predictivity,
+    "near_duplicates": NearDuplicates,
+    "routing": Routing,
+}
+"""What is heard in one pass, in the order in which their columns stand."""
+CONTROLS: dict[str, Callable[[Pass], PassPart[Any]]] = {"random_partitions": RandomPartitions}
+"""Parts that are made with `controls` alone."""
 KEYS = {"layers": ("layer",), "experts": ("layer", "expert")}
 """Tables of which every part gives columns, and the columns that name a row."""
 
 
-class Description:
-    """Everything about contributions, examples, direct effects and neurons of one model."""
+def describe(work: Pass) -> dict[str, Table]:
+    """All descriptive tables of a moefied model, from one pass over what is read.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reading: Reading,
-        unembedding: Unembedding | None,
-        *,
-        seed: int = 0,
-    ) -> None:
-        self.modules, self.seed = sparse_mlps(model), seed
-        kept, sampled = sizes(sum(module.experts for module in self.modules.values()))
-        self.contributions = Contributions(reading.documents)
-        self.router = RouterQualityOfExperts(reading, seed=seed)
-        self.examples = Examples(reading.documents, kept=kept, sampled=sampled, seed=seed)
-        self.spectrum = Spectrum()
-        self.direct = DirectEffects(reading, unembedding, self.spectrum, seed=seed)
-        self.predictivity = Predictivity(reading, seed=seed)
+    With several processes, all of which call this, each runs some of the batches and makes some of the
+    layers' random partitions; the first makes the tables, and in the others there are none.
+    """
+    main = work.processes.main
+    parts = listened(work, (PARTS | CONTROLS if work.controls else PARTS).values())
+    gather(parts, work.modules, work.processes)
+    tables = [part.tables() for part in parts if main or part.everywhere]
+    return merged(tables) if main else {}
 
-    @property
-    def listeners(self) -> list[Shared]:
-        """What `observe` hands ledgers to."""
-        return [
-            self.contributions,
-            self.router,
-            self.examples,
-            self.spectrum,
-            self.direct,
-            self.predictivity,
-        ]
 
-    def tables(self) -> dict[str, Table]:
-        """All tables, once the pass is over."""
-        return merged(
-            [
-                self.contributions.tables(),
-                self.router.tables(),
-                self.examples.tables(),
-                self.spectrum.tables(),
-                self.direct.tables(),
-                enrichment(self.predictivity, seed=self.seed),
-                neuron_families(self.modules),
-            ]
-        )
+def listened(
+    work: Pass, makers: Iterable[Callable[[Pass], PassPart[Any]]], batches: list[int] | None = None
+) -> list[PassPart[Any]]:
+    """Parts that have heard these batches, or this process's share of all."""
+    for make in makers:
+        work.parts.append(make(work))
+    before = [part.before for part in work.parts if part.before is not None]
+    if batches is None:
+        batches = list(work.processes.mine(range(len(work.reading.batches))))
+    if 0 not in batches:
+        observe(work.model, work.reading, before, batches=[0])
+    observe(
+        work.model, work.reading, work.parts,
+        unembedding=work.unembedding, batches=batches, report=work.report,
+    )  # fmt: skip
+    return work.parts
 
 
 def merged(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:

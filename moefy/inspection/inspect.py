@@ -7,11 +7,11 @@ Every part is in `moefy.inspection` and gives plain tables; this file only says 
 order. docs/inspection.md defines every column.
 """
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from moefy.inspection.controls.random_weights import random_weights
 from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
 from moefy.inspection.page_one import honesty
+from moefy.inspection.part import Pass
 from moefy.inspection.record import Inspection
 from moefy.inspection.report.page import Report
 from moefy.inspection.texts.reading import TOKENS, Reading, read
@@ -40,7 +41,7 @@ from moefy.run.processes import ALONE, Processes, launched
 from moefy.run.provenance import machine, versions
 from moefy.run.stages import Stages
 
-PARTS = ("controls", "causal")
+OPTIONAL = ("controls", "causal")
 """What may be skipped."""
 CONTROL_TOKENS = 20_000
 """Tokens that trained and random weights are compared on."""
@@ -98,137 +99,153 @@ def inspect(
 
     Raises `MoefyError` for anything that is the user's to mend.
     """
-    unknown = [part for part in skip if part not in PARTS]
-    if unknown:
-        raise MoefyError(unknown_choice("part to skip", unknown[0], PARTS))
-    if mode not in MODES:
-        raise MoefyError(unknown_choice("mode", mode, MODES))
-    if min(tokens, causal_tokens) < 1:
-        raise MoefyError(f"inspect on {tokens} and {causal_tokens} tokens: give at least 1 of each")
-    processes, began = launched(), time.perf_counter()
-    report = Reporter(quiet=quiet or not processes.main)
-    moefied = open_model(model, verify=True, dense=False)
-    reading = read(moefied, corpora, tokens=tokens)
-    # A model in memory may have been changed since it was loaded: only folders have parts to keep.
-    kept = out is not None and moefied is not model
-    work = Path(out or ".") / WORK if kept else None
-    run = _Run(moefied, reading, corpora, seed, report, work, processes)
-
-    with run.clock("description"):
-        parts = [run.described(controls="controls" not in skip)]
-
-    if "controls" not in skip:
-        with run.clock("controls"):
-            parts.append(run.controlled())
-
-    if "causal" not in skip:
-        with run.clock("causal"):
-            parts.append(run.ablated(causal_tokens, mode))
-
-    if not processes.main:
-        processes.wait()
-        return Inspected({}, {}, {})
-    tables = merged(parts)
-
-    with run.clock("page one"):
-        judged = run.judged(tables)
-
-    tables["documents"] = documents_table(reading)
-    shown = [prompt_record(moefied, reading.tokenizer, prompt) for prompt in prompts]
-    accounts = [prompt["account"] or {} for prompt in shown]
-    meta = {
-        **_about(moefied, reading),
-        "command": command,
-        "settings": {
-            "tokens": tokens,
-            "causal_tokens": causal_tokens,
-            "mode": mode,
-            "skip": [*skip],
-        },
-        "seeds": {"seed": seed},
-        "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
-        "seconds": {**run.seconds, "in all": round(time.perf_counter() - began, 1)},
-        "peak_memory": peak_memory(),
-        "versions": versions(),
-        "machine": machine(),
-    }
-    found = Inspected(meta, judged, tables, texts_of(reading, tables), shown)
-    if out is not None:
-        found.save(out)
-    processes.wait()
+    settings = InspectSettings(tokens, causal_tokens, mode, [*skip])
+    run = Inspecting.of(model, corpora, settings, out=out, seed=seed, quiet=quiet)
+    parts = [run.described(), *run.controlled(), *run.ablated()]
+    found = Inspected({}, {}, {})
+    if run.processes.main:
+        found = run.result(merged(parts), prompts, command)
+        if out is not None:
+            found.save(out)
+    run.processes.wait()
     return found
 
 
+@dataclass(frozen=True)
+class InspectSettings:
+    """What `inspect` was asked for; the record holds it."""
+
+    tokens: int
+    causal_tokens: int
+    mode: str
+    skip: list[str]
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.skip if part not in OPTIONAL]
+        if unknown:
+            raise MoefyError(unknown_choice("part to skip", unknown[0], OPTIONAL))
+        if self.mode not in MODES:
+            raise MoefyError(unknown_choice("mode", self.mode, MODES))
+        if min(self.tokens, self.causal_tokens) < 1:
+            raise MoefyError(
+                f"inspect on {self.tokens} and {self.causal_tokens} tokens: give at least 1 of each"
+            )
+
+
 @dataclass
-class _Run:
+class Inspecting:
     """One call of `inspect`: what its parts share."""
 
     model: PreTrainedModel
     reading: Reading
     corpora: Any
+    settings: InspectSettings
     seed: int
     report: Reporter
-    work: Path | None
     processes: Processes
+    stages: Stages
+    began: float
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | PreTrainedModel,
+        corpora: Any,
+        settings: InspectSettings,
+        *,
+        out: str | Path | None,
+        seed: int,
+        quiet: bool,
+    ) -> "Inspecting":
+        """Open the model and read the texts."""
+        began, processes = time.perf_counter(), launched()
+        moefied = open_model(model, verify=True, dense=False)
+        reading = read(moefied, corpora, tokens=settings.tokens)
+        # A model in memory may have been changed since it was loaded: only folders have parts to keep.
+        work = Path(out) / WORK if out is not None and moefied is not model else None
+        stages = Stages(work, _decided_by(moefied, reading, seed), processes)
+        report = Reporter(quiet=quiet or not processes.main)
+        return cls(moefied, reading, corpora, settings, seed, report, processes, stages, began)
+
+    def described(self) -> dict[str, Table]:
+        """Descriptive tables, beside random partitions and other texts."""
+        controls = "controls" not in self.settings.skip
+        work = self._pass(self.model, self.reading, controls=controls)
+        with self._clock("description"):
+            return self.stages.run("description", controls, lambda: describe(work))
+
+    def controlled(self) -> Iterator[dict[str, Table]]:
+        """Other seeds of the partition, and random weights."""
+        if "controls" in self.settings.skip:
+            return
+        with self._clock("controls"):
+            few = read(self.model, self.corpora, tokens=CONTROL_TOKENS)
+
+            def quietly(model: PreTrainedModel, reading: Reading) -> dict[str, Table]:
+                return describe(replace(self._pass(model, reading), report=None))
+
+            again = partial(
+                seeds, self.model, self.reading, seed=self.seed, report=self.report,
+                processes=self.processes,
+            )  # fmt: skip
+            yield self.stages.run("seeds", None, again)
+            here = self.stages.run("trained", CONTROL_TOKENS, lambda: quietly(self.model, few))
+            yield random_weights(
+                self.model, few, quietly, here,
+                stages=self.stages, seed=self.seed, report=self.report,
+            )  # fmt: skip
+
+    def ablated(self) -> Iterator[dict[str, Table]]:
+        """What the loss is without each expert."""
+        if "causal" in self.settings.skip:
+            return
+        work = self.stages.folder
+        with self._clock("causal"):
+            source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE)
+            yield causal(
+                self.model, self.reading, source=source, tokens=self.settings.causal_tokens,
+                mode=self.settings.mode, seed=self.seed, report=self.report,
+                work=None if work is None else work / "causal", processes=self.processes,
+            )  # fmt: skip
+
+    def result(
+        self, tables: dict[str, Table], prompts: Sequence[str], command: str | None
+    ) -> Inspected:
+        """What the first process gives: the tables, page one, texts, and prompts."""
+        with self._clock("page one"):
+            judged = replace(self.stages, processes=ALONE).run(
+                "honesty",
+                sorted(tables),
+                lambda: honesty(
+                    self.model, self.reading, tables, seed=self.seed, report=self.report
+                ),
+            )
+        tables["documents"] = documents_table(self.reading)
+        shown = [prompt_record(self.model, self.reading.tokenizer, prompt) for prompt in prompts]
+        accounts = [prompt["account"] or {} for prompt in shown]
+        meta = {
+            **_about(self.model, self.reading),
+            "command": command,
+            "settings": vars(self.settings),
+            "seeds": {"seed": self.seed},
+            "vocabulary": vocabulary_of(self.reading, [*tables.values(), *accounts]),
+            "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
+            "peak_memory": peak_memory(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        return Inspected(meta, judged, tables, texts_of(self.reading, tables), shown)
+
+    def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
+        return Pass(model, reading, self.seed, controls, self.report, self.processes)
+
     @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
+    def _clock(self, name: str) -> Iterator[None]:
         """Count the seconds of a part."""
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
-
-    @property
-    def stages(self) -> Stages:
-        """Where finished parts are kept."""
-        decided_by = _decided_by(self.model, self.reading, self.seed)
-        return Stages(self.work, decided_by, self.processes)
-
-    def described(self, *, controls: bool) -> dict[str, Table]:
-        """Descriptive tables, beside random partitions and other texts."""
-        make = functools.partial(
-            describe, self.model, self.reading, controls=controls, seed=self.seed,
-            report=self.report, processes=self.processes,
-        )  # fmt: skip
-        return self.stages.run("description", controls, make)
-
-    def controlled(self) -> dict[str, Table]:
-        """Other seeds of the partition, and random weights."""
-        few = read(self.model, self.corpora, tokens=CONTROL_TOKENS)
-        quietly = functools.partial(
-            describe, controls=False, seed=self.seed, processes=self.processes
-        )
-        again = functools.partial(
-            seeds, self.model, self.reading, seed=self.seed, report=self.report,
-            processes=self.processes,
-        )  # fmt: skip
-        parts = [self.stages.run("seeds", None, again)]
-        here = self.stages.run("trained", CONTROL_TOKENS, lambda: quietly(self.model, few))
-        parts.append(
-            random_weights(
-                self.model, few, quietly, here,
-                stages=self.stages, seed=self.seed, report=self.report,
-            )
-        )  # fmt: skip
-        return merged(parts)
-
-    def ablated(self, tokens: int, mode: str) -> dict[str, Table]:
-        """What the loss is without each expert."""
-        source = read(self.model, self.corpora, tokens=CAUSAL_SOURCE)
-        return causal(
-            self.model, self.reading, source=source, tokens=tokens, mode=mode, seed=self.seed,
-            report=self.report, work=None if self.work is None else self.work / "causal",
-            processes=self.processes,
-        )  # fmt: skip
-
-    def judged(self, tables: dict[str, Table]) -> dict[str, Any]:
-        """Page one, of one process by itself."""
-        return replace(self.stages, processes=ALONE).run(
-            "honesty",
-            sorted(tables),
-            lambda: honesty(self.model, self.reading, tables, seed=self.seed, report=self.report),
-        )
 
 
 def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         return _value(None, f"{what}; memory does not hold both models")
     with all_experts(model):
         got = run_outputs(model, batch, keep_BT=batch.mask())
-    dense = load_dense(checkpoint, dtype=model.dtype).to(device_of(model))  # type: ignore[arg-type]
+    dense = load_dense(checkpoint, dtype=model.dtype, device_map={"": device_of(model)})
     error, size, most = difference(got, run_outputs(dense, batch, keep_BT=batch.mask()))
     entry = _value(most, what)
     relative = error / size

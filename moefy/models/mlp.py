@@ -120,6 +120,10 @@ class DenseMlp:
         """The same MLP in another dtype."""
         return self._mapped(lambda tensor: tensor.to(dtype))
 
+    def on_cpu(self) -> "DenseMlp":
+        """The same MLP in main memory, without a gradient."""
+        return self._mapped(lambda tensor: tensor.detach().cpu())
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "DenseMlp":
         values: dict[str, Any] = {
             name: change(value) if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ from moefy.models.checkpoint import Checkpoint, copy_folder, outline, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute, sites
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.job import Job
 
 
 def reorder(
@@ -51,7 +51,7 @@ def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> N
     Raises `MoefyError` where training has changed the weights since, and for an adapter, whose
     source never changed.
     """
-    folder, report = Path(folder), Reporter(quiet=True)
+    job, folder = Job("revert", out, resume=None, overwrite=overwrite, quiet=True), Path(folder)
     artefact = read_artefact(folder)
     if artefact.form == ADAPTER:
         raise MoefyError(
@@ -62,16 +62,12 @@ def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> N
             f"{folder}: training has changed the weights, the source cannot be had back from it; "
             f"export it with --to dense, or use '{artefact.source['name']}'"
         )
-    output = OutputFolder(Path(out))
-    output.begin("revert", resume=False, overwrite=overwrite)
-    finished = output.work / "model"
-    with output.full_disk():
-        source = Checkpoint.open(folder)
-        output.need(source.bytes)
+    source = Checkpoint.open(folder)
+    with job.running(disk=source.bytes):
         weights = {file.name for file in source.files}
-        copy_folder(folder, finished, skip={META, SIDE, "records.json", "README.md", *weights})
-        if (finished / "README.source.md").exists():
-            shutil.move(finished / "README.source.md", finished / "README.md")
+        copy_folder(folder, job.finished, skip={META, SIDE, "records.json", "README.md", *weights})
+        if (job.finished / "README.source.md").exists():
+            shutil.move(job.finished / "README.source.md", job.finished / "README.md")
         found = sites(meta_model(read_config(source)))
-        reorder(source, finished, found, artefact, report, inverse=True)
-    output.commit(finished)
+        reorder(source, job.finished, found, artefact, job.report, inverse=True)
+    job.commit()

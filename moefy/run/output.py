@@ -49,15 +49,19 @@ class OutputFolder:
         self.out = out
         self.work = out.parent / f".{out.name}.moefy-unfinished"
 
+    def check(self, *, overwrite: bool) -> None:
+        """Raise `OutputError` where something lies there that nobody said to overwrite."""
+        if self.out.exists() and not overwrite:
+            raise OutputError(
+                f"{self.out}: exists already; choose another name or pass --overwrite"
+            )
+
     def begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
         """Make the work folder; True where an unfinished run is taken up.
 
         Raises `OutputError` where something is in the way that nobody said to overwrite.
         """
-        if self.out.exists() and not overwrite:
-            raise OutputError(
-                f"{self.out}: exists already; choose another name or pass --overwrite"
-            )
+        self.check(overwrite=overwrite)
         stamp = self.work / "fingerprint"
         if self.work.exists():
             if resume:

@@ -1,8 +1,11 @@
-"""A picture of a training log."""
+"""What a person is left with of a training: its log, a picture of it, and why it ended early."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from moefy.run.job import Job
 
 PANELS = (
     ("loss", "loss", "held_out_loss", None),
@@ -11,6 +14,21 @@ PANELS = (
     ("FFN density, experts", None, "density", None),
 )
 """Title, what every step logs, what every check logs, scale."""
+
+
+def keep_log(job: Job) -> None:
+    """Put the log and its picture beside the finished model."""
+    shutil.copy(job.work / "log.jsonl", job.finished / "log.jsonl")
+    if not draw_curves(job.finished / "log.jsonl", job.finished / "curves.png"):
+        job.report.say("no picture of the curves: pip install moefy[plots]")
+
+
+def stopped(training: dict[str, Any], job: Job, lower: str) -> str:
+    """Why training ended early, and what then lies in the output folder."""
+    return (
+        f"stopped: {training['stopped']}; {job.output.out} holds the model of step {training['steps']}, the "
+        f"last one that was good; lower {lower}"
+    )
 
 
 def draw_curves(log: Path, picture: Path) -> bool:

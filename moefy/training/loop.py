@@ -34,10 +34,7 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.outputs import Objective
 from moefy.models.checkpoint import Checkpoint
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder, put_in_place, write_whole
-from moefy.run.processes import launched
-from moefy.run.provenance import versions
-from moefy.run.stages import digest
+from moefy.run.output import put_in_place, write_whole
 from moefy.training.recipe import TrainingRecipe
 
 WARMUP = 0.05
@@ -212,23 +209,11 @@ def _backward(
     return _means(accelerator, sums, counted)
 
 
-def begin(
-    output: OutputFolder, source: Checkpoint, settings: list[Any], *, resume: bool, overwrite: bool
-) -> None:
-    """Make the work folder of a run, or take up the one that `source` and `settings` have decided.
-
-    Raises `OutputError` where something is in the way, or the disk is too small for two checkpoints,
-    one written beside the other (weights and both moments of Adam in fp32), and the result.
-    """
-    processes = launched()
-
-    def first() -> None:
-        decided = [source.hashes(), *settings, processes.count, versions()]
-        if not output.begin(digest(decided), resume=resume, overwrite=overwrite):
-            parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-            output.need(2 * 3 * 4 * parameters + source.bytes)
-
-    processes.once(first)
+def disk_of(source: Checkpoint) -> int:
+    """Bytes that a run needs: two checkpoints, one written beside the other (weights and both moments of
+    Adam in fp32), and the result."""
+    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    return 2 * 3 * 4 * parameters + source.bytes
 
 
 class _Store:

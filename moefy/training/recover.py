@@ -8,8 +8,7 @@ straight-through sigmoid. docs/training.md says what to expect.
 """
 
 import json
-import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion.card import model_card
-from moefy.data.corpus import load_corpus
+from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
@@ -30,14 +29,13 @@ from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefac
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
-from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder, write_whole
+from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
-from moefy.training.curves import draw_curves
+from moefy.training.curves import keep_log, stopped
 from moefy.training.dense import cross_entropy, train_dense
 from moefy.training.held_out import RecoveryCheck
-from moefy.training.loop import Diverged, Outcome, begin, fine_tune, make_accelerator
+from moefy.training.loop import Diverged, Outcome, disk_of, fine_tune, make_accelerator
 from moefy.training.objectives import towards
 from moefy.training.parts import in_training, trained
 from moefy.training.recipe import RecoverRecipe
@@ -67,52 +65,83 @@ def recover(
     Returns the record of the run, which is also in `out/records.json` as `recovery`. Raises
     `MoefyError` for anything that is the user's to mend; `out` then is as it was.
     """
-    recipe = recipe or RecoverRecipe()
-    accelerator = make_accelerator(recipe)
-    main = accelerator.is_main_process
-    report = Reporter(quiet=quiet or not main)
-    folder = Path(model)
-    artefact = read_artefact(folder)
-    source = _dense_source(artefact, folder, against)
-    converted = recipes.from_dict(artefact.recipe)
-    text = load_corpus(corpus)
-    texts = read_texts(source, text, recipe, converted.seed)
-    if control and texts.held[0].targets_BT is None:
+    job = Job("recover", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched())
+    recovery = _Recovery.read(job, Path(model), recipe or RecoverRecipe(), corpus, against)
+    if control and recovery.texts.held[0].targets_BT is None:
         raise MoefyError("--control trains on cross-entropy, and this model predicts no tokens")
-    output = OutputFolder(Path(out))
-    begin(
-        output, source, [artefact.sha256, asdict(recipe), text.sha256],
-        resume=resume, overwrite=overwrite,
-    )  # fmt: skip
-    report.say(
-        f"{folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, {recipe.steps} steps "
-        f"of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
-    )
-    with output.full_disk(), launched().together():
-        dense = _frozen(source, accelerator)
-        student = load(folder, dtype=torch.float32, verify=False)
-        before = _evaluated(student, dense, texts, output.work / "before.json", accelerator, report)
-        try:
-            outcome = _train(student, dense, texts, recipe, converted, accelerator, output, report)
-        except Diverged:
-            if main:
-                output.discard()
-            raise
-        controlled = None
-        if control:
-            controlled = _control(source, texts, recipe, output, report)
-        if not main:
+    with job.running(recovery.decided(), disk=disk_of(recovery.source), worthless=(Diverged,)):
+        record = recovery.run(control)
+    if not job.processes.main:
+        return {}
+    job.commit()
+    recovery.say_if_stopped(record)
+    return record
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    """What is trained, on what, and by whom."""
+
+    job: Job
+    folder: Path
+    artefact: Artefact
+    converted: recipes.Recipe
+    """What the model was converted with."""
+    source: Checkpoint
+    """The dense model, which teaches."""
+    corpus: Corpus
+    texts: Texts
+    recipe: RecoverRecipe
+    accelerator: Accelerator
+
+    @classmethod
+    def read(
+        cls,
+        job: Job,
+        folder: Path,
+        recipe: RecoverRecipe,
+        corpus: Any,
+        against: str | Path | None,
+    ) -> "_Recovery":
+        """Raises `MoefyError` where it cannot be trained."""
+        artefact = read_artefact(folder)
+        source = _dense_source(artefact, folder, against)
+        converted, text = recipes.from_dict(artefact.recipe), load_corpus(corpus)
+        texts = read_texts(source, text, recipe, converted.seed)
+        accelerator = make_accelerator(recipe)
+        return cls(job, folder, artefact, converted, source, text, texts, recipe, accelerator)
+
+    def decided(self) -> list[Any]:
+        """All that decides the result, as JSON values."""
+        hashes = self.job.processes.once(self.source.hashes)
+        settings = [self.artefact.sha256, asdict(self.recipe), self.corpus.sha256]
+        return [hashes, *settings, self.job.processes.count]
+
+    def run(self, control: bool) -> dict[str, Any]:
+        """Train, write, evaluate; the record, or nothing in processes that have only helped."""
+        job, recipe, accelerator = self.job, self.recipe, self.accelerator
+        job.report.say(
+            f"{self.folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, "
+            f"{recipe.steps} steps of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
+        )
+        dense = load_dense(self.source, dtype=torch.float32)
+        dense.requires_grad_(False)
+        nn.Module.to(dense, accelerator.device)
+        student = load(self.folder, dtype=torch.float32, verify=False)
+        before = self._before(student, dense)
+        outcome = self._train(student, dense)
+        controlled = self._control() if control else None
+        if not job.processes.main:
             return {}
-        finished = output.work / "model"
-        save(student, finished)
+        save(student, job.finished)
         # What is written may be rounded to 16 bits: that is what is evaluated.
-        written = load(finished, dtype=torch.float32, verify=False)
+        written = load(job.finished, dtype=torch.float32, verify=False)
         nn.Module.to(written, accelerator.device)
-        after = evaluate(written, texts.evaluated, against=dense, report=report)
+        after = evaluate(written, self.texts.evaluated, against=dense, report=job.report)
         record = {
             "kind": "recovery",
             "recipe": asdict(recipe),
-            "corpus": {"name": text.name, "sha256": text.sha256},
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
             "training": vars(outcome),
             "processes": accelerator.num_processes,
             "before": before["total"],
@@ -120,14 +149,84 @@ def recover(
             **_closed(before["total"], after["total"], controlled),
             "machine": machine(),
         }
-        _finish(folder, finished, output.work, record, after, report)
-    output.commit(finished)
-    if outcome.stopped:
-        report.say(
-            f"stopped: {outcome.stopped}; {out} holds the model of step {outcome.steps}, the last "
-            "one that was good; lower learning_rate"
-        )
-    return record
+        self._finish(record, after)
+        return record
+
+    def _before(self, student: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Any]:
+        """The evaluation before training, made once."""
+        stages = self.job.stages
+        if self.job.processes.main and not stages.has("before"):
+            nn.Module.to(student, self.accelerator.device)
+            evaluated = self.texts.evaluated
+            stages.keep(
+                "before", evaluate(student, evaluated, against=dense, report=self.job.report)
+            )
+        self.job.processes.wait()
+        before: dict[str, Any] = stages.read("before")
+        return before
+
+    def _train(self, student: PreTrainedModel, dense: PreTrainedModel) -> Outcome:
+        """The loop on the moefied model; leaves the trained weights in `student`."""
+        recipe, accelerator = self.recipe, self.accelerator
+        nn.Module.to(student, accelerator.device)
+        modules = [m for m in student.modules() if isinstance(m, Routed)]
+        learns = "routers" in recipe.parts
+        if learns and not all(m.selection.by_score for m in modules):
+            raise MoefyError(
+                "train=routers: this model's selection does not decide by one token's scores, its "
+                "routers cannot learn; name the other parts with --train"
+            )
+        check = RecoveryCheck(student, dense, self.texts.held, self.converted, recipe.distil)
+        accelerator.register_for_checkpointing(check)
+        in_training(student, recipe.gradient_checkpointing)
+        with trained(student, recipe) as learning:
+            check.merged = learning.merged
+            for module in modules:
+                module.straight_through = learns and any(True for _ in module.router.parameters())
+            outcome = fine_tune(
+                learning.wrapped, learning.groups, towards(student, dense, recipe.distil),
+                self.texts.train, recipe, accelerator=accelerator, check=check, folder=self.job.work,
+                report=self.job.report, what="recover",
+            )  # fmt: skip
+        for module in modules:
+            module.straight_through, module.scores_TE = False, None
+        self._warn(outcome.after.get("collapsed_layers", []))
+        accelerator.free_memory()
+        return outcome
+
+    def _warn(self, collapsed: list[int]) -> None:
+        if collapsed:
+            self.job.report.say(
+                f"warning: in layers {', '.join(map(str, collapsed))} the load has gathered on few "
+                "experts (effective experts below half of what they were); see "
+                f"{self.job.output.out}/log.jsonl"
+            )
+
+    def _control(self) -> dict[str, Any]:
+        """The dense model trained on the same tokens, in the same order, on the text alone."""
+        model, texts = load_dense(self.source, dtype=torch.float32), self.texts
+        outcome = train_dense(
+            model, language(model), texts.train, texts.held, self.recipe,
+            folder=self.job.work / "control", report=self.job.report, what="control",
+        )  # fmt: skip
+        return {"ce": cross_entropy(model, texts.evaluated), "training": vars(outcome)}
+
+    def _finish(self, record: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """Records, card, log and curves beside the weights."""
+        earlier, finished = self.folder / "records.json", self.job.finished
+        records = json.loads(earlier.read_text()) if earlier.exists() else {}
+        records |= {"recovery": record, "evaluation": evaluation}
+        (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+        if "conversion" in records:
+            card = model_card(read_artefact(finished, verify=False), records)
+            (finished / "README.md").write_text(card, encoding="utf-8")
+        keep_log(self.job)
+
+    def say_if_stopped(self, record: dict[str, Any]) -> None:
+        """One line where training ended early."""
+        training = record["training"]
+        if training["stopped"]:
+            self.job.report.say(stopped(training, self.job, "learning_rate"))
 
 
 def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) -> Checkpoint:
@@ -153,86 +252,6 @@ def _dense_source(artefact: Artefact, folder: Path, against: str | Path | None) 
     return open_artefact(folder, verify=False)[1]
 
 
-def _frozen(source: Checkpoint, accelerator: Accelerator) -> PreTrainedModel:
-    dense = load_dense(source, dtype=torch.float32)
-    dense.requires_grad_(False)
-    nn.Module.to(dense, accelerator.device)
-    return dense
-
-
-def _evaluated(
-    student: PreTrainedModel,
-    dense: PreTrainedModel,
-    texts: Texts,
-    kept: Path,
-    accelerator: Accelerator,
-    report: Reporter,
-) -> dict[str, Any]:
-    """The evaluation before training, made once."""
-    if accelerator.is_main_process and not kept.exists():
-        nn.Module.to(student, accelerator.device)
-        found = evaluate(student, texts.evaluated, against=dense, report=report)
-        write_whole(kept, json.dumps(found))
-    accelerator.wait_for_everyone()
-    found = json.loads(kept.read_text())
-    assert isinstance(found, dict)
-    return found
-
-
-def _train(
-    student: PreTrainedModel,
-    dense: PreTrainedModel,
-    texts: Texts,
-    recipe: RecoverRecipe,
-    converted: recipes.Recipe,
-    accelerator: Accelerator,
-    output: OutputFolder,
-    report: Reporter,
-) -> Outcome:
-    """The loop on the moefied model; leaves the trained weights in `student`."""
-    nn.Module.to(student, accelerator.device)
-    modules = [m for m in student.modules() if isinstance(m, Routed)]
-    learns = "routers" in recipe.parts
-    if learns and not all(m.selection.by_score for m in modules):
-        raise MoefyError(
-            "train=routers: this model's selection does not decide by one token's scores, its routers "
-            "cannot learn; name the other parts with --train"
-        )
-    check = RecoveryCheck(student, dense, texts.held, converted, recipe.distil)
-    accelerator.register_for_checkpointing(check)
-    in_training(student, recipe.gradient_checkpointing)
-    with trained(student, recipe) as learning:
-        check.merged = learning.merged
-        for module in modules:
-            module.straight_through = learns and any(True for _ in module.router.parameters())
-        outcome = fine_tune(
-            learning.wrapped, learning.groups, towards(student, dense, recipe.distil), texts.train, recipe,
-            accelerator=accelerator, check=check, folder=output.work, report=report, what="recover",
-        )  # fmt: skip
-    for module in modules:
-        module.straight_through, module.scores_TE = False, None
-    collapsed = outcome.after.get("collapsed_layers", [])
-    if collapsed:
-        report.say(
-            f"warning: in layers {', '.join(map(str, collapsed))} the load has gathered on few experts "
-            f"(effective experts below half of what they were); see {output.out}/log.jsonl"
-        )
-    accelerator.free_memory()
-    return outcome
-
-
-def _control(
-    source: Checkpoint, texts: Texts, recipe: RecoverRecipe, output: OutputFolder, report: Reporter
-) -> dict[str, Any]:
-    """The dense model trained on the same tokens, in the same order, on the text alone."""
-    model = load_dense(source, dtype=torch.float32)
-    outcome = train_dense(
-        model, language(model), texts.train, texts.held, recipe,
-        folder=output.work / "control", report=report, what="control",
-    )  # fmt: skip
-    return {"ce": cross_entropy(model, texts.evaluated), "training": vars(outcome)}
-
-
 def _closed(
     before: dict[str, Any], after: dict[str, Any], control: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -249,24 +268,3 @@ def _closed(
     if control is not None:
         found |= {"control": control, "gap_closed_of_control": share(control["ce"])}
     return found
-
-
-def _finish(
-    folder: Path,
-    finished: Path,
-    work: Path,
-    record: dict[str, Any],
-    evaluation: dict[str, Any],
-    report: Reporter,
-) -> None:
-    """Records, card, log and curves beside the weights."""
-    earlier = folder / "records.json"
-    records = json.loads(earlier.read_text()) if earlier.exists() else {}
-    records |= {"recovery": record, "evaluation": evaluation}
-    (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
-    if "conversion" in records:
-        card = model_card(read_artefact(finished, verify=False), records)
-        (finished / "README.md").write_text(card, encoding="utf-8")
-    shutil.copy(work / "log.jsonl", finished / "log.jsonl")
-    if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
-        report.say("no picture of the curves: pip install moefy[plots]")

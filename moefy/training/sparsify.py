@@ -9,8 +9,7 @@ text does by itself is not to be mistaken for what sparsity costs.
 """
 
 import json
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, sites
-from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
-from moefy.training.curves import draw_curves
+from moefy.training.curves import keep_log, stopped
 from moefy.training.dense import train_dense
-from moefy.training.loop import Diverged, Outcome, begin
+from moefy.training.loop import Diverged, Outcome, disk_of
 from moefy.training.objectives import Activations, sparse
 from moefy.training.recipe import SparsifyRecipe
 from moefy.training.texts import Texts, read_texts
@@ -60,78 +58,118 @@ def sparsify(
     anything that is the user's to mend; `out` then is as it was.
     """
     recipe = recipe or SparsifyRecipe()
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    main = processes.is_main_process
-    report = Reporter(quiet=quiet or not main)
-    source = Checkpoint.open(model)
+    job = Job(
+        "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched()
+    )
+    source, text = Checkpoint.open(model), load_corpus(corpus)
     found = sites(meta_model(read_config(source)))
     key = _activation_key(source, found) if recipe.relu else None
-    text = load_corpus(corpus)
     texts = read_texts(source, text, recipe, recipe.seed)
     if texts.held[0].targets_BT is None:
         raise UnsupportedModel(
             f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
         )
-    output = OutputFolder(Path(out))
-    begin(output, source, [asdict(recipe), text.sha256], resume=resume, overwrite=overwrite)
-    report.say(
-        f"{source.folder}: {'ReLU, ' if key else ''}penalty {recipe.penalty} x {recipe.weight:g}, "
-        f"{recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
-    )
-    with output.full_disk(), launched().together():
-        plain = load_dense(source, dtype=torch.float32)
-        nn.Module.to(plain, processes.device)
-        before = _figures(plain, found, texts)
-        finished = output.work / "model"
-        if main:
-            copy_folder(source.folder, finished)
-            if key:
-                _rename_activation(finished, key)
-        processes.wait_for_everyone()
-        sparser = load_dense(Checkpoint.open(finished), dtype=torch.float32) if key else plain
-        del plain
-        try:
-            outcome = _train(sparser, found, texts, recipe, output.work, report, "sparsify")
-        except Diverged:
-            if main:
-                output.discard()
-            raise
-        if main:
-            _write(sparser, finished)
-        processes.wait_for_everyone()
-        # What is written may be rounded to 16 bits: that is what is evaluated.
-        written = load_dense(Checkpoint.open(finished), dtype=torch.float32)
-        nn.Module.to(written, processes.device)
-        after = _figures(written, found, texts)
-        record: dict[str, Any] = {
+    hashes = job.processes.once(source.hashes)
+    decided = [hashes, asdict(recipe), text.sha256, job.processes.count]
+    with job.running(decided, disk=disk_of(source), worthless=(Diverged,)):
+        figures = _Sparsifying(job, source, found, texts, recipe, key).run(control)
+        if not job.processes.main:
+            return {}
+        record = {
             "kind": "sparsify",
             "recipe": asdict(recipe),
             "corpus": {"name": text.name, "sha256": text.sha256},
+            **figures,
+            "machine": machine(),
+        }
+        (job.finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep_log(job)
+    job.commit()
+    if record["training"]["stopped"]:
+        job.report.say(stopped(record["training"], job, "learning_rate or weight"))
+    return record
+
+
+@dataclass(frozen=True)
+class _Sparsifying:
+    """What is trained, and on what."""
+
+    job: Job
+    source: Checkpoint
+    sites: list[Site]
+    texts: Texts
+    recipe: SparsifyRecipe
+    key: str | None
+    """The key of config.json that is to name ReLU."""
+
+    def run(self, control: bool) -> dict[str, Any]:
+        """Train, write and measure; the figures."""
+        job, recipe, state = self.job, self.recipe, PartialState()
+        job.report.say(
+            f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
+            f"{recipe.weight:g}, {recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
+        )
+        plain = load_dense(self.source, dtype=torch.float32)
+        nn.Module.to(plain, state.device)
+        before = self._figures(plain)
+        if job.processes.main:
+            copy_folder(self.source.folder, job.finished)
+            if self.key:
+                _rename_activation(job.finished, self.key)
+        job.processes.wait()
+        written = Checkpoint.open(job.finished)
+        sparser = load_dense(written, dtype=torch.float32) if self.key else plain
+        del plain
+        outcome = self._train(sparser, recipe, job.work, "sparsify")
+        if job.processes.main:
+            _write(sparser, job.finished)
+        job.processes.wait()
+        # What is written may be rounded to 16 bits: that is what is evaluated.
+        again = load_dense(Checkpoint.open(job.finished), dtype=torch.float32)
+        nn.Module.to(again, state.device)
+        figures = {
             "training": vars(outcome),
             "before": before,
-            "after": after,
+            "after": self._figures(again),
         }
-        if control:
-            same = load_dense(source, dtype=torch.float32)
-            without = replace(recipe, penalty="none", weight=0.0)
-            trained = _train(
-                same, found, texts, without, output.work / "control", report, "control"
-            )
-            record["control"] = {**_figures(same, found, texts), "training": vars(trained)}
-        if not main:
-            return {}
-        record["machine"] = machine()
-        (finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
-        shutil.copy(output.work / "log.jsonl", finished / "log.jsonl")
-        if not draw_curves(finished / "log.jsonl", finished / "curves.png"):
-            report.say("no picture of the curves: pip install moefy[plots]")
-    output.commit(finished)
-    if outcome.stopped:
-        report.say(
-            f"stopped: {outcome.stopped}; {out} holds the model of step {outcome.steps}, the last "
-            "one that was good; lower learning_rate or weight"
-        )
-    return record
+        return figures | ({"control": self._control()} if control else {})
+
+    def _control(self) -> dict[str, Any]:
+        """The unchanged model, trained on the same tokens without a penalty."""
+        model = load_dense(self.source, dtype=torch.float32)
+        without = replace(self.recipe, penalty="none", weight=0.0)
+        outcome = self._train(model, without, self.job.work / "control", "control")
+        return {**self._figures(model), "training": vars(outcome)}
+
+    def _train(
+        self, model: PreTrainedModel, recipe: SparsifyRecipe, folder: Path, what: str
+    ) -> Outcome:
+        activations = Activations(model, self.sites, recipe.penalty)
+        try:
+            return train_dense(
+                model, sparse(model, activations, recipe.weight), self.texts.train, self.texts.held,
+                recipe, folder=folder, report=self.job.report, what=what,
+            )  # fmt: skip
+        finally:
+            activations.remove()
+
+    def _figures(self, model: PreTrainedModel) -> dict[str, float]:
+        """On the evaluation shard: cross-entropy, share of the activations that are not zero and square
+        Hoyer over N, over tokens and layers."""
+        activations = Activations(model, self.sites, "hoyer")
+
+        def run(batch: Batch) -> Outputs:
+            with activations.over(batch):
+                return run_outputs(model, batch)
+
+        def of(_: Outputs, got: Outputs) -> dict[str, Tensor]:
+            ce_J = ce_per_token(got)
+            of_batch = {"active": activations.density(), "hoyer": activations.mean()}
+            return {"ce": ce_J, **{key: value.expand(len(ce_J)) for key, value in of_batch.items()}}
+
+        judgement = judge(run, self.texts.evaluated, of=of)
+        activations.remove()
+        return {name: judgement.mean(name) for name in ("ce", "active", "hoyer")}
 
 
 def _activation_key(source: Checkpoint, found: list[Site]) -> str:
@@ -150,44 +188,6 @@ def _rename_activation(folder: Path, key: str) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, key: "relu"}, indent=2) + "\n", encoding="utf-8")
-
-
-def _train(
-    model: PreTrainedModel,
-    found: list[Site],
-    texts: Texts,
-    recipe: SparsifyRecipe,
-    folder: Path,
-    report: Reporter,
-    what: str,
-) -> Outcome:
-    activations = Activations(model, found, recipe.penalty)
-    try:
-        return train_dense(
-            model, sparse(model, activations, recipe.weight), texts.train, texts.held, recipe,
-            folder=folder, report=report, what=what,
-        )  # fmt: skip
-    finally:
-        activations.remove()
-
-
-def _figures(model: PreTrainedModel, found: list[Site], texts: Texts) -> dict[str, float]:
-    """On the evaluation shard: cross-entropy, share of the activations that are not zero and square
-    Hoyer over N, over tokens and layers."""
-    activations = Activations(model, found, "hoyer")
-
-    def run(batch: Batch) -> Outputs:
-        with activations.over(batch):
-            return run_outputs(model, batch)
-
-    def of(_: Outputs, got: Outputs) -> dict[str, Tensor]:
-        ce_J = ce_per_token(got)
-        of_batch = {"active": activations.density(), "hoyer": activations.mean()}
-        return {"ce": ce_J, **{name: value.expand(len(ce_J)) for name, value in of_batch.items()}}
-
-    judgement = judge(run, texts.evaluated, of=of)
-    activations.remove()
-    return {name: judgement.mean(name) for name in ("ce", "active", "hoyer")}
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:

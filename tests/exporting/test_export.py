@@ -28,6 +28,7 @@ from moefy.exporting.tensors import Planned, Source, plan_tensors, write_shards
 from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.locate import meta_model, sites
+from moefy.run.stages import digest
 
 NEW_TOKENS = 64
 _PROBE = """
@@ -405,7 +406,7 @@ def test_what_a_killed_export_left_is_written_over(
 ) -> None:
     left = tmp_path / ".out.moefy-unfinished"
     (left / "model").mkdir(parents=True)
-    (left / "fingerprint").write_text("export mixtral")
+    (left / "fingerprint").write_text(digest(["export"]))
     (left / "model" / "junk").touch()
     export(exported["llama"].moefied, tmp_path / "out", to="mixtral")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]

@@ -31,7 +31,7 @@ from moefy.inspection.causal.documents import draw
 from moefy.inspection.causal.effects import gone, neurons_of, of_sets
 from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
 from moefy.inspection.causal.interactions import non_additivity
-from moefy.inspection.causal.nulls import energies, energy_matrix, matches, random_sets
+from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
 from moefy.inspection.causal.sufficiency import keep_only
 from moefy.inspection.causal.token_losses import dense_against_moefied, hunt
 from moefy.inspection.texts.reading import read
@@ -259,7 +259,7 @@ def test_random_sets_have_the_size_and_energy_of_experts(made, kind):
     engine = engine_of(model, texts, mode="zero")
     module = engine.modules[0]
     given = [np.arange(e * 8, e * 8 + 8) for e in range(module.experts)]
-    energy_NN = energy_matrix(engine, texts, 0)
+    energy_NN = energy_matrices(engine, texts.batches, [0])[0]
     x_TD = torch.cat([engine.base(b).x[0][b.mask().flatten()] for b in texts.batches])
     h_TN = module.weights.hidden(x_TD)
     for numbers, got in zip(given, energies(energy_NN, given), strict=True):
@@ -285,7 +285,7 @@ def test_random_sets_have_the_size_and_energy_of_experts(made, kind):
                 by_N = factor.get(name, torch.ones(64)).to(value)
                 value.copy_((value * (by_N if value.ndim == 1 else by_N[:, None]))[order_N])
     moved = [where_N[numbers] for numbers in given]
-    again = random_sets(engine, energy_matrix(engine, texts, 0), 0, moved, 6, seed=0)
+    again = random_sets(engine, energy_matrices(engine, texts.batches, [0])[0], 0, moved, 6, seed=0)
     got = [sorted(order_N[torch.from_numpy(s)].tolist()) for s in again.sets]
     assert got == [s.tolist() for s in sets.sets]
 

@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,11 +15,10 @@ import moefy
 from moefy.data.corpus import Document, Sample
 from moefy.data.documents import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
-from moefy.inspection.account.sums import Blocks
-from moefy.inspection.experts.best import Best, Chunk
 from moefy.inspection.experts.contributions import ERROR, Contributions
-from moefy.inspection.experts.examples import NOTHING, REACH, Examples
+from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples
 from moefy.inspection.experts.router import RouterQualityOfExperts
+from moefy.inspection.part import Blocks
 from moefy.inspection.texts.reading import Reading, read
 from moefy.inspection.texts.table import rows
 from moefy.inspection.texts.tokens import Tokens, uniforms
@@ -80,7 +80,7 @@ def test_shards_share_no_document(case):
 
 def test_contributions_are_those_of_every_output_formed(case):
     model, reading, want = case
-    tables = heard_by(model, reading, Contributions(reading.documents)).tables()
+    tables = heard_by(model, reading, Contributions).tables()
     for layer, w in want.items():
         here = [row for row in rows(tables["experts"]) if row["layer"] == layer]
         ran = w.ran_TE.double()
@@ -114,7 +114,7 @@ def test_contributions_are_those_of_every_output_formed(case):
 
 def test_energy_is_given_by_domain_and_for_the_error(case):
     model, reading, want = case
-    table = heard_by(model, reading, Contributions(reading.documents)).tables()["energy"]
+    table = heard_by(model, reading, Contributions).tables()["energy"]
     domain_D = torch.from_numpy(reading.documents.domain_D)
     found = {(r["layer"], r["expert"], r["domain"]): r for r in rows(table)}
     for layer, w in want.items():
@@ -132,7 +132,7 @@ def test_energy_is_given_by_domain_and_for_the_error(case):
 
 def test_router_quality_of_each_expert_is_that_of_a_loop(case):
     model, reading, want = case
-    tables = heard_by(model, reading, RouterQualityOfExperts(reading)).tables()
+    tables = heard_by(model, reading, RouterQualityOfExperts).tables()
     from moefy.experts.sparse_mlp import sparse_mlps
 
     for layer, module in sparse_mlps(model).items():
@@ -173,17 +173,17 @@ def test_router_quality_of_each_expert_is_that_of_a_loop(case):
 def test_a_share_of_the_tokens_stands_for_all(case):
     model, reading, _ = case
     tokens = int(reading.tokens_D.sum())
-    half = RouterQualityOfExperts(reading, tokens=tokens // 2)
-    sums = heard_by(model, reading, half).sums[0].all_GC
-    whole = heard_by(model, reading, RouterQualityOfExperts(reading)).sums[0].all_GC
+    half = partial(RouterQualityOfExperts, tokens=tokens // 2)
+    sums = heard_by(model, reading, half).layers[0].sums.all_GX
+    whole = heard_by(model, reading, RouterQualityOfExperts).layers[0].sums.all_GX
     assert 0.3 < sums.sum() / whole.sum() < 0.7
 
 
 @pytest.fixture(scope="module")
 def examples(case):
     model, reading, want = case
-    listener = Examples(reading.documents, kept=20)
-    return reading, want, heard_by(model, reading, listener).tables(), model
+    found = heard_by(model, reading, partial(Examples, kept=20, sampled=500))
+    return reading, want, found.tables(), model
 
 
 def _panel(tables, layer, expert, panel, shard):
@@ -332,7 +332,7 @@ def test_blocks_keep_domains_apart_and_bound_memory():
     blocks = Blocks(Documents(docs, [SELECT] * 100, ["c"] * 100), most=20)
     assert len(blocks) == 20
     for block in range(20):
-        assert len({docs[d].domain for d in np.flatnonzero(blocks.block_D == block)}) == 1
+        assert len({docs[d].domain for d in np.flatnonzero(blocks.block_Q == block)}) == 1
 
 
 HOSTILE = "été 😀👩‍👩‍👧 שלום <b>x</b> </script> 漢字\n\ttab 12,5 ﷽ e\u0301"

@@ -21,10 +21,11 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
 from moefy.inspection.controls import random_partition
 from moefy.inspection.controls.corpora import replication, texts
-from moefy.inspection.controls.gauge import balanced, on_cpu
+from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
+from moefy.inspection.part import Pass
 from moefy.inspection.routing.sample import RoutingSample
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
@@ -56,12 +57,13 @@ class Everything:
     def __init__(self):
         self.ledgers = []
 
-    def add(self, ledger):
+    def hear(self, ledger):
         self.ledgers.append(ledger)
 
 
 def drawn(model, reading, **settings):
-    random = RandomPartitions(reading, sparse_mlps(model), **settings)
+    seed = settings.pop("seed", 0)
+    random = RandomPartitions(Pass(model, reading, seed), **settings)
     heard = Everything()
     observe(model, reading, [random, heard])
     return random, heard, random.tables()
@@ -241,7 +243,7 @@ def test_planted_blocks_are_recovered_by_the_partition_methods(by_domain, method
     module = sparse_mlps(model)[0]
     mixed = torch.randperm(module.weights.neurons, generator=torch.Generator().manual_seed(2))
     found = partition(
-        on_cpu(module.weights).take(mixed), x_TD, experts=planted.DOMAINS, method=method
+        module.weights.on_cpu().take(mixed), x_TD, experts=planted.DOMAINS, method=method
     )
     assert adjusted_rand_score(mixed // planted.CONTENT, found.owner_N) > 0.95
 

@@ -3,17 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from naive_experts import column, naive
+from naive_experts import column, heard_by, naive
 from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.inspection.account.observe import observe
 from moefy.inspection.account.prompt import ledger_of_prompt
 from moefy.inspection.account.unembedding import find_unembedding
-from moefy.inspection.experts.direct import DirectEffects
-from moefy.inspection.experts.spectrum import Spectrum
+from moefy.inspection.experts.direct import DirectEffects, Spectrum
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 
@@ -38,9 +36,7 @@ def case(folder):
     reading = read(model, docs)
     unembedding = find_unembedding(model, reading.batches[0].inputs["input_ids"][0])
     assert unembedding is not None
-    spectrum = Spectrum()
-    direct = DirectEffects(reading, unembedding, spectrum)
-    observe(model, reading, [spectrum, direct], unembedding=unembedding)
+    spectrum, direct = heard_by(model, reading, Spectrum, DirectEffects)
     return model, reading, naive(model, reading), spectrum, direct
 
 
@@ -170,9 +166,7 @@ def test_nothing_of_a_rescale_of_neurons_is_seen(case):
 
     before = direct.tables()
     rescale(1)
-    again_spectrum = Spectrum()
-    again = DirectEffects(reading, direct.unembedding, again_spectrum)
-    observe(model, reading, [again_spectrum, again], unembedding=direct.unembedding)
+    again_spectrum, again = heard_by(model, reading, Spectrum, DirectEffects)
     after, shares = again.tables(), again_spectrum.tables()
     rescale(-1)
     for name in ("logits", "experts"):
@@ -264,7 +258,5 @@ def test_encoders_have_no_direct_effects(name, tmp_path):
     convert_tiny(name, build(name, tmp_path / "s"), tmp_path / "o")
     model = moefy.load(tmp_path / "o")
     reading = read(model, [[3 + i, 40 + i, 7, 9 + i] for i in range(24)])
-    unembedding = find_unembedding(model, reading.batches[0].inputs["input_ids"][0])
-    direct = DirectEffects(reading, unembedding, Spectrum())
-    observe(model, reading, [direct], unembedding=unembedding)
+    _, direct = heard_by(model, reading, Spectrum, DirectEffects)
     assert direct.tables() == {}

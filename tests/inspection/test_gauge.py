@@ -12,6 +12,7 @@ from moefy.data.corpus import Corpus, Document
 from moefy.experts.loading import load, load_dense, moefied
 from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe
+from moefy.inspection.part import Pass
 from moefy.inspection.texts.reading import read
 from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint
@@ -80,7 +81,7 @@ def made(request, tmp_path_factory):
 
 
 def tables_of(model, reading):
-    found = describe(model, reading)
+    found = describe(Pass(model, reading))
     for name, given in seeds(model, reading, count=2).items():
         found[name] = found[name] | given
     return found

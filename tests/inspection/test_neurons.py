@@ -15,8 +15,9 @@ import moefy
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.ledger import bare
-from moefy.inspection.experts.concepts import BINS, Predictivity, enrichment
+from moefy.inspection.experts.concepts import BINS, Counts, Predictivity, enrichment
 from moefy.inspection.experts.near_duplicates import neuron_families, neuron_rows
+from moefy.inspection.part import SeenDocuments, Sum
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 from moefy.inspection.texts.tokens import CLASSES, classes_of, token_classes
@@ -47,7 +48,7 @@ def reading(model, tmp_path):
 
 @pytest.mark.parametrize("shard", [SELECT, HELD_OUT])
 def test_predictivity_is_the_auroc_of_contribution_norms(model, reading, shard):
-    found = heard_by(model, reading, Predictivity(reading))
+    found = heard_by(model, reading, Predictivity)
     domain_D = torch.from_numpy(reading.documents.domain_D)
     here_D = torch.from_numpy(reading.documents.of_shard(shard))
     for layer, w in naive(model, reading).items():
@@ -55,12 +56,15 @@ def test_predictivity_is_the_auroc_of_contribution_norms(model, reading, shard):
         label = (domain_D[w.document_T[keep]] == 1).numpy()
         norms_N = sparse_mlps(model)[layer].down_ND.detach().double().norm(dim=1)
         score_TN = (w.h_TN.abs() * norms_N)[keep].numpy()
-        got = found.auroc(layer, shard)[1]
+        got = found.layers[layer].auroc(shard)[1]
         want = np.array([roc_auc_score(label, score_T) for score_T in score_TN.T])
         assert np.abs(got - want).max() < 0.06 and np.abs(got - want).mean() < 0.02
         assert got.std() > 0.02  # the domains differ in their tokens
-        assert found.positives(layer, shard).tolist() == [int((~label).sum()), int(label.sum())]
-        assert np.allclose(found.auroc(layer, shard)[0] + got, 1)
+        assert found.layers[layer].positives(shard).tolist() == [
+            int((~label).sum()),
+            int(label.sum()),
+        ]
+        assert np.allclose(found.layers[layer].auroc(shard)[0] + got, 1)
 
 
 def planted(neurons=256, experts=8, concepts=6, *, seed=0, own=None):
@@ -81,11 +85,12 @@ def planted(neurons=256, experts=8, concepts=6, *, seed=0, own=None):
             for neuron in range(neurons):
                 cells[concept, neuron] = np.bincount(bins[neuron], minlength=BINS)
         cells[-1] = cells[:-1].sum(0)
-        counts[0, shard] = cells
+        counts[shard] = Sum(cells)
     made = object.__new__(Predictivity)
-    made.counts, made.neurons = counts, {0: (neurons, experts)}
     made.names, made.kinds = [f"c{i}" for i in range(concepts)], ["domain"] * concepts
-    made.seen = {shard: np.ones((concepts, 40), dtype=bool) for shard in (SELECT, HELD_OUT)}
+    seen = SeenDocuments(40, concepts)
+    seen.add(np.arange(40), np.ones((40, concepts), dtype=bool))
+    made.layers = {0: Counts(experts, counts, {SELECT: seen, HELD_OUT: seen})}
     return made
 
 
@@ -121,7 +126,7 @@ def test_counts_in_experts_are_hypergeometric_under_random_partitions():
 
     from moefy.inspection.experts.concepts import _counted
 
-    item = _counted(planted(), 0, 200, 0)
+    item = _counted(planted().layers[0], 0, 200, 0)
     assert item.count_CE.sum(1).tolist() == [item.best] * 6
     assert (item.random_RCE.sum(2) == item.best).all()
     p = item.p(np.arange(item.best + 1))
@@ -135,7 +140,8 @@ def test_renumbering_neurons_inside_experts_changes_nothing():
     one = planted(own=[1, None, None, 4, None, None])
     other = planted(own=[1, None, None, 4, None, None])
     order = np.concatenate([np.random.default_rng(e).permutation(32) + 32 * e for e in range(8)])
-    other.counts = {key: cells[:, order] for key, cells in other.counts.items()}
+    for scores in other.layers[0].scores.values():
+        scores.total = scores.total[:, order]
     a, b = enrichment(one), enrichment(other)
     assert a["layers"] == b["layers"]
     for name, values in a["enrichment"].items():

@@ -1,11 +1,13 @@
 """The inspection says of a planted model exactly what was planted."""
 
 import json
+from functools import partial
 
 import numpy as np
 import planted
 import pytest
 import torch
+from naive_experts import heard_by
 
 from moefy.data.corpus import IGNORED
 from moefy.data.documents import HELD_OUT, SELECT
@@ -14,7 +16,6 @@ from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.account.observe import observe
 from moefy.inspection.causal.causal import causal
 from moefy.inspection.in_context import induction, nats
 from moefy.inspection.page_one import fit_bigram, honesty, other_text
@@ -33,8 +34,7 @@ def made(tmp_path_factory):
         model = load(out)
         reading = read(model, corpus)
         everything = np.ones(len(reading.documents), dtype=bool)
-        sampler = RoutingSampler(reading.documents, everything, 1)
-        observe(model, reading, [sampler])
+        sampler = heard_by(model, reading, partial(RoutingSampler, chosen_Q=everything))
         found[kind] = model, reading, sampler.sample()
     return found
 

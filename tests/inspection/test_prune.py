@@ -21,29 +21,29 @@ import moefy
 from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
-from moefy.inspection.removal.importance import importance, ranked, relative
-from moefy.inspection.removal.matched import energy_matched, random_neurons
-from moefy.inspection.removal.points import (
+from moefy.inspection.causal.engine import Gone
+from moefy.inspection.removal.controls import (
+    CONTROLS,
+    Control,
+    Drawn,
+    Removed,
+    energy_matched,
+    random_neurons,
+)
+from moefy.inspection.removal.figures import (
     TIMES,
     Point,
     against,
     area,
-    judge,
     largest,
-    relative_rise,
+    measured,
+    rises,
 )
+from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
+from moefy.inspection.removal.rankings import RANKINGS, importance, ranked, relative
 from moefy.inspection.removal.relearning import verdict
-from moefy.inspection.removal.removable import (
-    EXPERT,
-    NEURON,
-    Removable,
-    Source,
-    gone_of,
-    open_source,
-)
-from moefy.inspection.removal.shards import Parts, choose_domains, read_parts
+from moefy.inspection.removal.source import EXPERT, NEURON, Source, gone_of, open_source, units_of
 from moefy.inspection.removal.summary import lines
-from moefy.inspection.removal.written import write
 from moefy.models.artefact import read_artefact
 from moefy.run.console import Reporter
 from moefy.run.stages import Stages
@@ -66,7 +66,7 @@ def two_domains(documents: int = 40) -> Corpus:
 
 def parts_of(source: Source, corpus: Corpus, forget: str, tokens: int = 2000) -> Parts:
     domains = choose_domains(corpus, forget, None)
-    return read_parts(source.checkpoint, "decoder", corpus, domains, tokens, split=0, seed=0)
+    return read_parts(source.checkpoint, corpus, domains, tokens, split=0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_what_is_written_is_what_was_measured(planted_run) -> None:
     _, out, record = planted_run
     source = open_source(out, NEURON)
     texts = parts_of(source, planted.corpus(), f"d{FORGOTTEN}", tokens=6000).measure.forget
-    got = judge(Removable.load(source).model, texts).ce(texts)
+    got = measured(source.without({}), texts).ce(texts)
     assert got == pytest.approx(record["at"]["removal"]["ce_forget"], rel=1e-6)
 
 
@@ -135,12 +135,14 @@ def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_pa
         model = tmp_path / "moefied"
         convert_tiny(name, dense, model, **options)
     source, out = open_source(model, unit), tmp_path / "out"
-    units = Removable.load(source).units(unit)
-    numbers = torch.arange(0, sum(map(len, units)), 3)
-    removed = write(source, gone_of(units, numbers, [64, 64]), out, QUIET)
+    engine = source.engine()
+    counts = units_of(engine, unit)
+    numbers = torch.arange(0, sum(counts.values()), 3)
+    gone = gone_of(engine, unit, numbers)
+    removed = source.write(gone, out, QUIET)
     (before, want), (after, got) = stored(dense), stored(out)
     assert before == after
-    whole = Removable.load(open_source(dense, NEURON))
+    whole = open_source(dense, NEURON)
     downs = {f"{site.path('down')}.weight": site for site in whole.sites}
     seen = 0
     for tensor in want:
@@ -152,22 +154,30 @@ def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_pa
             down_ND[removed[site.index]] = 0.0
         assert torch.equal(expected.view(torch.int16), got[tensor].view(torch.int16)), tensor
     assert seen == len(downs)
-    assert sum(int(removed_N.sum()) for removed_N in removed) == len(numbers) * units[0].shape[1]
+    size = 8 if unit == EXPERT else 1
+    assert sum(map(len, removed)) == len(numbers) * size
     if options is not None:
         # Whole experts, as the folder says which neurons they are.
         artefact = read_artefact(model)
         experts = [artefact.permutation(site.index).view(-1, 8) for site in whole.sites]
-        named = [removed_N[e_EF] for removed_N, e_EF in zip(removed, experts, strict=True)]
+        named = [
+            torch.isin(e_EF, torch.tensor(n)) for n, e_EF in zip(removed, experts, strict=True)
+        ]
         assert torch.cat(named).all(1).nonzero().flatten().tolist() == numbers.tolist()
     assert not (out / "moefy.json").exists()
     plain = tiny_model(name).auto.from_pretrained(out).float()
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before_logits = whole.model(ids).logits
-        with whole.without(removed):
-            torch.testing.assert_close(plain(ids).logits, whole.model(ids).logits)
-        assert (plain(ids).logits - before_logits).norm() > 0.01 * before_logits.norm()
-        assert torch.equal(whole.model(ids).logits, before_logits)
+        got = plain(ids).logits
+        before_logits = whole.without({})(ids).logits
+        torch.testing.assert_close(got, source.without(gone)(ids).logits)
+        with engine.without(gone):
+            torch.testing.assert_close(got, engine.model(ids).logits, rtol=1e-4, atol=1e-5)
+        with engine.without({}):
+            torch.testing.assert_close(
+                engine.model(ids).logits, before_logits, rtol=1e-4, atol=1e-5
+            )
+        assert (got - before_logits).norm() > 0.01 * before_logits.norm()
 
 
 @pytest.mark.parametrize("unit", [EXPERT, NEURON])
@@ -175,20 +185,23 @@ def test_importance_is_that_of_a_naive_loop(unit: str, tmp_path: Path) -> None:
     source_folder = build("llama", tmp_path / "source")
     convert_tiny("llama", source_folder, tmp_path / "moefied")
     source = open_source(tmp_path / "moefied", EXPERT)
-    removable = Removable.load(source)
+    engine, plain = source.engine(), source.without({})
     part = parts_of(source, two_domains(), "low").rank
-    got = importance(removable, part, unit, QUIET)
+    got = [importance(engine, texts, unit, QUIET, "") for texts in (part.forget, part.retain)]
     for texts, per_layer in zip((part.forget, part.retain), got, strict=True):
         samples = [sample for batch in texts.batches for sample in batch.samples]
-        for site, mlp, found_E in zip(removable.sites, removable.mlps, per_layer, strict=True):
+        for site, module, found_E in zip(
+            source.sites, engine.modules.values(), per_layer, strict=True
+        ):
+            mlp = module.weights
             sums, tokens = torch.zeros(len(found_E), dtype=torch.float64), 0
             heard: list[Tensor] = []
-            handle = removable.model.get_submodule(site.module).register_forward_pre_hook(
+            handle = plain.get_submodule(site.module).register_forward_pre_hook(
                 lambda _, args, heard=heard: heard.append(args[0][0])
             )
             for sample in samples:
                 with torch.no_grad():
-                    removable.model(sample.inputs["input_ids"][None])
+                    plain(sample.inputs["input_ids"][None])
             handle.remove()
             for x_TD in heard:
                 for h_N in mlp.hidden(x_TD).double():
@@ -202,68 +215,76 @@ def test_importance_is_that_of_a_naive_loop(unit: str, tmp_path: Path) -> None:
     alpha = 0.01 * float((got[0][0] + got[1][0]).mean()) / 2
     first = np.log((float(forget_E[0]) + alpha) / (float(retain_E[0]) + alpha))
     assert float(score[0]) == pytest.approx(first, rel=1e-6)
+    order = ranked(engine, part, unit, QUIET)
+    assert torch.equal(order, score.argsort(descending=True, stable=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_rescale_that_changes_nothing_leaves_the_ranking(name: str, tmp_path: Path) -> None:
     """Up by c and down by 1/c: any c with a gate, positive ones before a ReLU."""
     source = open_source(build(name, tmp_path / name), NEURON)
-    removable = Removable.load(source)
+    engine = source.engine()
     part = parts_of(source, two_domains(), "low").rank
-    before = relative(*importance(removable, part, NEURON, QUIET))
+
+    def scores() -> Tensor:
+        sides = (part.forget, part.retain)
+        return relative(*(importance(engine, texts, NEURON, QUIET, "") for texts in sides))
+
+    before = scores()
+    order = ranked(engine, part, NEURON, QUIET)
     generator = torch.Generator().manual_seed(4)
-    for mlp in removable.mlps:
+    for module in engine.modules.values():
+        mlp = module.weights
         c_N = torch.randn(mlp.neurons, generator=generator).exp()
         if mlp.gate_ND is not None:
             c_N *= torch.randint(0, 2, c_N.shape, generator=generator) * 2 - 1
-        mlp.up_ND.mul_(c_N[:, None])
-        mlp.down_ND.div_(c_N[:, None])
+        mlp.up_ND.data.mul_(c_N[:, None])
+        mlp.down_ND.data.div_(c_N[:, None])
         if mlp.up_bias_N is not None:
-            mlp.up_bias_N.mul_(c_N)
-    after = relative(*importance(removable, part, NEURON, QUIET))
+            mlp.up_bias_N.data.mul_(c_N)
     assert before.std() > 0.05
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    assert torch.equal(ranked(after)[:16], ranked(before)[:16])
+    torch.testing.assert_close(scores(), before, rtol=1e-3, atol=1e-4)
+    assert torch.equal(ranked(engine, part, NEURON, QUIET)[:16], order[:16])
 
 
 def test_points_are_those_of_one_document_at_a_time(tmp_path: Path) -> None:
     source = open_source(build("llama", tmp_path / "source"), NEURON)
-    removable = Removable.load(source)
+    model = source.without({})
     texts = parts_of(source, two_domains(), "low").measure.retain
-    point = judge(removable.model, texts)
+    point = measured(model, texts)
     ce, right = [], []
     for batch in texts.batches:
         for sample in batch.samples:
             ids = sample.inputs["input_ids"]
             with torch.no_grad():
-                logits = removable.model(ids[None]).logits[0, :-1].double()
+                logits = model(ids[None]).logits[0, :-1].double()
             ce.append(float(cross_entropy(logits, ids[1:], reduction="sum")))
             right.append(int((logits.argmax(-1) == ids[1:]).sum()))
-    np.testing.assert_allclose(point.ce_D, ce, rtol=1e-4)
-    np.testing.assert_array_equal(point.right_D, right)
+    np.testing.assert_allclose(point.ce_Q, ce, rtol=1e-4)
+    np.testing.assert_array_equal(point.right_Q, right)
 
 
 def test_energy_matched_sets_have_the_number_and_the_energy(tmp_path: Path) -> None:
     source = open_source(build("opt", tmp_path / "source"), NEURON)
-    removable = Removable.load(source)
+    engine, plain = source.engine(), source.without({})
     part = parts_of(source, two_domains(), "low").rank
-    gone = random_neurons(removable, 20, seed=7)
-    found = energy_matched(removable, part, gone, 0, QUIET)
+    gone = random_neurons(engine, 20, seed=7)
+    found = energy_matched(Removed(engine, NEURON, 20, gone, part, 0, QUIET))
 
     def energy(layer: int, gone_N: Tensor) -> float:
         """`E ||sum_j h_j d_j||^2`, token by token; both domains count alike."""
         total = 0.0
+        site, mlp = source.sites[layer], engine.modules[layer].weights
         for texts in (part.forget, part.retain):
             squares = []
             for batch in texts.batches:
                 for sample in batch.samples:
                     heard: list[Tensor] = []
-                    site, mlp = removable.sites[layer], removable.mlps[layer]
-                    handle = removable.model.get_submodule(site.module).register_forward_pre_hook(
+                    handle = plain.get_submodule(site.module).register_forward_pre_hook(
                         lambda _, a, heard=heard: heard.append(a[0])
                     )
                     with torch.no_grad():
-                        removable.model(sample.inputs["input_ids"][None])
+                        plain(sample.inputs["input_ids"][None])
                     handle.remove()
                     h_TN = mlp.hidden(heard[0].reshape(-1, site.width)).double() * gone_N
                     squares.append((h_TN @ mlp.down_ND.double()).square().sum(1))
@@ -272,9 +293,32 @@ def test_energy_matched_sets_have_the_number_and_the_energy(tmp_path: Path) -> N
 
     assert found.close
     for drawn in found.sets:
-        for layer, (want_N, got_N) in enumerate(zip(gone, drawn, strict=True)):
-            assert got_N.sum() == want_N.sum() and not torch.equal(got_N, want_N)
-            assert energy(layer, got_N) == pytest.approx(energy(layer, want_N), rel=0.051)
+        assert set(drawn) == set(gone)
+        for layer, want_N in gone.items():
+            assert drawn[layer].sum() == want_N.sum() and not torch.equal(drawn[layer], want_N)
+            assert energy(layer, drawn[layer]) == pytest.approx(energy(layer, want_N), rel=0.051)
+
+
+def test_a_control_and_a_ranking_are_one_row_each(
+    planted_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, *_ = planted_run
+
+    def nothing(removed: Removed) -> Drawn:
+        empty: Gone = {}
+        return Drawn([empty])
+
+    monkeypatch.setitem(CONTROLS, "nothing", Control("no {unit} at all", nothing))
+    given: dict[str, Any] = {"corpus": planted.corpus(), "tokens": 600, "quiet": True, "share": 0.2}
+    record = moefy.prune(made, tmp_path / "out", forget="d1", **given)
+    assert record["at"]["nothing"]["forget_rise"]["mean"] == 0.0
+    assert "no expert at all" in (tmp_path / "out" / "README.md").read_text()
+    source = open_source(made, EXPERT)
+    part = parts_of(source, planted.corpus(), "d1", tokens=600).rank
+    monkeypatch.setitem(RANKINGS, "retained", lambda forget, retain: torch.cat(retain))
+    engine = source.engine()
+    retained = torch.cat(importance(engine, part.retain, EXPERT, QUIET, ""))
+    assert int(ranked(engine, part, EXPERT, QUIET, "retained")[0]) == int(retained.argmax())
 
 
 def test_the_area_by_hand() -> None:
@@ -303,18 +347,18 @@ def test_ratios_are_paired_and_say_when_there_is_none(planted_run) -> None:
     draw = np.random.default_rng(0)
     base = Point(draw.uniform(50, 60, count), np.zeros(count))
     up_D = draw.uniform(1, 2, count)
-    ours = Point(base.ce_D + 6 * up_D, base.right_D)
-    found = against(ours, base, [Point(base.ce_D + 2 * up_D, base.right_D)] * 2, texts)
+    ours = Point(base.ce_Q + 6 * up_D, base.right_Q)
+    found = against(ours, base, [Point(base.ce_Q + 2 * up_D, base.right_Q)] * 2, texts)
     assert found["ratio"]["mean"] == pytest.approx(3.0)
     assert found["ratio"]["ci95"] == pytest.approx([3.0, 3.0])
     assert found["selective"] is bool(6 * up_D.sum() > 3 * 2 * up_D.sum())
-    found = against(ours, base, [Point(base.ce_D + up_D, base.right_D)], texts)
+    found = against(ours, base, [Point(base.ce_Q + up_D, base.right_Q)], texts)
     assert found["ratio"]["mean"] == pytest.approx(6.0) and found["selective"]
-    found = against(ours, base, [Point(base.ce_D - 0.1, base.right_D)], texts)
+    found = against(ours, base, [Point(base.ce_Q - 0.1, base.right_Q)], texts)
     assert found["ratio"] is None and found["selective"]
-    same = against(base, base, [Point(base.ce_D + up_D, base.right_D)], texts)
+    same = against(base, base, [Point(base.ce_Q + up_D, base.right_Q)], texts)
     assert not same["selective"]
-    share = relative_rise(Point(base.ce_D * 1.25, base.right_D), base, texts)
+    share = rises(Point(base.ce_Q * 1.25, base.right_Q), base, texts)["loss"]
     assert share["mean"] == pytest.approx(0.25)
 
 
@@ -433,7 +477,7 @@ def test_the_parts_share_no_document() -> None:
     source = open_source(Path(moefy.__file__).parent / "demo" / "opt", NEURON)
     corpus = load_corpus().take(11 * 40)
     domains = choose_domains(corpus, "novels", None)
-    parts = read_parts(source.checkpoint, "decoder", corpus, domains, 3000, split=0, seed=0)
+    parts = read_parts(source.checkpoint, corpus, domains, 3000, split=0, seed=0)
     seen: set[str] = set()
     for part in (parts.rank, parts.decide, parts.measure):
         for texts in (part.forget, part.retain):
@@ -442,6 +486,6 @@ def test_the_parts_share_no_document() -> None:
             seen |= found
         assert set(part.retain.documents.domains) == set(domains.retain)
         assert part.forget.documents.domains == ["novels"]
-    lesson = [sample for batch in parts.lesson for sample in batch.samples]
-    assert not {sample.document.sha256 for sample in lesson} & seen
-    assert 0 < sum(len(sample.inputs["input_ids"]) for sample in lesson) <= 1000
+    data = [sample for batch in parts.relearn for sample in batch.samples]
+    assert not {sample.document.sha256 for sample in data} & seen
+    assert 0 < sum(len(sample.inputs["input_ids"]) for sample in data) <= 1000

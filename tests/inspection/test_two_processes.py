@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from tiny_models import build
 
 import moefy
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.observe import gather, observe
-from moefy.inspection.account.unembedding import find_unembedding
-from moefy.inspection.describe import Description
-from moefy.inspection.experts.best import Best, Records
+from moefy.inspection.describe import PARTS, listened, merged
+from moefy.inspection.experts.examples import Best, Records
+from moefy.inspection.part import Pass, gather
 from moefy.inspection.routing.sample import RoutingSampler, drawn_documents
 from moefy.inspection.texts.reading import read
 from moefy.run.processes import Processes
@@ -115,15 +115,14 @@ class Taken(Processes):
 
 
 def heard(model, reading, batches, seed=0):
-    """What a process has heard of these batches: listeners, by layer what each sends."""
-    unembedding = find_unembedding(model, reading.batches[0].inputs["input_ids"][0])
-    found = Description(model, reading, unembedding, seed=seed)
-    chosen_D = drawn_documents(reading.tokens_D, 6000, seed)
-    sampler = RoutingSampler(reading.documents, chosen_D, len(sparse_mlps(model)))
-    listeners = [*found.listeners, sampler]
-    observe(model, reading, [found.predictivity.scales], batches=[0])
-    observe(model, reading, listeners, unembedding=unembedding, batches=batches)
-    return found, listeners, sampler
+    """The parts of a process that has heard these batches, by name."""
+    chosen_Q = drawn_documents(reading.tokens_D, 6000, seed)
+    sampler = partial(RoutingSampler, chosen_Q=chosen_Q)
+    makers = PARTS | {"routing": sampler}
+    numbers = list(range(len(reading.batches)) if batches is None else batches)
+    return dict(
+        zip(makers, listened(Pass(model, reading, seed), makers.values(), numbers), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +136,15 @@ def loaded(case):
 def test_parts_merge_into_the_whole(loaded):
     model, reading = loaded
     layers, numbers = list(sparse_mlps(model)), range(len(reading.batches))
-    whole, _, whole_sampler = heard(model, reading, list(numbers))
-    first, listeners, sampler = heard(model, reading, list(numbers[::2]))
-    _, others, _ = heard(model, reading, list(numbers[1::2]))
-    gather(listeners, layers, Taken([o.part(layer) for layer in layers for o in others]))
-    got, want = first.tables(), whole.tables()
+    whole, first = heard(model, reading, numbers), heard(model, reading, numbers[::2])
+    others = heard(model, reading, numbers[1::2]).values()
+    sent = [other.part(layer) for layer in layers for other in others]
+    gather(list(first.values()), layers, Taken(sent))
+    got, want = (merged(part.tables() for part in parts.values()) for parts in (first, whole))
     assert got.keys() == want.keys()
     for name, table in want.items():
         same(table, got[name], name)
-    one, two = whole_sampler.sample(), sampler.sample()
+    one, two = whole["routing"].sample(), first["routing"].sample()
     assert (one.tokens.ids_T == two.tokens.ids_T).all()
     assert (one.tokens.document_T == two.tokens.document_T).all()
     assert all((a == b).all() for a, b in zip(one.packed, two.packed, strict=True))
@@ -182,19 +181,18 @@ def arrays(part):
 def test_the_formulas_of_state_are_what_listeners_hold(loaded):
     model, reading = loaded
     modules = sparse_mlps(model)
-    found, listeners, sampler = heard(model, reading, None)
+    parts = heard(model, reading, None)
     module = next(iter(modules.values()))
     sizes = Sizes(
         layers=len(modules), width=module.weights.width, neurons=module.weights.neurons,
-        experts=module.experts, shared=module.shared, tokens=len(sampler.sample().tokens),
-        documents=len(reading.documents), blocks=len(found.contributions.blocks),
-        concepts=len(found.predictivity.names),
+        experts=module.experts, shared=module.shared, tokens=len(parts["routing"].sample().tokens),
+        documents=len(reading.documents), blocks=len(parts["contributions"].blocks),
+        concepts=len(parts["predictivity"].names),
     )  # fmt: skip
-    names = ["contributions", "router", "examples", "spectrum", "direct", "predictivity"]
     want = state_bytes(sizes)
-    for name, listener in zip([*names, "routing sample"], listeners, strict=True):
-        held = {id(a): a for layer in modules for a in arrays(listener.part(layer))}
-        assert sum(a.nbytes for a in held.values()) == want[name], name
+    for name, part in parts.items():
+        held = {id(a): a for layer in modules for a in arrays(part.part(layer))}
+        assert sum(a.nbytes for a in held.values()) == want.get(name, 0), name
 
 
 def test_a_large_model_holds_little():

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.observe import observe
+from moefy.inspection.describe import listened
+from moefy.inspection.part import Pass
 
 
 @dataclass
@@ -87,10 +88,10 @@ def _of(module, x_TD, out_TD, document):
     )
 
 
-def heard_by(model, reading, listener, unembedding=None):
-    """The listener, after one pass."""
-    observe(model, reading, [listener], unembedding=unembedding)
-    return listener
+def heard_by(model, reading, *makers, seed=0):
+    """Parts after one pass; the last, or all where there are several."""
+    parts = listened(Pass(model, reading, seed), makers)
+    return parts[0] if len(parts) == 1 else parts
 
 
 def column(given, name, *shape):

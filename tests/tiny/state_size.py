@@ -56,19 +56,19 @@ def state_bytes(s: Sizes) -> dict[str, int]:
     of_expert = (RECORD + WINDOW) * shown + RECORD * 2 * examples.SAMPLE + 4
     size = s.neurons // s.experts
     of_layer = {
-        "contributions": 16 * s.blocks * (FIGURES * s.experts + 4),
+        "contributions": 16 * s.blocks * (FIGURES * s.experts + 4) + 8,
         "router": 16 * s.blocks * (3 * routed + 3) + _bits(routed, s),
         "examples": s.experts * of_expert,
         "spectrum": 8 * (s.neurons * size + s.neurons + s.experts),
         "direct": 16 * (s.neurons + s.experts)
+        + 8
         + 16 * s.blocks * (3 * s.experts + 1)
         + _bits(s.experts, s),
-        "predictivity": 4 * (s.concepts + 1) * s.neurons * BINS,
+        "predictivity": 4 * (s.concepts + 1) * s.neurons * BINS + 2 * _bits(s.concepts, s),
     }
     found = {name: s.layers * each for name, each in of_layer.items()}
-    found["predictivity"] += 2 * s.concepts * s.documents
     sample = min(s.tokens, routing_sample.TOKENS)
-    found["routing sample"] = sample * (TOKEN + s.layers * math.ceil(s.experts / 8))
+    found["routing"] = sample * (TOKEN + s.layers * math.ceil(s.experts / 8))
     return found
 
 

@@ -27,9 +27,11 @@ from moefy.errors import OutputError
 from moefy.exporting.gguf.architectures import add_metadata, architecture_of, warnings
 from moefy.exporting.gguf.layout import expert_gain, plan_tensors
 from moefy.exporting.gguf.vocabulary import add_vocabulary
-from moefy.exporting.tensors import Planned, writing
+from moefy.exporting.tensors import Planned
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.run.job import Job
+from moefy.run.output import OutputFolder
 
 QUANTIZATIONS = {"q8_0": GGMLQuantizationType.Q8_0}
 _TYPES = {
@@ -51,8 +53,7 @@ def check_request(out: Path, *, quantize: str | None, overwrite: bool) -> None:
         raise MoefyError(unknown_choice("quantization", quantize, QUANTIZATIONS))
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file, such as {out / 'model.gguf'}")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
+    OutputFolder(out).check(overwrite=overwrite)
 
 
 def write_gguf(
@@ -146,9 +147,9 @@ def _write(
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), count, types[tensor.name]
         )
-    with writing(out, "gguf", overwrite=overwrite) as output:
-        part = output.work / "model.gguf"
-        output.need(total)
+    job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
+    part = job.work / "model.gguf"
+    with job.running(disk=total):
         try:
             writer.write_header_to_file(part)
             writer.write_kv_data_to_file()
@@ -158,6 +159,7 @@ def _write(
         finally:
             writer.close()
         part.replace(out)
+    job.output.discard()
 
 
 def _encoded(tensor: Planned, kind: GGMLQuantizationType) -> NDArray[Any]:

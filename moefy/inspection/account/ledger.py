@@ -13,9 +13,12 @@ Shapes: T tokens of one chunk, D width, N neurons, E experts (the shared ones fi
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from moefy.data.documents import Ints
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.tables import expert_norms
@@ -44,6 +47,15 @@ class Ledger:
     def experts(self) -> int:
         """E, the shared ones included."""
         return self.module.experts
+
+    def here(self, chosen_T: NDArray[np.bool_] | Ints) -> Tensor:
+        """A mask or numbers of tokens, on the device of the inputs."""
+        return torch.from_numpy(chosen_T).to(self.x_TD.device)
+
+    @property
+    def later_T(self) -> Tensor:
+        """All tokens but the first of a document (bool)."""
+        return self.here(self.tokens.position_T > 0)
 
     @cached_property
     def h_TN(self) -> Tensor:

@@ -92,7 +92,7 @@ class _Ledgers:
 
     of: dict[int, list[Ledger]] = field(default_factory=dict)
 
-    def add(self, ledger: Ledger) -> None:
+    def hear(self, ledger: Ledger) -> None:
         self.of.setdefault(ledger.layer, []).append(ledger)
 
 

@@ -96,7 +96,7 @@ def find_unembedding(model: PreTrainedModel, ids_T: Tensor) -> Unembedding | Non
 
 
 def _matching(norm: nn.Module, r_TD: Tensor, out_TD: Tensor, weight: Tensor) -> Unembedding | None:
-    gain: Tensor = norm.weight.detach().float()  # type: ignore[operator]
+    gain = norm.get_parameter("weight").detach().float()
     bias = getattr(norm, "bias", None)
     eps = float(
         next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 0)

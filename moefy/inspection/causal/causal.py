@@ -34,7 +34,7 @@ from moefy.inspection.causal.matrix import (
     strongest,
     with_q,
 )
-from moefy.inspection.causal.nulls import RandomSets, energy_matrix, random_sets
+from moefy.inspection.causal.nulls import RandomSets, energy_matrices, random_sets
 from moefy.inspection.causal.sufficiency import keep_only
 from moefy.inspection.causal.token_losses import dense_against_moefied
 from moefy.inspection.texts.reading import Reading
@@ -233,7 +233,7 @@ class _Run:
         layers = [layer for layer, _ in experts]
 
         def draw_sets() -> RandomSets:
-            energy_NN = energy_matrix(engine, self.texts, layers[0])
+            energy_NN = energy_matrices(engine, self.texts.batches, layers[:1])[layers[0]]
             return random_sets(engine, energy_NN, layers[0], given, nulls, self.seed)
 
         def make() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from moefy.data.corpus import Batch, Sample, make_batches, sample_length
 from moefy.data.documents import Documents, Ints
 from moefy.evaluation.outputs import judged_positions
+from moefy.evaluation.statistics import Floats
 from moefy.inspection.texts.reading import Reading
 
 MIN_DOCUMENTS = 30
@@ -39,9 +40,41 @@ class Texts:
     """Most tokens of a document."""
 
     @property
+    def places_Q(self) -> Ints:
+        """Tokens of every document, judged or not."""
+        return np.concatenate([_tokens(batch).sum(1) for batch in self.batches])
+
+    def even_Q(self, counts_Q: Ints) -> Floats:
+        """The weight of a token of every document with which each domain counts alike, whatever its
+        tokens, of which the documents have `counts_Q`; over all tokens 1."""
+        domain_Q = self.documents.domain_D
+        per_C = 1 / np.bincount(domain_Q, counts_Q) / len(self.documents.domains)
+        return np.asarray(per_C[domain_Q])
+
+    @property
     def tokens_D(self) -> Ints:
         """Tokens of every document that are judged: with a next token, or all for encoders."""
         return np.concatenate([judged_positions(batch).sum(1).numpy() for batch in self.batches])
+
+
+def _tokens(batch: Batch) -> Ints:
+    mask_BT = batch.mask()
+    assert mask_BT is not None
+    return np.asarray(mask_BT.numpy(), dtype=np.int64)
+
+
+def together(*parts: Texts) -> Texts:
+    """Several texts as one."""
+    return Texts(
+        [batch for part in parts for batch in part.batches],
+        Documents(
+            [doc for part in parts for doc in part.documents.documents],
+            [shard for part in parts for shard in part.documents.shards],
+            [corpus for part in parts for corpus in part.documents.corpora],
+        ),
+        np.concatenate([part.number_D for part in parts]),
+        max(part.length for part in parts),
+    )
 
 
 def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:

@@ -5,21 +5,17 @@ Memory: 8 bytes x S x J for the sets that are run together, J judged tokens of a
 Shapes: S sets, D documents, C domains, J judged tokens, N neurons, E experts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.engine import Engine, Gone
 from moefy.run.console import Reporter
-
-Gone = Mapping[int, Tensor]
-"""Neurons that are replaced, bool `[N]` by layer."""
 
 
 @dataclass(frozen=True)

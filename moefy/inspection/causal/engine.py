@@ -14,11 +14,13 @@ where the block adds the MLP to its output last, which a norm behind the MLP und
 Shapes: T positions of a batch, J judged tokens, N neurons in expert order, D width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,9 +30,12 @@ from moefy.experts.interventions import ExpertStatistics, experts
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.inspection.causal.damage import Reference, output
+from moefy.methods.partition.canonical import canonical_order
 from moefy.models.mlp import DenseMlp
 from moefy.run.processes import ALONE, Processes
 
+Gone = Mapping[int, Tensor]
+"""Neurons that are replaced, bool `[N]` by layer; a layer that is not named keeps all of its own."""
 DENSE, MOEFIED = "dense", "moefied"
 AFTER, WITHIN, WHOLE = "after", "within", "whole"
 _CLOSE, _ROUNDINGS = 1e-3, 8
@@ -75,13 +80,41 @@ class Engine:
             for module in modules:
                 del vars(module)["compute"]
 
-    def replacing(self, gone: Mapping[int, Tensor]) -> AbstractContextManager[None]:
+    def replacing(self, gone: Gone) -> AbstractContextManager[None]:
         """The model with these neurons, bool `[N]` by layer, replaced."""
         masks = [
             gone.get(layer, torch.zeros(module.weights.neurons, dtype=torch.bool))
             for layer, module in self.modules.items()
         ]
         return experts(self.model, ablate=masks, mode=self.mode, means=self.means)
+
+    def canonical_order(self, layer: int) -> NDArray[np.int64]:
+        """Neurons of a layer in an order that neither a permutation nor a rescale changes."""
+        return np.asarray(canonical_order(self.modules[layer].weights.on_cpu()).numpy())
+
+    @contextmanager
+    def without(self, gone: Gone) -> Iterator[None]:
+        """The model as this engine runs it, with these neurons replaced."""
+        with self.running(), self.replacing(gone):
+            yield
+
+    @torch.no_grad()
+    def changes(
+        self, batches: Iterable[Batch], layers: Iterable[int]
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """What replacing all neurons of these layers changes: layer, `c_j - v_j` `[T, N]` of the tokens
+        of a batch, `d` `[N, D]`, and the document of every token `[T]`, numbered over all batches."""
+        first = 0
+        for batch in batches:
+            base, mask_BT = self.base(batch), batch.mask()
+            assert mask_BT is not None
+            row_BT = torch.arange(first, first + len(mask_BT))[:, None].expand(mask_BT.shape)
+            first += len(mask_BT)
+            for layer in layers:
+                change_TN, down_ND = base.change(layer)
+                keep_T = mask_BT.flatten().to(change_TN.device)
+                document_T = row_BT.flatten().to(keep_T.device)[keep_T]
+                yield layer, change_TN[keep_T], down_ND, document_T
 
     @torch.no_grad()
     def base(self, batch: Batch) -> "Base":
@@ -106,7 +139,7 @@ class Engine:
     def _agrees(self, trial: "Engine", base: "Base", layer: int) -> bool:
         half_N = torch.zeros(self.modules[layer].weights.neurons, dtype=torch.bool)
         half_N[: len(half_N) // 2] = True
-        with trial.running(), trial.replacing({layer: half_N}):
+        with trial.without({layer: half_N}):
             whole = output(self.model, base.batch)
         short = base.output({layer: half_N})
         error, size = difference(short, whole)[0], difference(whole, base.out)[0]
@@ -179,7 +212,7 @@ class Base:
         return replaced_TN - run_TN, mlp.down_ND
 
     @torch.no_grad()
-    def output(self, gone: Mapping[int, Tensor]) -> Outputs:
+    def output(self, gone: Gone) -> Outputs:
         """What the model gives with these neurons replaced, bool `[N]` by layer."""
         engine, first = self.engine, min(gone)
         if engine.start == AFTER and len(gone) == 1:

@@ -11,8 +11,8 @@ import numpy as np
 
 from moefy.evaluation.statistics import ratio_interval, units
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.effects import Effects, Gone, gone, neurons_of, of_sets
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.effects import Effects, gone, neurons_of, of_sets
+from moefy.inspection.causal.engine import Engine, Gone
 from moefy.inspection.causal.matrix import Pair
 from moefy.inspection.texts.table import Table, table
 from moefy.run.console import Reporter

@@ -17,20 +17,18 @@ order nor a rescale decides them.
 Shapes: N neurons, E experts, S random sets, C domains.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from moefy.data.corpus import Batch
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import Floats, ends, null_z, resamples
-from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Engine
-from moefy.methods.partition.canonical import canonical_order
-from moefy.models.mlp import DenseMlp
 
 BINS, WIDTH = 4, 2.0
 """Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
@@ -41,24 +39,29 @@ _LEAST = 1e-9
 
 
 @torch.no_grad()
-def energy_matrix(engine: Engine, texts: Texts, layer: int) -> Floats:
-    """`E[change_i change_j] <d_i, d_j>` `[N, N]` in fp32, over all tokens: 4 N^2 bytes, twice meanwhile."""
-    total: Any = 0.0
-    tokens = 0
-    down_ND = None
-    for batch in texts.batches:
-        base = engine.base(batch)
-        change_TN, down_ND = base.change(layer)
-        mask = batch.mask()
-        assert mask is not None
-        change_TN = change_TN[mask.flatten().to(change_TN.device)]
-        total = total + change_TN.T @ change_TN
-        tokens += len(change_TN)
-    assert down_ND is not None
-    total /= tokens
-    for first in range(0, len(down_ND), 1024):
-        total[first : first + 1024] *= down_ND[first : first + 1024] @ down_ND.T
-    return np.asarray(total.float().cpu().numpy())
+def energy_matrices(
+    engine: Engine, batches: Iterable[Batch], layers: list[int], weight_Q: Floats | None = None
+) -> dict[int, Floats]:
+    """`E[change_i change_j] <d_i, d_j>` `[N, N]` of these layers in fp32, over all tokens, which weigh
+    what their documents do: 4 N^2 bytes a layer, twice meanwhile."""
+    total: dict[int, Any] = dict.fromkeys(layers, 0.0)
+    weight, down = dict.fromkeys(layers, 0.0), {}
+    weights = None if weight_Q is None else torch.from_numpy(weight_Q)
+    for layer, change_TN, down_ND, document_T in engine.changes(batches, layers):
+        if weights is None:
+            total[layer] = total[layer] + change_TN.T @ change_TN
+            weight[layer] += len(change_TN)
+        else:
+            weight_T = weights.to(document_T.device)[document_T]
+            weighted_TN = change_TN * weight_T[:, None].to(change_TN)
+            total[layer] = total[layer] + weighted_TN.T @ change_TN
+            weight[layer] += float(weight_T.sum())
+        down[layer] = down_ND
+    for layer, down_ND in down.items():
+        total[layer] /= weight[layer]
+        for first in range(0, len(down_ND), 1024):
+            total[layer][first : first + 1024] *= down_ND[first : first + 1024] @ down_ND.T
+    return {layer: np.asarray(total_NN.float().cpu().numpy()) for layer, total_NN in total.items()}
 
 
 def energies(energy_NN: Floats, sets: list[NDArray[np.int64]]) -> Floats:
@@ -85,7 +88,7 @@ def random_sets(
     """`count` random sets for each bin of these experts, given as the numbers of their neurons."""
     energy_E = energies(energy_NN, experts)
     bin_E, model_S = matches(energy_E, count)
-    order_N = canonical_order(on_cpu(engine.modules[layer].weights)).numpy()
+    order_N = engine.canonical_order(layer)
     ordered_NN = energy_NN[np.ix_(order_N, order_N)]
     random = np.random.default_rng([seed, 13, layer])
     sets = [
@@ -105,14 +108,6 @@ def matches(energy_E: Floats, count: int) -> tuple[Ints, Ints]:
         members = members[np.argsort(energy_E[members], kind="stable")]
         chosen.append(members[np.linspace(0, len(members) - 1, count).round().astype(np.int64)])
     return bin_E, np.concatenate(chosen)
-
-
-def on_cpu(mlp: DenseMlp) -> DenseMlp:
-    """The same MLP in main memory."""
-    held: dict[str, Any] = {
-        name: v.detach().cpu() for name, v in vars(mlp).items() if isinstance(v, Tensor)
-    }
-    return replace(mlp, **held)
 
 
 def matched(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
-from moefy.inspection.causal.effects import Gone, means, of_sets
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.effects import means, of_sets
+from moefy.inspection.causal.engine import Engine, Gone
 from moefy.inspection.causal.matrix import intervals
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.run.console import Reporter

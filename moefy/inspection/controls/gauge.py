@@ -3,22 +3,10 @@
 Shapes: N neurons.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from moefy.methods.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_order
 from moefy.models.mlp import DenseMlp
-
-
-def on_cpu(mlp: DenseMlp) -> DenseMlp:
-    """The same MLP on the CPU."""
-    values: dict[str, Any] = {
-        name: value.detach().cpu() if isinstance(value, Tensor) else value
-        for name, value in vars(mlp).items()
-    }
-    return DenseMlp(**values)
 
 
 def balanced(mlp: DenseMlp) -> DenseMlp:
@@ -27,7 +15,7 @@ def balanced(mlp: DenseMlp) -> DenseMlp:
     Where the scale of a neuron's up row `u_j` is free (a gated MLP, or a homogeneous activation), it is
     set so that `||u_j|| = ||d_j||`, biases included in `u_j`; its sign is that of `canonical_gauge`.
     """
-    mlp = on_cpu(mlp)
+    mlp = mlp.on_cpu()
     found = canonical_gauge(mlp, canonical_order(mlp))
     degree = 1 if mlp.gate_ND is not None else HOMOGENEOUS.get(mlp.activation, 0)
     if not degree:

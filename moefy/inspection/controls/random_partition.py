@@ -22,7 +22,6 @@ tokens, R draws.
 """
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +32,15 @@ from scipy import sparse, stats
 from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
-from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account.ledger import Ledger, bare
-from moefy.inspection.controls.gauge import on_cpu
+from moefy.inspection.part import Pass, PassPart, State
 from moefy.inspection.routing.sample import drawn_documents
-from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.partition.canonical import canonical_order
 from moefy.models.mlp import DenseMlp
 from moefy.run.console import Reporter
-from moefy.run.processes import ALONE, Processes
+from moefy.run.processes import Processes
 
 DRAWS = 200
 TOKENS = 12_000
@@ -74,19 +71,15 @@ class _Figures:
     """`LAYER_FIGURES`."""
 
 
-class RandomPartitions:
+class RandomPartitions(PassPart[State]):
     """Keeps the inputs of a fixed set of documents during the pass; then draws."""
 
-    def __init__(
-        self,
-        reading: Reading,
-        modules: Mapping[int, SparseMlp],
-        *,
-        draws: int = DRAWS,
-        tokens: int = TOKENS,
-        seed: int = 0,
-    ) -> None:
-        self.modules, self.draws, self.seed = dict(modules), draws, seed
+    everywhere = True
+
+    def __init__(self, work: Pass, *, draws: int = DRAWS, tokens: int = TOKENS) -> None:
+        super().__init__(work)
+        reading, seed = work.reading, work.seed
+        self.modules, self.draws, self.seed = work.modules, draws, seed
         self.domain_D = reading.documents.domain_D
         width = max(module.weights.width for module in self.modules.values())
         neurons = max(module.weights.neurons for module in self.modules.values())
@@ -100,7 +93,7 @@ class RandomPartitions:
         self.filled = dict.fromkeys(self.modules, 0)
         self.tokens: list[Tokens] = []
 
-    def add(self, ledger: Ledger) -> None:
+    def hear(self, ledger: Ledger) -> None:
         """Take in one layer and chunk of tokens."""
         keep_T = self.chosen_D[ledger.tokens.document_T]
         if not keep_T.any():
@@ -116,14 +109,10 @@ class RandomPartitions:
         self.filled[ledger.layer] = at.stop
 
     @torch.no_grad()
-    def tables(
-        self, report: Reporter | None = None, processes: Processes = ALONE
-    ) -> dict[str, Table]:
-        """Columns `oracle_*` of `experts` and `layers`, once the pass is over.
-
-        With `processes`, all of which call this after each has heard its batches, layers are shared out.
-        """
-        report = report or Reporter(quiet=True)
+    def tables(self) -> dict[str, Table]:
+        """Columns `oracle_*` of `experts` and `layers`, once the pass is over: layers are shared out over
+        the processes, all of which call this after each has heard its batches."""
+        report, processes = self.work.report or Reporter(quiet=True), self.work.processes
         tokens = Tokens.join(processes.all([Tokens.join(self.tokens)]))
         order_T = np.argsort(tokens.document_T, kind="stable")
         ways = _Ways.of(tokens.take(order_T), self.domain_D)
@@ -166,7 +155,7 @@ class RandomPartitions:
         x_TD = torch.from_numpy(inputs_TD).to(mlp.up_ND.device)
         held = _Held.of(mlp, x_TD, k_T, experts, ways)
         real = held.figures(torch.arange(mlp.neurons))
-        order_N = canonical_order(on_cpu(mlp))
+        order_N = canonical_order(mlp.on_cpu())
         random = [
             held.figures(order_N[torch.from_numpy(draw.permutation(mlp.neurons))])
             for draw in (np.random.default_rng([self.seed, layer, r]) for r in range(self.draws))

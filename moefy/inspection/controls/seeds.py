@@ -27,7 +27,6 @@ from moefy.conversion.capture import Captured, capture
 from moefy.data.corpus import Batch, make_batches
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
-from moefy.inspection.controls.gauge import on_cpu
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.methods.partition.partition import partition
@@ -113,7 +112,7 @@ def _layer(
     recipe = from_dict(artefact.recipe).partition
     # In the order of the source, which is what methods that are not invariant go by.
     source_N = artefact.permutation(layer).argsort()
-    mlp = on_cpu(module.weights).take(source_N).to(torch.float32)
+    mlp = module.weights.on_cpu().take(source_N).to(torch.float32)
     own_N = (source_N // module.expert_size).numpy()
 
     def split(sample: Captured, number: int) -> Ints:

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.part import Pass, PassPart, SeenDocuments, State, Sum
+from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes, uniforms
 
 TOKENS = 20_000
@@ -38,118 +39,54 @@ _OCTAVE = 4
 _LOWEST = -8
 """Bin 0 holds all below about 2^-8 of the layer's mean score; the last begins at 2^3.75 of it."""
 
+Bools = NDArray[np.bool_]
 
-Part = tuple[tuple[int, int] | None, dict[str, NDArray[Any]], dict[str, NDArray[np.bool_]]]
+
+@dataclass
+class _Scale(State):
+    mean: float | None = None
 
 
-class Scales:
+class Scales(PassPart[_Scale]):
     """Mean score of every layer over the first tokens that are heard: what bins are set around.
 
-    Where several processes listen, all are to have heard the same batch first.
+    Where several processes listen, all must have heard the same batch first.
     """
 
-    def __init__(self) -> None:
-        self.mean: dict[int, float] = {}
+    def begin(self, ledger: Ledger) -> _Scale:
+        """Not known yet."""
+        return _Scale()
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one layer and a chunk of tokens."""
-        later_T = torch.from_numpy(ledger.tokens.position_T > 0).to(ledger.x_TD.device)
-        if ledger.layer not in self.mean and bool(later_T.any()):
-            score_TN = ledger.h_TN[later_T].abs() * ledger.mlp.down_ND.norm(dim=1)
-            self.mean[ledger.layer] = float(score_TN.mean()) or 1.0
+    def take(self, state: _Scale, ledger: Ledger) -> None:
+        """Take the mean from the first chunk that holds more than first tokens."""
+        if state.mean is None and bool(ledger.later_T.any()):
+            state.mean = float(_scores(ledger, ledger.later_T).mean()) or 1.0
 
 
-class Predictivity:
-    """Listens to ledgers; memory is `2 L 2 (C + 1) N B` bytes."""
+def _scores(ledger: Ledger, at_T: Tensor) -> Tensor:
+    score_TN: Tensor = ledger.h_TN[at_T].abs() * ledger.mlp.down_ND.norm(dim=1)
+    return score_TN
 
-    def __init__(self, reading: Reading, *, tokens: int = TOKENS, seed: int = 0) -> None:
-        documents = reading.documents
-        self.classes = token_classes(reading.tokenizer, reading.vocabulary)
-        self.domain_D, self.seed = documents.domain_D, seed
-        self.names = [*documents.domains, *self.classes]
-        self.kinds = ["domain"] * len(documents.domains) + ["class"] * len(self.classes)
-        self.domains = len(documents.domains)
-        self.shard_D = {SELECT: documents.of_shard(SELECT), HELD_OUT: documents.of_shard(HELD_OUT)}
-        self.share = {
-            shard: tokens / max(1, int(reading.tokens_D[here].sum()))
-            for shard, here in self.shard_D.items()
-        }
-        # The draw may give some tokens more than was asked for, never twice as many.
-        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if 2 * tokens < 2**16 else np.uint32)
-        self.counts: dict[tuple[int, str], NDArray[Any]] = {}
-        """By layer and shard `[C + 1, N, B]`; the last row counts all tokens."""
-        self.scales = Scales()
-        self.neurons: dict[int, tuple[int, int]] = {}
-        self.seen = {
-            shard: np.zeros((len(self.names), len(documents)), dtype=bool) for shard in self.share
-        }
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one layer and a chunk of tokens."""
-        tokens, layer = ledger.tokens, ledger.layer
-        self.scales.add(ledger)
-        drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
-        for shard, here_D in self.shard_D.items():
-            here_T = here_D[tokens.document_T] & later_T & (drawn_T < self.share[shard])
-            if here_T.any():
-                at_T = torch.from_numpy(here_T).to(ledger.x_TD.device)
-                self._count(ledger, layer, shard, ledger.h_TN[at_T], tokens.take(here_T))
+@dataclass
+class Counts(State):
+    """Of one layer, by shard."""
 
-    def _count(
-        self, ledger: Ledger, layer: int, shard: str, h_TN: torch.Tensor, tokens: Tokens
-    ) -> None:
-        score_TN = h_TN.abs() * ledger.mlp.down_ND.norm(dim=1)
-        neurons = score_TN.shape[1]
-        self.neurons[layer] = (neurons, ledger.experts)
-        if (layer, shard) not in self.counts:
-            shape = (len(self.names) + 1, neurons, BINS)
-            self.counts[layer, shard] = np.zeros(shape, dtype=self.dtype)
-        level_TN = score_TN.div_(self.scales.mean[layer]).log2_().sub_(_LOWEST).mul_(_OCTAVE)
-        level_TN.clamp_(0, BINS - 1)
-        cell_TN = (level_TN.int() + torch.arange(neurons, device=h_TN.device) * BINS).cpu().numpy()
-        member_CT = self.members(tokens)
-        counts = self.counts[layer, shard]
-        for concept, member_T in enumerate(member_CT):
-            if member_T.any():
-                cells = np.bincount(cell_TN[member_T].ravel(), minlength=neurons * BINS)
-                counts[concept] += cells.reshape(neurons, BINS).astype(self.dtype)
-                self.seen[shard][concept, tokens.document_T[member_T]] = True
-        cells = np.bincount(cell_TN.ravel(), minlength=neurons * BINS)
-        counts[-1] += cells.reshape(neurons, BINS).astype(self.dtype)
+    experts: int
+    scores: dict[str, Sum[NDArray[Any]]]
+    """Tokens by concept, neuron and bin of the score `[C + 1, N, B]`; the last row counts all tokens."""
+    seen: dict[str, SeenDocuments]
+    """Documents by concept `[C]`."""
 
-    def part(self, layer: int) -> Part | None:
-        """What was heard of a layer, and which documents: what `merge` takes."""
-        counts = {shard: self.counts[at, shard] for at, shard in self.counts if at == layer}
-        return self.neurons.get(layer), counts, self.seen
-
-    def merge(self, layer: int, part: Part) -> None:
-        """Take in what was heard of other documents, with the same `scales`."""
-        neurons, counts, seen = part
-        if neurons is not None:
-            self.neurons[layer] = neurons
-        for shard, counts_CNB in counts.items():
-            if (layer, shard) in self.counts:
-                self.counts[layer, shard] += counts_CNB
-            else:
-                self.counts[layer, shard] = counts_CNB
-        for shard, seen_CD in seen.items():
-            self.seen[shard] |= seen_CD
-
-    def members(self, tokens: Tokens) -> NDArray[np.bool_]:
-        """Which tokens `[C, T]` are of each concept."""
-        domain_T = self.domain_D[tokens.document_T]
-        domains = domain_T == np.arange(self.domains)[:, None]
-        return np.concatenate([domains, classes_of(tokens.ids_T, self.classes)])
-
-    def positives(self, layer: int, shard: str) -> Ints:
+    def positives(self, shard: str) -> Ints:
         """Tokens of each concept `[C]` that were counted."""
-        return np.asarray(self.counts[layer, shard][:-1, 0].sum(1, dtype=np.int64))
+        return np.asarray(self.scores[shard].total[:-1, 0].sum(1, dtype=np.int64))
 
-    def auroc(self, layer: int, shard: str) -> Floats:
+    def auroc(self, shard: str) -> Floats:
         """AUROC `[C, N]` of every neuron for every concept against all other tokens; NaN where a concept
         has no tokens, or all."""
-        counts = self.counts[layer, shard]
-        found = np.full((len(self.names), counts.shape[1]), np.nan)
+        counts = self.scores[shard].total
+        found = np.full((len(counts) - 1, counts.shape[1]), np.nan)
         for concept, inside_NB in enumerate(counts[:-1].astype(float)):
             outside_NB = counts[-1] - inside_NB
             below_NB = outside_NB.cumsum(1) - outside_NB / 2
@@ -157,6 +94,74 @@ class Predictivity:
             if pairs:
                 found[concept] = (inside_NB * below_NB).sum(1) / pairs
         return found
+
+
+class Predictivity(PassPart[Counts]):
+    """Memory is `2 L 2 (C + 1) N B` bytes, and a bit for each document and concept of a layer and shard."""
+
+    def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
+        super().__init__(work)
+        reading, documents = work.reading, work.reading.documents
+        self.classes = token_classes(reading.tokenizer, reading.vocabulary)
+        self.domain_Q, self.seed = documents.domain_D, work.seed
+        self.names = [*documents.domains, *self.classes]
+        self.kinds = ["domain"] * len(documents.domains) + ["class"] * len(self.classes)
+        self.domains = len(documents.domains)
+        self.shard_Q = {shard: documents.of_shard(shard) for shard in (SELECT, HELD_OUT)}
+        self.share = {
+            shard: tokens / max(1, int(reading.tokens_D[here].sum()))
+            for shard, here in self.shard_Q.items()
+        }
+        # The draw may give some tokens more than was asked for, never twice as many.
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if 2 * tokens < 2**16 else np.uint32)
+        self.before = self.scales = Scales(work)
+
+    def begin(self, ledger: Ledger) -> Counts:
+        """No counts yet."""
+        shape, documents = (len(self.names) + 1, ledger.mlp.neurons, BINS), len(self.domain_Q)
+        return Counts(
+            ledger.experts,
+            {shard: Sum(np.zeros(shape, dtype=self.dtype)) for shard in self.shard_Q},
+            {shard: SeenDocuments(documents, len(self.names)) for shard in self.shard_Q},
+        )
+
+    def take(self, state: Counts, ledger: Ledger) -> None:
+        """Count the scores of drawn tokens by concept, in either shard."""
+        self.scales.hear(ledger)
+        tokens = ledger.tokens
+        drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
+        for shard, here_Q in self.shard_Q.items():
+            here_T = here_Q[tokens.document_T] & later_T & (drawn_T < self.share[shard])
+            if here_T.any():
+                member_CT = self.members(tokens.take(here_T))
+                self._count(
+                    state.scores[shard], _scores(ledger, ledger.here(here_T)), member_CT, ledger
+                )
+                state.seen[shard].add(tokens.document_T[here_T], member_CT.T)
+
+    def _count(
+        self, scores: Sum[NDArray[Any]], score_TN: Tensor, member_CT: Bools, ledger: Ledger
+    ) -> None:
+        neurons, mean = score_TN.shape[1], self.scales.layers[ledger.layer].mean
+        assert mean is not None
+        level_TN = score_TN.div_(mean).log2_().sub_(_LOWEST).mul_(_OCTAVE).clamp_(0, BINS - 1)
+        first_N = torch.arange(neurons, device=score_TN.device) * BINS
+        cell_TN = (level_TN.int() + first_N).cpu().numpy()
+        everything_T = np.ones(len(cell_TN), dtype=bool)
+        for concept, member_T in enumerate([*member_CT, everything_T]):
+            if member_T.any():
+                cells = np.bincount(cell_TN[member_T].ravel(), minlength=neurons * BINS)
+                scores.total[concept] += cells.reshape(neurons, BINS).astype(self.dtype)
+
+    def members(self, tokens: Tokens) -> Bools:
+        """Which tokens `[C, T]` are of each concept."""
+        domain_T = self.domain_Q[tokens.document_T]
+        domains = domain_T == np.arange(self.domains)[:, None]
+        return np.concatenate([domains, classes_of(tokens.ids_T, self.classes)])
+
+    def tables(self) -> dict[str, Table]:
+        """What `enrichment` finds."""
+        return enrichment(self, seed=self.seed)
 
 
 TOP = 0.01
@@ -200,8 +205,7 @@ def enrichment(
     found: Predictivity, *, partitions: int = PARTITIONS, seed: int = 0
 ) -> dict[str, Table]:
     """`enrichment`, one row for each expert and concept, and columns of `layers`."""
-    numbers = sorted({layer for layer, _ in found.counts})
-    layers = [_counted(found, layer, partitions, seed) for layer in numbers]
+    layers = [_counted(found.layers[n], n, partitions, seed) for n in sorted(found.layers)]
     if not layers or not len(layers[0].concepts):
         return {}
     p = [item.p(item.count_CE) for item in layers]
@@ -222,19 +226,16 @@ def _split(values: Floats, like: list[Floats]) -> list[Floats]:
     return [part.reshape(given.shape) for part, given in zip(parts, like, strict=True)]
 
 
-def _counted(found: Predictivity, layer: int, partitions: int, seed: int) -> _Layer:
-    neurons, experts = found.neurons[layer]
+def _counted(counts: Counts, layer: int, partitions: int, seed: int) -> _Layer:
+    auroc_CN, held_CN = counts.auroc(SELECT), counts.auroc(HELD_OUT)
+    experts, neurons = counts.experts, auroc_CN.shape[1]
     # Every layer has the same tokens, so the same concepts.
-    enough = found.positives(layer, SELECT) >= LEAST_TOKENS
-    enough &= found.seen[SELECT].sum(1) >= LEAST_DOCUMENTS
-    auroc_CN = found.auroc(layer, SELECT)
+    enough = counts.positives(SELECT) >= LEAST_TOKENS
+    enough &= counts.seen[SELECT].count_X >= LEAST_DOCUMENTS
     enough &= np.isfinite(auroc_CN[:, 0])
     concepts = np.flatnonzero(enough)
     best = max(1, round(TOP * neurons))
     owner_N = np.repeat(np.arange(experts), neurons // experts)
-    held_CN = np.full_like(auroc_CN, np.nan)
-    if (layer, HELD_OUT) in found.counts:
-        held_CN = found.auroc(layer, HELD_OUT)
     # Scores decide the order of neurons: where they are stored must not.
     order_N = np.lexsort(np.nan_to_num(np.concatenate([held_CN, auroc_CN])))
     top_CK, held_CK = (_best(values[concepts][:, order_N], best) for values in (auroc_CN, held_CN))
@@ -267,68 +268,64 @@ def _counts(owner_RN: Ints, top_CK: Ints, experts: int) -> Ints:
 
 
 def _cells(found: Predictivity, layers: list[_Layer], p: list[Floats], q: list[Floats]) -> Table:
-    columns: dict[str, list[Any]] = {}
-    for item, p_CE, q_CE in zip(layers, p, q, strict=True):
-        shape = item.count_CE.shape
-        concept = np.repeat(item.concepts, shape[1])
-        expected = item.best / item.experts
-        held_CE = np.where(item.held_CE < 0, np.nan, item.held_CE.astype(float))
-        held_p = np.where(item.held_CE < 0, np.nan, item.p(np.maximum(item.held_CE, 0)))
-        again = (q_CE < LEVEL) & (held_p < LEVEL)
-        part = table(
-            {
-                "layer": [item.layer] * concept.size,
-                "expert": np.tile(np.arange(shape[1]), shape[0]),
-                "concept": [found.names[c] for c in concept],
-                "kind": [found.kinds[c] for c in concept],
-                "count": item.count_CE.ravel(),
-                "expected": np.full(concept.size, expected),
-                "extent": item.count_CE.ravel() / expected,
-                "p": p_CE.ravel(),
-                "q": q_CE.ravel(),
-                "auroc": item.auroc_CE.ravel(),
-                "held_out_count": held_CE.ravel(),
-                "held_out_p": held_p.ravel(),
-                # Whether the held-out shard says so too; None where there was nothing to confirm.
-                "replicated": [
-                    bool(a) if r and np.isfinite(h) else None
-                    for a, r, h in zip(
-                        again.ravel(), (q_CE < LEVEL).ravel(), held_p.ravel(), strict=True
-                    )
-                ],
-                "documents": found.seen[SELECT].sum(1)[concept],
-                "tokens": found.positives(item.layer, SELECT)[concept],
-            }
-        )
-        for name, values in part.items():
-            columns.setdefault(name, []).extend(values)
-    return columns
+    return joined(_cells_of(found, *of_layer) for of_layer in zip(layers, p, q, strict=True))
+
+
+def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> Table:
+    concepts, experts = item.count_CE.shape
+    concept = np.repeat(item.concepts, experts)
+    counts, expected = found.layers[item.layer], item.best / item.experts
+    known_CE = item.held_CE >= 0
+    held_p = np.where(known_CE, item.p(np.maximum(item.held_CE, 0)), np.nan)
+    rejected_CE = q_CE < LEVEL
+    # Whether the held-out shard says so too; None where there was nothing to confirm.
+    replicated = (held_p < LEVEL).astype(object)
+    replicated[~rejected_CE | np.isnan(held_p)] = None
+    return table(
+        {
+            "layer": [item.layer] * concept.size,
+            "expert": np.tile(np.arange(experts), concepts),
+            "concept": [found.names[c] for c in concept],
+            "kind": [found.kinds[c] for c in concept],
+            "count": item.count_CE.ravel(),
+            "expected": np.full(concept.size, expected),
+            "extent": item.count_CE.ravel() / expected,
+            "p": p_CE.ravel(),
+            "q": q_CE.ravel(),
+            "auroc": item.auroc_CE.ravel(),
+            "held_out_count": np.where(known_CE, item.held_CE, np.nan).ravel(),
+            "held_out_p": held_p.ravel(),
+            "replicated": replicated.ravel(),
+            "documents": counts.seen[SELECT].count_X[concept],
+            "tokens": counts.positives(SELECT)[concept],
+        }
+    )
 
 
 def _summary(layers: list[_Layer], q: list[Floats], random_q: list[Floats]) -> Table:
     """How many cells are rejected, beside random partitions; and how many of them hold again."""
-    columns: dict[str, list[Any]] = {}
-    for item, q_CE, random_RCE in zip(layers, q, random_q, strict=True):
-        rejected = q_CE < LEVEL
-        random_R = (random_RCE < LEVEL).sum((1, 2))
-        extent_CE = item.count_CE * item.experts / item.best
-        known = rejected & (item.held_CE >= 0)
-        again = item.p(np.maximum(item.held_CE, 0))[known] < LEVEL
-        # The largest share of a concept's best neurons that one expert holds, with or without tests.
-        peak = item.count_CE.max(1).mean() / item.best
-        peak_R = item.random_RCE.max(2).mean(1) / item.best
-        row = {
-            "layer": item.layer,
-            "enriched_cells": int(rejected.sum()),
-            "enriched_of": rejected.size,
-            "enriched_random": float(random_R.mean()),
-            "enriched_p": float(null_p(rejected.sum(), random_R)),
-            "enriched_extent": float(extent_CE[rejected].mean()) if rejected.any() else None,
-            "enriched_replicated": float(again.mean()) if known.any() else None,
-            "enrichment_peak": float(peak),
-            "enrichment_peak_random": float(peak_R.mean()),
-            "enrichment_peak_p": float(null_p(peak, peak_R)),
-        }
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    return columns
+    found = [_summary_of(*of_layer) for of_layer in zip(layers, q, random_q, strict=True)]
+    return {name: [row[name] for row in found] for name in found[0]}
+
+
+def _summary_of(item: _Layer, q_CE: Floats, random_RCE: Floats) -> dict[str, Any]:
+    rejected = q_CE < LEVEL
+    random_R = (random_RCE < LEVEL).sum((1, 2))
+    extent_CE = item.count_CE * item.experts / item.best
+    known = rejected & (item.held_CE >= 0)
+    again = item.p(np.maximum(item.held_CE, 0))[known] < LEVEL
+    # The largest share of a concept's best neurons that one expert holds, with or without tests.
+    peak = item.count_CE.max(1).mean() / item.best
+    peak_R = item.random_RCE.max(2).mean(1) / item.best
+    return {
+        "layer": item.layer,
+        "enriched_cells": int(rejected.sum()),
+        "enriched_of": rejected.size,
+        "enriched_random": float(random_R.mean()),
+        "enriched_p": float(null_p(rejected.sum(), random_R)),
+        "enriched_extent": float(extent_CE[rejected].mean()) if rejected.any() else None,
+        "enriched_replicated": float(again.mean()) if known.any() else None,
+        "enrichment_peak": float(peak),
+        "enrichment_peak_random": float(peak_R.mean()),
+        "enrichment_peak_p": float(null_p(peak, peak_R)),
+    }

@@ -7,19 +7,18 @@
 `y` is the dense output of the layer without its bias. First tokens (position 0) dwarf all others in
 many models, so every mean comes with them and, as `..._later`, without.
 
-Shapes: T tokens, E experts, G blocks of documents, C domains.
+Shapes: T tokens, E experts, G blocks of documents, X columns.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from moefy.data.documents import Documents
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.account.sums import Blocks, BlockSums
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.part import BlockSums, Largest, Pass, PassPart, State
+from moefy.inspection.texts.table import Table, joined, of_experts, table
 
 ERROR = -1
 """In the place of an expert: what the experts that did not run would have added."""
@@ -27,23 +26,41 @@ FIGURES = 6
 """Sums of each expert: norm, norm where it ran, share, share where it ran, energy, tokens run."""
 
 
-class Contributions:
-    """Listens to ledgers; memory is `16 L G (6 E + 4)` bytes, G at most about 512."""
+@dataclass
+class _ContributionSums(State):
+    """Of one layer: six figures of every expert and four of the layer."""
 
-    def __init__(self, documents: Documents) -> None:
-        self.documents = documents
-        self.blocks = Blocks(documents)
-        self.experts: dict[int, int] = {}
-        self.sums: dict[int, BlockSums] = {}
-        self.share_error: dict[int, float] = {}
+    experts: int
+    sums: BlockSums
+    share_error: Largest
+    """Most by which the shares of a token miss 1 `[1]`."""
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one layer and a chunk of tokens."""
-        layer, experts = ledger.layer, ledger.experts
-        if layer not in self.sums:
-            self.experts[layer] = experts
-            self.sums[layer] = BlockSums(self.blocks, FIGURES * experts + 4)
-            self.share_error[layer] = 0.0
+    def ends(self) -> list[tuple[str, list[Floats], Floats]]:
+        """Of all tokens and of all but the first of a document: what columns end in, six figures
+        `[G, E]`, and four of the layer `[G, 4]`."""
+        pairs = (("", self.sums.all_GX), ("_later", self.sums.later_GX))
+        return [(end, *self.split(sums_GX)) for end, sums_GX in pairs]
+
+    def split(self, sums_GX: Floats) -> tuple[list[Floats], Floats]:
+        """The figures of experts, and those of the layer."""
+        cut = FIGURES * self.experts
+        return np.split(sums_GX[:, :cut], FIGURES, axis=1), sums_GX[:, cut:]
+
+
+class Contributions(PassPart[_ContributionSums]):
+    """Memory is `16 L G (6 E + 4)` bytes, G at most about 512."""
+
+    def __init__(self, work: Pass) -> None:
+        super().__init__(work)
+        self.documents, self.blocks = work.reading.documents, work.blocks
+
+    def begin(self, ledger: Ledger) -> _ContributionSums:
+        """No sums yet."""
+        sums = BlockSums(self.blocks, FIGURES * ledger.experts + 4)
+        return _ContributionSums(ledger.experts, sums, Largest(np.zeros(1)))
+
+    def take(self, state: _ContributionSums, ledger: Ledger) -> None:
+        """Norms, shares and energies of experts; energies of the whole."""
         norm_TE, share_TE, ran_TE = ledger.norm_TE, ledger.share_TE, ledger.mask_TE.float()
         energy_TE = norm_TE.square()
         layer_T4 = torch.stack(
@@ -56,96 +73,68 @@ class Contributions:
             dim=1,
         )
         parts = (norm_TE, norm_TE * ran_TE, share_TE, share_TE * ran_TE, energy_TE, ran_TE)
-        self.sums[layer].add(ledger.tokens, torch.cat([*parts, layer_T4], dim=1))
-        gap = float((share_TE.double().sum(1) - 1).abs().max())
-        self.share_error[layer] = max(self.share_error[layer], gap)
+        state.sums.add(ledger.tokens, torch.cat([*parts, layer_T4], dim=1))
+        state.share_error.merge(float((share_TE.double().sum(1) - 1).abs().max()))
 
-    def part(self, layer: int) -> tuple[torch.Tensor, float] | None:
-        """What was heard of a layer: what `merge` takes."""
-        if layer not in self.sums:
-            return None
-        return self.sums[layer].part, self.share_error[layer]
-
-    def merge(self, layer: int, part: tuple[torch.Tensor, float]) -> None:
-        """Take in what was heard of other documents."""
-        self.sums[layer].merge(part[0])
-        self.share_error[layer] = max(self.share_error[layer], part[1])
-
-    def tables(self) -> dict[str, Table]:
+    def rows(self, layer: int) -> dict[str, Table]:
         """`experts`, `layers` and `energy`."""
-        layers = sorted(self.sums)
         return {
-            "experts": joined(self._experts(layer) for layer in layers),
-            "layers": joined(self._layer(layer) for layer in layers),
-            "energy": joined(self._energy(layer) for layer in layers),
+            "experts": self._experts(layer),
+            "layers": self._layer(layer),
+            "energy": self._energy(layer),
         }
 
-    def _split(self, sums_GC: Floats, layer: int) -> tuple[list[Floats], Floats]:
-        """Six figures `[G, E]` and four of the layer `[G, 4]`."""
-        cut = FIGURES * self.experts[layer]
-        return np.split(sums_GC[:, :cut], FIGURES, axis=1), sums_GC[:, cut:]
-
     def _experts(self, layer: int) -> Table:
-        experts = self.experts[layer]
-        columns: dict[str, Any] = {"layer": [layer] * experts, "expert": list(range(experts))}
-        sums = self.sums[layer]
-        for suffix, sums_GC in (("", sums.all_GC), ("_later", sums.later_GC)):
-            (norm, norm_ran, share, share_ran, energy, ran), whole = self._split(sums_GC, layer)
-            tokens = np.broadcast_to(whole[:, 3:], norm.shape)
-            total = np.broadcast_to(whole[:, 2:3], norm.shape)
-            cells = {
+        columns: dict[str, Floats] = {}
+        for suffix, (norm, norm_ran, share, share_ran, energy, ran), whole in self.layers[
+            layer
+        ].ends():
+            tokens, total = whole[:, 3], whole[:, 2]
+            figures = {
                 "norm": (norm, tokens),
                 "norm_routed": (norm_ran, ran),
                 "share": (share, tokens),
                 "share_routed": (share_ran, ran),
                 "energy": (energy, total),
             }
-            # All in one call: cells that are zero in the same blocks share their resamples.
-            found = self.blocks.interval(
-                np.concatenate([top for top, _ in cells.values()], axis=1),
-                np.concatenate([bottom for _, bottom in cells.values()], axis=1),
-            )
-            for name, values in found.columns("").items():
-                for figure, part in zip(cells, np.split(values, len(cells)), strict=True):
-                    columns[f"{figure}{suffix}{name}"] = part
-        return table(columns)
+            columns |= self.blocks.columns({n + suffix: pair for n, pair in figures.items()})
+        return of_experts(layer, columns)
 
     def _layer(self, layer: int) -> Table:
-        sums = self.sums[layer]
-        columns: dict[str, Any] = {"layer": [layer]}
-        for suffix, sums_GC in (("", sums.all_GC), ("_later", sums.later_GC)):
-            _, whole = self._split(sums_GC, layer)
+        state = self.layers[layer]
+        columns: dict[str, Floats] = {"layer": np.array([layer])}
+        for suffix, _, whole in state.ends():
             y, error, energy, tokens = whole.T
-            found = self.blocks.interval(
-                np.stack([y - energy, error, y], axis=1), np.stack([y, y, tokens], axis=1)
-            )
-            names = ("cross_term", "error_energy", "output_energy")
-            for end, values in found.columns("").items():
-                for name, value in zip(names, values, strict=True):
-                    columns[f"{name}{suffix}{end}"] = [float(value)]
-        _, first = self._split(sums.first_GC, layer)
-        _, whole = self._split(sums.all_GC, layer)
-        columns["first_token_energy"] = [first[:, 0].sum() / max(whole[:, 0].sum(), 1e-300)]
-        columns["share_sum_error"] = [self.share_error[layer]]
-        columns["contribution_documents"] = [len(self.documents)]
-        columns["contribution_tokens"] = [int(whole[:, 3].sum())]
-        return table({k: v if k == "layer" else np.asarray(v) for k, v in columns.items()})
+            figures = {
+                "cross_term": (y - energy, y),
+                "error_energy": (error, y),
+                "output_energy": (y, tokens),
+            }
+            columns |= self.blocks.columns({n + suffix: pair for n, pair in figures.items()})
+        first, whole = (state.split(s)[1] for s in (state.sums.first_GX, state.sums.all_GX))
+        rest = {
+            "first_token_energy": first[:, 0].sum() / max(whole[:, 0].sum(), 1e-300),
+            "share_sum_error": state.share_error.total[0],
+            "contribution_documents": len(self.documents),
+            "contribution_tokens": int(whole[:, 3].sum()),
+        }
+        return table(columns | {name: np.array([value]) for name, value in rest.items()})
 
     def _energy(self, layer: int) -> Table:
-        experts, sums = self.experts[layer], self.sums[layer]
-        parts = []
+        state, parts = self.layers[layer], []
         for number, domain in enumerate(self.documents.domains):
             here_G = self.blocks.domain_G == number
-            columns: dict[str, Any] = {
-                "layer": [layer] * (experts + 1),
-                "expert": [*range(experts), ERROR],
-                "domain": [domain] * (experts + 1),
-            }
-            for suffix, sums_GC in (("", sums.all_GC), ("_later", sums.later_GC)):
-                figures, whole = self._split(sums_GC, layer)
+            columns: dict[str, Floats] = {}
+            for suffix, figures, whole in state.ends():
                 top = np.concatenate([figures[4], whole[:, 1:2]], axis=1) * here_G[:, None]
-                found = self.blocks.interval(top, whole[:, 3] * here_G)
-                columns |= found.columns(f"energy{suffix}")
-            columns["documents"] = [int((self.documents.domain_D == number).sum())] * (experts + 1)
-            parts.append(table(columns))
+                found = self.blocks.columns({f"energy{suffix}": (top, whole[:, 3] * here_G)})
+                columns |= found
+            count = state.experts + 1
+            keys = {
+                "layer": [layer] * count,
+                "expert": [*range(state.experts), ERROR],
+                "domain": [domain] * count,
+            }
+            documents = int((self.documents.domain_D == number).sum())
+            parts.append(table({**keys, **columns, "documents": [documents] * count}))
         return joined(parts)

@@ -16,16 +16,19 @@ Shapes: T tokens, E experts, N records, W tokens of a window.
 """
 
 import base64
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from moefy.data.documents import HELD_OUT, SELECT, Documents
+from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.experts.best import Array, Best, Chunk, Records, best_of_documents
-from moefy.inspection.texts.table import Table, joined, table
-from moefy.inspection.texts.tokens import uniforms
+from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State
+from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.texts.tokens import Tokens, uniforms
 
 KEPT = 50
 """Records of a panel."""
@@ -45,50 +48,202 @@ LEAST = 20
 
 _NEAR = ("near_routed", "near_unrouted")
 
-Part = tuple[dict[tuple[str, str], Records], Array]
+Array = NDArray[Any]
 
 
-class Examples:
-    """Listens to ledgers; memory is `L E (135 (2 S + 5 K) + 74 SAMPLE + 4)` bytes for K kept and S
-    sampled, whatever is read."""
+@dataclass(frozen=True)
+class Chunk:
+    """A ledger's figures `[T, E]` on the CPU."""
+
+    tokens: Tokens
+    norm_TE: Array
+    share_TE: Array
+    margin_TE: Array
+    """NaN where nothing is scored, and where all or none of the routed experts ran."""
+    ran_TE: Array
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> "Chunk":
+        """The figures of one layer and a chunk of tokens."""
+        norm_TE = ledger.norm_TE.cpu().numpy()
+        margin_TE = np.full_like(norm_TE, np.nan)
+        if ledger.margin_TE is not None:
+            ran_TE = ledger.mask_TE[:, ledger.module.shared :]
+            # A token that ran all or none of the routed experts has no threshold.
+            some_T1 = ran_TE.any(1, keepdim=True) & ~ran_TE.all(1, keepdim=True)
+            margin_TE[:, ledger.module.shared :] = (
+                ledger.margin_TE.masked_fill(~some_T1, torch.nan).cpu().numpy()
+            )
+        return cls(
+            ledger.tokens,
+            norm_TE,
+            ledger.share_TE.cpu().numpy(),
+            margin_TE,
+            ledger.mask_TE.cpu().numpy(),
+        )
+
+
+@dataclass
+class Records:
+    """What is known of the kept tokens of every expert `[E, N]`."""
+
+    key_EN: Floats
+    """Minus infinity where there is no record."""
+    document_EN: Ints
+    position_EN: Ints
+    norm_EN: Array
+    share_EN: Array
+    margin_EN: Array
+    ran_EN: Array
+    window_ENW: Array
+    """Norms of the tokens around, NaN where there are none or they were in another chunk."""
+
+
+class Best(Accumulator):
+    """Keeps N records of each expert: those of the largest keys, in descending order."""
 
     def __init__(
-        self, documents: Documents, *, kept: int = KEPT, sampled: int = SAMPLE, seed: int = 0
+        self, experts: int, size: int, *, reach: int = 0, by_document: bool = False
     ) -> None:
-        self.documents, self.kept, self.sampled, self.seed = documents, kept, sampled, seed
-        self.panels: dict[int, dict[tuple[str, str], Best]] = {}
-        self.largest: dict[int, Array] = {}
+        """`reach` tokens to either side go into the window; 0 keeps none. With `by_document` a
+        document has one record at most, its best."""
+        shape = (experts, size)
+        self.reach, self.by_document = reach, by_document
+        self.records = Records(
+            np.full(shape, -np.inf),
+            np.full(shape, -1),
+            np.full(shape, -1),
+            np.full(shape, np.nan, dtype=np.float32),
+            np.full(shape, np.nan, dtype=np.float32),
+            np.full(shape, np.nan, dtype=np.float32),
+            np.zeros(shape, dtype=bool),
+            np.full((*shape, 2 * reach + 1 if reach else 0), np.nan, dtype=np.float16),
+        )
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one layer and a chunk of tokens."""
-        layer, experts = ledger.layer, ledger.experts
-        if layer not in self.panels:
-            self.panels[layer] = self._empty(experts)
-            self.largest[layer] = np.zeros(experts, dtype=np.float32)
+    @property
+    def part(self) -> Records:
+        """The records."""
+        return self.records
+
+    def merge(self, part: Records) -> None:
+        """Equal keys stand in the order of their tokens."""
+        both = _both(self.records, part)
+        order_EN = np.lexsort((both["position_EN"], both["document_EN"], -both["key_EN"]), axis=1)
+        order_EN = order_EN[:, : self.records.key_EN.shape[1]]
+        window_ENW = np.take_along_axis(both.pop("window_ENW"), order_EN[..., None], axis=1)
+        taken = {name: np.take_along_axis(value, order_EN, 1) for name, value in both.items()}
+        self.records = Records(**taken, window_ENW=window_ENW)
+
+    def add(self, key_CE: Floats, at_CE: Ints, chunk: Chunk) -> None:
+        """Offer candidates: their keys, and the token of the chunk that each is."""
+        kept = self.records
+        size = kept.key_EN.shape[1]
+        hopeful_C = (key_CE > kept.key_EN[:, -1]).any(1)
+        if not hopeful_C.any():
+            return
+        key_EC, at_EC = key_CE[hopeful_C].T, at_CE[hopeful_C].T
+        expert_E1 = np.arange(len(key_EC))[:, None]
+        tokens = chunk.tokens
+        new = Records(
+            key_EC,
+            tokens.document_T[at_EC],
+            tokens.position_T[at_EC],
+            chunk.norm_TE[at_EC, expert_E1],
+            chunk.share_TE[at_EC, expert_E1],
+            chunk.margin_TE[at_EC, expert_E1],
+            chunk.ran_TE[at_EC, expert_E1],
+            kept.window_ENW[:, :0],
+        )
+        # The norms around are looked up of those that stay.
+        both = _both(kept, new, but="window_ENW")
+        if self.by_document:
+            _drop_repeats(both["key_EN"], both["document_EN"])
+        order_EN = np.argsort(-both["key_EN"], axis=1, kind="stable")[:, :size]
+        taken = {name: np.take_along_axis(value, order_EN, 1) for name, value in both.items()}
+        window_ENW = kept.window_ENW
+        if self.reach:
+            window_ENW = np.take_along_axis(
+                window_ENW, np.minimum(order_EN, size - 1)[..., None], axis=1
+            )
+            expert, place = np.nonzero(order_EN >= size)
+            at = at_EC[expert, order_EN[expert, place] - size]
+            window_ENW[expert, place] = _windows(chunk, at, expert, self.reach)
+        self.records = Records(**taken, window_ENW=window_ENW)
+
+
+def _both(one: Records, other: Records, but: str = "") -> dict[str, Array]:
+    """The records of two, side by side, by name of their figures."""
+    names = [field.name for field in fields(Records) if field.name != but]
+    return {n: np.concatenate([getattr(one, n), getattr(other, n)], axis=1) for n in names}
+
+
+def best_of_documents(key_CE: Floats, row_C: Ints, document_C: Ints) -> tuple[Floats, Ints]:
+    """The largest key of every document `[documents, E]` and the token that has it, the first of
+    equals; tokens of a document follow each other."""
+    starts = np.flatnonzero(np.diff(document_C, prepend=-1))
+    best = np.maximum.reduceat(key_CE, starts, axis=0)
+    run_C = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(document_C))))
+    first_CE = np.where(key_CE == best[run_C], np.arange(len(row_C))[:, None], len(row_C))
+    return best, row_C[np.minimum.reduceat(first_CE, starts, axis=0)]
+
+
+def _drop_repeats(key_EN: Floats, document_EN: Ints) -> None:
+    """Leave each document its best record: the keys of the others become minus infinity."""
+    order_EN = np.argsort(-key_EN, axis=1, kind="stable")
+    document = np.take_along_axis(document_EN, order_EN, 1)
+    by_document = np.argsort(document, axis=1, kind="stable")
+    document = np.take_along_axis(document, by_document, 1)
+    expert, place = np.nonzero(document[:, 1:] == document[:, :-1])
+    key_EN[expert, order_EN[expert, by_document[expert, place + 1]]] = -np.inf
+
+
+def _windows(chunk: Chunk, at_R: Ints, expert_R: Ints, reach: int) -> Array:
+    """Norms `[R, W]` of the tokens around, NaN outside the document or the chunk."""
+    at_RW = at_R[:, None] + np.arange(-reach, reach + 1)
+    inside_RW = (at_RW >= 0) & (at_RW < len(chunk.tokens))
+    at_RW = np.where(inside_RW, at_RW, at_R[:, None])
+    document_T = chunk.tokens.document_T
+    inside_RW &= document_T[at_RW] == document_T[at_R][:, None]
+    return np.where(inside_RW, chunk.norm_TE[at_RW, expert_R[:, None]], np.nan)
+
+
+@dataclass
+class _Panels(State):
+    """Of one layer."""
+
+    panels: dict[tuple[str, str], Best]
+    """By panel and shard."""
+    largest: Largest
+    """Norms `[E]`."""
+
+
+class Examples(PassPart[_Panels]):
+    """Memory is `L E (135 (2 S + 5 K) + 74 SAMPLE + 4)` bytes for K kept and S sampled, whatever is read."""
+
+    def __init__(self, work: Pass, *, kept: int | None = None, sampled: int | None = None) -> None:
+        super().__init__(work)
+        usual = sizes(sum(module.experts for module in work.modules.values()))
+        self.kept, self.sampled = kept or usual[0], sampled or usual[1]
+        self.documents, self.seed = work.reading.documents, work.seed
+        self.select_Q = self.documents.of_shard(SELECT)
+
+    def begin(self, ledger: Ledger) -> _Panels:
+        """Panels without a record."""
+        zeros = np.zeros(ledger.experts, dtype=np.float32)
+        return _Panels(self._empty(ledger.experts), Largest(zeros))
+
+    def take(self, state: _Panels, ledger: Ledger) -> None:
+        """Offer every token but the first of a document to the panels of its shard."""
         tokens = ledger.tokens
         later_T = tokens.position_T > 0
         if not later_T.any():
             return
         chunk = Chunk.of(ledger)
-        self.largest[layer] = np.maximum(self.largest[layer], chunk.norm_TE[later_T].max(0))
-        shard_D = self.documents.of_shard(SELECT)
-        for shard, here_D in ((SELECT, shard_D), (HELD_OUT, ~shard_D)):
-            row_C = np.flatnonzero(later_T & here_D[tokens.document_T])
+        state.largest.merge(chunk.norm_TE[later_T].max(0))
+        for shard, here_Q in ((SELECT, self.select_Q), (HELD_OUT, ~self.select_Q)):
+            row_C = np.flatnonzero(later_T & here_Q[tokens.document_T])
             if len(row_C):
-                self._offer(self.panels[layer], shard, chunk, row_C)
-
-    def part(self, layer: int) -> Part | None:
-        """What was heard of a layer: what `merge` takes."""
-        if layer not in self.panels:
-            return None
-        return {k: best.records for k, best in self.panels[layer].items()}, self.largest[layer]
-
-    def merge(self, layer: int, part: Part) -> None:
-        """Take in what was heard of other documents."""
-        panels, largest = part
-        self.largest[layer] = np.maximum(self.largest[layer], largest)
-        for key, records in panels.items():
-            self.panels[layer][key].merge(records)
+                self._offer(state.panels, shard, chunk, row_C)
 
     def _empty(self, experts: int) -> dict[tuple[str, str], Best]:
         def one(size: int, *, by_document: bool = False, reach: int = REACH) -> Best:
@@ -134,27 +289,17 @@ class Examples:
         for panel, (_, at) in zip(_NEAR, sides, strict=True):
             panels[panel, shard].add(key, at, chunk)
 
-    def tables(self) -> dict[str, Table]:
+    def rows(self, layer: int) -> dict[str, Table]:
         """`examples`, `quantiles` and the largest norm of `experts`."""
-        layers = sorted(self.panels)
         return {
-            "examples": joined(self._examples(layer) for layer in layers),
-            "quantiles": joined(self._quantiles(layer) for layer in layers),
-            "experts": joined(
-                table(
-                    {
-                        "layer": [layer] * len(self.largest[layer]),
-                        "expert": list(range(len(self.largest[layer]))),
-                        "norm_max": self.largest[layer],
-                    }
-                )
-                for layer in layers
-            ),
+            "examples": self._examples(layer),
+            "quantiles": self._quantiles(layer),
+            "experts": of_experts(layer, {"norm_max": self.layers[layer].largest.total}),
         }
 
     def _examples(self, layer: int) -> Table:
         parts = []
-        for (panel, shard), best in self.panels[layer].items():
+        for (panel, shard), best in self.layers[layer].panels.items():
             if panel == "routed":
                 continue
             key_EN = best.records.key_EN
@@ -187,7 +332,9 @@ class Examples:
         self, layer: int, panel: str, shard: str, best: Best, expert: Array, place: Array, bins: Any
     ) -> Table:
         records, count = best.records, len(expert)
-        windows = _bytes(records.window_ENW[expert, place], self.largest[layer][expert])
+        windows = _bytes(
+            records.window_ENW[expert, place], self.layers[layer].largest.total[expert]
+        )
         return table(
             {
                 "layer": [layer] * count,
@@ -208,7 +355,7 @@ class Examples:
     def _quantiles(self, layer: int) -> Table:
         found: list[list[Any]] = []
         domain_D, domains = self.documents.domain_D, self.documents.domains
-        panels = self.panels[layer]
+        panels = self.layers[layer].panels
         for ran, panel in ((True, "routed"), (False, "spectrum")):
             shards = [panels[panel, shard].records for shard in (SELECT, HELD_OUT)]
             key, document, norm, on = (

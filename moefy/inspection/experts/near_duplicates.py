@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from moefy.evaluation.statistics import Floats
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account.ledger import bare
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.part import PassPart, State
+from moefy.inspection.texts.table import Table, joined, of_experts, table
 from moefy.models.mlp import DenseMlp
 
 KEPT = 50
@@ -68,53 +69,52 @@ def neuron_rows(mlp: DenseMlp) -> Tensor:
     return rows_NP
 
 
+class NearDuplicates(PassPart[State]):
+    """Of the weights alone: it hears nothing."""
+
+    def tables(self) -> dict[str, Table]:
+        """What `neuron_families` finds."""
+        return neuron_families(self.work.modules)
+
+
 @torch.no_grad()
 def neuron_families(modules: dict[int, SparseMlp], *, kept: int = KEPT) -> dict[str, Table]:
     """`families`, and columns of `experts` and `layers`; memory is `4 L N P` bytes and `4 K N` of a block.
 
-    Layers whose neurons have other features (another width) are compared with their like only.
+    Layers whose neurons have other features (another width) are compared only with layers like them.
     """
     rows = {layer: neuron_rows(bare(module)) for layer, module in modules.items()}
     experts = {layer: module.experts for layer, module in modules.items()}
     reach = _reach(rows)
-    families, expert_tables, layer_tables = [], [], []
+    families, of_all, layers = [], [], []
     for layer, rows_NP in rows.items():
         found = _within(rows_NP, experts[layer], kept)
         families.append(_pairs(layer, layer, found.pairs, rows, experts))
-        count, neurons = experts[layer], len(rows_NP)
-        expert_tables.append(
-            table(
-                {
-                    "layer": [layer] * count,
-                    "expert": list(range(count)),
-                    "within_cosine": found.mean_E,
-                    "within_cosine_z": found.z_E,
-                }
-            )
-        )
+        columns = {"within_cosine": found.mean_E, "within_cosine_z": found.z_E}
+        of_all.append(of_experts(layer, columns))
         across = 0
         for other in range(layer + 1, layer + reach + 1):
             if other in rows and rows[other].shape[1] == rows_NP.shape[1]:
                 pairs, copies = _between(rows_NP, rows[other], kept)
                 families.append(_pairs(layer, other, pairs, rows, experts))
                 across += copies
-        layer_tables.append(
-            table(
-                {
-                    "layer": [layer],
-                    "nearest_same_expert": np.array([found.nearest_same]),
-                    "nearest_same_chance": np.array([(neurons / count - 1) / max(1, neurons - 1)]),
-                    "duplicate_neurons": [found.duplicates],
-                    "duplicates_in_later_layers": [across],
-                    "layers_compared": [reach],
-                }
-            )
-        )
-    return {
-        "families": joined(families),
-        "experts": joined(expert_tables),
-        "layers": joined(layer_tables),
-    }
+        layers.append(_summary(layer, found, len(rows_NP), experts[layer], across, reach))
+    return {"families": joined(families), "experts": joined(of_all), "layers": joined(layers)}
+
+
+def _summary(
+    layer: int, found: _Within, neurons: int, experts: int, across: int, reach: int
+) -> Table:
+    return table(
+        {
+            "layer": [layer],
+            "nearest_same_expert": np.array([found.nearest_same]),
+            "nearest_same_chance": np.array([(neurons / experts - 1) / max(1, neurons - 1)]),
+            "duplicate_neurons": [found.duplicates],
+            "duplicates_in_later_layers": [across],
+            "layers_compared": [reach],
+        }
+    )
 
 
 def _reach(rows: dict[int, Tensor]) -> int:

@@ -3,26 +3,38 @@
     record = prune("moefied", "out", forget="python_code")       # experts of a moefied folder
     record = prune("model", "out", forget="python_code", unit="neuron")
 
-What comes out is an ordinary checkpoint: the source's, with zeros in the place of the rows that the
-removed neurons have in the down projections. docs/removal.md says how to read the figures.
+Units are ranked, as many go as are allowed, the causal engine measures what that costs beside controls, and
+what comes out is an ordinary checkpoint: the source's, with zeros in the place of the rows that the removed
+neurons have in the down projections. docs/removal.md says how to read the figures.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from moefy import recipe as recipes
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
-from moefy.inspection.removal.importance import importance, ranked, relative
-from moefy.inspection.removal.matched import energy_matched, random_experts, single_neurons
-from moefy.inspection.removal.points import Judge, Pair, against, area, largest, mean_row, row
+from moefy.inspection.causal.engine import Gone
+from moefy.inspection.removal.controls import CONTROLS, ENERGY, Removed
+from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
+from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
+from moefy.inspection.removal.rankings import ranked
 from moefy.inspection.removal.relearning import relearning
-from moefy.inspection.removal.removable import EXPERT, Gone, Removable, Source, gone_of, open_source
-from moefy.inspection.removal.shards import Parts, choose_domains, read_parts
+from moefy.inspection.removal.source import (
+    EXPERT,
+    NEURON,
+    README,
+    Source,
+    gone_of,
+    open_source,
+    units_of,
+)
 from moefy.inspection.removal.summary import card, draw
-from moefy.inspection.removal.written import README, write
 from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.provenance import machine, versions
@@ -62,169 +74,159 @@ def prune(
     Returns the record, which is also in `out/removal.json`. Raises `MoefyError` for anything that is
     the user's to mend; `out` then is as it was.
     """
-    if share is not None and retain_loss is not None:
-        raise MoefyError("--share and --retain-loss both say how much goes; give one of them")
-    if share is not None and not 0 < share <= 1:
-        raise MoefyError(f"--share {share:g}: must be above 0 and at most 1")
-    allowed = RETAIN_LOSS if retain_loss is None else retain_loss
-    if allowed <= 0:
-        raise MoefyError(f"--retain-loss {allowed:g}: must be above 0, such as 0.01 for 1 %")
-    source = open_source(model, unit)
-    text = load_corpus(corpus)
+    allowed = _allowed(share, retain_loss)
+    source, text = open_source(model, unit), load_corpus(corpus)
     domains = choose_domains(text, forget, None if retain is None else list(retain))
-    report = Reporter(quiet=quiet)
-    removable = Removable.load(source)
-    split = recipes.from_dict(source.artefact.recipe).seed if source.artefact else seed
-    parts = read_parts(source.checkpoint, "decoder", text, domains, tokens, split=split, seed=seed)
-    output = OutputFolder(Path(out))
-    settings = [forget, domains.retain, unit, allowed, share, tokens, seed]
-    output.begin(_stamp(source, text, settings), resume=resume, overwrite=overwrite)
+    split = recipes.from_dict(source.artefact.recipe).seed if source.artefact.recipe else seed
+    parts = read_parts(source.checkpoint, text, domains, tokens, split=split, seed=seed)
+    output, report = OutputFolder(Path(out)), Reporter(quiet=quiet)
+    decided = [source.checkpoint.hashes(), source.artefact.sha256, forget, domains.retain, unit, allowed,
+               tokens, seed, text.sha256, versions()]  # fmt: skip
+    output.begin(digest(decided), resume=resume, overwrite=overwrite)
     output.need(source.checkpoint.bytes)
     with output.full_disk():
-        judge = Judge(removable, Stages(output.work / "points"))
-        removal = _Removal(removable, judge, parts, unit, seed, report)
+        removal = _Removal.of(source, parts, unit, seed, report, Stages(output.work / "points"))
         try:
-            count = removal.count(allowed, share)
+            count = removal.count(allowed)
         except MoefyError:
             output.discard()
             raise
-        finished = output.work / "model"
-        record = {
-            "kind": "removal",
-            "source": {"name": source.name, "sha256": source.checkpoint.hashes()},
-            "corpus": {"name": text.name, "sha256": text.sha256},
-            "forget": forget,
-            "retain": list(domains.retain),
-            "unit": unit,
-            "allowed": {"share": share} if share else {"retain_loss": allowed},
-            "seed": seed,
-            "parts": parts.counts(),
-            **removal.figures(count),
-            "machine": machine(),
-        }
-        removed = write(source, removal.gone(count), finished, report)
-        record["neurons"] = [removed_N.nonzero().flatten().tolist() for removed_N in removed]
-        (finished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (finished / README).write_text(card(record), encoding="utf-8")
-        if not draw(record, finished / PICTURE):
-            report.say("no picture of the curve: pip install moefy[plots]")
-    output.commit(finished)
+        about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
+        record = removal.record(count, text, about)
+        removal.write(record, count, output.work / "model")
+    output.commit(output.work / "model")
     return record
 
 
-def _stamp(source: Source, text: Corpus, settings: list[Any]) -> str:
-    """What decides the result: another run must not go on with these points."""
-    artefact = source.artefact.sha256 if source.artefact else {}
-    decided = [source.checkpoint.hashes(), artefact, settings, text.sha256, versions()]
-    return digest(decided)
+def _allowed(share: float | None, retain_loss: float | None) -> dict[str, float]:
+    """How much may go."""
+    if share is not None and retain_loss is not None:
+        raise MoefyError("--share and --retain-loss both say how much goes; give one of them")
+    if share is not None:
+        if not 0 < share <= 1:
+            raise MoefyError(f"--share {share:g}: must be above 0 and at most 1")
+        return {"share": share}
+    loss = RETAIN_LOSS if retain_loss is None else retain_loss
+    if loss <= 0:
+        raise MoefyError(f"--retain-loss {loss:g}: must be above 0, such as 0.01 for 1 %")
+    return {"retain_loss": loss}
 
 
+@dataclass(frozen=True)
 class _Removal:
     """One ranking of the units, and what removing its first ones does."""
 
-    def __init__(
-        self,
-        removable: Removable,
-        judge: Judge,
-        parts: Parts,
-        unit: str,
-        seed: int,
-        report: Reporter,
-    ) -> None:
-        self.removable, self.judge, self.parts = removable, judge, parts
-        self.unit, self.seed, self.report = unit, seed, report
-        self.units = removable.units(unit)
-        self.total = sum(map(len, self.units))
-        self.neurons = [site.neurons for site in removable.sites]
-        self.order = ranked(relative(*importance(removable, parts.rank, unit, report)))
+    source: Source
+    parts: Parts
+    judge: Judge
+    unit: str
+    seed: int
+    report: Reporter
+    order: Tensor
+    """Numbers of the units, those to go first in front."""
 
-    def gone(self, count: int) -> list[Any]:
+    @classmethod
+    def of(
+        cls, source: Source, parts: Parts, unit: str, seed: int, report: Reporter, stages: Stages
+    ) -> "_Removal":
+        engine = source.engine()
+        order = ranked(engine, parts.rank, unit, report)
+        return cls(source, parts, Judge(engine, stages), unit, seed, report, order)
+
+    def gone(self, count: int) -> Gone:
         """The neurons of the first units."""
-        return gone_of(self.units, self.order[:count], self.neurons)
+        return gone_of(self.judge.engine, self.unit, self.order[:count])
 
-    def count(self, allowed: float, share: float | None) -> int:
+    def count(self, allowed: dict[str, float]) -> int:
         """How many units go. Raises `MoefyError` where one alone costs too much."""
-        if share is not None:
-            return max(1, round(share * self.total))
-        texts = self.parts.decide.retain
-        base = self.judge("base-decide-retain", self.removable.nothing(), texts).ce(texts)
+        if "share" in allowed:
+            return max(1, round(allowed["share"] * len(self.order)))
+        loss, texts = allowed["retain_loss"], self.parts.decide.retain
+        base = self.judge("base-decide-retain", {}, texts).ce(texts)
 
         def rise(count: int) -> float:
             point = self.judge(f"{count}-decide-retain", self.gone(count), texts)
-            found = point.ce(texts) / base - 1
-            self.report.say(f"without {count} {self.unit}s: retain loss {found:+.2%}")
-            return found
+            rise = point.ce(texts) / base - 1
+            self.report.say(f"without {count} {self.unit}s: retain loss {rise:+.2%}")
+            return rise
 
-        count = largest(self.total, lambda count: rise(count) <= allowed)
+        count = largest(len(self.order), lambda count: rise(count) <= loss)
         if not count:
             smaller = ", or remove single neurons with --unit neuron" if self.unit == EXPERT else ""
             raise MoefyError(
-                f"--retain-loss {allowed:g}: the first {self.unit} alone raises the cross-entropy of the "
+                f"--retain-loss {loss:g}: the first {self.unit} alone raises the cross-entropy of the "
                 f"domains to retain by {rise(1):.2%}; allow more{smaller}"
             )
         return count
 
-    def pair(self, name: str, gone: Gone) -> Pair:
-        """A removal on the texts that measure."""
-        part = self.parts.measure
-        return (
-            self.judge(f"{name}-measure-forget", gone, part.forget),
-            self.judge(f"{name}-measure-retain", gone, part.retain),
-        )
+    def record(self, count: int, text: Corpus, about: dict[str, Any]) -> dict[str, Any]:
+        """All that is recorded of removing `count` units but which neurons those are."""
+        checkpoint = self.source.checkpoint
+        return {
+            "kind": "removal",
+            "source": {"name": self.source.name, "sha256": checkpoint.hashes()},
+            "corpus": {"name": text.name, "sha256": text.sha256},
+            **about,
+            "seed": self.seed,
+            "parts": self.parts.counts(),
+            **self.figures(count),
+            "machine": machine(),
+        }
 
     def figures(self, count: int) -> dict[str, Any]:
         """The curve, the removal of `count` units beside its controls, and relearning."""
-        part, gone = self.parts.measure, self.gone(count)
-        neurons = int(sum(int(gone_N.sum()) for gone_N in gone))
-        base = self.pair("base", self.removable.nothing())
-        chosen = self.pair("chosen", gone)
-        pairs = {0: base, count: chosen}
-        wanted = {max(1, round(share * self.total)) for share in SHARES} - {count}
-        for other in self.report.track(sorted(wanted), "curve"):
-            pairs[other] = self.pair(str(other), self.gone(other))
-        curve = [
-            {"units": n, "share": n / self.total, **row(pairs[n], base, part)}
-            for n in sorted(pairs)
-        ]
-        matched = energy_matched(self.removable, self.parts.rank, gone, self.seed, self.report)
-        others = self.controls(count, neurons)
-        energy = [
-            self.pair(f"energy-{draw}", drawn)
-            for draw, drawn in enumerate(self.report.track(matched.sets, "energy-matched"))
-        ]
-        at = {"removal": row(chosen, base, part)}
-        at |= {name: mean_row(found, base, part) for name, found in others.items()}
-        at["energy"] = mean_row(energy, base, part)
+        engine, gone = self.judge.engine, self.gone(count)
+        removed = Removed(engine, self.unit, count, gone, self.parts.rank, self.seed, self.report)
+        part, total = self.parts.measure, len(self.order)
+        base, chosen = (self.judge.pair(n, g, part) for n, g in (("base", {}), ("chosen", gone)))
+        curve = self.curve({0: base, count: chosen})
+        drawn = {name: control.draw(removed) for name, control in CONTROLS.items()}
+        pairs = {name: self.pairs(name, found.sets) for name, found in drawn.items() if found.sets}
+        at = {name: mean_row(found, base, part) for name, found in pairs.items()}
+        others = [pair[0] for pair in pairs[ENERGY]]
         self.report.say("relearn")
-        relearned = relearning(
-            self.removable, self.judge, gone, self.parts.lesson,
-            decide=self.parts.decide.forget, measure=part.forget, seed=self.seed,
-        )  # fmt: skip
         return {
             "removed": {
-                "units": count, "of_units": self.total, "share": count / self.total,
-                "neurons": neurons, "of_neurons": sum(self.neurons),
+                "units": count, "of_units": total, "share": count / total,
+                "neurons": removed.neurons, "of_neurons": sum(units_of(engine, NEURON).values()),
             },
             "curve": curve,
-            "area": area([(row_["accuracy_retain"], row_["accuracy_forget"]) for row_ in curve]),
-            "at": at,
-            "energy": {"ratio": matched.ratio, "close": matched.close},
-            "against_energy": against(
-                chosen[0], base[0], [found[0] for found in energy], part.forget
-            ),
-            "relearning": relearned,
+            "area": area([(point["accuracy_retain"], point["accuracy_forget"]) for point in curve]),
+            "at": {"removal": row(chosen, base, part)} | at,
+            "energy": {"ratio": drawn[ENERGY].ratio, "close": drawn[ENERGY].close},
+            "against_energy": against(chosen[0], base[0], others, part.forget),
+            "relearning": self.relearned(gone),
         }  # fmt: skip
 
-    def controls(self, count: int, neurons: int) -> dict[str, list[Pair]]:
-        """Random units, and for experts single neurons."""
-        drawn = random_experts(self.removable, self.unit, count, self.seed)
-        found = {
-            "experts": [
-                self.pair(f"random-{draw}", gone)
-                for draw, gone in enumerate(self.report.track(drawn, "random experts"))
-            ]
-        }
-        if self.unit == EXPERT:
-            gone = single_neurons(self.removable, self.parts.rank, neurons, self.report)
-            found["neurons"] = [self.pair("neurons", gone)]
-        return found
+    def curve(self, pairs: dict[int, Pair]) -> list[dict[str, Any]]:
+        """The figures at `SHARES` of the units, and at the numbers of which there are points already."""
+        total, part, base = len(self.order), self.parts.measure, pairs[0]
+        wanted = {max(1, round(share * total)) for share in SHARES} - set(pairs)
+        for count in self.report.track(sorted(wanted), "curve"):
+            pairs[count] = self.judge.pair(str(count), self.gone(count), part)
+        return [
+            {"units": n, "share": n / total, **row(pairs[n], base, part)} for n in sorted(pairs)
+        ]
+
+    def pairs(self, name: str, sets: list[Gone]) -> list[Pair]:
+        """Every set of a control, judged."""
+        return [
+            self.judge.pair(f"{name}-{draw}", gone, self.parts.measure)
+            for draw, gone in enumerate(self.report.track(sets, f"control: {name}"))
+        ]
+
+    def relearned(self, gone: Gone) -> dict[str, Any]:
+        """What the relearning test found, kept when it is done."""
+        stages = self.judge.stages
+        if not stages.has("relearning"):
+            found = relearning(self.source, self.judge, gone, self.parts, seed=self.seed)
+            stages.keep("relearning", found)
+        return dict(stages.read("relearning"))
+
+    def write(self, record: dict[str, Any], count: int, folder: Path) -> None:
+        """The checkpoint, the record that now names the neurons, a card and a picture."""
+        record["neurons"] = self.source.write(self.gone(count), folder, self.report)
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / README).write_text(card(record), encoding="utf-8")
+        if not draw(record, folder / PICTURE):
+            self.report.say("no picture of the curve: pip install moefy[plots]")

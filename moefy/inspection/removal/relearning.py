@@ -8,7 +8,6 @@ Every weight is trained, those of the removed neurons too: that is what anybody 
 checkpoint.
 """
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from moefy.conversion.optimise import CLIP, matched
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.removal.matched import random_neurons
-from moefy.inspection.removal.points import Judge, judge, largest
-from moefy.inspection.removal.removable import Gone, Removable
+from moefy.inspection.causal.engine import Gone
+from moefy.inspection.removal.controls import random_neurons
+from moefy.inspection.removal.figures import Judge, largest, measured
+from moefy.inspection.removal.parts import Parts
+from moefy.inspection.removal.source import NEURON, Source, units_of
 
 STEPS = 40
 """Most steps that are tried."""
@@ -32,100 +33,75 @@ CLEAR = 1.5
 
 @torch.enable_grad()
 def relearn(
-    removable: Removable,
-    gone: Gone,
-    lesson: list[Batch],
-    texts: Texts,
-    goal: float,
-    most: int = STEPS,
+    source: Source, gone: Gone, data: list[Batch], texts: Texts, goal: float, most: int = STEPS
 ) -> dict[str, Any]:
-    """Train the model without these neurons until its cross-entropy on `texts` is `goal`.
+    """Train the model without these neurons on `data` until its cross-entropy on `texts` is `goal`.
 
     `steps` is None where it is not reached in `most` steps; `ce` is the way there, from before the
     first step on.
     """
-    with removable.without(gone):
-        model = deepcopy(removable.model)
+    model = source.without(gone)
     model.requires_grad_(True)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(matched(parameters, RATE), weight_decay=0.0)
     objective = language(model)
-    tokens = sum(int(judged_positions(batch).sum()) for batch in lesson)
-    ce = [judge(model, texts).ce(texts)]
+    ce = [measured(model, texts).ce(texts)]
     while ce[-1] > goal and len(ce) <= most:
-        for batch in lesson:
-            (objective(model, batch)["loss"] / tokens).backward()
+        for batch in data:
+            (objective(model, batch)["loss"] / _tokens(data)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        ce.append(judge(model, texts).ce(texts))
+        ce.append(measured(model, texts).ce(texts))
     return {"goal": goal, "steps": len(ce) - 1 if ce[-1] <= goal else None, "ce": ce}
 
 
 def relearning(
-    removable: Removable,
-    judge_: Judge,
-    gone: Gone,
-    lesson: list[Batch],
-    *,
-    decide: Texts,
-    measure: Texts,
-    seed: int,
+    source: Source, judge: Judge, gone: Gone, parts: Parts, *, seed: int
 ) -> dict[str, Any]:
     """Steps to half of what was lost, of the removal and of random neurons that cost as much.
 
-    How many random neurons those are is decided on `decide`, steps are counted on `measure`; both are
+    How many random neurons those are is decided on the part `decide`, steps are counted on `measure`,
     of the domain to forget.
     """
-    if judge_.stages.has("relearning"):
-        return dict(judge_.stages.read("relearning"))
-    whole = judge_("base-measure-forget", removable.nothing(), measure).ce(measure)
-    lost = judge_("chosen-measure-forget", gone, measure).ce(measure)
-    found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(lesson), "rate": RATE}
-    if lost <= whole:
-        found |= {"removal": None, "control": None, "verdict": "nothing was lost to be relearned"}
-        judge_.stages.keep("relearning", found)
-        return found
-    found["removal"] = relearn(removable, gone, lesson, measure, whole + HALF * (lost - whole))
-    found["control"] = None
-    count = _as_costly(removable, judge_, gone, decide, seed)
+    data, measure = parts.relearn, parts.measure.forget
+    whole = judge("base-measure-forget", {}, measure).ce(measure)
+    lost = judge("chosen-measure-forget", gone, measure).ce(measure) - whole
+    found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(data), "rate": RATE}
+    found |= {"removal": None, "control": None}
+    if lost <= 0:
+        return found | {"verdict": "nothing was lost to be relearned"}
+    found["removal"] = relearn(source, gone, data, measure, whole + HALF * lost)
+    count = _as_costly(judge, gone, parts.decide.forget, seed)
     if count is not None:
-        control = random_neurons(removable, count, seed)
-        cost = judge_("control-measure-forget", control, measure).ce(measure)
-        if cost > whole:
-            goal = whole + HALF * (cost - whole)
-            found["control"] = {
-                "neurons": count,
-                "ce_lost": cost - whole,
-                **relearn(removable, control, lesson, measure, goal),
-            }
-    # Whether the lesson alone teaches, with nothing lost.
-    steps = found["removal"]["steps"] or STEPS
-    untouched = relearn(removable, removable.nothing(), lesson, measure, -1.0, steps)["ce"]
-    found["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": steps}
-    found["lost"] = lost - whole
-    found["verdict"] = verdict(found)
-    judge_.stages.keep("relearning", found)
-    return found
+        control = random_neurons(judge.engine, count, seed)
+        cost = judge("control-measure-forget", control, measure).ce(measure) - whole
+        if cost > 0:
+            steps = relearn(source, control, data, measure, whole + HALF * cost)
+            found["control"] = {"neurons": count, "ce_lost": cost, **steps}
+    # Whether the data alone teach, with nothing lost.
+    most = found["removal"]["steps"] or STEPS
+    untouched = relearn(source, {}, data, measure, -1.0, most)["ce"]
+    found["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": most}
+    found["lost"] = lost
+    return found | {"verdict": verdict(found)}
 
 
-def _as_costly(
-    removable: Removable, judge_: Judge, gone: Gone, decide: Texts, seed: int
-) -> int | None:
+def _as_costly(judge: Judge, gone: Gone, decide: Texts, seed: int) -> int | None:
     """How many random neurons cost the domain what the removal costs it; None where all do not."""
-    wanted = judge_("chosen-decide-forget", gone, decide).ce(decide)
-    total = sum(site.neurons for site in removable.sites)
+    wanted = judge("chosen-decide-forget", gone, decide).ce(decide)
+    total = sum(units_of(judge.engine, NEURON).values())
 
     def cheaper(count: int) -> bool:
-        random = random_neurons(removable, count, seed)
-        return judge_(f"random-{count}-decide-forget", random, decide).ce(decide) <= wanted
+        random = random_neurons(judge.engine, count, seed)
+        return judge(f"random-{count}-decide-forget", random, decide).ce(decide) <= wanted
 
     count = largest(total, cheaper)
     return None if count == total else count + 1
 
 
-def _tokens(lesson: list[Batch]) -> int:
-    return sum(int(judged_positions(batch).sum()) for batch in lesson)
+def _tokens(data: list[Batch]) -> int:
+    return sum(int(judged_positions(batch).sum()) for batch in data)
 
 
 def verdict(found: dict[str, Any]) -> str:

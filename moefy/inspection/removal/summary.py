@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moefy.inspection.removal.controls import CONTROLS
 from moefy.run.tables import markdown
 
 Rows = tuple[list[str], list[list[str]]]
@@ -46,12 +47,11 @@ def curve_rows(record: dict[str, Any]) -> Rows:
     return header, rows
 
 
-_NAMES = {
-    "removal": "this removal",
-    "experts": "random {unit}s, as many",
-    "neurons": "single neurons, as many, ranked alike",
-    "energy": "random neurons, same number and energy",
-}
+def words(name: str, record: dict[str, Any]) -> str:
+    """What the removal, or a control, takes out."""
+    if name == "removal":
+        return "this removal"
+    return CONTROLS[name].words.format(unit=record["unit"])
 
 
 def control_rows(record: dict[str, Any]) -> Rows:
@@ -59,7 +59,7 @@ def control_rows(record: dict[str, Any]) -> Rows:
     header = ["what goes", "neurons", "forget rise, nats", "forget loss", "retain loss"]
     rows = []
     for name, row in record["at"].items():
-        label = _NAMES[name].format(unit=record["unit"])
+        label = words(name, record)
         if row.get("draws", 1) > 1:
             label += f" ({row['draws']} draws)"
         rows.append(
@@ -181,34 +181,8 @@ def draw(record: dict[str, Any], picture: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    curve, at = record["curve"], record["at"]
-    share = [100 * row["share"] for row in curve]
-    for name, colour in (("forget", FORGET), ("retain", RETAIN)):
-        rise = [100 * row[f"{name}_loss"]["mean"] for row in curve]
-        low, high = ([100 * row[f"{name}_loss"]["ci95"][i] for row in curve] for i in (0, 1))
-        axes[0].plot(share, rise, "o-", color=colour, markersize=4, label=name)
-        axes[0].fill_between(share, low, high, color=colour, alpha=0.2, lw=0)
-    axes[0].axvline(100 * record["removed"]["share"], color=SOFT, ls=":", lw=1, label="written")
-    axes[0].set_xscale("symlog", linthresh=1)
-    axes[0].set_yscale("symlog", linthresh=1)
-    axes[0].set_xlim(left=0)
-    axes[0].set_ylim(bottom=-0.5)
-    axes[0].set_xlabel(f"{record['unit']}s removed, %")
-    axes[0].set_ylabel("rise of cross-entropy, %")
-    path = [(row["accuracy_retain"], row["accuracy_forget"]) for row in curve]
-    axes[1].plot(*zip(*path, strict=True), "o-", color=INK, markersize=4, label="this removal")
-    axes[1].plot([path[0][0], 0], [path[0][1], 0], ":", color=SOFT, label="unselective")
-    for name, mark, colour in (
-        ("experts", "s", RETAIN),
-        ("neurons", "^", FORGET),
-        ("energy", "D", RANDOM),
-    ):
-        if name in at:
-            place = at[name]["accuracy_retain"], at[name]["accuracy_forget"]
-            label = _NAMES[name].format(unit=record["unit"])
-            axes[1].plot(*place, mark, color=colour, ls="", label=label)
-    axes[1].set_xlabel("top-1 accuracy, retain")
-    axes[1].set_ylabel(f"top-1 accuracy, {record['forget']}")
+    _draw_curve(axes[0], record)
+    _draw_way(axes[1], record)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -216,3 +190,37 @@ def draw(record: dict[str, Any], picture: Path) -> bool:
     figure.savefig(picture, dpi=110)
     plt.close(figure)
     return True
+
+
+def _draw_curve(axis: Any, record: dict[str, Any]) -> None:
+    """Rise of cross-entropy over the share that is removed."""
+    curve = record["curve"]
+    share = [100 * row["share"] for row in curve]
+    for name, colour in (("forget", FORGET), ("retain", RETAIN)):
+        rise = [100 * row[f"{name}_loss"]["mean"] for row in curve]
+        low, high = ([100 * row[f"{name}_loss"]["ci95"][i] for row in curve] for i in (0, 1))
+        axis.plot(share, rise, "o-", color=colour, markersize=4, label=name)
+        axis.fill_between(share, low, high, color=colour, alpha=0.2, lw=0)
+    axis.axvline(100 * record["removed"]["share"], color=SOFT, ls=":", lw=1, label="written")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=-0.5)
+    axis.set_xlabel(f"{record['unit']}s removed, %")
+    axis.set_ylabel("rise of cross-entropy, %")
+
+
+def _draw_way(axis: Any, record: dict[str, Any]) -> None:
+    """Accuracy on the domain to forget over that on the others."""
+    path = [(row["accuracy_retain"], row["accuracy_forget"]) for row in record["curve"]]
+    axis.plot(*zip(*path, strict=True), "o-", color=INK, markersize=4, label="this removal")
+    axis.plot([path[0][0], 0], [path[0][1], 0], ":", color=SOFT, label="unselective")
+    looks = zip(CONTROLS, ("s", "^", "D"), (RETAIN, FORGET, RANDOM), strict=False)
+    for name, mark, colour in looks:
+        if name in record["at"]:
+            row = record["at"][name]
+            place = row["accuracy_retain"], row["accuracy_forget"]
+            label = words(name, record)
+            axis.plot(*place, mark, color=colour, ls="", label=label)
+    axis.set_xlabel("top-1 accuracy, retain")
+    axis.set_ylabel(f"top-1 accuracy, {record['forget']}")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moefy.data.documents import Documents, Ints
 from moefy.inspection.account.ledger import Ledger
+from moefy.inspection.part import Pass, PassPart, Runs, State
 from moefy.inspection.texts.tokens import Tokens
 
 TOKENS = 200_000
@@ -49,44 +50,49 @@ class RoutingSample:
         )
 
 
-class RoutingSampler:
+@dataclass
+class _Masks(State):
+    """Of one layer."""
+
+    experts: int
+    shared: int
+    packed: Runs[NDArray[np.uint8]]
+    tokens: Runs[Tokens]
+    """Of the first layer alone: all have the same."""
+
+
+class RoutingSampler(PassPart[_Masks]):
     """Collects a `RoutingSample` during the pass, from documents drawn evenly beforehand."""
 
-    def __init__(self, documents: Documents, chosen_D: Bools, layers: int) -> None:
-        self.documents, self.chosen_D = documents, chosen_D
-        self.tokens: list[Tokens] = []
-        self.packed: list[list[NDArray[np.uint8]]] = [[] for _ in range(layers)]
-        self.experts, self.shared = [0] * layers, [0] * layers
+    def __init__(self, work: Pass, chosen_Q: Bools | None = None) -> None:
+        super().__init__(work)
+        self.documents = work.reading.documents
+        if chosen_Q is None:
+            chosen_Q = drawn_documents(work.reading.tokens_D, TOKENS, work.seed)
+        self.chosen_Q = chosen_Q
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one layer and chunk of tokens."""
-        layer = ledger.layer
-        self.experts[layer], self.shared[layer] = ledger.experts, ledger.module.shared
-        keep_T = self.chosen_D[ledger.tokens.document_T]
+    def begin(self, ledger: Ledger) -> _Masks:
+        """No masks yet."""
+        return _Masks(ledger.experts, ledger.module.shared, Runs(), Runs())
+
+    def take(self, state: _Masks, ledger: Ledger) -> None:
+        """Masks of the tokens of chosen documents, a bit for each expert."""
+        keep_T = self.chosen_Q[ledger.tokens.document_T]
         if not keep_T.any():
             return
-        if layer == 0:
-            self.tokens.append(ledger.tokens.take(keep_T))
-        mask_TE = ledger.mask_TE.cpu().numpy()[keep_T]
-        self.packed[layer].append(np.packbits(mask_TE, axis=1))
-
-    def part(self, layer: int) -> tuple[list[Tokens], list[NDArray[np.uint8]]]:
-        """What was heard of a layer, with the tokens beside the first: what `merge` takes."""
-        return (self.tokens if layer == 0 else [], self.packed[layer])
-
-    def merge(self, layer: int, part: tuple[list[Tokens], list[NDArray[np.uint8]]]) -> None:
-        """Take in what was heard of other documents."""
-        self.tokens += part[0]
-        self.packed[layer] += part[1]
+        if ledger.layer == 0:
+            state.tokens.add(ledger.tokens.take(keep_T))
+        state.packed.add(np.packbits(ledger.mask_TE.cpu().numpy()[keep_T], axis=1))
 
     def sample(self) -> RoutingSample:
         """What was collected, in the order of the documents."""
+        layers = [self.layers[layer] for layer in sorted(self.layers)]
         found = RoutingSample(
             self.documents,
-            Tokens.join(self.tokens),
-            [np.concatenate(packed) for packed in self.packed],
-            self.experts,
-            self.shared,
+            Tokens.join(layers[0].tokens.part),
+            [np.concatenate(state.packed.part) for state in layers],
+            [state.experts for state in layers],
+            [state.shared for state in layers],
         )
         document_T = found.tokens.document_T
         if (np.diff(document_T) >= 0).all():

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
-from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
+from moefy.inspection.part import Pass
 from moefy.inspection.routing.frame import RoutingFrame, Totals, ratio_columns
 from moefy.inspection.routing.sample import RoutingSample, RoutingSampler, drawn_documents
 from moefy.inspection.texts.reading import Reading
@@ -35,7 +35,7 @@ def routing_sample(
     """
     held_D = reading.documents.of_shard(HELD_OUT)
     chosen_D = drawn_documents(reading.tokens_D, tokens, seed, held_D)
-    sampler = RoutingSampler(reading.documents, chosen_D, len(sparse_mlps(model)))
+    sampler = RoutingSampler(Pass(model, reading, seed), chosen_D)
     sizes = [len(batch.samples) for batch in reading.batches]
     firsts = enumerate(zip(reading.first_B, sizes, strict=True))
     batches = [number for number, (at, size) in firsts if chosen_D[at : at + size].any()]

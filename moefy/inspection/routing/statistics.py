@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.evaluation.statistics import q_values
+from moefy.inspection.controls.corpora import replication
 from moefy.inspection.routing.coactivation import (
     FAR_TOKENS,
     Pairs,
@@ -36,7 +37,7 @@ from moefy.inspection.routing.frame import (
 )
 from moefy.inspection.routing.lexical import domain_specialization, lexical_router
 from moefy.inspection.routing.load import load
-from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing.sample import RoutingSample, RoutingSampler
 from moefy.inspection.routing.specialization import (
     KINDS,
     SHOWN,
@@ -70,6 +71,20 @@ def routing_statistics(
     for layer in report.track(range(len(sample.packed)), "statistics of routing"):
         found.add(frame.routed(layer))
     return found.tables()
+
+
+class Routing(RoutingSampler):
+    """What is known of a sample of whole documents, and with `controls` whether it holds on other texts."""
+
+    def tables(self) -> dict[str, Table]:
+        """All statistics of routing, and the table `replication`."""
+        sample, seed = self.sample(), self.work.seed
+
+        def describe(some: RoutingSample, report: Reporter | None = None) -> dict[str, Table]:
+            return routing_statistics(some, self.work.reading.vocabulary, seed=seed, report=report)
+
+        found = describe(sample, self.work.report)
+        return found | replication(sample, describe, seed=seed) if self.work.controls else found
 
 
 class _Found:

@@ -17,6 +17,12 @@ def table(columns: Mapping[str, Any]) -> Table:
     return found
 
 
+def of_experts(layer: int, columns: Mapping[str, Any]) -> Table:
+    """A row for every expert of a layer, from 0."""
+    count = len(next(iter(columns.values())))
+    return table({"layer": [layer] * count, "expert": list(range(count)), **columns})
+
+
 def joined(tables: Iterable[Table]) -> Table:
     """Tables of the same columns, one below the other."""
     parts = [part for part in tables if part]

@@ -1,18 +1,19 @@
-"""Four parts of a corpus that share no document, and what each of them decides.
+"""Parts of a corpus that share no document, and what each of them decides.
 
-    rank      how important every expert is, and what energy it has
+    rank      how important every unit is, and what energy it has
     decide    how much may go
     relearn   what is trained on to bring back what went
     measure   every figure that is reported
 
-They are the shards of the conversion, so that what its router learned from is never measured on.
+`moefy.data.shards` says which documents they are: those of the conversion, so that what its router learned
+from is never measured on.
 """
 
 from dataclasses import dataclass, replace
 
 from moefy.data.corpus import Batch, Corpus, make_batches, sample_length
 from moefy.data.documents import Documents
-from moefy.data.inputs import load_tokenizer, read_batches
+from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
@@ -27,7 +28,7 @@ RETAIN_DOCUMENTS = 16
 """Most documents of each domain to retain: fewer and longer ones than of the one to forget."""
 LEAST = 3
 """Documents that every domain has in every part."""
-LESSON = 1000
+RELEARNED = 1000
 """Most tokens that are trained on to relearn."""
 
 
@@ -54,24 +55,24 @@ class Parts:
     rank: Part
     decide: Part
     measure: Part
-    lesson: list[Batch]
-    """At most `LESSON` tokens of the domain to forget."""
+    relearn: list[Batch]
+    """At most `RELEARNED` tokens of the domain to forget."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents and judged tokens of every part."""
-        found: dict[str, dict[str, int]] = {}
+        counts: dict[str, dict[str, int]] = {}
         for name in (RANK, DECIDE, MEASURE):
             part: Part = getattr(self, name)
-            found[name] = {
+            counts[name] = {
                 "forget_documents": len(part.forget.documents),
                 "forget_tokens": int(part.forget.tokens_D.sum()),
                 "retain_documents": len(part.retain.documents),
                 "retain_tokens": int(part.retain.tokens_D.sum()),
             }
-        samples = [sample for batch in self.lesson for sample in batch.samples]
+        samples = [sample for batch in self.relearn for sample in batch.samples]
         tokens = sum(map(sample_length, samples))
-        found[RELEARN] = {"forget_documents": len(samples), "forget_tokens": tokens}
-        return found
+        counts[RELEARN] = {"forget_documents": len(samples), "forget_tokens": tokens}
+        return counts
 
 
 def choose_domains(corpus: Corpus, forget: str, retain: list[str] | None) -> Domains:
@@ -86,24 +87,17 @@ def choose_domains(corpus: Corpus, forget: str, retain: list[str] | None) -> Dom
             "one to forget and one to retain: give a folder with a sub-folder for each, or .jsonl lines "
             'with "domain"'
         )
-    kept = list(dict.fromkeys(retain)) if retain else [name for name in known if name != forget]
-    for name in (forget, *kept):
+    names = list(dict.fromkeys(retain)) if retain else [name for name in known if name != forget]
+    for name in (forget, *names):
         if name not in known:
             raise MoefyError(f"corpus {corpus.name}: {unknown_choice('domain', name, known)}")
-    if forget in kept:
+    if forget in names:
         raise MoefyError(f"--retain {forget}: that is the domain to forget; leave it out")
-    return Domains(forget, tuple(kept))
+    return Domains(forget, tuple(names))
 
 
 def read_parts(
-    checkpoint: Checkpoint,
-    kind: str,
-    corpus: Corpus,
-    domains: Domains,
-    tokens: int,
-    *,
-    split: int,
-    seed: int,
+    checkpoint: Checkpoint, corpus: Corpus, domains: Domains, tokens: int, *, split: int, seed: int
 ) -> Parts:
     """About `tokens` tokens for each part. `split` is the seed of the conversion.
 
@@ -111,22 +105,21 @@ def read_parts(
     """
     texts = by_role(corpus, split)
     _require_enough(corpus, texts, domains)
-    reader = _Reader(checkpoint, kind)
     share = round(FORGET_SHARE * tokens)
-    found = {}
+    parts = {}
     for role in (RANK, DECIDE, MEASURE):
-        forget = reader.read(texts[role], (domains.forget,), role)
-        few = _of(texts[role], domains.retain).take(RETAIN_DOCUMENTS * len(domains.retain))
-        retain = reader.read(few, domains.retain, role)
-        found[role] = Part(
+        forget = _read(checkpoint, _of(texts[role], (domains.forget,)), role)
+        retained = _of(texts[role], domains.retain).take(RETAIN_DOCUMENTS * len(domains.retain))
+        retain = _read(checkpoint, retained, role)
+        parts[role] = Part(
             draw(forget, role, share, seed=seed), draw(retain, role, tokens - share, seed=seed)
         )
-    lesson = reader.read(texts[RELEARN], (domains.forget,), RELEARN)
-    return Parts(**found, lesson=_lesson(lesson))
+    relearn = _read(checkpoint, _of(texts[RELEARN], (domains.forget,)), RELEARN)
+    return Parts(**parts, relearn=_first_whole(relearn))
 
 
-def _of(shard: Corpus, names: tuple[str, ...]) -> Corpus:
-    return replace(shard, documents=[doc for doc in shard.documents if doc.domain in names])
+def _of(texts: Corpus, names: tuple[str, ...]) -> Corpus:
+    return replace(texts, documents=[doc for doc in texts.documents if doc.domain in names])
 
 
 def _require_enough(corpus: Corpus, texts: dict[str, Corpus], domains: Domains) -> None:
@@ -142,32 +135,22 @@ def _require_enough(corpus: Corpus, texts: dict[str, Corpus], domains: Domains) 
                 )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    checkpoint: Checkpoint
-    kind: str
-
-    def read(self, shard: Corpus, names: tuple[str, ...], role: str) -> Reading:
-        """The documents of these domains, tokenized."""
-        batches = read_batches(self.checkpoint, self.kind, _of(shard, names), CONTEXT)
-        documents = [sample.document for batch in batches for sample in batch.samples]
-        labels = [role] * len(documents), [shard.name] * len(documents)
-        config = read_config(self.checkpoint).get_text_config()
-        return Reading(
-            batches, Documents(documents, *labels), load_tokenizer(self.checkpoint.folder), self.kind,
-            config.vocab_size, {},
-        )  # fmt: skip
+def _read(checkpoint: Checkpoint, texts: Corpus, role: str) -> Reading:
+    """These documents, tokenized."""
+    batches = read_batches(checkpoint, "decoder", texts, CONTEXT)
+    documents = [sample.document for batch in batches for sample in batch.samples]
+    labels = [role] * len(documents), [texts.name] * len(documents)
+    vocabulary = read_config(checkpoint).get_text_config().vocab_size
+    return Reading(batches, Documents(documents, *labels), None, "decoder", vocabulary, {})
 
 
-def _lesson(reading: Reading) -> list[Batch]:
+def _first_whole(reading: Reading) -> list[Batch]:
     """Whole documents while they fit, and the first one cut where even that does not."""
     samples = [sample for batch in reading.batches for sample in batch.samples]
-    taken, left = [], LESSON
+    taken, left = [], RELEARNED
     for sample in sorted(samples, key=lambda s: s.document.sha256):
         size = sample_length(sample)
         if size <= left:
             taken.append(sample)
             left -= size
-    if not taken:
-        return draw(reading, RELEARN, LESSON).batches
-    return make_batches(taken)
+    return make_batches(taken) if taken else draw(reading, RELEARN, RELEARNED).batches

@@ -1,0 +1,136 @@
+"""What removing something else does: sets of neurons to hold a removal against, each a row of `CONTROLS`.
+
+Energy is `E ||sum_j h_j d_j||^2` over tokens of all domains: what a set costs by its size alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moefy.evaluation.statistics import Floats
+from moefy.inspection.causal.documents import together
+from moefy.inspection.causal.engine import Engine, Gone
+from moefy.inspection.causal.nulls import TOLERANCE, energies, energy_matrices, matched
+from moefy.inspection.removal.parts import Part
+from moefy.inspection.removal.rankings import ranked
+from moefy.inspection.removal.source import EXPERT, NEURON, gone_of, units_of
+from moefy.run.console import Reporter
+
+DRAWS = 5
+_BYTES = 2**31
+"""Most memory that the energies of some layers take together."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The removal that controls stand beside."""
+
+    engine: Engine
+    unit: str
+    count: int
+    gone: Gone
+    part: Part
+    """What it was ranked on."""
+    seed: int
+    report: Reporter
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons went."""
+        return sum(int(gone_N.sum()) for gone_N in self.gone.values())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The sets of one control."""
+
+    sets: list[Gone] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+    """Energy of every set over that of the removal, in the layer where it is furthest off."""
+
+    @property
+    def close(self) -> bool:
+        """Whether all of them came as near as they should."""
+        return all(abs(ratio - 1) <= TOLERANCE for ratio in self.ratio)
+
+
+def random_units(removed: Removed) -> Drawn:
+    """As many units, drawn at random from all layers."""
+    engine, unit = removed.engine, removed.unit
+    total = sum(units_of(engine, unit).values())
+    sets = []
+    for draw in range(DRAWS):
+        random = np.random.default_rng([removed.seed, 21, draw])
+        chosen = random.choice(total, removed.count, replace=False)
+        sets.append(gone_of(engine, unit, torch.from_numpy(chosen)))
+    return Drawn(sets)
+
+
+def single_neurons(removed: Removed) -> Drawn:
+    """As many single neurons, ranked as the experts were; none beside a removal of neurons."""
+    if removed.unit != EXPERT:
+        return Drawn()
+    order = ranked(removed.engine, removed.part, NEURON, removed.report)
+    return Drawn([gone_of(removed.engine, NEURON, order[: removed.neurons])])
+
+
+def energy_matched(removed: Removed) -> Drawn:
+    """Random neurons, layer by layer as many as are removed and of their energy to within 5 %."""
+    engine, layers = removed.engine, sorted(removed.gone)
+    both = together(removed.part.forget, removed.part.retain)
+    weight_Q = both.even_Q(both.places_Q)
+    sets: list[dict[int, Tensor]] = [{} for _ in range(DRAWS)]
+    ratio = [1.0] * DRAWS
+    largest = max(len(gone_N) for gone_N in removed.gone.values())
+    at_once = max(1, _BYTES // (4 * largest**2))
+    for first in range(0, len(layers), at_once):
+        group = layers[first : first + at_once]
+        batches = removed.report.track(both.batches, f"energy of {len(group)} layers")
+        for layer, energy_NN in energy_matrices(engine, batches, group, weight_Q).items():
+            for draw, (gone_N, got) in enumerate(_matched(removed, layer, energy_NN)):
+                sets[draw][layer] = gone_N
+                ratio[draw] = max(ratio[draw], got, key=lambda value: abs(value - 1))
+    return Drawn(list(sets), ratio)
+
+
+def _matched(removed: Removed, layer: int, energy_NN: Floats) -> list[tuple[Tensor, float]]:
+    """The draws of one layer, and the energy of each over that of what is removed there."""
+    # In an order that neither a permutation nor a rescale changes, so that neither decides.
+    order_N = removed.engine.canonical_order(layer)
+    ordered_NN = energy_NN[np.ix_(order_N, order_N)]
+    inside = np.flatnonzero(removed.gone[layer].numpy()[order_N])
+    target = float(energies(ordered_NN, [inside])[0])
+    drawn = []
+    for draw in range(DRAWS):
+        random = np.random.default_rng([removed.seed, 22, layer, draw])
+        chosen = matched(ordered_NN, target, len(inside), random)
+        gone_N = torch.zeros(len(order_N), dtype=torch.bool)
+        gone_N[torch.from_numpy(order_N[chosen])] = True
+        drawn.append((gone_N, float(energies(ordered_NN, [chosen])[0]) / max(target, 1e-30)))
+    return drawn
+
+
+@dataclass(frozen=True)
+class Control:
+    """One row."""
+
+    words: str
+    draw: Callable[[Removed], Drawn]
+
+
+ENERGY = "energy"
+CONTROLS = {
+    "experts": Control("random {unit}s, as many", random_units),
+    "neurons": Control("single neurons, as many, ranked alike", single_neurons),
+    ENERGY: Control("random neurons, same number and energy", energy_matched),
+}
+
+
+def random_neurons(engine: Engine, count: int, seed: int) -> Gone:
+    """The first `count` neurons of one random order of all: more hold fewer within them."""
+    total = sum(units_of(engine, NEURON).values())
+    chosen = np.random.default_rng([seed, 23]).permutation(total)[:count]
+    return gone_of(engine, NEURON, torch.from_numpy(chosen))
