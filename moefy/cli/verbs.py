@@ -381,7 +381,7 @@ def compare(
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
     """
     from moefy.conversion.compare import compare as run
-    from moefy.conversion.tables import comparison_rows
+    from moefy.conversion.compare import comparison_rows
     from moefy.run.tables import terminal
 
     record = run(

@@ -32,7 +32,8 @@ def read(monkeypatch):
 
         return read_batches
 
-    for module in (sys.modules["moefy.conversion.convert"], sys.modules["moefy.evaluation.folder"]):
+    for name in ("conversion.task", "conversion.convert", "evaluation.folder"):
+        module = sys.modules[f"moefy.{name}"]
         monkeypatch.setattr(module, "read_batches", spy(module.read_batches))
     return found
 
