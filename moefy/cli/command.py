@@ -10,6 +10,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -40,6 +41,11 @@ Precision = Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Setting a=b of the training; may be repeated.")
 ]
+READERS = {
+    "bench", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+}  # fmt: skip
+"""Verbs that read folders which moefy convert wrote."""
+PLUGINS = "Import code that the folder names; only for folders that you trust."
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
@@ -63,17 +69,27 @@ def verb(run: Callable[..., Shown]) -> None:
         ],
         "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
     }
+    if run.__name__.rstrip("_") in READERS:
+        extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
     signature = inspect.signature(run, eval_str=True)
     takes = signature.parameters.keys()
 
     @functools.wraps(run)
-    def command(as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
+    def command(
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        debug: bool,
+        plugins: bool = False,
+        **arguments: Any,
+    ) -> None:
         common = {"quiet": quiet, "verbose": verbose}
         arguments |= {name: value for name, value in common.items() if name in takes}
         _hush(verbose)
         _say_anything()
         try:
-            shown = run(**arguments)
+            with _plugins() if plugins else nullcontext():
+                shown = run(**arguments)
         except MoefyError as error:
             _fail(error, debug)
         except KeyboardInterrupt:
@@ -91,6 +107,12 @@ def verb(run: Callable[..., Shown]) -> None:
     ]
     command.__signature__ = signature.replace(parameters=[*own, *added], return_annotation=None)  # type: ignore[attr-defined]
     app.command(run.__name__.rstrip("_"))(command)
+
+
+def _plugins() -> AbstractContextManager[None]:
+    from moefy.models.artefact import allow_plugins
+
+    return allow_plugins()
 
 
 def _show(shown: Shown, as_json: bool) -> None:

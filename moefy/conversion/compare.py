@@ -32,7 +32,8 @@ from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.judge import judge
 from moefy.evaluation.load import FfnLoad
 from moefy.evaluation.outputs import Outputs, compared, cosine, run_outputs
-from moefy.experts.loading import build_compensation, build_router, load_dense, replace_module
+from moefy.experts.entries import build_compensation, build_router
+from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps

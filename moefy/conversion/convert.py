@@ -41,7 +41,7 @@ from moefy.experts.loading import load, load_dense
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
-from moefy.models.checkpoint import Checkpoint, copy_folder, sha256
+from moefy.models.checkpoint import Checkpoint, copy_folder
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
 from moefy.run.job import Job
@@ -132,7 +132,8 @@ def _in_memory(task: Conversion) -> Converted | None:
     with task.clock.stage("write"):
         _write(task, made.artefact)
     with task.clock.stage("verify"):
-        sparse = load(task.finished, verify=False, **placement())
+        # What it names is what the recipe names.
+        sparse = load(task.finished, verify=False, plugins=True, **placement())
         error = _verify(task.checkpoint, sparse, task.evaluated[0])
         give_back()
         quality = evaluate(sparse, task.evaluated, report=task.report)
@@ -175,8 +176,7 @@ def _write(task: Conversion, artefact: Artefact) -> None:
     shutil.rmtree(task.finished, ignore_errors=True)
     task.finished.mkdir()
     if artefact.form == FULL:
-        weights = {file.name for file in task.checkpoint.files}
-        copy_folder(task.checkpoint.folder, task.finished, skip=weights)
+        copy_folder(task.checkpoint.folder, task.finished, skip={*task.checkpoint.weights})
         reorder(task.checkpoint, task.finished, task.todo.sites, artefact, task.report)
     write_side_files(task.finished, artefact)
 
@@ -211,9 +211,7 @@ def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
     _require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
     task.report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
     with task.clock.stage("hash the result"):
-        hashes = {}
-        if artefact.form == FULL:
-            hashes = {file.name: sha256(file) for file in Checkpoint.open(finished).files}
+        hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
         write_side_files(finished, replace(artefact, sha256=hashes))
     records = {"conversion": _record(task, made, stream), "evaluation": made.evaluation}
     (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from moefy.errors import MoefyError
+from moefy.experts.entries import check_artefact
 from moefy.exporting.targets import (
     GGUF,
     Target,
@@ -34,6 +35,7 @@ from moefy.exporting.verification import verification_batches, verify, verify_de
 from moefy.models.artefact import ADAPTER, META, SIDE, open_artefact
 from moefy.models.checkpoint import INDEX, copy_folder
 from moefy.models.config import read_config
+from moefy.models.heads import head_sites
 from moefy.models.locate import meta_model
 from moefy.models.reorder import reorder
 from moefy.run.job import Job
@@ -69,6 +71,7 @@ def export(
     job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
     artefact, checkpoint = open_artefact(folder)
     source = Source(checkpoint, artefact)
+    check_artefact(artefact, source.sites, head_sites(source.meta) if artefact.heads else ())
     if target is not None:
         check(target, artefact, source.sites, source.meta)
     with job.running():
