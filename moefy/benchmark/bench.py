@@ -21,6 +21,7 @@ from moefy.experts.moefied import of
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 
 KERNEL, LAYER, MODEL = "kernel", "layer", "model"
@@ -33,6 +34,7 @@ CALIBRATED = 512
 Number = TypeVar("Number", int, float)
 
 
+@asked
 def bench(
     model: str | Path | None = None,
     *,
@@ -51,6 +53,7 @@ def bench(
     generated: int = 32,
     samples: int | None = None,
     calibrated: bool = True,
+    device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.

@@ -21,6 +21,7 @@ from moefy.experts.sparse_mlp import all_experts
 from moefy.methods.tables import ROUTERS, choose
 from moefy.models.artefact import Artefact
 from moefy.recipe import from_dict
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 
@@ -31,6 +32,7 @@ INPUTS = 0.25
 """Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
 
 
+@asked
 def evaluate_folder(
     folder: Path,
     *,
@@ -38,6 +40,9 @@ def evaluate_folder(
     corpus: Any = None,
     documents: int = 1 << 30,
     router: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """`moefy.evaluation.evaluate.evaluate` for a folder, on its evaluation shard.
