@@ -124,7 +124,7 @@ class Settings:
             raise MoefyError(f"{wrong} does not go with --level model; use --level kernel or layer")
         if self.level != MODEL and self.against is not None:
             raise MoefyError(f"--against goes with --level model, not with --level {self.level}")
-        for name, value in (("--prompt", self.prompt), ("--generated", self.generated)):
+        for name, value in (("--prompt-tokens", self.prompt), ("--new-tokens", self.generated)):
             if value < 1:
                 raise MoefyError(f"{name} {value}: expected 1 or more")
 

@@ -1,7 +1,7 @@
 """Calibrate this machine: time every CPU path of a layer on a grid, for `auto` to choose by.
 
 `moefy bench` does so by itself, coarsely and for a few seconds, where nothing is known of such a layer on
-this machine; `--calibrate` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`, per shape, dtype and number of threads. Routing is at
+this machine; `moefy calibrate` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`, per shape, dtype and number of threads. Routing is at
 random; a path that is hopeless for few tokens is not waited for with many.
 
 Shapes: T tokens, P densities.
@@ -59,7 +59,7 @@ def calibrate(
     weights = module.weights
     if weights.up_ND.device.type != "cpu" or weights.up_ND.dtype not in experts.DTYPES:
         raise MoefyError(
-            f"--calibrate measures CPUs, in float32 or bfloat16: got {weights.up_ND.dtype} on "
+            f"calibrate measures CPUs, in float32 or bfloat16: got {weights.up_ND.dtype} on "
             f"{weights.up_ND.device}"
         )
     shape = module.kernel_layer(layers.inputs_TD[0], weights)

@@ -203,7 +203,15 @@ def _fingerprint(
     recipe: Recipe, source: dict[str, Any], corpus: Corpus, adapter: bool, streamed: bool
 ) -> str:
     """Digest of all that decides the result: an unfinished run is only resumed with the same."""
-    settings = [recipes.to_dict(recipe), source, corpus.sha256, adapter, streamed, versions()]
+    settings = [
+        recipes.to_dict(recipe),
+        source,
+        corpus.sha256,
+        adapter,
+        streamed,
+        versions(),
+        *now().record(),
+    ]
     return digest(settings)
 
 
