@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
+from moefy.experts.backends import fastest
+from moefy.experts.backends.base import Workload
 from moefy.run.provenance import machine
 from moefy_kernels import roofline
 from moefy_kernels.decode import decode
-from moefy_kernels.dispatch import PATHS, choose
 from moefy_kernels.expert_mlp import ExpertMlp
 from moefy_kernels.grouped import grouped
 from moefy_kernels.measured import device_name
@@ -37,6 +38,7 @@ from moefy_kernels.roofline import Device, Layer
 from moefy_kernels.routing import listed
 from moefy_kernels.union import union
 
+PATHS = ("masked", "decode", "union", "grouped")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"Llama-3-8B": (4096, 14336), "Llama-2-7B": (4096, 11008), "Qwen3-4B": (2560, 9728)}
 SIZES, DENSITIES = (16, 32, 128, 512), (0.1, 0.25, 0.5)
@@ -210,7 +212,7 @@ def cell(
             path: work.bytes / limits.bandwidth / times[path]
             for path, work in works.items() if path in times
         },
-        "chosen": choose(limits.name, layer, batch, density, share, paths=paths),
+        "chosen": fastest(paths, Workload(limits.name, layer, batch, density, share)),
     }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from moefy.data.corpus import load_corpus as load_corpus
     from moefy.data.inputs import load_tokenizer as load_tokenizer
     from moefy.errors import MoefyError as MoefyError
-    from moefy.evaluation import folder as _folder
     from moefy.evaluation import statistics as statistics
-    from moefy.experts.backends.linears import native_linears as native_linears
+    from moefy.evaluation.folder import evaluate as evaluate
+    from moefy.experts.backends.cpu import native_linears as native_linears
     from moefy.experts.backends.stock_moe import register_experts as register_experts
     from moefy.experts.loading import load as load
     from moefy.experts.loading import open_model as open_model
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from moefy.training.recover import recover as recover
     from moefy.training.sparsify import sparsify as sparsify
 
-    evaluate = _folder.evaluate_folder
-
 __version__ = "0.1.0"
 
 _HOME = {
@@ -50,7 +48,7 @@ _HOME = {
     "Compensation": "moefy.methods.base",
     "convert": "moefy.conversion.convert",
     "diff": "moefy.inspection.diff",
-    "evaluate": "moefy.evaluation.folder:evaluate_folder",
+    "evaluate": "moefy.evaluation.folder",
     "export": "moefy.exporting.export",
     "inspect": "moefy.inspection.inspect",
     "Inspection": "moefy.inspection.record",
@@ -58,7 +56,7 @@ _HOME = {
     "load_corpus": "moefy.data.corpus",
     "load_tokenizer": "moefy.data.inputs",
     "MoefyError": "moefy.errors",
-    "native_linears": "moefy.experts.backends.linears",
+    "native_linears": "moefy.experts.backends.cpu",
     "open_model": "moefy.experts.loading",
     "prune": "moefy.inspection.removal.prune",
     "recover": "moefy.training.recover",

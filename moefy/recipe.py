@@ -277,6 +277,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
 def override(recipe: R, settings: dict[str, Any]) -> R:
     """A copy with dotted keys replaced, of a recipe of any kind: `{"router.name": "linear", "density": "0.5"}`.
 
@@ -289,20 +299,13 @@ def override(recipe: R, settings: dict[str, Any]) -> R:
         for parent in parents:
             child = node.get(parent)
             if not isinstance(child, dict):
-                raise RecipeError(unknown_choice("recipe key", key, _keys(data)))
+                raise RecipeError(unknown_choice("recipe key", key, flat(data)))
             node = child
         if last not in node or isinstance(node[last], dict):
-            raise RecipeError(unknown_choice("recipe key", key, _keys(data)))
+            raise RecipeError(unknown_choice("recipe key", key, flat(data)))
         node[last] = yaml.safe_load(value) if isinstance(value, str) else value
     changed: R = _build(type(recipe), data, "--set")
     return changed
-
-
-def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in data.items():
-        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return keys
 
 
 def _build(kind: type, data: Any, where: str) -> Any:

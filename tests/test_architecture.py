@@ -33,11 +33,11 @@ LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ROOMS = {"__main__": "cli"}
 KERNEL_CALLERS = {
     "moefy.benchmark.calibrate",
+    "moefy.experts.backends",
+    "moefy.experts.backends.base",
     "moefy.experts.backends.cpu",
     "moefy.experts.backends.gpu",
-    "moefy.experts.backends.linears",
     "moefy.experts.backends.stock_moe",
-    "moefy.experts.sparse_mlp",
     "moefy.methods.routers.linear",
 }
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names
@@ -272,7 +272,7 @@ GOOD = {
     "moefy/methods/partition/__init__.py": '"""One line."""\n',
     "moefy/methods/partition/base.py": "from moefy.recipe import Recipe\n",
     "moefy/methods/partition/table.py": "from moefy.methods.partition.base import Method\n",
-    "moefy/experts/sparse_mlp.py": "import moefy_kernels\nfrom moefy import __version__, recipe\n",
+    "moefy/experts/backends/cpu.py": "import moefy_kernels\nfrom moefy import __version__, recipe\n",
     "moefy/experts/loading.py": "",
     "moefy/conversion/convert.py": "def convert():\n    from moefy.experts.loading import load\n",
     "kernels/README.md": "",

@@ -1,6 +1,6 @@
-"""Which kernel computes a layer: one function of device, dtype, tokens, experts and expected union.
+"""How long every path takes for a layer: one function of device, dtype, tokens, experts and expected union.
 
-Every path computes the same function, so the fastest is taken. Each is expected to take its least time
+All paths compute the same function, so that the fastest may be taken. Each is expected to take its least time
 (`roofline`) over the share of that limit which it reaches. Shares are measured per device and written
 beside its configurations (`tables/<device>.json`, `reached`); a device without a table has the defaults
 below, which are guesses. CPUs have times of their own (`cpu.times`). Nothing is measured or asked of the
@@ -10,42 +10,17 @@ Shapes: T tokens, D width, E experts.
 """
 
 import functools
+import math
 
 from moefy_kernels import roofline
 from moefy_kernels.cpu import times
 from moefy_kernels.measured import table
 from moefy_kernels.roofline import Device, Layer, Work
 
-PATHS = ("masked", "decode", "union", "grouped")
 REACHED = {"masked": 0.8, "decode": 0.7, "union": 0.7, "grouped": 0.5}
 """Share of the limit that a path is taken to reach where none was measured."""
-MOST_DECODED, MOST_UNITED = 16, 64
-"""Tokens that `decode` and `union` are made for."""
-
-
-@functools.lru_cache(4096)
-def choose(
-    device: str,
-    layer: Layer,
-    tokens: int,
-    density: float,
-    share: float | None = None,
-    trains: bool = False,
-    paths: tuple[str, ...] = PATHS,
-    threads: int = 1,
-) -> str:
-    """One of `paths` for a layer on a device: its name, as torch gives it, or `cpu` (of so many threads).
-
-    `density` is the share of experts that a token is expected to run, `share` that which any of the
-    tokens runs (`union_share` of random routing, where it is not known). What trains needs gradients,
-    which `masked` and `grouped` have.
-    """
-    expected = {
-        path: seconds(path, device, layer, tokens, density, share, threads)
-        for path in paths
-        if _serves(path, tokens, trains)
-    }
-    return min(expected, key=lambda path: expected[path])
+MOST = {"decode": 16, "union": 64}
+"""Tokens that these paths are made for."""
 
 
 def seconds(
@@ -57,7 +32,14 @@ def seconds(
     share: float | None = None,
     threads: int = 1,
 ) -> float:
-    """The time that a path is expected to take."""
+    """The time that a path is expected to take on a device: its name as torch gives it, or `cpu`.
+
+    `density` is the share of experts that a token is expected to run, `share` that which any of the
+    tokens runs (`union_share` of random routing, where it is not known); `threads` are those of a CPU.
+    Infinite for more tokens than a path is made for.
+    """
+    if tokens > MOST.get(path, tokens):
+        return math.inf
     if device == "cpu":
         return times.seconds(path, layer, tokens, density, share, threads)
     known = known_device(device)
@@ -66,12 +48,6 @@ def seconds(
     )
     shares: dict[str, float] = {**REACHED, **table(device)["reached"]}
     return least / shares[path]
-
-
-def _serves(path: str, tokens: int, trains: bool) -> bool:
-    if trains:
-        return path in ("masked", "grouped")
-    return tokens <= {"decode": MOST_DECODED, "union": MOST_UNITED}.get(path, tokens)
 
 
 def _work(path: str, layer: Layer, tokens: int, density: float, share: float | None) -> Work:

@@ -21,10 +21,10 @@ from torch import Tensor
 from moefy.benchmark.layers import COPIES, Layers, drawn_masks
 from moefy.benchmark.timing import Run, side_by_side
 from moefy.errors import MoefyError
-from moefy.experts.backends import cpu as cpu_backend
-from moefy.experts.sparse_mlp import LEAST_VIEW, ON_CPU, SparseMlp
+from moefy.experts.backends import BACKENDS, able, fastest
+from moefy.experts.backends.base import CPU, Request, Workload, kernel_layer
+from moefy.experts.sparse_mlp import SparseMlp
 from moefy.run.console import Reporter
-from moefy_kernels import dispatch
 from moefy_kernels.cpu import experts, times
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -62,12 +62,11 @@ def calibrate(
             f"calibrate measures CPUs, in float32 or bfloat16: got {weights.up_ND.dtype} on "
             f"{weights.up_ND.device}"
         )
-    shape = module.kernel_layer(layers.inputs_TD[0], weights)
-    serves = {
-        "views": module.expert_size >= LEAST_VIEW,
-        "native": cpu_backend.fits(layers.inputs_TD[0], weights),
-    }
-    paths = [path for path in ON_CPU if serves.get(path, True)]
+    shape = kernel_layer(layers.inputs_TD[0], weights, module.experts)
+    mask_TE = torch.ones(1, module.experts, dtype=torch.bool)
+    threads = torch.get_num_threads()
+    request, work = Request(layers.inputs_TD[0], weights, mask_TE), Workload(CPU, shape, 1, 1.0)
+    paths = [path for path in able(request) if BACKENDS[path].seconds(work) < math.inf]
     found = np.zeros((len(paths), len(tokens), len(densities)))
     until = time.perf_counter() + budget
     cells = [(i, j) for i in range(len(tokens)) for j in range(len(densities))]
@@ -87,14 +86,14 @@ def calibrate(
         found[:, i, j] = [known[path] for path in paths]
     entry = {
         "layer": list(shape),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "tokens": list(tokens),
         "densities": list(densities),
         "seconds": {path: found[n].tolist() for n, path in enumerate(paths)},
         "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
     }
     file = times.keep([entry])
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
     return {"kind": "calibration", "what": layers.what, "file": str(file), "entry": entry}
 
 
@@ -107,7 +106,7 @@ def calibrate_unknown(modules: Sequence[SparseMlp], report: Reporter) -> dict[st
     if weights.device.type != "cpu" or weights.dtype not in experts.DTYPES:
         return None
     threads = torch.get_num_threads()
-    layer = modules[0].kernel_layer(weights, modules[0].weights)
+    layer = kernel_layer(weights, modules[0].weights, modules[0].experts)
     if times.knows(layer, threads):
         return None
     dtype = str(weights.dtype).removeprefix("torch.")
@@ -137,6 +136,6 @@ def _runs(paths: list[str], layers: Layers, tokens: int, density: float) -> dict
         x_TD = layers.inputs_TD[n]
         repeats = -(-tokens // len(x_TD))
         x_TD = x_TD.repeat(repeats, 1)[:tokens].contiguous()
-        return partial(ON_CPU[path], x_TD, layers.modules[n].weights, masks[n])
+        return partial(BACKENDS[path].compute, x_TD, layers.modules[n].weights, masks[n])
 
     return {path: Run([call(path, n) for n in range(count)]) for path in paths}

@@ -6,6 +6,7 @@ error of the user's is one line and exit code 1, a usage error exit code 2.
 
 import functools
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,11 @@ EXTRA = {
     ],
     "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
 }
+READERS = {
+    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+}  # fmt: skip
+"""Verbs that read folders which moefy convert wrote."""
+PLUGINS = "Import code that the folder names; only for folders that you trust."
 
 
 def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
@@ -73,18 +79,27 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
     def register(run: Callable[..., Shown]) -> None:
         signature = inspect.signature(run, eval_str=True)
         takes = signature.parameters.keys()
+        extra = dict(EXTRA)
+        if run.__name__.rstrip("_") in READERS:
+            extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
 
         @functools.wraps(run)
         def command(
-            as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any
+            as_json: bool,
+            quiet: bool,
+            verbose: bool,
+            debug: bool,
+            plugins: bool = False,
+            **arguments: Any,
         ) -> None:
             common = {"quiet": quiet, "verbose": verbose}
             arguments |= {name: value for name, value in common.items() if name in takes}
             asked = {name: arguments.pop(name) for name in runs}
             _hush(verbose)
+            _say_anything()
             with _errors(debug=debug, resumes="resume" in takes):
                 check_paths(arguments, overwrite=_overwrites(arguments))
-                with _computing(asked):
+                with _computing(asked), _plugins() if plugins else nullcontext():
                     shown = run(**arguments)
             _show(shown, as_json)
             if shown.error is not None:
@@ -92,7 +107,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
 
         own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
         added = [_option(n, RUNS[n], None) for n in runs]
-        added += [_option(n, kind, False) for n, kind in EXTRA.items()]
+        added += [_option(n, kind, False) for n, kind in extra.items()]
         whole = signature.replace(parameters=[*own, *added], return_annotation=None)
         command.__dict__["__signature__"] = whole
         app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
@@ -146,13 +161,22 @@ def _main(
     """Turn the MLPs of a trained transformer into experts."""
 
 
+def _plugins() -> AbstractContextManager[None]:
+    from moefy.models.artefact import allow_plugins
+
+    return allow_plugins()
+
+
 def _show(shown: Shown, as_json: bool) -> None:
     if as_json and shown.data is not None:
-        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=False))
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(shown.data, indent=1, ensure_ascii=plain))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 160
+    # Paths and domains have brackets and colons of their own.
+    console = Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
     for item in shown.view:
-        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+        console.print(item)
 
 
 def _fail(error: MoefyError, debug: bool) -> NoReturn:
@@ -161,6 +185,13 @@ def _fail(error: MoefyError, debug: bool) -> NoReturn:
         raise error
     typer.echo(f"moefy: {error}", err=True)
     raise typer.Exit(1) from None
+
+
+def _say_anything() -> None:
+    """What a terminal has no letters for is shown as `?` on it; no result is lost at the last line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def _hush(verbose: bool) -> None:

@@ -126,7 +126,7 @@ def eval_(
     verbose: bool = False,
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
-    from moefy.evaluation.folder import evaluate_folder
+    from moefy.evaluation.folder import evaluate as evaluate_folder
     from moefy.evaluation.tables import domain_rows, layer_rows, sceptic_lines, sceptic_rows
     from moefy.run.tables import terminal
 
@@ -390,7 +390,7 @@ def compare(
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
     """
     from moefy.conversion.compare import compare as run
-    from moefy.conversion.tables import comparison_rows
+    from moefy.conversion.compare import comparison_rows
     from moefy.run.tables import terminal
 
     record = run(

@@ -21,11 +21,21 @@ from transformers import PreTrainedModel
 
 from moefy.conversion.capture import Captured
 from moefy.conversion.distil import distil_layer, distil_model
-from moefy.conversion.fit import Tokens, fit_compensation
-from moefy.conversion.layer import LayerSample, cap, layer_sample, tokens_of
+from moefy.conversion.fit import (
+    SeenInputs,
+    Tokens,
+    cap,
+    fit_compensation,
+    planned_active,
+    recalibrate,
+    recalibrate_on,
+    refit_compensation,
+    varies,
+)
+from moefy.conversion.layer import LayerSample, layer_sample, tokens_of
 from moefy.conversion.plan import Plan
 from moefy.conversion.sensitivity import sensitivities, stream_metric
-from moefy.conversion.settle import SeenInputs, planned_active, settle, settle_on, varies
+from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, make_batches
 from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Outputs, distances, run_outputs
@@ -37,9 +47,7 @@ from moefy.methods.budget import Table, greedy, solve
 from moefy.methods.compensations.residual import missing
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
-from moefy.run.console import Reporter
 from moefy.run.memory import free_memory, give_back
-from moefy.run.processes import ALONE, Processes
 
 FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""
@@ -72,65 +80,65 @@ def learnable(model: PreTrainedModel) -> bool:
     return any(True for part in parts for _ in part.parameters())
 
 
-def tune(
-    model: PreTrainedModel,
-    todo: Plan,
-    recipe: Recipe,
-    samples: dict[str, Captured],
-    training: list[Batch],
-    held: list[Batch],
-    report: Reporter,
-    processes: Processes = ALONE,
-) -> dict[str, Any]:
+def tune(model: PreTrainedModel, task: Conversion, samples: dict[str, Captured]) -> dict[str, Any]:
     """Allocate and distil as the recipe says, in place; returns what was measured.
 
-    With `processes`, all of which call this, layers are shared out where each is measured by itself;
-    the first one does the rest, and its model is the result.
+    All processes call this: layers are shared out where each is measured by itself; the first process
+    does the rest, and its model is the result.
     """
-    record: dict[str, Any] = {}
-    metric: list[Tensor] | None = None
-    said: list[Outputs] | None = None
+    recipe, held = task.recipe, task.reading["held-out"][0]
     held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
+    metric, dense = None, None
     # All are to measure alike, and all at once.
-    fits = processes.once(lambda: _fits(model, BACKWARD_TOKENS * processes.count))
+    fits = task.processes.once(lambda: _fits(model, BACKWARD_TOKENS * task.processes.count))
     if recipe.allocates and recipe.budget.name == "greedy" and fits:
-        metric, said = sensitivities(model, todo.sites, held, seed=recipe.seed)
-    check = HeldOut(model, held, said)
-    active = {i: planned_active(todo, i, m.shared) for i, m in sparse_mlps(model).items()}
+        metric, dense = sensitivities(model, task.todo.sites, held, seed=recipe.seed)
+    check = HeldOut(model, held, dense)
+    active = {i: planned_active(task.todo, i, m.shared) for i, m in sparse_mlps(model).items()}
+    record: dict[str, Any] = {}
     if recipe.allocates:
-        record["budget"] = allocate(model, todo, recipe, samples, check, metric, report, processes)
+        record["budget"] = allocate(model, task, samples, check, metric)
         active = dict(enumerate(record["budget"].get("active", [])))
-    if not processes.main:
+    if not task.processes.main:
         return record
     if not recipe.allocates and varies(recipe):
-        settle(model, recipe, held, active)
-    if recipe.distil.steps and not learnable(model):
-        report.say("nothing to distil: neither routers nor compensations have parameters")
-    elif recipe.distil.steps:
-        before = check.distance()
-        scope = recipe.distil.scope
-        if scope == "auto":
-            scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
-        if scope == "model":
-            distil_model(model, training, recipe.distil, report=report, seed=recipe.seed)
-        else:
-            for index, module in sparse_mlps(model).items():
-                tokens = _tokens(samples["router"], todo, index, module)
-                distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
-        if varies(recipe):
-            settle(model, recipe, held, active)
-        record["distillation"] = {
-            "scope": scope,
-            "steps": recipe.distil.steps,
-            "held_out_before": before,
-            "held_out_after": check.distance(),
-        }
+        recalibrate(model, recipe, held, active)
+    if recipe.distil.steps:
+        record |= _distilled(model, task, samples, check, active)
     target = recipe.budget.target_kl
     if target is not None:
         record["held_out_kl"] = reached = check.distance()
         if reached > target:
-            report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
     return record
+
+
+def _distilled(
+    model: PreTrainedModel,
+    task: Conversion,
+    samples: dict[str, Captured],
+    check: "HeldOut",
+    active: dict[int, int],
+) -> dict[str, Any]:
+    """Distil, and set thresholds anew; what it brought, as `distillation`."""
+    recipe, report = task.recipe, task.report
+    if not learnable(model):
+        report.say("nothing to distil: neither routers nor compensations have parameters")
+        return {}
+    before, scope = check.distance(), recipe.distil.scope
+    if scope == "auto":
+        scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
+    if scope == "model":
+        batches = task.distilled_on or task.reading["router"][0]
+        distil_model(model, batches, recipe.distil, report=report, seed=recipe.seed)
+    else:
+        for index, module in sparse_mlps(model).items():
+            tokens = _tokens(samples["router"], task.todo, index, module)
+            distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
+    if varies(recipe):
+        recalibrate(model, recipe, check.batches, active)
+    record = {"scope": scope, "steps": recipe.distil.steps, "held_out_before": before}
+    return {"distillation": {**record, "held_out_after": check.distance()}}
 
 
 class HeldOut:
@@ -164,79 +172,46 @@ class HeldOut:
 @torch.no_grad()
 def allocate(
     model: PreTrainedModel,
-    todo: Plan,
-    recipe: Recipe,
+    task: Conversion,
     samples: dict[str, Captured],
     held: HeldOut,
     metric: list[Tensor] | None,
-    report: Reporter,
-    processes: Processes,
 ) -> dict[str, Any]:
     """Choose the density of every layer and set it; returns densities and measured KL.
 
     `metric`, of every layer, is what its output error costs (`moefy.conversion.sensitivity`); the greedy budget
     takes the residual stream's where there is none.
     """
-    modules = sparse_mlps(model)
-    planned = [planned_active(todo, index, m.shared) for index, m in modules.items()]
+    recipe, modules = task.recipe, sparse_mlps(model)
+    planned = [planned_active(task.todo, index, m.shared) for index, m in modules.items()]
     if recipe.budget.name == "greedy" and metric is None:
-        metric = stream_metric(model, todo.sites, held.batches)
-    own: list[tuple[int, list[Candidate]]] = []
-    for index, module in report.track(processes.mine([*modules.items()]), "measure densities"):
-        sample = layer_sample(samples, todo, todo.sites[index]).on(module.weights.down_ND.device)
-        loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
-        own.append((index, candidates(module, planned[index], recipe, sample, loss_of)))
-        give_back()
-    rows = [row for _, row in sorted(processes.all(own), key=lambda pair: pair[0])]
-    if not processes.main:
+        metric = stream_metric(model, task.todo.sites, held.batches)
+    rows = _measured(task, modules, planned, samples, held, metric)
+    if not task.processes.main:
         return {}
     uniform = [nearest(row, k) for row, k in zip(rows, planned, strict=True)]
     pick = greedy if recipe.budget.name == "greedy" else solve
-    target = recipe.budget.target_kl
-
-    def put(chosen: list[int]) -> dict[int, float]:
-        for module, row, at in zip(modules.values(), rows, chosen, strict=True):
-            set_density(module, row[at])
-        return {i: rows[i][at].active for i, at in enumerate(chosen)}
-
-    def settled(chosen: list[int]) -> float:
-        # A promise is measured on what will run.
-        active = put(chosen)
-        if varies(recipe):
-            settle(model, recipe, held.batches, active)
-        return held.distance()
-
-    if target is None:
-        chosen = spread(rows, uniform, pick)
-        seen, seen_uniform = SeenInputs(), SeenInputs()
-        put(chosen)
-        kl = held.distance(seen)
-        put(uniform)
-        kl_uniform = held.distance(seen_uniform)
-        if kl_uniform < kl:
-            chosen, kl, seen = uniform, kl_uniform, seen_uniform
-        active = put(chosen)
-        if varies(recipe):
-            settle_on(seen, model, recipe, active)
+    densities = _Densities(model, recipe, held, rows)
+    if recipe.budget.target_kl is None:
+        kl_uniform, kl, chosen = densities.better(spread(rows, uniform, pick), uniform)
     else:
-        kl_uniform = settled(uniform)
-        costs, losses = tables(rows)
-        low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
-        chosen = [len(row) - 1 for row in rows]
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            trial = pick(costs, losses, middle)
-            if settled(trial) <= target:
-                chosen, high = trial, middle
-            else:
-                low = middle
-        kl = settled(chosen)
+        kl_uniform = densities.recalibrated(uniform)
+        kl, chosen = densities.cheapest(pick, recipe.budget.target_kl)
     for index, module in modules.items():
-        tokens = _tokens(samples["router"], todo, index, module)
-        fit_compensation(
-            module.compensation, module.router, module.selection, module.routed, tokens
-        )
+        refit_compensation(module, _tokens(samples["router"], task.todo, index, module))
         give_back()
+    return budget_record(recipe, rows, chosen, uniform, kl, kl_uniform)
+
+
+def budget_record(
+    recipe: Recipe,
+    rows: list[list[Candidate]],
+    chosen: list[int],
+    uniform: list[int],
+    kl: float,
+    kl_uniform: float,
+) -> dict[str, Any]:
+    """What was chosen, and what it measures on held-out documents."""
     return {
         "name": recipe.budget.name,
         "per": recipe.budget.per,
@@ -245,6 +220,80 @@ def allocate(
         "held_out_kl_uniform": kl_uniform,
         "kept": "uniform" if chosen == uniform else recipe.budget.name,
     }
+
+
+def _measured(
+    task: Conversion,
+    modules: dict[int, SparseMlp],
+    planned: list[int],
+    samples: dict[str, Captured],
+    held: HeldOut,
+    metric: list[Tensor] | None,
+) -> list[list[Candidate]]:
+    """The candidates of every layer, measured by all processes together."""
+    own: list[tuple[int, list[Candidate]]] = []
+    mine = task.processes.mine([*modules.items()])
+    for index, module in task.report.track(mine, "measure densities"):
+        sample = layer_sample(samples, task.todo, task.todo.sites[index])
+        sample = sample.on(module.weights.down_ND.device)
+        loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
+        own.append((index, candidates(module, planned[index], task.recipe, sample, loss_of)))
+        give_back()
+    return task.processes.in_order(own)
+
+
+@dataclass(frozen=True)
+class _Densities:
+    """A model whose layers are set to one or the other of their candidates; a choice is their numbers."""
+
+    model: PreTrainedModel
+    recipe: Recipe
+    held: HeldOut
+    rows: list[list[Candidate]]
+
+    def put(self, chosen: list[int]) -> dict[int, float]:
+        """Set a choice; experts that run in every layer."""
+        modules = sparse_mlps(self.model).values()
+        for module, row, at in zip(modules, self.rows, chosen, strict=True):
+            set_density(module, row[at])
+        return {i: self.rows[i][at].active for i, at in enumerate(chosen)}
+
+    def recalibrated(self, chosen: list[int]) -> float:
+        """What a choice measures with thresholds set anew: a promise is measured on what will run."""
+        active = self.put(chosen)
+        if varies(self.recipe):
+            recalibrate(self.model, self.recipe, self.held.batches, active)
+        return self.held.distance()
+
+    def better(self, chosen: list[int], uniform: list[int]) -> tuple[float, float, list[int]]:
+        """KL at uniform density and of the better of two choices, which is set; and which that is."""
+        seen, seen_uniform = SeenInputs(), SeenInputs()
+        self.put(chosen)
+        kl = self.held.distance(seen)
+        self.put(uniform)
+        kl_uniform = self.held.distance(seen_uniform)
+        if kl_uniform < kl:
+            chosen, kl, seen = uniform, kl_uniform, seen_uniform
+        active = self.put(chosen)
+        if varies(self.recipe):
+            recalibrate_on(seen, self.model, self.recipe, active)
+        return kl_uniform, kl, chosen
+
+    def cheapest(
+        self, pick: Callable[[Table, Table, float], list[int]], target: float
+    ) -> tuple[float, list[int]]:
+        """KL of the cheapest choice within the target, which is set; and which that is."""
+        costs, losses = tables(self.rows)
+        low, high = sum(min(row) for row in costs), sum(max(row) for row in costs)
+        chosen = [len(row) - 1 for row in self.rows]
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            trial = pick(costs, losses, middle)
+            if self.recalibrated(trial) <= target:
+                chosen, high = trial, middle
+            else:
+                low = middle
+        return self.recalibrated(chosen), chosen
 
 
 def tables(rows: list[list[Candidate]]) -> tuple[Table, Table]:

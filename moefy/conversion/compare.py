@@ -9,12 +9,11 @@ and expert size, and kept in `folder`. Recipes that name a baseline (TEAL, WINA)
 Shapes: B documents, T tokens, V vocabulary, D width.
 """
 
-import hashlib
-import json
 import tempfile
 import time
 from bisect import bisect_right
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
-from moefy.conversion.allocate import needs_tuning, tune
-from moefy.conversion.capture import Captured, capture
-from moefy.conversion.layer import fit_layer, layer_sample, split_layer
-from moefy.conversion.plan import Plan, inputs_read, plan
+from moefy.conversion.in_memory import in_memory, measure
+from moefy.conversion.plan import inputs_read, plan
+from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
-from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role, tokens_of_roles
+from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.judge import judge
 from moefy.evaluation.load import FfnLoad
 from moefy.evaluation.outputs import Outputs, compared, cosine, run_outputs
-from moefy.experts.loading import (
-    build_compensation,
-    build_router,
-    load_dense,
-    moefied,
-    replace_module,
-)
+from moefy.experts.entries import build_compensation, build_router
+from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.input_sparsity import InputSparseMlp
-from moefy.methods.partition.partition import Partition
 from moefy.methods.routers.oracle import OracleRouter
-from moefy.models.artefact import FULL, Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
-
-"""Logits of the dense model that are kept in fp32; of more than these in 16 bits (KL to about 1e-6)."""
+from moefy.run.provenance import machine
+from moefy.run.stages import Stages
 
 
 class Comparison:
@@ -76,9 +66,8 @@ class Comparison:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seed, self.report = seed, report or Reporter(quiet=True)
-        text = load_corpus(corpus)
-        self.corpus: dict[str, Any] = {"name": text.name, "sha256": text.sha256}
-        self.texts = by_role(text, seed)
+        self.text = load_corpus(corpus)
+        self.corpus = {"name": self.text.name, "sha256": self.text.sha256}
         self.documents = documents
         self._dense_outputs: list[Outputs] = []
         self._evaluation: list[Batch] = []
@@ -135,7 +124,7 @@ class Comparison:
 
     def neurons(self) -> int:
         """Neurons of the first MLP."""
-        return plan(self.checkpoint, Recipe(), self.corpus["name"]).sites[0].neurons
+        return plan(self.checkpoint, Recipe(), self.text.name).sites[0].neurons
 
     def density_at(self, recipe: Recipe, budget: float) -> float | None:
         """The FFN density at which a recipe reads `budget` of the MLPs' weights; None below its least.
@@ -144,7 +133,7 @@ class Comparison:
         """
         if recipe.baseline is not None:
             return budget
-        todo = plan(self.checkpoint, replace(recipe, density=1.0), self.corpus["name"])
+        todo = plan(self.checkpoint, replace(recipe, density=1.0), self.text.name)
         site, entry = todo.sites[0], todo.layers[0]
         if recipe.selection.name == "prompt_static":
             # The prompt, half of every document, runs densely.
@@ -207,98 +196,42 @@ class Comparison:
                 "attention.density: recipes are compared by what their MLPs read; leave it out here "
                 "and use moefy convert and moefy eval"
             )
-        todo = plan(self.checkpoint, recipe, self.corpus["name"])
-        samples = self._samples(recipe, todo)
-        model = self._load()
-        layers, fits = [], []
-        tensors: dict[str, Tensor] = {}
-        for site in todo.sites:
-            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
-            split = self._partition(mlp, todo, site.index, recipe, samples)
-            fitted = fit_layer(mlp, todo, site, recipe, layer_sample(samples, todo, site), split)
-            layers.append(fitted.entry)
-            fits.append(fitted.fit.record())
-            tensors |= {f"layers.{site.index}.{n}": v for n, v in fitted.tensors.items()}
-        artefact = Artefact(
-            form=FULL, source={}, recipe=recipes.to_dict(recipe), corpus=self.corpus,
-            layers=layers, tensors=tensors, versions=versions(),
+        with tempfile.TemporaryDirectory(dir=self.folder) as work:
+            model, made = in_memory(self._task(recipe, Path(work)))
+        fits = [{k: v for k, v in fit.items() if k != "layer"} for fit in made.fits]
+        return model, {"routers": fits, **({"tuning": made.tuning} if made.tuning else {})}
+
+    def _task(self, recipe: Recipe, work: Path) -> Conversion:
+        """A conversion that takes over what those before it have captured and split."""
+        task = Conversion.planned(
+            self.checkpoint, recipe, self.text, work, report=self.report,
+            captures=self.folder / f"seed{self.seed}", partitions=Stages(self.folder),
         )  # fmt: skip
-        moefied(model, artefact, permute=True)
-        record: dict[str, Any] = {"routers": fits}
-        if needs_tuning(recipe):
-            training = self._texts("router", todo.kind)
-            held = self._texts("held-out", todo.kind, tokens_of_roles(recipe)["held-out"])
-            record["tuning"] = tune(model, todo, recipe, samples, training, held, self.report)
-        return model, record
+        # Any recipe distils on all that routers could be fitted on.
+        text = by_role(self.text, self.seed)["router"]
+        read = partial(read_batches, self.checkpoint, task.todo.kind, text, recipe.context)
+        return replace(task, distilled_on=read() if recipe.distil.steps else [])
 
     def _baseline(self, recipe: Recipe) -> PreTrainedModel:
         assert recipe.baseline is not None
-        todo = plan(self.checkpoint, replace(recipe, baseline=None), self.corpus["name"])
-        samples = self._samples(recipe, todo)
-        model = self._load()
-        for site in todo.sites:
+        task = self._task(replace(recipe, baseline=None), self.folder)
+        model, sample = task.load(), measure(task)["partition"]
+        for site in task.todo.sites:
             mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
             module = InputSparseMlp(mlp.contiguous(), recipe.baseline, side_of(site))
-            module.calibrate(samples["partition"].inputs(site).float(), recipe.density)
+            module.calibrate(sample.inputs(site).float(), recipe.density)
             replace_module(model, site, module)
-        return model
-
-    def _load(self) -> PreTrainedModel:
-        model = load_dense(self.checkpoint, **placement())
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         return model
 
     def _dense(self) -> list[Outputs]:
         if not self._dense_outputs:
-            stock = self._load()
+            stock = load_dense(self.checkpoint, **placement())
             kind = sites(stock)[0].family.kind
-            text = self.texts["evaluation"].take(self.documents)
+            text = by_role(self.text, self.seed)["evaluation"].take(self.documents)
             self._evaluation = read_batches(self.checkpoint, kind, text, CONTEXT)
-            self._dense_outputs = [run_outputs(stock, batch) for batch in self._evaluation]
+            with torch.no_grad():
+                self._dense_outputs = [run_outputs(stock, batch) for batch in self._evaluation]
         return self._dense_outputs
-
-    def _texts(self, name: str, kind: str, limit: int | None = None) -> list[Batch]:
-        return read_batches(self.checkpoint, kind, self.texts[name], CONTEXT, limit)
-
-    def _samples(self, recipe: Recipe, todo: Plan) -> dict[str, Captured]:
-        found = {}
-        for name, limit in tokens_of_roles(recipe).items():
-            folder = self.folder / f"seed{self.seed}-{limit}"
-            folder.mkdir(exist_ok=True)
-            found[name] = Captured(folder, name)
-            if not found[name].complete:
-                model = self._load()
-                batches = self._texts(name, todo.kind, limit)
-                capture(
-                    model, sites(model), batches, found[name], limit=limit, seed=self.seed,
-                    report=self.report,
-                )  # fmt: skip
-        return found
-
-    def _partition(
-        self,
-        mlp: DenseMlp,
-        todo: Plan,
-        index: int,
-        recipe: Recipe,
-        samples: dict[str, Captured],
-    ) -> Partition:
-        """The partition of one layer, kept for every recipe that asks for the same one."""
-        wanted = {**asdict(recipe.partition), "experts": todo.layers[index].experts}
-        if recipe.partition.shared is None:
-            wanted["active"] = todo.k[index]
-        digest = hashlib.sha256(json.dumps([wanted, self.seed, index]).encode()).hexdigest()[:16]
-        file = self.folder / f"partition-{digest}.json"
-        if file.exists():
-            kept = json.loads(file.read_text())
-            return Partition(torch.tensor(kept["owner"]), kept["experts"], kept["shared"])
-        split = split_layer(
-            mlp, todo, todo.sites[index], recipe, layer_sample(samples, todo, todo.sites[index])
-        )
-        kept = {"owner": split.owner_N.tolist(), "experts": split.experts, "shared": split.shared}
-        file.write_text(json.dumps(kept))
-        return split
 
 
 def _figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
@@ -349,3 +282,20 @@ def compare(
         "rows": rows,
         "machine": machine(),
     }
+
+
+def comparison_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a comparison of recipes, best first at every budget."""
+    header = ["budget", "recipe", "KL to dense", "CE increase", "cosine", "read", "computed"]
+    keys = ("kl", "ce_increase", "cosine", "active_budget", "active_compute")
+
+    def order(row: dict[str, Any]) -> tuple[float, bool, float]:
+        return row["budget"], "n/a" in row, row.get("kl", -row.get("cosine", 0.0))
+
+    rows = []
+    for row in sorted(record["rows"], key=order):
+        cells = [f"{row[key]:.4f}" if key in row else "" for key in keys]
+        cells = [f"n/a: {row['n/a']}", *[""] * (len(keys) - 1)] if "n/a" in row else cells
+        rows.append([f"{row['budget']:.2f}", row["recipe"], *cells])
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]

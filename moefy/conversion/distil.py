@@ -13,19 +13,25 @@ Shapes: B documents, T tokens, D width, V vocabulary, E routed experts.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.conversion.fit import Tokens
-from moefy.conversion.optimise import CLIP, matched
 from moefy.data.corpus import Batch, Sample, make_batches, sampler
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged_positions, run_outputs
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.recipe import DistilRecipe
 from moefy.run.console import Reporter
+
+CLIP = 1.0
+"""Norm that the gradients of one step are cut to, all together."""
+
+LEAST = 1e-3
+"""Smallest root mean square that a learning rate is relative to: weights may start at zero."""
 
 WARMUP = 0.1
 ROUTER_RATE = 0.1
@@ -106,8 +112,8 @@ def _train(
     would take as much time and memory as those that are wanted.
     """
     groups = [
-        *matched((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
-        *matched((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
+        *scaled_groups((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
+        *scaled_groups((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
     ]  # fmt: skip
     parameters = [p for group in groups for p in group["params"]]
     if not parameters:
@@ -146,6 +152,16 @@ def _train(
             module.straight_through = False
             module.scores_TE = None
     return history
+
+
+def scaled_groups(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """One group for every parameter, with `rate` times its root mean square as learning rate.
+
+    Adam's steps do not know how large a weight is; relative to its size one number suits every matrix of
+    a model.
+    """
+    sizes = [(p, p.detach().float().square().mean().sqrt().item()) for p in parameters]
+    return [{"params": [p], "lr": rate * max(size, LEAST)} for p, size in sizes]
 
 
 @contextmanager

@@ -1,26 +1,35 @@
-"""Fit one layer's router, selection and compensation on what was captured of it.
+"""Fit one layer's router, selection and compensation on what was captured of it; recalibrate selections.
 
 A router is fitted to predict a target (`moefy.methods.targets`), by default the norm of what every
 expert would add, under a loss (`moefy.methods.losses`). How good it is, is always measured the same
 way: by the squared contribution that the experts it chose capture on held-out documents.
 
+Selections whose number of experts varies are fitted on what the dense model sends to a layer, and set
+anew (recalibrated) on what the sparse model sends.
+
 Shapes: T tokens, D width, N routed neurons, E routed experts.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from moefy.conversion.plan import Plan
+from moefy.data.corpus import Batch
+from moefy.experts.passes import Heard, observing, walk
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.methods.selections.topk import top_mask
-from moefy.methods.tables import LOSSES, TARGETS, choose, expert_norms
+from moefy.methods.tables import LOSSES, SELECTIONS, TARGETS, choose, expert_norms
 from moefy.methods.targets import Target, deviation
 from moefy.models.mlp import DenseMlp
-from moefy.recipe import RouterRecipe
+from moefy.recipe import Recipe, RouterRecipe
 
 _CHUNK = 1024
 MEASURED = 1024
@@ -210,3 +219,73 @@ class _Routed:
         hidden = self.tokens.activations(self.mlp)
         for (x_TD, read_TD), h_TN in zip(self.tokens.chunks(), hidden, strict=True):
             yield x_TD, h_TN, self.selection(self.router(read_TD, self.mlp))
+
+
+def refit_compensation(module: SparseMlp, tokens: Tokens) -> None:
+    """Fit a layer's compensation anew, under the routing that it has now."""
+    fit_compensation(module.compensation, module.router, module.selection, module.routed, tokens)
+
+
+def cap(recipe: Recipe, active: float) -> int | None:
+    """Most routed experts of one token, where `active` run on average."""
+    return None if recipe.selection.most is None else round(recipe.selection.most * active)
+
+
+def varies(recipe: Recipe) -> bool:
+    """Whether tokens may get different numbers of experts."""
+    kind = choose(SELECTIONS, "selection", recipe.selection.name)
+    return kind.by_score and kind.varies
+
+
+class SeenInputs:
+    """Keeps what every MLP reads."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[Tensor]] = defaultdict(list)
+
+    def hear(self, heard: Heard) -> None:
+        """Keep the inputs of one MLP."""
+        self.seen[heard.layer].append(heard.x_TD)
+
+    def of(self, index: int) -> Tensor:
+        """All that was seen of one layer."""
+        return torch.cat(self.seen[index])
+
+
+@torch.no_grad()
+def recalibrate(
+    model: PreTrainedModel, recipe: Recipe, batches: list[Batch], active: Mapping[int, float]
+) -> None:
+    """Set selections that vary so that `active` experts run on what the sparse model sees.
+
+    They were fitted on the inputs of the dense model, which are a little different.
+    """
+    inputs = SeenInputs()
+    for batch in batches:
+        with observing(model, batch, inputs):
+            walk(model, batch)
+    recalibrate_on(inputs, model, recipe, active)
+
+
+def recalibrate_on(
+    inputs: SeenInputs, model: PreTrainedModel, recipe: Recipe, active: Mapping[int, float]
+) -> None:
+    """`recalibrate` on inputs that were seen already."""
+    for index, module in sparse_mlps(model).items():
+        own_TD = inputs.of(index)
+        read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
+        recalibrate_layer(module, Tokens(own_TD, read_TD), active[index], recipe)
+
+
+def recalibrate_layer(module: SparseMlp, tokens: Tokens, active: float, recipe: Recipe) -> None:
+    """Set the selection of one layer so that `active` routed experts run on average on these tokens."""
+    device = module.weights.down_ND.device
+    module.selection = fit_selection(
+        type(module.selection), module.router, module.routed.to(torch.float32),
+        replace(tokens, device=device), active, cap(recipe, active),
+    )  # fmt: skip
+
+
+def planned_active(todo: Plan, index: int, shared: int) -> int:
+    """Routed experts that run where every layer has the same density; `shared` are found to be so."""
+    return todo.k[index] + todo.layers[index].shared - shared

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moefy.conversion.capture import Captured
-from moefy.conversion.fit import RouterFit, Tokens, fit_compensation, fit_router, fit_selection
+from moefy.conversion.fit import RouterFit, Tokens, cap, fit_compensation, fit_router, fit_selection
 from moefy.conversion.plan import Plan
-from moefy.experts.loading import build_compensation, build_router
+from moefy.experts.entries import build_compensation, build_router
 from moefy.methods.base import stored
 from moefy.methods.partition.partition import Partition, partition
 from moefy.methods.tables import SELECTIONS, choose
@@ -128,11 +128,6 @@ def tokens_of(sample: Captured, todo: Plan, site: Site) -> Tokens:
     ahead = todo.layers[site.index].router["look_ahead"]
     read = todo.sites[site.index - 1] if ahead else site
     return Tokens(sample.inputs(site), sample.inputs(read))
-
-
-def cap(recipe: Recipe, active: float) -> int | None:
-    """Most routed experts of one token, where `active` run on average."""
-    return None if recipe.selection.most is None else round(recipe.selection.most * active)
 
 
 def _active(todo: Plan, site: Site) -> int:

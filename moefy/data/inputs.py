@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, or None where it has none."""
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_batches(

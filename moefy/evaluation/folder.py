@@ -13,7 +13,8 @@ from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError, MoefyError, RecipeError, UnsupportedModel
 from moefy.evaluation.bigram import Bigram
-from moefy.evaluation.evaluate import evaluate, evaluate_dense
+from moefy.evaluation.evaluate import evaluate as evaluate_batches
+from moefy.evaluation.evaluate import evaluate_dense
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk, watching
@@ -35,7 +36,7 @@ INPUTS = 0.25
 
 
 @asked
-def evaluate_folder(
+def evaluate(
     folder: str | Path,
     *,
     against: str | Path | None = None,
@@ -80,7 +81,7 @@ def evaluate_folder(
     if router is not None:
         _replace_routers(model, router, batches)
     dense = None if against is None else open_model(against, dense=True)
-    record = evaluate(
+    record = evaluate_batches(
         model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet), seed=seed
     )
     if bigram is None:

@@ -6,47 +6,19 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
-import math
-from collections.abc import Callable
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 
-from moefy.errors import MoefyError, unknown_choice
-from moefy.experts.backends import cpu as cpu_backend
+from moefy.errors import MoefyError
+from moefy.experts.backends import BACKENDS, able, about, choose, fastest, named
+from moefy.experts.backends.base import ExpertWeights, Request, Workload
+from moefy.experts.backends.cpu import OneToken
 from moefy.experts.points import IN, MASK, OUT, SCORES, Hooked
 from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
-from moefy_kernels import ExpertWeights, expert_views_mlp, masked_mlp
-from moefy_kernels.cpu.library import constant
-from moefy_kernels.dispatch import PATHS, choose
-from moefy_kernels.measured import device_name
-from moefy_kernels.roofline import Layer
-
-Backend = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
-ON_CPU: dict[str, Backend] = {
-    "masked": masked_mlp,
-    "views": expert_views_mlp,
-    "native": cpu_backend.native_backend,
-}
-"""`auto` chooses among these where there is no GPU."""
-BACKENDS = dict(ON_CPU)
-"""How the experts of a mask are computed; all are the same function."""
-if find_spec("triton") is not None:
-    from moefy.experts.backends import gpu as kernels
-
-    BACKENDS |= {
-        "decode": kernels.decode_experts,
-        "union": kernels.union_experts,
-        "grouped": kernels.grouped_experts,
-    }
 
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
-LEAST_VIEW = 8
-"""Smallest experts that are worth a matrix product of their own."""
-ALL_ON_CPU, WITHOUT_VIEWS = tuple(ON_CPU), ("masked", "native")
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
 
@@ -82,7 +54,7 @@ class SparseMlp(Hooked):
         self.backend = "auto"
         self.chosen = ""
         """The backend of the last forward pass."""
-        self._one_token: cpu_backend.OneToken | None = None
+        self._one_token: OneToken | None = None
 
     @property
     def expert_size(self) -> int:
@@ -184,7 +156,7 @@ class SparseMlp(Hooked):
         y = y_TD.view(*shape, -1)
         return y if residual is None else y + residual
 
-    def _held(self, hidden: Tensor) -> cpu_backend.OneToken | None:
+    def _held(self, hidden: Tensor) -> OneToken | None:
         """What decodes one token on a CPU, where nobody asks for more than the output."""
         if (
             hidden.numel() != hidden.shape[-1]
@@ -201,15 +173,15 @@ class SparseMlp(Hooked):
             or not self.router.reads_input_alone
         ):
             return None
-        own = [self._parameters.get(name) for name in _WEIGHTS]
+        own: list[Tensor | None] = [self._parameters.get(name) for name in _WEIGHTS]
         if self._one_token is None or not self._one_token.follows(own):
-            weights = self.weights
-            layer = self.kernel_layer(self.up_ND, weights)
-            self._one_token = cpu_backend.OneToken.of(weights, layer, own)
+            mask_1E = torch.ones(1, self.experts, dtype=torch.bool)
+            request = Request(self.up_ND[:1].detach(), self.weights, mask_1E)
+            self._one_token = OneToken.of(request, able(request), own)
         held = self._one_token
         return held if held is not None and held.dtype == hidden.dtype else None
 
-    def _decode(self, held: cpu_backend.OneToken, hidden: Tensor) -> Tensor:
+    def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:
         """One token, as `forward` computes it, with as little around the kernel as can be."""
         x_TD = hidden.reshape(1, -1).contiguous()
         self.context.previous_TD = x_TD
@@ -218,97 +190,21 @@ class SparseMlp(Hooked):
             mask_TE = self.select(self.router(x_TD, NO_ROWS))
         if self.shared:
             mask_TE = torch.cat([mask_TE.new_ones(1, self.shared), mask_TE], 1)
-        share = _about(int(mask_TE.count_nonzero()) / self.experts)
-        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
-        threads = torch.get_num_threads()
-        self.chosen = choose("cpu", held.layer, 1, share, share, paths=paths, threads=threads)
+        share = about(int(mask_TE.count_nonzero()) / self.experts)
+        work = Workload("cpu", held.layer, 1, share, share, torch.get_num_threads())
+        self.chosen = fastest(held.able, work)
         if self.chosen == "native":
             return held(x_TD, mask_TE).view(hidden.shape)
-        return ON_CPU[self.chosen](x_TD, self.weights, mask_TE).view(hidden.shape)
+        return BACKENDS[self.chosen].compute(x_TD, self.weights, mask_TE).view(hidden.shape)
 
     def compute(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
         """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
-        name = self.backend
-        if name == "auto":
-            name = self._auto(x_TD, mask_TE, weights)
-        elif name not in BACKENDS:
-            raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))
-        elif name not in ON_CPU and not kernels.fits(weights):
-            name = "masked"  # no kernel computes all that this layer has
-        elif name == "native" and not cpu_backend.fits(x_TD, weights):
-            name = "views"
-        self.chosen = name
-        return BACKENDS[name](x_TD, weights, mask_TE)
-
-    def _auto(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
-        if x_TD.device.type == "cuda":
-            return self._on_gpu(x_TD, mask_TE, weights)
-        if torch.is_grad_enabled():
-            return "masked"  # training needs the smooth path
-        if torch.compiler.is_compiling():
-            return self._in_a_graph(x_TD, weights)
-        paths = ALL_ON_CPU if self.expert_size >= LEAST_VIEW else WITHOUT_VIEWS
-        if not cpu_backend.fits(x_TD, weights):
-            paths = tuple(path for path in paths if path != "native")
-        tokens = len(x_TD)
-        density = share = int(mask_TE.count_nonzero()) / mask_TE.numel()
-        if tokens > 1:
-            share = int(mask_TE.any(0).sum()) / mask_TE.shape[1]
-        return choose(
-            "cpu", self.kernel_layer(x_TD, weights), tokens, _about(density), _about(share),
-            paths=paths, threads=torch.get_num_threads(),
-        )  # fmt: skip
-
-    def _in_a_graph(self, x_TD: Tensor, weights: ExpertWeights) -> str:
-        """Chosen by what is known while a graph is made, which cannot hold what depends on the mask."""
-        tokens = x_TD.shape[0]
-        if not isinstance(tokens, int) or not cpu_backend.fits(x_TD, weights):
-            return "masked"
-        layer = self.kernel_layer(x_TD, weights)
-        return _expected(
-            tokens,
-            self.density,
-            layer.width,
-            layer.neurons,
-            layer.size,
-            layer.matrices,
-            layer.itemsize,
-        )
-
-    def kernel_layer(self, x_TD: Tensor, weights: ExpertWeights) -> Layer:
-        """What is left to compute, as kernels count it."""
-        decided = isinstance(weights, DecidedMlp)
-        size = 1 if decided and x_TD.is_cuda else self.expert_size
-        matrices = 2 if self.gate_ND is None else 3
-        neurons, width = self.up_ND.shape
-        return Layer(width, neurons, size, matrices - decided, x_TD.element_size())
-
-    def _on_gpu(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> str:
-        """Chosen by what is known without waiting for the GPU."""
-        if "decode" not in BACKENDS or not kernels.fits(weights):
-            return "masked"
-        mlp, decided = self.weights, isinstance(weights, DecidedMlp)
-        trains = torch.is_grad_enabled() and (x_TD.requires_grad or mlp.up_ND.requires_grad)
-        # A mask that carries a gradient asks for the outputs of experts that are off.
-        if x_TD.dtype != mlp.up_ND.dtype or (trains and (decided or mask_TE.dtype != torch.bool)):
-            return "masked"
-        layer = self.kernel_layer(x_TD, weights)
-        exact = torch.are_deterministic_algorithms_enabled()
-        paths = tuple(path for path in PATHS if not (exact and path == "grouped"))
-        name = device_name(x_TD.device)
-        return choose(name, layer, len(x_TD), self.density, trains=trains, paths=paths)
-
-
-@constant
-def _expected(tokens: int, density: float, *layer: int) -> str:
-    """The path expected to be fastest on a CPU; of numbers alone, since `torch.compile` holds the answer."""
-    threads = torch.get_num_threads()
-    return choose("cpu", Layer(*layer), tokens, density, paths=WITHOUT_VIEWS, threads=threads)
-
-
-def _about(share: float) -> float:
-    """Rounded to a tenth of itself, so that few choices are told apart; never to 0."""
-    return min(1.0, math.exp(round(10 * math.log(max(share, 1e-4))) / 10))
+        request = Request(x_TD, weights, mask_TE)
+        if self.backend == "auto":
+            self.chosen = choose(request, self.density)
+        else:
+            self.chosen = named(self.backend, request)
+        return BACKENDS[self.chosen].compute(x_TD, weights, mask_TE)
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel
+from moefy.experts.entries import check_artefact
 from moefy.exporting.card import export_card
 from moefy.exporting.targets import (
     GGUF,
@@ -38,6 +39,7 @@ from moefy.exporting.writer import write_shards
 from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, open_artefact
 from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder
 from moefy.models.config import read_config
+from moefy.models.heads import head_sites
 from moefy.models.locate import Site, meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.run.job import Job
@@ -61,7 +63,9 @@ class _Moefied:
     def read(cls, folder: Path) -> "_Moefied":
         artefact, checkpoint = open_artefact(folder)
         meta = meta_model(read_config(checkpoint))
-        return cls(folder, artefact, checkpoint, meta, sites(meta))
+        found = sites(meta)
+        check_artefact(artefact, found, head_sites(meta) if artefact.heads else ())
+        return cls(folder, artefact, checkpoint, meta, found)
 
     def check(self, target: Target) -> None:
         """Raise `RecipeError` or `UnsupportedModel` where the target cannot hold this model."""
@@ -167,7 +171,7 @@ def _dense(moefied: _Moefied, job: Job) -> dict[str, Any]:
     checkpoint, finished = moefied.checkpoint, job.finished
     job.output.need(checkpoint.bytes)
     adapter = moefied.artefact.form == ADAPTER
-    weights = {file.name for file in checkpoint.files} if adapter else {*_SIDE_FILES, CARD}
+    weights = {*checkpoint.weights} if adapter else {*_SIDE_FILES, CARD}
     copy_folder(checkpoint.folder, finished, skip=weights)
     if not adapter and (finished / SOURCE_CARD).exists():
         shutil.move(finished / SOURCE_CARD, finished / CARD)
@@ -190,7 +194,7 @@ def _copy_files(source: Path, finished: Path) -> None:
     skip = {*_SIDE_FILES, "config.json", INDEX, CARD}
     for file in source.rglob("*"):
         if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
-            skip.add(str(file.relative_to(source)))
+            skip.add(file.relative_to(source).as_posix())
     copy_folder(source, finished, skip=skip)
     if not (source / META).exists() and (source / CARD).is_file():
         shutil.copyfile(source / CARD, finished / SOURCE_CARD)

@@ -200,7 +200,7 @@ def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: 
     options = {**placement(), "dtype": dtype, "output_loading_info": True}
     if expert_size * dtype.itemsize % ROW_BYTES:
         options["experts_implementation"] = "eager"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     model, info = loaded
     wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names}
     if wrong:

@@ -19,9 +19,9 @@ from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, hunt
 from moefy.inspection.inspect import Inspected
-from moefy.inspection.routing.saturation import router_saturation, routing_sample
+from moefy.inspection.routing.statistics import router_saturation, routing_sample
+from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import read_texts
-from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
 from moefy.models.artefact import Artefact, open_folder
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe

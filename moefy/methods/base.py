@@ -3,6 +3,7 @@
 Shapes: T tokens, D width, E routed experts.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.models.mlp import DenseMlp
+from moefy.models.schema import Field, number, optional
 
 
 @dataclass
@@ -103,6 +105,15 @@ class Selection:
     def settings(self) -> dict[str, Any]:
         """JSON values that rebuild this selection: `type(self)(**settings)`."""
         return dict(vars(self))
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What each of `settings` may be where there are `experts` routed ones.
+
+        Nothing is made of settings that are something else. A selection that does not say takes a
+        number, or null, for each of its arguments.
+        """
+        return {name: optional(number()) for name in inspect.signature(cls).parameters}
 
 
 class Compensation(nn.Module):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 _COLUMNS = (
-    TextColumn("{task.description:28}"),
+    TextColumn("{task.description:28}", markup=False),
     BarColumn(),
     MofNCompleteColumn(),
     TimeRemainingColumn(elapsed_when_finished=True),
@@ -21,7 +21,8 @@ class Reporter:
     """Stages and bars on stderr; bars only where stderr is a terminal."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        # Paths have brackets and colons of their own.
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -41,7 +42,9 @@ class Reporter:
 
             yield line
             return
-        with Progress(*_COLUMNS, TextColumn("{task.fields[text]}"), console=self.console) as bar:
+        with Progress(
+            *_COLUMNS, TextColumn("{task.fields[text]}", markup=False), console=self.console
+        ) as bar:
             task = bar.add_task(what, total=total, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
 

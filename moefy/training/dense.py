@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from moefy.conversion.optimise import matched
+from moefy.conversion.distil import scaled_groups
 from moefy.data.corpus import Batch, Sample
 from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import Objective, run_outputs
@@ -44,7 +44,7 @@ def train_dense(
         return {"held_out_loss": cross_entropy(model, held)}
 
     outcome = fine_tune(
-        model, matched(model.parameters(), recipe.learning_rate), objective, train, recipe,
+        model, scaled_groups(model.parameters(), recipe.learning_rate), objective, train, recipe,
         accelerator=accelerator, check=check, folder=folder, report=report, what=what,
     )  # fmt: skip
     model.requires_grad_(False)

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.settle import settle, varies
+from moefy.conversion.fit import recalibrate, varies
 from moefy.data.corpus import Batch
 from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import Outputs, compared, distances, run_outputs
@@ -76,7 +76,7 @@ class RecoveryCheck:
             module.straight_through = False
             module.compensation.follow(module.weights)
         if varies(self.recipe) and self.active:
-            settle(self.model, self.recipe, self.batches, self.active)
+            recalibrate(self.model, self.recipe, self.batches, self.active)
             # Processes may differ in the last bit; they are to run the same experts.
             self.load_state_dict(broadcast_object_list([self.state_dict()])[0])
         shares = _Shares()

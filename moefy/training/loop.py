@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from moefy.conversion.optimise import CLIP
+from moefy.conversion.distil import CLIP
 from moefy.data.corpus import IGNORED, Sample, make_batches, sampler
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.outputs import Objective

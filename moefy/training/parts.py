@@ -3,7 +3,7 @@
     with trained(model, recipe) as learning:    # adapters are merged on the way out
         ...
 
-Learning rates are relative to the size of each matrix (`moefy.conversion.optimise`). An adapter's matrices start
+Learning rates are relative to the size of each matrix (`moefy.conversion.distil`). An adapter's matrices start
 anew and take a rate of their own.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from moefy.conversion.optimise import matched
+from moefy.conversion.distil import scaled_groups
 from moefy.errors import MoefyError
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import SparseMlp
@@ -66,7 +66,7 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
     model.requires_grad_(False)
     adapted = recipe.lora_rank > 0
     whole = [part for part in recipe.parts if not adapted or part in ("routers", "compensations")]
-    groups = matched((p for part in whole for p in found[part]), recipe.learning_rate)
+    groups = scaled_groups((p for part in whole for p in found[part]), recipe.learning_rate)
     low_rank = [part for part in recipe.parts if part not in whole]
     wrapped: Any = model
     merged: Callable[[], AbstractContextManager[None]] = nullcontext

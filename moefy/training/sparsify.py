@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch, load_corpus
 from moefy.errors import UnsupportedModel
@@ -197,7 +197,7 @@ def _rename_activation(folder: Path, key: str) -> None:
 def _write(model: PreTrainedModel, folder: Path) -> None:
     """Put the trained weights in the place of those that were copied, in their dtype."""
     stored = Checkpoint.open(folder)
-    meta = meta_model(AutoConfig.from_pretrained(folder))
+    meta = meta_model(read_config(Checkpoint.open_config(folder)))
     state = model.state_dict()
     for disk, name in disk_names(meta, stored.tensors).items():
         now = state[name].detach().cpu().to(stored.read(disk).dtype)

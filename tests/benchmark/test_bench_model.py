@@ -1,6 +1,7 @@
 """`moefy bench` as a user types it, on a conversion of the bundled demo model and on bad options."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from moefy.cli.quickstart import demo_models
 from moefy.cli.verbs import app
 from moefy.conversion.convert import convert
 from moefy.errors import MoefyError
+from moefy.experts.backends import BACKENDS
 from moefy.experts.loading import load, load_dense
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.exporting.export import export
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import load as named
 from moefy.recipe import override
+from moefy_kernels import masked_mlp
 
 SMALL = {
     "partition.expert_size": 64, "partition.tokens": 512, "router.tokens": 1024,
@@ -190,13 +193,10 @@ def timed(dense, sparse, given, engines=(), **settings):
 
 
 def test_a_backend_that_computes_another_model_is_refused(pair, monkeypatch):
-    from moefy.experts import sparse_mlp
-
     def swapped(x_TD, weights, mask_TE):
-        return sparse_mlp.masked_mlp(x_TD, weights, mask_TE.roll(1, 1))
+        return masked_mlp(x_TD, weights, mask_TE.roll(1, 1))
 
-    for table in (sparse_mlp.BACKENDS, sparse_mlp.ON_CPU):
-        monkeypatch.setitem(table, "wrong", swapped)
+    monkeypatch.setitem(BACKENDS, "wrong", replace(BACKENDS["masked"], compute=swapped))
     record = timed(*pair, ids(), ["wrong", "masked"])
     for cell in record["cells"]:
         assert set(cell["engines"]) == {"eager", "masked"}

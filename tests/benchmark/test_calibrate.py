@@ -12,8 +12,9 @@ from moefy.benchmark.calibrate import calibrate, calibrate_unknown
 from moefy.benchmark.layers import Shape, synthetic
 from moefy.cli.verbs import app
 from moefy.errors import MoefyError
+from moefy.experts.backends import fastest
+from moefy.experts.backends.base import Workload
 from moefy.run.console import Reporter
-from moefy_kernels import dispatch
 from moefy_kernels.cpu import times
 from moefy_kernels.roofline import Layer, union_share
 
@@ -25,10 +26,10 @@ SEVEN_B = Layer(4096, 11008, 32, 3, 2)
 def nothing_known(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     times.calibration.cache_clear()
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
     yield
     times.calibration.cache_clear()
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
 
 
 def entry(layer, seconds, threads=2):
@@ -43,7 +44,7 @@ def flat(value):
 
 
 def choose(layer, tokens, density, **rest):
-    return dispatch.choose("cpu", layer, tokens, density, paths=times.PATHS, threads=2, **rest)
+    return fastest(times.PATHS, Workload("cpu", layer, tokens, density, threads=2, **rest))
 
 
 def test_without_a_calibration_bytes_and_arithmetic_decide():
@@ -70,7 +71,7 @@ def test_what_is_chosen_is_expected_to_be_the_fastest(tokens, density, share, si
 def test_what_was_measured_decides_for_the_shape_and_threads_it_was_measured_on():
     assert choose(SMALL, 16, 0.5) != "views"
     times.keep([entry(SMALL, {"masked": flat(3.0), "views": flat(1.0), "native": flat(2.0)})])
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
     assert choose(SMALL, 16, 0.5) == "views"
     # A similar layer takes the same times, by its weights; other threads and dtypes do not.
     double = SMALL._replace(neurons=512)
@@ -79,7 +80,7 @@ def test_what_was_measured_decides_for_the_shape_and_threads_it_was_measured_on(
     assert times.seconds("views", SMALL._replace(itemsize=2), 16, 0.5, None, 2) < 0.1
     # A path that was not measured is not taken.
     times.keep([entry(SMALL, {"masked": flat(3.0)})])
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
     assert choose(SMALL, 16, 0.5) == "masked"
 
 
@@ -125,7 +126,7 @@ def test_calibrating_measures_every_path_and_auto_follows_it():
     module = layers.first
     assert record["entry"]["layer"] == [16, 64, 16, 3, 4]
     times.keep([{**record["entry"], "seconds": {**found, "views": [[1e-9] * 2] * 2}}])
-    dispatch.choose.cache_clear()
+    fastest.cache_clear()
     with torch.no_grad():
         module.backend = "auto"
         module(layers.inputs_TD[0])

@@ -1,6 +1,7 @@
 """Whether a bench tells rounding, which swaps experts where a router cuts, from engines that are wrong."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from moefy.benchmark.layers import Prompt
 from moefy.benchmark.levels import Sweep
 from moefy.benchmark.levels.model import bench_model
 from moefy.benchmark.rounding import check_layers, checked, exact, watching
+from moefy.experts.backends import BACKENDS
 from moefy.experts.loading import load, load_dense
-from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, sparse_mlps, use_backend
+from moefy.experts.sparse_mlp import sparse_mlps, use_backend
 from moefy.methods.tables import SELECTIONS
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.mlp import DenseMlp, activation_function
@@ -80,7 +82,7 @@ def test_backends_are_within_the_bound_and_faults_are_not(dtype, name):
     mlp, x = layer(dtype, 64, 1024), tokens(dtype, 64, 6)
     mask = torch.rand(6, 16, generator=torch.Generator().manual_seed(2)) < 0.4
     want = exact(mlp, x, mask)
-    run = ON_CPU[name]
+    run = BACKENDS[name].compute
     got = run(x, mlp, mask)
     checked(got, want)
     dropped = got.clone()
@@ -152,8 +154,7 @@ def dropped(x, weights, mask):
 
 @pytest.fixture(params=[rolled, zeros, dropped], ids=lambda f: f.__name__)
 def wrong(request, monkeypatch):
-    for table in (BACKENDS, ON_CPU):
-        monkeypatch.setitem(table, "wrong", request.param)
+    monkeypatch.setitem(BACKENDS, "wrong", replace(BACKENDS["masked"], compute=request.param))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,8 +214,7 @@ def bench(folder, dtype, *engines, sharp=False, **variants):
 def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
     """Here no two engines choose alike behind the first layer, and swapped experts are seen all the same."""
     monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
-    for table in (BACKENDS, ON_CPU):
-        monkeypatch.setitem(table, "wrong", rolled)
+    monkeypatch.setitem(BACKENDS, "wrong", replace(BACKENDS["masked"], compute=rolled))
     right = ("eager", "masked", "views", "native", "auto")
     record = bench(folder, dtype, *right, "wrong", sharp=True, linears=True)
     for cell in record["cells"]:
@@ -228,7 +228,7 @@ def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
     monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
     real = torch.nn.functional.linear
     monkeypatch.setattr(
-        sys.modules["moefy.experts.backends.linears"], "linear", lambda *a: real(*a).roll(1, -1)
+        sys.modules["moefy.experts.backends.cpu"], "linear", lambda *a: real(*a).roll(1, -1)
     )
     record = bench(folder, torch.bfloat16, "auto", linears=True)
     for cell in record["cells"]:

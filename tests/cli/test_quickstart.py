@@ -1,5 +1,7 @@
 """The first command ends with its table, whatever fails on the way."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_conversion import convert_tiny
 from tiny_models import build
@@ -7,7 +9,8 @@ from typer.testing import CliRunner
 
 from moefy.cli.verbs import app
 from moefy.errors import MoefyError
-from moefy.experts.sparse_mlp import BACKENDS, SparseMlp
+from moefy.experts.backends import BACKENDS
+from moefy.experts.sparse_mlp import SparseMlp
 from moefy_kernels import masked_mlp
 
 MEAN = {"mean": 1.25}
@@ -62,8 +65,9 @@ def test_all_goes_well(tmp_path):
 
 
 def test_a_backend_that_is_refused_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "wrong", lambda x, w, mask: masked_mlp(x, w, mask.roll(1, 1)))
-    monkeypatch.setattr(SparseMlp, "_auto", lambda *_: "wrong")
+    row = replace(BACKENDS["masked"], compute=lambda x, w, mask: masked_mlp(x, w, mask.roll(1, 1)))
+    monkeypatch.setitem(BACKENDS, "wrong", row)
+    monkeypatch.setattr("moefy.experts.sparse_mlp.choose", lambda *_: "wrong")
     monkeypatch.setattr(SparseMlp, "_held", lambda *_: None)
     result = say(tmp_path)
     assert result.exit_code == 0, (result.output, result.exception)

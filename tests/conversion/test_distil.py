@@ -309,23 +309,25 @@ def test_a_run_killed_while_tuning_resumes_to_the_same_bytes(
     import sys
 
     converting: Any = sys.modules["moefy.conversion.convert"]
+    fitting: Any = sys.modules["moefy.conversion.in_memory"]
     source = build("llama", tmp_path / "source")
     settings = {"budget.name": "solver", "distil.steps": "3", "distil.tokens": "60"}
     convert_tiny("llama", source, tmp_path / "whole", settings=settings)
-    tune, write = converting.tune, converting._write
+    tune, write = fitting.tune, converting._write
 
     def killed(*args: Any) -> None:
         if where == "within":
             tune(*args)
         raise Killed
 
-    monkeypatch.setattr(converting, "tune" if where == "within" else "_write", killed)
+    module, name = (fitting, "tune") if where == "within" else (converting, "_write")
+    monkeypatch.setattr(module, name, killed)
     with pytest.raises(Killed):
         convert_tiny("llama", source, tmp_path / "out", settings=settings)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(converting, "_write", write)
     # What was tuned is not tuned again.
-    monkeypatch.setattr(converting, "tune", tune if where == "within" else killed)
+    monkeypatch.setattr(fitting, "tune", tune if where == "within" else killed)
     with pytest.raises(MoefyError, match="--resume"):
         convert_tiny("llama", source, tmp_path / "out", settings=settings)
     convert_tiny("llama", source, tmp_path / "out", settings=settings, resume=True)

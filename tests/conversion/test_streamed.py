@@ -13,9 +13,10 @@ from tiny_conversion import RECIPE, convert_tiny, corpus_for, kill_conversion
 from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, tiny_model
 
 import moefy
+from moefy.conversion import streamed as streaming
 from moefy.conversion.streamed import first_pass
-from moefy.conversion.streamed import stream as streaming
-from moefy.conversion.streamed.skeleton import Skeleton, require_a_chain
+from moefy.conversion.streamed.layerwise import LayerwiseModel, require_a_chain
+from moefy.conversion.task import Conversion
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
 from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
@@ -50,7 +51,7 @@ def batches_of(name: str, checkpoint: Checkpoint) -> list:
 
 def test_no_layer_keeps_the_inputs_of_its_last_pass(tmp_path, monkeypatch):
     """They would add up to more than a layer."""
-    held, plain = [], Skeleton.layer
+    held, plain = [], LayerwiseModel.layer
 
     @contextmanager
     def layer(self, *args):
@@ -59,7 +60,7 @@ def test_no_layer_keeps_the_inputs_of_its_last_pass(tmp_path, monkeypatch):
         routed = (m for one in self.layers for m in one.modules() if isinstance(m, SparseMlp))
         held.extend(module.context.previous_TD for module in routed)
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
+    monkeypatch.setattr(LayerwiseModel, "layer", layer)
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "out", stream=True)
     assert held and all(x is None for x in held)
@@ -74,27 +75,27 @@ def test_layer_by_layer_is_the_stock_model(name, tmp_path):
             require_a_chain(checkpoint)
         return
     require_a_chain(checkpoint)
-    skeleton = Skeleton(checkpoint, torch.float32)
+    layerwise = LayerwiseModel(checkpoint, torch.float32)
     stock = load_dense(checkpoint, dtype=torch.float32)
     batches = batches_of(name, checkpoint)
-    states = [skeleton.enter(batch) for batch in batches]
-    for index in range(len(skeleton.sites)):
-        with skeleton.layer(index):
-            states = [skeleton.run(index, b, h) for b, h in zip(batches, states, strict=True)]
+    states = [layerwise.enter(batch) for batch in batches]
+    for index in range(len(layerwise.sites)):
+        with layerwise.layer(index):
+            states = [layerwise.run(index, b, h) for b, h in zip(batches, states, strict=True)]
     for batch, hidden in zip(batches, states, strict=True):
-        want, got = values_of(stock(**batch.inputs)), skeleton.leave(batch, hidden)
+        want, got = values_of(stock(**batch.inputs)), layerwise.leave(batch, hidden)
         assert relative(got.logits(got.rows_JD), want[got.keep_BT]) < 1e-6
 
 
 def test_only_the_layer_in_use_is_in_memory(tmp_path):
-    skeleton = Skeleton(Checkpoint.open(build("llama", tmp_path / "m")), torch.float32)
+    layerwise = LayerwiseModel(Checkpoint.open(build("llama", tmp_path / "m")), torch.float32)
 
     def held() -> set[str]:
-        parameters = skeleton.model.named_parameters()
+        parameters = layerwise.model.named_parameters()
         return {n.split(".")[2] for n, p in parameters if "layers" in n and not p.is_meta}
 
     assert held() == set()
-    with skeleton.layer(1):
+    with layerwise.layer(1):
         assert held() == {"1"}
     assert held() == set()
 
@@ -263,20 +264,20 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
     names = Checkpoint.open(source).tensors
     shard = names["model.layers.1.mlp.down_proj.weight"].file
-    keep = first_pass.keep
+    keep = Conversion.keep
 
-    def losing(*args):
-        keep(*args)
+    def losing(*args, **extra):
+        keep(*args, **extra)
         shard.rename(shard.with_suffix(".gone"))
 
-    monkeypatch.setattr(first_pass, "keep", losing)
+    monkeypatch.setattr(Conversion, "keep", losing)
     with pytest.raises(CheckpointError, match=f"{shard.name}: cannot be read"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="shards missing"):
         convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     shard.with_suffix(".gone").rename(shard)
-    monkeypatch.setattr(first_pass, "keep", keep)
+    monkeypatch.setattr(Conversion, "keep", keep)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -341,9 +342,9 @@ def test_layers_that_hand_on_more_are_refused(tmp_path):
 
     LlamaModel.forward = leaking
     try:
-        skeleton = Skeleton(Checkpoint.open(source), torch.float32)
+        layerwise = LayerwiseModel(Checkpoint.open(source), torch.float32)
         with pytest.raises(UnsupportedModel, match=r"layers\.1 is given more.*in memory"):
-            skeleton.run(1, batch, torch.zeros(*batch.inputs["input_ids"].shape, 32))
+            layerwise.run(1, batch, torch.zeros(*batch.inputs["input_ids"].shape, 32))
     finally:
         LlamaModel.forward = plain
 

@@ -13,7 +13,7 @@ import moefy.conversion.convert
 import moefy.evaluation.folder
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.data.shards import split_shards
-from moefy.evaluation.folder import evaluate_folder
+from moefy.evaluation.folder import evaluate as evaluate_folder
 
 
 def hashes(corpus):
@@ -32,7 +32,8 @@ def read(monkeypatch):
 
         return read_batches
 
-    for module in (sys.modules["moefy.conversion.convert"], sys.modules["moefy.evaluation.folder"]):
+    for name in ("conversion.task", "conversion.convert", "evaluation.folder"):
+        module = sys.modules[f"moefy.{name}"]
         monkeypatch.setattr(module, "read_batches", spy(module.read_batches))
     return found
 

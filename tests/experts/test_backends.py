@@ -6,8 +6,9 @@ from tiny_conversion import convert_tiny
 from tiny_models import build, example_inputs
 
 import moefy
+from moefy.experts.backends import BACKENDS
 from moefy.experts.backends import gpu as kernel_backends
-from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, sparse_mlps, use_backend
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps, use_backend
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy_kernels import masked_mlp
@@ -47,7 +48,7 @@ def test_every_layer_as_masked_dense(name, activation):
     for gated, bare in ((True, False), (activation == "silu", True)):
         mlp, x, mask = layer(gated, activation, biased=not bare, centred=not bare)
         assert kernel_backends.fits(mlp)
-        assert relative(BACKENDS[name](x, mlp, mask), masked_mlp(x, mlp, mask)) < 1e-5
+        assert relative(BACKENDS[name].compute(x, mlp, mask), masked_mlp(x, mlp, mask)) < 1e-5
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -57,11 +58,11 @@ def test_gates_that_a_router_has_computed_are_not_computed_again(name, gated):
     decided = DecidedMlp(mlp, activation_function("silu")(mlp.deciding(x)))
     want = masked_mlp(x, mlp, mask)
     assert kernel_backends.fits(decided)
-    assert relative(BACKENDS[name](x, decided, mask), want) < 1e-5
+    assert relative(BACKENDS[name].compute(x, decided, mask), want) < 1e-5
     # They are what is used: with other gates the output is another one.
     other = DecidedMlp(mlp, 2 * decided.active_TN)
     bias = mlp.down_bias_D
-    assert relative(BACKENDS[name](x, other, mask) - bias, 2 * (want - bias)) < 1e-5
+    assert relative(BACKENDS[name].compute(x, other, mask) - bias, 2 * (want - bias)) < 1e-5
 
 
 def test_what_no_kernel_computes_is_said():

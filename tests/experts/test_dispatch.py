@@ -5,15 +5,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moefy.experts.backends import fastest, on_gpu
+from moefy.experts.backends.base import Request, Workload
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DecidedMlp, DenseMlp
 from moefy_kernels import dispatch
-from moefy_kernels.dispatch import MOST_DECODED, MOST_UNITED, PATHS, choose, seconds
+from moefy_kernels.dispatch import MOST, seconds
 from moefy_kernels.roofline import Layer
 
 LLAMA = Layer(4096, 14336, 128)
 DEVICE = "NVIDIA H200"
+PATHS = ("masked", "decode", "union", "grouped")
+
+
+def choose(device, layer, tokens, density, share=None):
+    return fastest(PATHS, Workload(device, layer, tokens, density, share))
 
 
 def test_every_regime_has_its_kernel():
@@ -32,17 +39,13 @@ def test_every_regime_has_its_kernel():
     tokens=st.integers(1, 5000),
     density=st.floats(0.01, 1.0),
     size=st.sampled_from([1, 16, 32, 128, 512]),
-    trains=st.booleans(),
     device=st.sampled_from(["NVIDIA H200", "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300X", "none"]),
 )
-def test_what_is_chosen_serves_and_is_the_fastest(tokens, density, size, trains, device):
+def test_what_is_chosen_serves_and_is_the_fastest(tokens, density, size, device):
     layer = LLAMA._replace(size=size)
-    path = choose(device, layer, tokens, density, trains=trains)
-    assert not (trains and path in ("decode", "union"))
-    assert not (path == "decode" and tokens > MOST_DECODED)
-    assert not (path == "union" and tokens > MOST_UNITED)
-    allowed = [p for p in PATHS if dispatch._serves(p, tokens, trains)]
-    times = {p: seconds(p, device, layer, tokens, density) for p in allowed}
+    path = choose(device, layer, tokens, density)
+    assert tokens <= MOST.get(path, tokens)
+    times = {p: seconds(p, device, layer, tokens, density) for p in PATHS}
     assert times[path] == min(times.values())
 
 
@@ -56,9 +59,9 @@ def test_known_devices_are_found_by_the_names_that_torch_gives():
 def test_what_was_measured_on_a_device_decides(monkeypatch):
     tables = {"kernels": {}, "reached": {"decode": 0.01}}
     monkeypatch.setattr(dispatch, "table", lambda device: tables)
-    choose.cache_clear()
+    fastest.cache_clear()
     assert choose(DEVICE, LLAMA, 1, 0.25) != "decode"
-    choose.cache_clear()
+    fastest.cache_clear()
 
 
 @pytest.fixture
@@ -67,35 +70,32 @@ def module():
         up_ND=torch.randn(64, 16), gate_ND=torch.randn(64, 16), down_ND=torch.randn(64, 16),
         activation="silu",
     )  # fmt: skip
-    made = SparseMlp(
+    return SparseMlp(
         mlp, experts=8, shared=0, router=ROUTERS["linear"](16, 8, 0),
         selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](16, 8, 0),
     )  # fmt: skip
-    made.density = 0.25
-    return made
 
 
 def test_a_layer_takes_what_computes_it(module):
     x, mask = torch.randn(1, 16), torch.ones(1, 8, dtype=torch.bool)
     with torch.no_grad():
-        assert module._on_gpu(x, mask, module.weights) == "decode"
-        assert module._on_gpu(x.half(), mask, module.weights) == "masked"
+        assert on_gpu(Request(x, module.weights, mask), 0.25) == "decode"
+        assert on_gpu(Request(x.half(), module.weights, mask), 0.25) == "masked"
         odd = DenseMlp(**{**vars(module.weights), "activation": "tanh"})
-        assert module._on_gpu(x, mask, odd) == "masked"
+        assert on_gpu(Request(x, odd, mask), 0.25) == "masked"
         decided = DecidedMlp(module.weights, torch.randn(1, 64))
-        assert module._on_gpu(x, mask, decided) == "decode"
+        assert on_gpu(Request(x, decided, mask), 0.25) == "decode"
     # With gradients: masked or grouped, and masked alone where the mask carries one.
-    assert module._on_gpu(x, mask, module.weights) in ("masked", "grouped")
-    assert module._on_gpu(x, mask.float(), module.weights) == "masked"
+    assert on_gpu(Request(x, module.weights, mask), 0.25) in ("masked", "grouped")
+    assert on_gpu(Request(x, module.weights, mask.float()), 0.25) == "masked"
 
 
 def test_deterministic_algorithms_do_without_atomic_sums(module):
     many, mask = torch.randn(2**20, 16), torch.ones(2**20, 8, dtype=torch.bool)
-    module.density = 0.01
     with torch.no_grad():
-        assert module._on_gpu(many, mask, module.weights) == "grouped"
+        assert on_gpu(Request(many, module.weights, mask), 0.01) == "grouped"
         torch.use_deterministic_algorithms(True)
         try:
-            assert module._on_gpu(many, mask, module.weights) == "masked"
+            assert on_gpu(Request(many, module.weights, mask), 0.01) == "masked"
         finally:
             torch.use_deterministic_algorithms(False)

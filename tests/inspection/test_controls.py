@@ -26,7 +26,7 @@ from moefy.inspection.controls.random_partition import RandomPartitions, explain
 from moefy.inspection.controls.random_weights import compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
-from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
 from moefy.inspection.texts.tokens import Tokens

@@ -17,7 +17,8 @@ from moefy import recipe as recipes
 from moefy.conversion.convert import convert
 from moefy.errors import RecipeError
 from moefy.evaluation.outputs import values_of
-from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, all_experts, sparse_mlps
+from moefy.experts.backends import BACKENDS
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.methods.base import Compensation
 from moefy.methods.compensations.centred import ROUNDS
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS

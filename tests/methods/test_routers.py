@@ -18,8 +18,9 @@ import moefy
 from moefy.conversion.fit import Tokens, predicted
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.outputs import values_of
+from moefy.experts.backends import BACKENDS
 from moefy.experts.routed import straight_through
-from moefy.experts.sparse_mlp import BACKENDS, SparseMlp, all_experts, use_backend
+from moefy.experts.sparse_mlp import SparseMlp, all_experts, use_backend
 from moefy.methods.base import Router
 from moefy.methods.selections.topk import top_mask
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS

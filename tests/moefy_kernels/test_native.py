@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 import moefy
-from moefy.experts.backends.activations import ACTIVATIONS
-from moefy.experts.backends.cpu import fits, native_backend
-from moefy.experts.backends.linears import native_linears
+from moefy.experts.backends.base import ACTIVATIONS, Request
+from moefy.experts.backends.cpu import native_backend, native_linears, serves
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
@@ -164,6 +163,10 @@ def test_nan_and_infinity_are_passed_on():
 
 def test_what_the_kernel_does_not_compute_is_refused():
     x, mlp, mask = layer()
+
+    def fits(x_TD, weights):
+        return serves(Request(x_TD, weights, mask)) is None
+
     assert fits(x, mlp)
     assert not fits(x.half(), mlp.to(torch.float16))
     assert not fits(x, mlp.to(torch.bfloat16))

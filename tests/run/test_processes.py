@@ -25,18 +25,18 @@ GREEDY = {
 }  # fmt: skip
 
 CODE = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
-import moefy.conversion.convert
+from moefy.conversion.task import Conversion
 from tiny_conversion import convert_tiny, corpus_for
-module, keep = sys.modules["moefy.conversion.convert"], sys.modules["moefy.conversion.convert"].keep
+keep = Conversion.keep
 
-def dying(at, *args):
+def dying(*args):
     if {dies} and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    keep(at, *args)
+    keep(*args)
 
-module.keep = dying
+Conversion.keep = dying
 convert_tiny("llama", Path({source!r}), Path({out!r}), settings={settings!r}, resume={resume})
 """
 

@@ -24,7 +24,6 @@ from moefy.benchmark.engines.base import (
     AUTO,
     CPU,
     GPU,
-    MASKED,
     Call,
     Engine,
     Models,
@@ -34,8 +33,9 @@ from moefy.benchmark.engines.base import (
 from moefy.benchmark.engines.exported import llama_cpp, stock_layers, stock_session
 from moefy.benchmark.layers import Case
 from moefy.errors import MoefyError, unknown_choice
-from moefy.experts.backends.linears import native_linears
-from moefy.experts.sparse_mlp import BACKENDS, ON_CPU, SparseMlp, use_backend
+from moefy.experts.backends import BACKENDS
+from moefy.experts.backends.cpu import native_linears
+from moefy.experts.sparse_mlp import SparseMlp, use_backend
 from moefy.models.mlp import activation_function
 
 ALL = "all"
@@ -130,8 +130,7 @@ GROUPS = {"experts": [f"experts:{name}" for name in STOCK]}
 
 def backend(name: str) -> Engine:
     """The row of one of moefy's backends."""
-    devices = {CPU, GPU} if name == MASKED else {CPU if name in ON_CPU else GPU}
-    return replace(AUTOMATIC, name=name, backend=name, devices=frozenset(devices))
+    return replace(AUTOMATIC, name=name, backend=name, devices=BACKENDS[name].devices)
 
 
 def rows() -> dict[str, Engine]:

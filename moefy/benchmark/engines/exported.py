@@ -134,7 +134,10 @@ def _load_stock(path: Path, placement: dict[str, Any]) -> Any:
     """A mixture of experts as transformers loads it."""
     register_experts()
     model = AutoModelForCausalLM.from_pretrained(
-        path, experts_implementation="eager", **{"dtype": "auto", **placement}
+        path,
+        trust_remote_code=False,
+        experts_implementation="eager",
+        **{"dtype": "auto", **placement},
     )
     if not model._can_set_experts_implementation():
         raise MoefyError(

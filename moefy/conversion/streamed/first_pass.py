@@ -1,6 +1,6 @@
 """The first pass: every layer is read once, measured, fitted and written.
 
-All calibration tokens are carried through the model twice: densely, which says what experts should
+All calibration tokens go through the model twice: densely, which says what experts should
 have done, and through the experts fitted so far, which is what routers and thresholds will read.
 
 Shapes: B documents, T tokens, D width.
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from moefy.conversion.allocate import Trial, candidates, nearest, set_density
 from moefy.conversion.capture import domains_of
-from moefy.conversion.fit import Tokens
-from moefy.conversion.job import Job, Reading, keep
+from moefy.conversion.fit import Tokens, planned_active, recalibrate_layer, varies
 from moefy.conversion.layer import Fitted, LayerSample, fit_layer
 from moefy.conversion.sensitivity import inverse_power, squared_norms
-from moefy.conversion.settle import planned_active, settle_layer, varies
-from moefy.conversion.streamed.carried import Carried, carry, reads, through
-from moefy.conversion.streamed.skeleton import Skeleton
+from moefy.conversion.streamed.layerwise import LayerwiseModel
+from moefy.conversion.streamed.states import States, forward, inputs
+from moefy.conversion.task import Conversion, Reading
 from moefy.data.corpus import make_batches
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import install
@@ -36,22 +35,23 @@ from moefy.models.reorder import outlined
 
 
 class FirstPass:
-    """Everything that the first pass carries from layer to layer."""
+    """All states that go from layer to layer."""
 
-    def __init__(self, job: Job, reading: Reading, *, follow: bool = True) -> None:
-        """`reading` is what is to be carried; `follow` lets routers be fitted on what the experts
+    def __init__(self, task: Conversion, reading: Reading, *, follow: bool = True) -> None:
+        """`reading` is what goes through the layers; `follow` lets routers be fitted on what the experts
         before them leave, in place of what the dense layers do."""
-        self.job, self.todo, self.recipe, self.follow = job, job.todo, job.recipe, follow
-        self.checkpoint = job.checkpoint
-        self.skeleton = Skeleton(self.checkpoint, running_dtype(self.checkpoint))
-        recipe, probe = job.recipe, make_batches(job.evaluated[-1].samples[-1:])
-        self.done, states = job.work / "layers", job.work / "states"
-        for folder in (self.done, states):
-            folder.mkdir(exist_ok=True)
+        self.task, self.todo, self.recipe, self.follow = task, task.todo, task.recipe, follow
+        self.checkpoint = task.checkpoint
+        self.layerwise = LayerwiseModel(self.checkpoint, running_dtype(self.checkpoint))
+        recipe, probe = task.recipe, make_batches(task.evaluated[-1].samples[-1:])
+        folder = task.work / "states"
+        folder.mkdir(exist_ok=True)
         groups = {**reading, "probe": (probe, 0)}
         self.dense, self.sparse = (
             {
-                name: carry(f"{name}-{kind}", states, self.skeleton, *groups[name], recipe.seed)
+                name: States.of(
+                    f"{name}-{kind}", folder, self.layerwise, *groups[name], recipe.seed
+                )
                 for name in names
             }
             for kind, names in (
@@ -61,57 +61,53 @@ class FirstPass:
         )
         first = self.dense["partition"]
         self.domain_T = torch.tensor(
-            domains_of(first.states.batches, "decoder", first.sizes, first.chosen)
+            domains_of(first.batches, "decoder", first.sizes, first.chosen)
         )
         self.raw: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def run(self) -> tuple[dict[str, Carried], dict[str, Carried]]:
-        """Fit and write all layers that are not there yet; what was carried densely and sparsely."""
-        report = self.job.report
-        written = self._prepared(self.job.finished)
-        count = len(self.skeleton.sites)
-        first = sum(self.job.stages.has(f"layers/{i}") for i in range(count))
+    def run(self) -> tuple[dict[str, States], dict[str, States]]:
+        """Fit and write all layers that are not there yet; the dense and the sparse states behind."""
+        report = self.task.report
+        written = self._prepared(self.task.finished)
+        count = len(self.layerwise.sites)
+        first = sum(self.task.stages.has(f"layers/{i}") for i in range(count))
         if first:
-            kept = self.job.stages.read(f"layers/{first - 1}")
-            self.skeleton.in_tuple = kept["in_tuple"]
+            last = self.task.stages.read(f"layers/{first - 1}")
+            self.layerwise.in_tuple = last["in_tuple"]
             report.say(f"{first} of {count} layers are there already")
         else:
-            self._enter()
-        for site in report.track(self.skeleton.sites[first:], "stream layers"):
+            for states in self._all():
+                states.enter(self.layerwise)
+        for site in report.track(self.layerwise.sites[first:], "stream layers"):
             self.raw = {}
-            with self.skeleton.layer(site.index, self._seen(site, written)):
+            with self.layerwise.layer(site.index, self._seen(site, written)):
                 self._layer(site, written)
             # Routers are kept on disk, not one beside the other in memory.
-            nn.Module.to(self.skeleton.layers[site.index], torch.device("meta"))
-            for carried in (*self.dense.values(), *self.sparse.values()):
-                carried.states.drop(site.index)
+            nn.Module.to(self.layerwise.layers[site.index], torch.device("meta"))
+            for states in self._all():
+                states.drop(site.index)
         return self.dense, self.sparse
 
     def _prepared(self, finished: Path) -> Checkpoint:
         """The folder to write, with all in it that belongs to no layer."""
-        ready = self.done / "others"
-        if ready.exists():
+        if self.task.stages.has("layers/others"):
             return Checkpoint.open(finished)
         finished.mkdir(exist_ok=True)
-        weights = {file.name for file in self.checkpoint.files}
-        copy_folder(self.checkpoint.folder, finished, skip=weights)
+        copy_folder(self.checkpoint.folder, finished, skip={*self.checkpoint.weights})
         written = outlined(self.checkpoint, finished)
-        names = self.skeleton.names
-        below = tuple(f"{site.layer}." for site in self.skeleton.sites)
-        parameters = [name for name, _ in self.skeleton.model.named_parameters()]
+        names = self.layerwise.names
+        below = tuple(f"{site.layer}." for site in self.layerwise.sites)
+        parameters = [name for name, _ in self.layerwise.model.named_parameters()]
         inside = {names[n] for n in parameters if n.startswith(below) and n in names}
         for disk in written.tensors:
             if disk not in inside:
                 overwrite(written.tensors[disk], self.checkpoint.read(disk))
-        ready.touch()
+        self.task.stages.keep("layers/others", {})
         return written
 
-    def _enter(self) -> None:
-        for group in (self.dense, self.sparse):
-            for carried in group.values():
-                states = carried.states
-                states.write(0, (self.skeleton.enter(batch) for batch in states.batches))
+    def _all(self) -> list[States]:
+        return [*self.dense.values(), *self.sparse.values()]
 
     def _seen(self, site: Site, written: Checkpoint) -> Callable[[str, Tensor], None]:
         """What is done with every tensor of a layer as it is read."""
@@ -124,34 +120,25 @@ class FirstPass:
             if name in site.neuron_axes:
                 self.raw[name] = value
             else:
-                overwrite(written.tensors[self.skeleton.names[name]], value)
+                overwrite(written.tensors[self.layerwise.names[name]], value)
 
         return seen
 
     def _layer(self, site: Site, written: Checkpoint) -> None:
         """One layer, whose weights are in memory: measure, fit, write, go on."""
         seen, metric = self._measure(site)
-        read = {name: reads(self.skeleton, site.index, c) for name, c in self.sparse.items()}
+        read = {name: inputs(self.layerwise, site.index, s) for name, s in self.sparse.items()}
         sample = self._sample(seen, read)
         fitted = self._fit(site, sample)
-        order_N = fitted.tensors["permutation"].long()
-        for name, value in self.raw.items():
-            disk = self.skeleton.names[name]
-            overwrite(written.tensors[disk], permute(site, name, value, order_N))
-        self.raw = {}
-
-        moved = bool((order_N.diff() < 0).any())
-        module = install(self.skeleton.model, site, fitted.entry, fitted.tensors, permute=moved)
-        # The faster backend of the moment would decide the last bits of all that follows.
-        module.backend = "masked"
+        module = self._installed(site, fitted, written)
         rows = self._choose(module, site.index, sample, metric)
         if varies(self.recipe):
             # Thresholds hold for what arrives here, not for what the dense layers would send.
             x_TD = read["held-out"]
             planned = planned_active(self.todo, site.index, module.shared)
-            settle_layer(module, Tokens(x_TD, x_TD), planned, self.recipe)
-        for carried in self.sparse.values():
-            carried.states.write(site.index + 1, through(self.skeleton, site.index, carried))
+            recalibrate_layer(module, Tokens(x_TD, x_TD), planned, self.recipe)
+        for states in self.sparse.values():
+            states.write(site.index + 1, forward(self.layerwise, site.index, states))
         selection = {"name": self.recipe.selection.name, **module.selection.settings()}
         tensors = {"permutation": fitted.tensors["permutation"]}
         result = Fitted(
@@ -159,25 +146,38 @@ class FirstPass:
             tensors | stored(module.router, module.compensation),
             fitted.fit,
         )
-        kept = {"candidates": rows, "in_tuple": self.skeleton.in_tuple}
-        keep(self.job.stages, f"layers/{site.index}", result, kept)
+        in_tuple = self.layerwise.in_tuple
+        self.task.keep(f"layers/{site.index}", result, candidates=rows, in_tuple=in_tuple)
+
+    def _installed(self, site: Site, fitted: Fitted[LayerEntry], written: Checkpoint) -> SparseMlp:
+        """Write the layer in expert order, and put its experts in the place of its MLP."""
+        order_N = fitted.tensors["permutation"].long()
+        for name, value in self.raw.items():
+            disk = self.layerwise.names[name]
+            overwrite(written.tensors[disk], permute(site, name, value, order_N))
+        self.raw = {}
+        moved = bool((order_N.diff() < 0).any())
+        module = install(self.layerwise.model, site, fitted.entry, fitted.tensors, permute=moved)
+        # The faster backend of the moment would decide the last bits of all that follows.
+        module.backend = "masked"
+        return module
 
     def _measure(self, site: Site) -> tuple[dict[str, Tensor], Tensor]:
         """Take all dense states through the layer; what its MLP reads `[T, D]` by group, and what its
         output errors cost (`moefy.conversion.sensitivity`)."""
         seen: dict[str, Tensor] = {}
         powers: list[Tensor] = []
-        for name, carried in self.dense.items():
-            kept: list[Tensor] = []
-            out = through(self.skeleton, site.index, carried, kept)
+        for name, states in self.dense.items():
+            rows: list[Tensor] = []
+            out = forward(self.layerwise, site.index, states, rows)
             if name == "held-out":
-                out = _measured(out, carried, powers)
-            carried.states.write(site.index + 1, out)
-            seen[name] = torch.cat(kept)
+                out = _measured(out, states, powers)
+            states.write(site.index + 1, out)
+            seen[name] = torch.cat(rows)
             if not seen[name].isfinite().all():
                 raise MoefyError(
                     f"{site.layer}: the input of {site.module} is not finite for some document of "
-                    f"{name}; the weights overflow {self.skeleton.dtype}"
+                    f"{name}; the weights overflow {self.layerwise.dtype}"
                 )
         return seen, inverse_power(torch.cat(powers))
 
@@ -192,7 +192,7 @@ class FirstPass:
 
     def _fit(self, site: Site, sample: LayerSample) -> Fitted[LayerEntry]:
         """Fit as in memory, on a CPU and in fp32; where the layer is so already nothing is copied."""
-        parameter = self.skeleton.model.get_parameter
+        parameter = self.layerwise.model.get_parameter
         mlp = read_mlp(site, lambda name: parameter(name).detach().cpu())
         return fit_layer(mlp.to(torch.float32), self.todo, site, self.recipe, sample)
 
@@ -218,8 +218,8 @@ class FirstPass:
         ]
 
 
-def _measured(states: Iterator[Tensor], carried: Carried, powers: list[Tensor]) -> Iterator[Tensor]:
+def _measured(behind: Iterator[Tensor], states: States, powers: list[Tensor]) -> Iterator[Tensor]:
     """The same states; adds what the residual stream's tokens measure to `powers`."""
-    for batch, hidden in zip(carried.states.batches, states, strict=True):
+    for batch, hidden in zip(states.batches, behind, strict=True):
         powers.append(squared_norms(hidden, batch.mask()))
         yield hidden

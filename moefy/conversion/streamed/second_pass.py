@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from moefy.conversion.allocate import Candidate
-from moefy.conversion.fit import Tokens, fit_compensation
-from moefy.conversion.job import Job, Reading
-from moefy.conversion.settle import settle_layer, varies
-from moefy.conversion.streamed.carried import Carried, carry, reads, through
-from moefy.conversion.streamed.skeleton import Skeleton
+from moefy.conversion.fit import Tokens, recalibrate_layer, refit_compensation, varies
+from moefy.conversion.streamed.layerwise import LayerwiseModel
+from moefy.conversion.streamed.states import States, forward, inputs
+from moefy.conversion.task import Conversion, Reading
 from moefy.data.corpus import Batch, make_batches
 from moefy.evaluation.evaluate import document_sums, figures, summarise
 from moefy.evaluation.judge import judge, judged
@@ -37,26 +36,24 @@ from moefy.models.checkpoint import Checkpoint
 class SecondPass:
     """The written model, and the documents that are carried through it."""
 
-    def __init__(self, job: Job, artefact: Artefact, reading: Reading) -> None:
-        self.job, self.recipe, evaluated = job, job.recipe, job.evaluated
-        self.skeleton = Skeleton(
-            Checkpoint.open(job.finished), running_dtype(job.checkpoint), artefact
+    def __init__(self, task: Conversion, artefact: Artefact, reading: Reading) -> None:
+        self.task, self.recipe, evaluated = task, task.recipe, task.evaluated
+        self.layerwise = LayerwiseModel(
+            Checkpoint.open(task.finished), running_dtype(task.checkpoint), artefact
         )
-        self.modules: dict[int, SparseMlp] = sparse_mlps(self.skeleton.model)
-        use_backend(self.skeleton.model, "masked")
-        folder = job.work / "checked"
+        self.modules: dict[int, SparseMlp] = sparse_mlps(self.layerwise.model)
+        use_backend(self.layerwise.model, "masked")
+        folder = task.work / "checked"
         folder.mkdir(exist_ok=True)
 
-        def carried(name: str, batches: list[Batch], limit: int) -> Carried:
-            return carry(name, folder, self.skeleton, batches, limit, self.recipe.seed)
+        def states(name: str, batches: list[Batch], limit: int) -> States:
+            return States.of(name, folder, self.layerwise, batches, limit, self.recipe.seed)
 
         self.sparse = {
-            name: carried(name, *reading[name])
-            for name in ("router", "held-out")
-            if name in reading
+            name: states(name, *reading[name]) for name in ("router", "held-out") if name in reading
         }
-        self.dense, self.routed = (carried(name, evaluated, 0) for name in ("dense", "routed"))
-        model = self.skeleton.model
+        self.dense, self.routed = (states(name, evaluated, 0) for name in ("dense", "routed"))
+        model = self.layerwise.model
         self.load, self.quality = FfnLoad(model), RouterQuality(model, evaluated)
         self.heads = HeadLoad(model)
         masks = [batch.mask() for batch in evaluated]
@@ -67,51 +64,48 @@ class SecondPass:
         """Carry everything to the end; with `active`, thresholds and compensations are set anew, for so
         many routed experts of each layer."""
         everything = [*self.sparse.values(), self.dense, self.routed]
-        for carried in everything:
-            states = carried.states
-            states.write(0, (self.skeleton.enter(batch) for batch in states.batches))
-        for site in self.job.report.track(self.skeleton.sites, "verify layers"):
-            with self.skeleton.layer(site.index):
+        for states in everything:
+            states.enter(self.layerwise)
+        for site in self.task.report.track(self.layerwise.sites, "verify layers"):
+            with self.layerwise.layer(site.index):
                 if active is not None:
-                    self._settle(site.index, active[site.index])
+                    self._recalibrate(site.index, active[site.index])
                 self._go_on(site.index)
-            for carried in everything:
-                carried.states.drop(site.index)
+            for states in everything:
+                states.drop(site.index)
 
     @property
     def artefact(self) -> Artefact:
         """The artefact with the routing as it is now."""
-        return with_routing_of(self.skeleton.model)
+        return with_routing_of(self.layerwise.model)
 
-    def _settle(self, index: int, active: float) -> None:
+    def _recalibrate(self, index: int, active: float) -> None:
         """Fit what depends on the density, on what arrives here: first who runs, then what stands in."""
         module = self.modules[index]
         if varies(self.recipe):
-            x_TD = reads(self.skeleton, index, self.sparse["held-out"])
-            settle_layer(module, Tokens(x_TD, x_TD), active, self.recipe)
+            x_TD = inputs(self.layerwise, index, self.sparse["held-out"])
+            recalibrate_layer(module, Tokens(x_TD, x_TD), active, self.recipe)
         if "router" in self.sparse:
-            x_TD = reads(self.skeleton, index, self.sparse["router"])
-            tokens = Tokens(x_TD, x_TD, device=module.weights.down_ND.device)
-            fit_compensation(
-                module.compensation, module.router, module.selection, module.routed, tokens
-            )
+            x_TD = inputs(self.layerwise, index, self.sparse["router"])
+            device = module.weights.down_ND.device
+            refit_compensation(module, Tokens(x_TD, x_TD, device=device))
 
     def _go_on(self, index: int) -> None:
         """Every group through one layer."""
-        model = self.skeleton.model
-        for carried in self.sparse.values():
-            carried.states.write(index + 1, through(self.skeleton, index, carried))
+        model = self.layerwise.model
+        for states in self.sparse.values():
+            states.write(index + 1, forward(self.layerwise, index, states))
         with all_experts(model):
-            self.dense.states.write(index + 1, self._watched(index))
-        self.routed.states.write(index + 1, self._heard(index))
+            self.dense.write(index + 1, self._watched(index))
+        self.routed.write(index + 1, self._heard(index))
 
     def _watched(self, index: int) -> Iterator[Tensor]:
         """The dense states behind a layer; sinks are looked for on the way."""
-        site = self.skeleton.sites[index]
-        for number, (batch, hidden) in enumerate(self.dense.states.before(index)):
+        site = self.layerwise.sites[index]
+        for number, (batch, hidden) in enumerate(self.dense.before(index)):
             read: list[Tensor] = []
-            handles = listen(self.skeleton.model, [site], lambda _, x_TD, r=read: r.append(x_TD))  # type: ignore[misc]
-            found = self.skeleton.run(index, batch, hidden)
+            handles = listen(self.layerwise.model, [site], lambda _, x_TD, r=read: r.append(x_TD))  # type: ignore[misc]
+            found = self.layerwise.run(index, batch, hidden)
             handles[0].remove()
             for values in (*read, found):
                 self.sinks[number].see(values)
@@ -119,42 +113,38 @@ class SecondPass:
 
     def _heard(self, index: int) -> Iterator[Tensor]:
         """The sparse states behind a layer; what ran is counted."""
-        for batch, hidden in self.routed.states.before(index):
-            with observing(self.skeleton.model, batch, self.load, self.quality):
-                yield self.skeleton.run(index, batch, hidden)
+        for batch, hidden in self.routed.before(index):
+            with observing(self.layerwise.model, batch, self.load, self.quality):
+                yield self.layerwise.run(index, batch, hidden)
 
-    def distance(self, dense: Carried, sparse: Carried) -> float:
+    def distance(self, dense: States, sparse: States) -> float:
         """KL, or what stands for it, of the held-out documents' last states (`moefy.evaluation.outputs.distance`)."""
         judgement = judge(
             self._left(sparse),
-            _singles(sparse.states.batches),
+            _singles(sparse.batches),
             self._left(dense),
             distances,
         )
         return judgement.mean("distance")
 
-    def _left(self, carried: Carried) -> Callable[[Batch], Outputs]:
+    def _left(self, states: States) -> Callable[[Batch], Outputs]:
         """What the model puts out for every document alone, in turn."""
-        last = len(self.skeleton.sites)
-        states = (
-            hidden
-            for batch, hidden_BTD in carried.states.before(last)
-            for hidden in _cut(batch, hidden_BTD)
-        )
-        return lambda one: self.skeleton.leave(one, next(states))
+        last = len(self.layerwise.sites)
+        singles = (one for pair in states.before(last) for one in _cut(*pair))
+        return lambda one: self.layerwise.leave(one, next(singles))
 
-    def error(self, probe: Carried) -> float:
+    def error(self, probe: States) -> float:
         """Relative error of the last hidden states with every expert on, against the source's: over
         the longest of the evaluated documents."""
-        last = len(self.skeleton.sites)
-        *_, (batch, states) = self.dense.states.before(last)
+        last = len(self.layerwise.sites)
+        *_, (batch, states) = self.dense.before(last)
         *_, found = _cut(batch, states)
-        (_, want), got = next(probe.states.before(last)), found.double()
+        (_, want), got = next(probe.before(last)), found.double()
         return float((got - want).norm() / want.double().norm())
 
     def record(self) -> dict[str, Any]:
         """The evaluation, made of the last states."""
-        batches = self.routed.states.batches
+        batches = self.routed.batches
         sinks_BT = [
             row_T[None, : len(sample.inputs["input_ids"])]
             for batch, sinks in zip(batches, self.sinks, strict=True)

@@ -6,9 +6,10 @@ experts of one neuron that are weighed by their gates.
 Shapes: T tokens, D width, N neurons, E experts, F neurons per expert.
 """
 
+import torch
 from torch import Tensor
 
-from moefy.experts.backends.activations import ACTIVATIONS
+from moefy.experts.backends.base import ACTIVATIONS, Request
 from moefy.models.mlp import DecidedMlp, DenseMlp
 from moefy_kernels import ExpertWeights
 from moefy_kernels.decode import decode
@@ -23,6 +24,19 @@ def fits(weights: ExpertWeights) -> bool:
     if isinstance(weights, DecidedMlp):
         return weights.mlp.centre_N is None
     return type(weights) is DenseMlp and weights.activation in ACTIVATIONS
+
+
+def serves(request: Request) -> str | None:
+    """None where kernels compute this."""
+    if not fits(request.weights):
+        return "no Triton kernel computes such a layer"
+    if request.x_TD.dtype != request.mlp.up_ND.dtype:
+        return f"its kernels take inputs in {request.mlp.up_ND.dtype}"
+    decided, soft = isinstance(request.weights, DecidedMlp), request.mask_TE.dtype != torch.bool
+    if request.learns and (decided or soft):
+        # A mask that carries a gradient asks for the outputs of experts that are off.
+        return "it has no gradient for gates or masks that have one"
+    return None
 
 
 def decode_experts(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from moefy.experts.backends.activations import ACTIVATIONS
+from moefy.experts.backends import BACKENDS, fastest
+from moefy.experts.backends.base import ACTIVATIONS, Workload
 from moefy_kernels.decode import decode
-from moefy_kernels.dispatch import choose
 from moefy_kernels.expert_mlp import ExpertMlp
 from moefy_kernels.grouped import grouped
 from moefy_kernels.measured import device_name
@@ -60,11 +60,11 @@ def experts_forward(
     tensors = [x_TD, top_k_weights, *(v for v in mlp if isinstance(v, Tensor))]
     learns = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
     listed = top_k_index.shape[1]
-    path = choose(
-        device_name(x_TD.device),
-        Layer(mlp.width, mlp.experts * mlp.size, mlp.size, mlp.matrices, x_TD.element_size()),
-        len(x_TD), min(listed / mlp.experts, 1.0), trains=learns, paths=PATHS,
-    )  # fmt: skip
+    neurons = mlp.experts * mlp.size
+    layer = Layer(mlp.width, neurons, mlp.size, mlp.matrices, x_TD.element_size())
+    density = min(listed / mlp.experts, 1.0)
+    work = Workload(device_name(x_TD.device), layer, len(x_TD), density)
+    path = fastest(tuple(p for p in PATHS if BACKENDS[p].trains or not learns), work)
     if path == "decode":
         y_TD = decode(x_TD, mlp, top_k_index, top_k_weights)
     else:

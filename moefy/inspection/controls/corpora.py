@@ -17,7 +17,7 @@ from scipy import stats
 
 from moefy.data.documents import Documents
 from moefy.evaluation.statistics import q_values, units
-from moefy.inspection.routing.sample import RoutingSample, drawn_documents
+from moefy.inspection.routing import RoutingSample, drawn_documents
 from moefy.inspection.texts.table import Table, table
 
 Q = 0.05

@@ -32,9 +32,9 @@ from scipy import sparse, stats
 from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
-from moefy.inspection.account.ledger import Ledger, bare
+from moefy.inspection.account import Ledger, bare
 from moefy.inspection.part import Pass, PassPart, State
-from moefy.inspection.routing.sample import drawn_documents
+from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.partition.canonical import canonical_order

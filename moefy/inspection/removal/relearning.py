@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moefy.conversion.optimise import CLIP, matched
+from moefy.conversion.distil import CLIP, scaled_groups
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
@@ -43,7 +43,7 @@ def relearn(
     model = source.without(gone)
     model.requires_grad_(True)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(matched(parameters, RATE), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(scaled_groups(parameters, RATE), weight_decay=0.0)
     objective = language(model)
     ce = [measured(model, texts).ce(texts)]
     while ce[-1] > goal and len(ce) <= most:

@@ -103,10 +103,8 @@ class Source:
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint, removed, found = self.checkpoint, self.in_source_order(gone), self.sites
         if self.in_expert_order:
-            weights = {file.name for file in checkpoint.files}
-            copy_folder(
-                checkpoint.folder, folder, skip={META, SIDE, "records.json", README, *weights}
-            )
+            skip = {META, SIDE, "records.json", README, *checkpoint.weights}
+            copy_folder(checkpoint.folder, folder, skip=skip)
             reorder(checkpoint, folder, found, self.artefact, report, inverse=True)
         else:
             copy_folder(checkpoint.folder, folder)

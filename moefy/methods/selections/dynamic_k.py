@@ -9,6 +9,7 @@ from moefy.errors import RecipeError
 from moefy.methods.base import Context, Selection
 from moefy.methods.selections.bisect import bisect
 from moefy.methods.selections.topk import capped
+from moefy.models.schema import Field, number, optional, whole
 
 
 class DynamicK(Selection):
@@ -19,6 +20,11 @@ class DynamicK(Selection):
     def __init__(self, tau: float, most: int | None = None) -> None:
         self.tau = tau
         self.most = most
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"tau": number(0, 1), "most": optional(whole(0))}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "DynamicK":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moefy.methods.base import Context, Selection
 from moefy.methods.selections.topk import top_mask
+from moefy.models.schema import Field, number, whole
 
 _SPREAD = 2.0**-16
 """Spread of a token's scaled scores.
@@ -35,6 +36,11 @@ class SoftmaxTopK(Selection):
     def __init__(self, k: int, eps: float) -> None:
         self.k = k
         self.eps = eps
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts), "eps": number(0, above=True)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "SoftmaxTopK":

@@ -9,6 +9,7 @@ from torch import Tensor
 from moefy.methods.base import Context, Selection
 from moefy.methods.selections.bisect import SLACK
 from moefy.methods.selections.topk import capped
+from moefy.models.schema import Field, number, optional, whole
 
 
 class Threshold(Selection):
@@ -19,6 +20,11 @@ class Threshold(Selection):
     def __init__(self, threshold: float, most: int | None = None) -> None:
         self.threshold = threshold
         self.most = most
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"threshold": number(), "most": optional(whole(0))}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Threshold":

@@ -9,6 +9,7 @@ from torch import Tensor
 from moefy.methods.base import Context, Selection
 from moefy.methods.selections.bisect import bisect
 from moefy.methods.selections.topk import capped
+from moefy.models.schema import Field, number, optional, whole
 
 WIDEST = 4.0
 """Spread of the scores beyond which they are scaled down: a softmax of wider ones is 0 or 1."""
@@ -23,6 +24,11 @@ class TopP(Selection):
         self.p = p
         self.most = most
         self.scale = scale
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"p": number(0, 1), "most": optional(whole(0)), "scale": number(0, above=True)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopP":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moefy.methods.base import Context, Selection
+from moefy.models.schema import Field, whole
 
 
 class TopK(Selection):
@@ -14,6 +15,11 @@ class TopK(Selection):
 
     def __init__(self, k: int) -> None:
         self.k = k
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopK":

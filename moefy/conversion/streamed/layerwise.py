@@ -1,11 +1,11 @@
 """A transformers model whose weights stay on disk, run layer by layer instead of batch by batch.
 
-    skeleton = Skeleton(checkpoint, torch.float32)
-    hidden = skeleton.enter(batch)                      # what the first layer reads
-    for index in range(len(skeleton.sites)):
-        with skeleton.layer(index):                     # its weights are in memory now
-            hidden = skeleton.run(index, batch, hidden)
-    said = skeleton.leave(batch, hidden)                # moefy.evaluation.outputs
+    layerwise = LayerwiseModel(checkpoint, torch.float32)
+    hidden = layerwise.enter(batch)                      # what the first layer reads
+    for index in range(len(layerwise.sites)):
+        with layerwise.layer(index):                     # its weights are in memory now
+            hidden = layerwise.run(index, batch, hidden)
+    outputs = layerwise.leave(batch, hidden)             # moefy.evaluation.outputs
 
 The stock model itself says what is called with what: masks, positions and whatever else its layers are
 given are taken from its own forward pass, in which layers hand on what they get. A model fits where
@@ -46,7 +46,7 @@ SLICE = 16384
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Call:
     """With what a layer was called."""
 
     args: tuple[Any, ...]
@@ -63,19 +63,19 @@ class _Given:
         given = self.put(None)
         return given.args, given.kwargs
 
-    def put(self, hidden: Tensor | None) -> "_Given":
+    def put(self, hidden: Tensor | None) -> "_Call":
         """The same call with other hidden states."""
         place = find_hidden(self.args, self.kwargs)
         if isinstance(place, int):
-            return _Given((*self.args[:place], hidden, *self.args[place + 1 :]), self.kwargs)
-        return _Given(self.args, {**self.kwargs, place: hidden})
+            return _Call((*self.args[:place], hidden, *self.args[place + 1 :]), self.kwargs)
+        return _Call(self.args, {**self.kwargs, place: hidden})
 
 
 class _Reached(Exception):
     """The layer that was asked for is called: the rest of the pass is of no use."""
 
 
-class Skeleton:
+class LayerwiseModel:
     """A model of which only the layer in use is in memory."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Skeleton:
         """Whether layers return their hidden states in a tuple."""
         self._entered: Tensor | None = None
         self._stop: int | None = None
-        self._given: _Given | None = None
+        self._called: _Call | None = None
         self._filling = 0.0
         """What embeddings hold while only calls of layers are of interest."""
         self._tried: set[int] = set()
@@ -177,16 +177,16 @@ class Skeleton:
     def _pass(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer does while the model around it runs: hand on."""
         if index == self._stop:
-            self._given = _Given(args, kwargs)
+            self._called = _Call(args, kwargs)
             raise _Reached
-        hidden = _Given(args, kwargs).hidden
+        hidden = _Call(args, kwargs).hidden
         if index == 0 and self._entered is not None:
             hidden = self._entered
         return (hidden,) if self.in_tuple else hidden
 
-    def _call(self, index: int, batch: Batch) -> _Given:
+    def _called_with(self, index: int, batch: Batch) -> _Call:
         """With what the model calls layer `index` for this batch."""
-        self._given, self._stop = None, index
+        self._called, self._stop = None, index
         try:
             with suppress(_Reached):
                 self.model(**inputs_of(self.model, batch, self.device))
@@ -197,18 +197,18 @@ class Skeleton:
         finally:
             self._stop = None
         # Not carried by the exception: its frames would keep whole activations until they are collected.
-        given, self._given = self._given, None
+        given, self._called = self._called, None
         if given is None:
             raise self._not_a_chain(index, "was not run")
         return given
 
-    def _require_no_more(self, index: int, batch: Batch, given: _Given) -> None:
+    def _require_no_more(self, index: int, batch: Batch, given: _Call) -> None:
         """Refuse a layer that is given something made of the embeddings besides its hidden states."""
         self._tried.add(index)
         if index == 0:
             return
         self._filling = 1.0
-        again = self._call(index, batch)
+        again = self._called_with(index, batch)
         self._filling = 0.0
         if not _same(given.others, again.others):
             raise self._not_a_chain(index, "is given more than hidden states")
@@ -222,12 +222,12 @@ class Skeleton:
     @torch.no_grad()
     def enter(self, batch: Batch) -> Tensor:
         """What the first layer reads `[B, T, D]`."""
-        return self._call(0, batch).hidden
+        return self._called_with(0, batch).hidden
 
     @torch.no_grad()
     def run(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
         """What layer `index`, whose weights are in memory, makes of hidden states `[B, T, D]`."""
-        given = self._call(index, batch)
+        given = self._called_with(index, batch)
         if index not in self._tried:
             self._require_no_more(index, batch, given)
         layer: Any = self.layers[index]
@@ -241,7 +241,7 @@ class Skeleton:
 
     @torch.no_grad()
     def leave(self, batch: Batch, hidden: Tensor) -> Outputs:
-        """What the model says, given the last layer's output `[B, T, D]`."""
+        """What the model puts out, given the last layer's output `[B, T, D]`."""
         self._entered = hidden.to(self.device, self.dtype)
         try:
             return run_outputs(self.model, batch, device=self.device)
@@ -302,7 +302,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def require_a_chain(checkpoint: Checkpoint) -> None:
-    """Raise `UnsupportedModel` where there can be no skeleton: the layers must be one list, each with
+    """Raise `UnsupportedModel` where a model cannot be run so: the layers must be one list, each with
     one MLP, and every parameter must be stored as it is."""
     model = meta_model(read_config(checkpoint))
     found = sites(model)
