@@ -137,7 +137,7 @@ def synthetic(
 
     def layer() -> SparseMlp:
         gate_ND, up_ND, down_ND = (random(shape.neurons, shape.width) for _ in range(3))
-        scorer = ROUTERS[router](shape.width, shape.experts, 128)
+        scorer = ROUTERS[router].make(shape.width, shape.experts, shape.neurons, {})
         for parameter in scorer.parameters():
             nn.init.normal_(parameter, std=shape.width**-0.5, generator=generator)
         module = SparseMlp(

@@ -544,7 +544,7 @@ def ls(
     ] = None,
 ) -> Shown:
     """List what there is to choose from."""
-    from moefy.methods.listing import listing
+    from moefy.methods.tables import listing
     from moefy.run.tables import terminal
 
     tables = listing(what)
