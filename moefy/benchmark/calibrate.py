@@ -1,7 +1,7 @@
 """Calibrate this machine: time every CPU path of a layer on a grid, for `auto` to choose by.
 
 `moefy bench` does so by itself, coarsely and for a few seconds, where nothing is known of such a layer on
-this machine; `calibrate_machine` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`,
+this machine; `moefy calibrate` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`,
 per shape, dtype and number of threads. Routing is at random; a path that is hopeless for few tokens is not
 waited for with many.
 
