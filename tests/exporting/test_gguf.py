@@ -28,7 +28,7 @@ from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, 
 from moefy.experts.loading import load
 from moefy.exporting.export import export
 from moefy.exporting.gguf import layout as tensors
-from moefy.exporting.gguf.write import write_gguf
+from moefy.exporting.gguf import write_gguf
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]
 FILES = {
@@ -453,19 +453,17 @@ def test_what_is_in_the_way_and_what_is_missing(
     export(one.source, out, to="gguf", overwrite=True)
     assert out.read_bytes()[:4] == b"GGUF"
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf.write")
+    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf")
     refused(MoefyError, one.moefied, tmp_path / "no.gguf", 'pip install "moefy[gguf]"')
 
 
 def test_routings_that_no_stock_model_holds_are_refused(
     written: dict[str, Written], tmp_path: Path
 ) -> None:
-    shutil.copytree(written["llama"].moefied, tmp_path / "moefied")
-    meta = json.loads((tmp_path / "moefied" / "moefy.json").read_text())
-    meta["layers"][1] |= {"router": {"name": "mlp", "hidden": 8}}
-    (tmp_path / "moefied" / "moefy.json").write_text(json.dumps(meta))
+    changes = {"router.name": "mlp", "router.epochs": "1"}
+    made = moefied(written["llama"].source, tmp_path / "moefied", changes)
     words = ("router 'mlp'", "--recipe export")
-    refused(RecipeError, tmp_path / "moefied", tmp_path / "out.gguf", *words)
+    refused(RecipeError, made, tmp_path / "out.gguf", *words)
 
 
 def test_a_file_appears_when_it_is_whole(

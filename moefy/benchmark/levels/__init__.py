@@ -17,11 +17,12 @@ import torch
 
 from moefy.benchmark.bytes_read import active_parameters, dense_parameters, layer_bytes
 from moefy.benchmark.bytes_read import density as share_of
+from moefy.benchmark.bytes_read import union as union_of
+from moefy.benchmark.checks import Exact, checked, exact
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import AUTO, MASKED, Call, Engine, Unavailable
 from moefy.benchmark.layers import Case, Layers, drawn_masks
 from moefy.benchmark.record import Facts, cell, record
-from moefy.benchmark.rounding import Exact, checked, exact
 from moefy.benchmark.timing import LEAST_SAMPLES, Run, percentiles, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
 from moefy.methods.tables import SELECTIONS
@@ -137,11 +138,12 @@ def bench_layer(layers: Layers, sweep: Sweep) -> dict[str, Any]:
 @torch.no_grad()
 def _record(level: str, layers: Layers, cases: Iterator[Case], sweep: Sweep) -> dict[str, Any]:
     """The record of every engine on every case."""
-    weights = layers.first.weights.up_ND
+    weights = layers.first
     bandwidth = read_bandwidth(weights.device)
     cells = []
     for case in cases:
-        sweep.report.say(f"time {level}: batch {case.tokens}, density {case.density:.2f}")
+        density = fmean(map(share_of, case.masks))
+        sweep.report.say(f"time {level}: batch {case.tokens}, density {density:.2f}")
         cells.append(_cell(level, case, sweep, bandwidth["bytes_per_second"]))
     what = f"{layers.what}; {len(layers.modules)} layers in turn"
     return record(
@@ -170,9 +172,9 @@ def _cell(level: str, case: Case, sweep: Sweep, bandwidth: float) -> dict[str, A
         "phase": level,
         "batch": case.tokens,
         "tokens": case.tokens,
-        "density": case.density,
+        "density": fmean(map(share_of, case.masks)),
         "asked_density": case.asked,
-        "union": case.union,
+        "union": fmean(map(union_of, case.masks)),
         "least_bytes": fmean(map(read, modules, case.masks)),
         "router": None if router is None else percentiles(router),
     }
