@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.context import share_context
 from moefy.experts.entries import (
     build_compensation,
     build_router,
@@ -28,7 +27,7 @@ from moefy.experts.entries import (
 )
 from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
-from moefy.experts.moefied import NAME, Moefied, of
+from moefy.experts.moefied import NAME, Moefied, of, share_context
 from moefy.experts.offload import StoredMlp, offload, offloaded, stored_names
 from moefy.experts.placement import placement
 from moefy.experts.routed import Routed
