@@ -96,7 +96,7 @@ def load(
     (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
     `device_map` offloads are read from disk whenever they run.
 
-    Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
+    Raises `CheckpointError` for an artefact that is damaged or whose base is not available.
     """
     with allow_plugins(plugins):
         artefact, checkpoint = open_artefact(folder, base=base, verify=verify)

@@ -82,7 +82,7 @@ class Moefied:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that it was loaded from; `MoefyError` where there is none."""
+        """The checkpoint that it was loaded from; `MoefyError` if it was made in memory."""
         if self.stored is None:
             raise MoefyError(
                 "this model was not loaded from a folder; save it and give what moefy.load returns"

@@ -201,7 +201,7 @@ class Heard:
     mask_TE: Tensor
     """Which of the `S + E` experts ran."""
     scores_TE: Tensor | None
-    """What the router gave the routed experts, where it was asked for and there is such."""
+    """The router's scores of the routed experts; None unless asked for and computed."""
     document_T: Tensor
     """Row of the batch that each token belongs to."""
 
@@ -308,19 +308,19 @@ def inputs_of(
 
 
 def listen(
-    model: nn.Module, found: Sequence[Place], heard: Callable[[Any, Tensor], None]
+    model: nn.Module, places: Sequence[Place], observer: Callable[[Any, Tensor], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Call `heard` with every place and its input `[T, D]` in every forward pass; returns the hooks."""
+    """Call `observer` with every place and its input `[T, D]` in every forward pass; returns the hooks."""
 
     def hook(site: Place) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
         def pre(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_of(args, kwargs, site.width)
-            heard(site, hidden.detach().reshape(-1, site.width))
+            observer(site, hidden.detach().reshape(-1, site.width))
 
         return pre
 
-    modules = [model.get_submodule(site.module) for site in found]
+    modules = [model.get_submodule(site.module) for site in places]
     return [
         module.register_forward_pre_hook(hook(site), with_kwargs=True)
-        for module, site in zip(modules, found, strict=True)
+        for module, site in zip(modules, places, strict=True)
     ]
