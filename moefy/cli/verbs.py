@@ -462,7 +462,9 @@ def bench(
     if plot is not None:
         check_plot(plot)
     record = run(
-        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled, linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []), gguf=gguf or [], batches=batches,
+        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled,
+        linears=linears, experts=dict(one.partition("=")[::2] for one in experts or ()), gguf=gguf or (),
+        batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
         calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip
@@ -528,7 +530,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
 ) -> Shown:
     """Show a report that is too large for one file, to this machine only; Ctrl-C ends it."""
-    from moefy.inspection.report.serve import serve as run
+    from moefy.inspection.report import serve as run
 
     run(folder, port, typer.echo)
     return Shown(None)
@@ -542,7 +544,7 @@ def ls(
     ] = None,
 ) -> Shown:
     """List what there is to choose from."""
-    from moefy.methods.listing import listing
+    from moefy.methods.tables import listing
     from moefy.run.tables import terminal
 
     tables = listing(what)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion.in_memory import in_memory, measure
-from moefy.conversion.plan import inputs_read, plan
+from moefy.conversion.plan import plan, router_of
 from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
@@ -38,7 +38,7 @@ from moefy.experts.passes import observing
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.input_sparsity import InputSparseMlp
-from moefy.methods.routers.oracle import OracleRouter
+from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
@@ -118,7 +118,7 @@ class Comparison:
         )
         model, _ = self._moefied(replace(single, seed=self.seed))
         for module in sparse_mlps(model).values():
-            module.router = OracleRouter(module.weights.width, module.experts, 0)
+            module.router = OracleRouter(module.weights.width, module.experts)
         return {"seed": self.seed, **self.quality(model), "seconds": 0.0}
 
     def neurons(self) -> int:
@@ -148,7 +148,7 @@ class Comparison:
 
         def read(active: float) -> float:
             density = active / entry.experts
-            settings = {**entry.router, "inputs": inputs_read(site, recipe, density)}
+            settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
             run = density * (1 - router.computes_gate / mlp.matrices)
             extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)

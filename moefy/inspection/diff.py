@@ -18,7 +18,7 @@ from moefy.data.inputs import load_tokenizer
 from moefy.data.shards import CONTEXT, SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
-from moefy.inspection.causal.token_losses import TOKENS, hunt
+from moefy.inspection.causal.token_losses import TOKENS, token_losses
 from moefy.inspection.inspect import Inspected, inspected
 from moefy.inspection.routing.statistics import router_saturation, routing_sample
 from moefy.inspection.texts.reading import Reading, read_texts
@@ -48,7 +48,7 @@ def diff(
     """
     reading, shared = _read(base, other, corpora, tokens)
     models, report = [_language_model(name) for name in (base, other)], Reporter(quiet=quiet)
-    tables = hunt(models[0], models[1], reading, tokens=tokens, report=report)
+    tables = token_losses(models[0], models[1], reading, tokens=tokens, report=report)
     if shared:
         first, second = (routing_sample(model, reading, tokens, report) for model in models)
         tables["saturation"] = router_saturation(first, second)

@@ -16,7 +16,7 @@ from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.causal.causal import causal
+from moefy.inspection.causal import causal
 from moefy.inspection.quality import fit_bigram, induction, other_text, quality_summary
 from moefy.inspection.routing import RoutingSampler
 from moefy.inspection.routing.statistics import routing_statistics
