@@ -22,7 +22,6 @@ from moefy.experts.interventions import MODES
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection import Inspection
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
 from moefy.inspection.causal import causal
@@ -31,6 +30,7 @@ from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
 from moefy.inspection.part import Pass
 from moefy.inspection.quality import quality_summary
+from moefy.inspection.record import Inspection
 from moefy.inspection.report import Report
 from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import TOKENS, Reading, read

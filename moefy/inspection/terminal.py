@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moefy.inspection import Inspection
+from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import rows
 
 STRONGEST = 10

@@ -22,10 +22,11 @@ from PIL import Image
 from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection import Inspection, report
-from moefy.inspection.report import SHOWN, Report, blocks, server, write_report
+from moefy.inspection.record import Inspection, report
+from moefy.inspection.report import SHOWN, Report, blocks, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
+from moefy.inspection.report.serve import server
 from moefy.inspection.texts.table import rows
 
 

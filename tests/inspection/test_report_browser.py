@@ -22,8 +22,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import adjusted_rand_score
 from synthetic_inspection import HOSTILE, inspection
 
-from moefy.inspection import Inspection
-from moefy.inspection.report import Report, server, write_report
+from moefy.inspection.record import Inspection
+from moefy.inspection.report import Report, write_report
+from moefy.inspection.report.serve import server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

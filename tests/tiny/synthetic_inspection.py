@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moefy.data.corpus import load_corpus
-from moefy.inspection import Inspection
+from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import Table, table
 
 HOSTILE = (

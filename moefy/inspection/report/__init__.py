@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from moefy.errors import OutputError
-from moefy.inspection import Inspection
+from moefy.inspection.record import Inspection
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
 from moefy.inspection.texts.table import Table

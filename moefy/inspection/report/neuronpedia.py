@@ -19,7 +19,7 @@ from typing import Any
 
 import moefy
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection import Inspection
+from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import rows
 
 CREATOR = "moefy"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection import Inspection
+from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import rows
 
 INK, SOFT, GRID = "#1f2429", "#646b72", "#e7e4de"
