@@ -43,6 +43,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine
 from moefy.run.stages import Stages
@@ -242,6 +243,7 @@ def _figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
     return {"kl": figures["kl"], **increase, "agreement": figures["agreement"]}
 
 
+@asked
 def compare(
     model: str | Path,
     names: list[str],
@@ -250,6 +252,9 @@ def compare(
     corpus: Any = None,
     documents: int = EVALUATED_DOCUMENTS,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Recipes (shipped names or YAML files) on one model at equal active budgets; a JSON record.

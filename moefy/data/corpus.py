@@ -34,6 +34,7 @@ from moefy.data.records import (
     token_ids,
 )
 from moefy.errors import CorpusError
+from moefy.run.computing import now
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 2000
@@ -352,13 +353,14 @@ def _span(doc: Document, ends: list[int], first: int) -> int:
 
 
 def make_batches(samples: Iterable[Sample], tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Pad samples of like length together, about this many positions (or 8 images) a batch."""
-    ordered = sorted(samples, key=sample_length)
+    """Pad samples of like length together, about this many positions (or 8 images) a batch, and no more
+    documents than the caller asks for (`moefy.run.computing`)."""
+    ordered, most = sorted(samples, key=sample_length), now().batch_size or BATCH_DOCUMENTS
     batches: list[Batch] = []
     group: list[Sample] = []
     for sample in ordered:
         size = (len(group) + 1) * sample_length(sample)
-        if group and (size > tokens or len(group) >= 64):
+        if group and (size > tokens or len(group) >= most):
             batches.append(_pad(group))
             group = []
         group.append(sample)
@@ -401,3 +403,7 @@ def _pad(samples: list[Sample]) -> Batch:
 
 def _stack(rows: list[Tensor], fill: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+BATCH_DOCUMENTS = 64
+"""Most documents that run together where the caller does not say."""

@@ -23,9 +23,11 @@ from moefy.inspection.inspect import Inspected, inspected
 from moefy.inspection.routing.statistics import router_saturation, routing_sample
 from moefy.inspection.texts.reading import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 
 
+@asked
 def diff(
     base: str | Path,
     other: str | Path,
@@ -34,6 +36,9 @@ def diff(
     out: str | Path | None = None,
     tokens: int = TOKENS,
     command: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Inspected:
     """Compare the log-probabilities that two checkpoints give to about `tokens` tokens of text.

@@ -22,7 +22,8 @@ from PIL import Image
 from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection.record import Inspection, report
+from moefy.inspection import report
+from moefy.inspection.record import Inspection
 from moefy.inspection.report import SHOWN, Report, blocks, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
