@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion import streamed
@@ -42,17 +42,21 @@ from moefy.experts.placement import memory_of, placement, running_dtype, stored_
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder
+from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
+from moefy.run.computing import asked, now
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
+from moefy.run.output import write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
 
 
+@asked
 def convert(
     model: str | Path | PreTrainedModel,
     out: str | Path,
@@ -63,6 +67,9 @@ def convert(
     stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
@@ -148,15 +155,34 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
         return
     if adapter:
         raise MoefyError("an adapter names the folder of its source: save the model first")
+    refuse_adapted(model)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        _save(model, Path(folder))
         yield folder
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model, also with a generation config that transformers refuses to save."""
+    generation: Any = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+        model.save_pretrained(folder)
+    except ValueError:
+        if generation is None:
+            raise
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = generation
+        write_whole(folder / "generation_config.json", generation.to_json_string())
 
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """Raise `MoefyError` where running the whole model is hopeless."""
     needed, free = memory_of(checkpoint), free_memory()
-    if needed > free and not torch.cuda.is_available():
+    if needed > free and not now().on_gpu:
         raise MoefyError(
             f"{checkpoint.folder}: takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
             "free; pass --stream, which holds one layer at a time"
