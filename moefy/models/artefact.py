@@ -284,7 +284,8 @@ def _of_this_format(file: Path, meta: Any) -> dict[str, Any]:
             f"{file}: format {version}, this moefy reads {FORMAT_VERSION}; "
             + ("upgrade moefy" if version > FORMAT_VERSION else AGAIN)
         )
-    return meta  # type: ignore[no-any-return]
+    fields: dict[str, Any] = meta
+    return fields
 
 
 def open_artefact(
