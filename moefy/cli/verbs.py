@@ -182,9 +182,9 @@ def recover(
     Example: moefy recover ./llama-moefied ./llama-recovered --tokens 2000000 --corpus ./text
     """
     from moefy import recipe as recipes
+    from moefy.training.curves import recovery_rows
     from moefy.training.recipe import RecoverRecipe
     from moefy.training.recover import recover as run
-    from moefy.training.tables import recovery_rows
 
     given = {"tokens": tokens, "train": train, "lora_rank": lora_rank, "precision": precision}
     record = run(
@@ -224,9 +224,9 @@ def sparsify(
     Example: moefy sparsify ./llama ./llama-relu --relu --tokens 2000000 --corpus ./text
     """
     from moefy import recipe as recipes
+    from moefy.training.curves import sparsify_rows
     from moefy.training.recipe import SparsifyRecipe
     from moefy.training.sparsify import sparsify as run
-    from moefy.training.tables import sparsify_rows
 
     given = {
         "relu": relu or None, "penalty": penalty, "weight": weight, "tokens": tokens,
