@@ -88,10 +88,9 @@ def convert(
             disk=streamed.disk(task) if stream else task.todo.disk,
         ):
             made = streamed.stream(task) if stream else _in_memory(task)
-            if made is None:
-                return {}
-            records = _sealed(task, made, stream)
-    job.commit()
+            records = {} if made is None else _sealed(task, made, stream)
+    if job.processes.main:
+        job.commit()
     job.processes.wait()
     return records
 
@@ -127,7 +126,6 @@ def _in_memory(task: Conversion) -> Converted | None:
     """Every stage on the whole model, one after the other; None in processes that have only helped."""
     made = fitted(task)
     if not task.processes.main:
-        task.processes.wait()
         return None
     with task.clock.stage("write"):
         _write(task, made.artefact)

@@ -110,10 +110,9 @@ def fine_tune(
     report: Reporter,
     what: str,
 ) -> Outcome:
-    """Train `model` in place, or go on from the checkpoint in `folder`.
+    """Train `model` in place, by parameter groups, or go on from the checkpoint in `folder`.
 
-    `groups` are the optimiser's parameter groups. Raises `Diverged` where the loss is not finite
-    before there is a checkpoint to go back to.
+    Raises `Diverged` where the loss is not finite before there is a checkpoint to go back to.
     """
     steps = _Steps.prepared(model, groups, objective, recipe, accelerator)
     outcome, store = steps.outcome, _Store(accelerator, folder)
@@ -126,8 +125,7 @@ def fine_tune(
     drawn = sampler(samples, recipe.batch_tokens, recipe.seed, least=accelerator.num_processes)
     with report.progress(recipe.steps, what, outcome.steps) as progress:
         for documents in islice(drawn, outcome.steps, recipe.steps):
-            row = steps.take(documents, check)
-            if row is not None:
+            if (row := steps.take(documents, check)) is not None:
                 # Before the checkpoint: lines after the newest one are dropped when a run goes on.
                 log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
                 if "held_out_loss" in row and not steps.failed:
