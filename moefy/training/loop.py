@@ -221,16 +221,15 @@ class _Steps:
 
     def _judged(self, checked: dict[str, Any]) -> dict[str, Any]:
         """A check taken in; too many that do not pass, or the last one, end the training."""
-        outcome, loss = self.outcome, checked["held_out_loss"]
-        before = outcome.before["held_out_loss"]
-        if math.isfinite(loss) and loss <= WORSE * before:
+        outcome = self.outcome
+        if _passes(checked, outcome.before):
             outcome.after, self.failed = checked, 0
             return checked
         self.failed += 1
         if self.failed == PATIENCE or outcome.steps == self.recipe.steps:
             outcome.stopped = (
-                f"the held-out loss rose to {loss:.4g} at step {outcome.steps}, from {before:.4g} before "
-                "training"
+                f"the held-out loss rose to {checked['held_out_loss']:.4g} at step "
+                f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
             )
         return checked
 
@@ -364,6 +363,11 @@ def _predicted(sample: Sample) -> int:
     if "pixel_values" in sample.inputs:
         return 1
     return max(len(value) for value in sample.inputs.values())
+
+
+def _passes(checked: dict[str, Any], before: dict[str, Any]) -> bool:
+    loss = checked["held_out_loss"]
+    return math.isfinite(loss) and loss <= WORSE * before["held_out_loss"]
 
 
 def _shown(row: dict[str, float]) -> str:
