@@ -108,7 +108,7 @@ def make_tokenizer(texts: dict[str, list[str]], folder: Path) -> PreTrainedToken
         PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS).save_pretrained(
             path
         )
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
 
 
 def _head(texts: list[str], size: int):

@@ -101,20 +101,26 @@ def fetch(work: Path) -> Path:
 
 def save(gguf: Path, folder: Path) -> None:
     """Write the model in bf16 and its tokenizer as a transformers folder."""
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     config = read.config
     del config.quantization_config
     config.dtype = torch.bfloat16
     fresh = LlamaForCausalLM(config)
     fresh.load_state_dict(read.state_dict())
     fresh.bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    ).save_pretrained(folder)
 
 
 def answer(folder: Path) -> str:
     """What the model in `folder` says to the known question, greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,

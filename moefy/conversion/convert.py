@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion import streamed
@@ -41,18 +41,22 @@ from moefy.experts.loading import load, load_dense
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
-from moefy.models.checkpoint import Checkpoint, copy_folder, sha256
+from moefy.models.checkpoint import Checkpoint, copy_folder
+from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
+from moefy.run.computing import asked, now
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
+from moefy.run.output import write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
 
 
+@asked
 def convert(
     model: str | Path | PreTrainedModel,
     out: str | Path,
@@ -63,6 +67,9 @@ def convert(
     stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
@@ -80,13 +87,10 @@ def convert(
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     job = Job("convert", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched())
-    map_large_blocks()
     with _on_disk(model, adapter) as folder:
         task = _planned(job, folder, recipe, load_corpus(corpus), adapter, stream)
-        with job.running(
-            [recipes.to_dict(recipe), task.source, task.corpus, adapter, stream],
-            disk=streamed.disk(task) if stream else task.todo.disk,
-        ):
+        disk = streamed.disk(task) if stream else task.todo.disk
+        with job.running([*task.decided, stream], disk=disk):
             made = streamed.stream(task) if stream else _in_memory(task)
             records = {} if made is None else _sealed(task, made, stream)
     if job.processes.main:
@@ -102,6 +106,7 @@ def _planned(
 
     Raises what `plan` raises, and `MoefyError` where it cannot be done in this way.
     """
+    map_large_blocks()
     with job.clock.stage("plan"):
         checkpoint = Checkpoint.open(folder)
         task = Conversion.planned(
@@ -130,7 +135,8 @@ def _in_memory(task: Conversion) -> Converted | None:
     with task.clock.stage("write"):
         _write(task, made.artefact)
     with task.clock.stage("verify"):
-        sparse = load(task.finished, verify=False, **placement())
+        # What it names is what the recipe names.
+        sparse = load(task.finished, verify=False, plugins=True, **placement())
         error = _verify(task.checkpoint, sparse, task.evaluated[0])
         give_back()
         quality = evaluate(sparse, task.evaluated, report=task.report)
@@ -145,15 +151,34 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
         return
     if adapter:
         raise MoefyError("an adapter names the folder of its source: save the model first")
+    refuse_adapted(model)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        _save(model, Path(folder))
         yield folder
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model, also with a generation config that transformers refuses to save."""
+    generation: Any = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+        model.save_pretrained(folder)
+    except ValueError:
+        if generation is None:
+            raise
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = generation
+        write_whole(folder / "generation_config.json", generation.to_json_string())
 
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """Raise `MoefyError` where running the whole model is hopeless."""
     needed, free = memory_of(checkpoint), free_memory()
-    if needed > free and not torch.cuda.is_available():
+    if needed > free and not now().on_gpu:
         raise MoefyError(
             f"{checkpoint.folder}: takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
             "free; pass --stream, which holds one layer at a time"
@@ -173,8 +198,7 @@ def _write(task: Conversion, artefact: Artefact) -> None:
     shutil.rmtree(task.finished, ignore_errors=True)
     task.finished.mkdir()
     if artefact.form == FULL:
-        weights = {file.name for file in task.checkpoint.files}
-        copy_folder(task.checkpoint.folder, task.finished, skip=weights)
+        copy_folder(task.checkpoint.folder, task.finished, skip={*task.checkpoint.weights})
         reorder(task.checkpoint, task.finished, task.todo.sites, artefact, task.report)
     write_side_files(task.finished, artefact)
 
@@ -209,9 +233,7 @@ def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
     _require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
     task.report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
     with task.clock.stage("hash the result"):
-        hashes = {}
-        if artefact.form == FULL:
-            hashes = {file.name: sha256(file) for file in Checkpoint.open(finished).files}
+        hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
         write_side_files(finished, replace(artefact, sha256=hashes))
     records = {"conversion": _record(task, made, stream), "evaluation": made.evaluation}
     (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 from moefy.conversion.capture import Captured
 from moefy.conversion.fit import RouterFit, Tokens, cap, fit_compensation, fit_router, fit_selection
 from moefy.conversion.plan import Plan
-from moefy.experts.loading import build_compensation, build_router
+from moefy.experts.entries import build_compensation, build_router
 from moefy.methods.base import stored
 from moefy.methods.partition.partition import Partition, partition
 from moefy.methods.tables import SELECTIONS, choose

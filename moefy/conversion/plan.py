@@ -3,7 +3,8 @@
 Shapes: N neurons, D width, E experts, H heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,14 @@ from moefy.data.corpus import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
 from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
 from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
-from moefy.methods.routers.rough_gate import FLAT
+from moefy.methods.routers.gates import FLAT, LargestInputsRouter
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
+from moefy.models import refusals
 from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, meta_model, side_of, sites
+from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
 from moefy.recipe import Recipe
 
 
@@ -45,11 +47,15 @@ class Plan:
     """Of the largest layer, attention included."""
     weights: int
     """Bytes of all parameters."""
+    other: int
+    """Bytes of the files beside the weights, which are copied."""
     disk: int
     """Bytes of disk needed while it runs."""
     memory: int
     """Bytes of memory at the peak, the model and its tokenizer among them, Python and its libraries not."""
     corpus: str
+    notes: list[str]
+    """What a person should know of the folder."""
 
 
 def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool = False) -> Plan:
@@ -58,15 +64,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     Raises `UnsupportedModel` or `RecipeError` where the model and the recipe do not go together.
     """
     _require_possible(recipe)
-    config = read_config(checkpoint)
-    model = meta_model(config)
-    mlps = sites(model)
+    model, mlps = _model(checkpoint)
     layers = _layers(mlps, recipe)
     blocks = [] if recipe.attention.density is None else head_sites(model)
     heads = [_head_plan(site, recipe) for site in blocks]
     total = _size(model)
-    width = (getattr(config, "dtype", None) or torch.float32).itemsize
+    width = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
+    other = sum(file.stat().st_size for file in checkpoint.other_files)
     seen = sum(s.width for s in mlps) + sum(s.width + s.neurons for s in blocks)
     return Plan(
         source=str(checkpoint.folder),
@@ -82,9 +87,11 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         mlp_parameters=sum(_parameters(s) for s in mlps),
         layer_parameters=max(_size(model.get_submodule(site.layer)) for site in mlps),
         weights=total * width,
-        disk=sample * seen * width + (0 if adapter else total * width),
+        disk=sample * seen * width + (0 if adapter else total * width + other),
+        other=other,
         memory=_memory(checkpoint, model, mlps, recipe, total * width, width),
         corpus=corpus,
+        notes=refusals.notes(checkpoint.config, model),
     )
 
 
@@ -125,6 +132,20 @@ def _layers(mlps: list[Site], recipe: Recipe) -> list[tuple[LayerEntry, int]]:
     ]
 
 
+def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
+    """The model on the meta device and its MLPs; refuses what would not stay what it is."""
+    folder, tensors = checkpoint.folder, checkpoint.tensors if checkpoint.has_weights else {}
+    refusals.refuse_quantized(folder, checkpoint.config, tensors)
+    model = meta_model(read_config(checkpoint))
+    found = sites(model)
+    refusals.refuse_outputs(model, [site.layer for site in found])
+    stored = {name: tensor.dtype for name, tensor in tensors.items()}
+    ours = {name for site in found for name in site.parameters}
+    wanted = [disk for disk, name in disk_names(model, stored).items() if name in ours]
+    refusals.refuse_codes(folder, stored, wanted)
+    return model, found
+
+
 def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
     """The plan in a few lines."""
     first, k = todo.layers[0], todo.k[0]
@@ -150,12 +171,13 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
-            f"needs {todo.weights / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
+            f"needs {(todo.weights + todo.other) / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
             f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
             if stream
             else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
             f"of memory: {todo.weights / 1e9:.2f} the model, "
             f"{(todo.memory - todo.weights) / 1e9:.2f} the work",
+            *todo.notes,
         ]
     )
 
@@ -248,6 +270,12 @@ def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
 def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
     """What is decided of one MLP before its weights are read, and its routed experts per token."""
     where = f"layer {site.index}"
+    scored = choose(SELECTIONS, "selection", recipe.selection.name).by_score
+    if scored and not site.gated and choose(ROUTERS, "router", recipe.router.name).reads_gate:
+        raise RecipeError(
+            f"{where}: router '{recipe.router.name}' reads the gate, and this model's MLPs have none; "
+            "choose another, for example low_rank"
+        )
     wanted = recipe.partition
     experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)
     shared = wanted.shared or 0
@@ -266,11 +294,7 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
         width=site.width,
         experts=experts,
         shared=shared,
-        router={
-            "name": recipe.router.name, "hidden": recipe.router.hidden,
-            "bits": recipe.router.bits, "inputs": inputs_read(site, recipe, (k + shared) / experts),
-            "look_ahead": look_ahead,
-        },
+        router={**router_of(site, recipe, (k + shared) / experts), "look_ahead": look_ahead},
         selection={"name": recipe.selection.name},
         compensation={"name": compensation_of(site, recipe), "rank": recipe.compensation.rank},
     )  # fmt: skip
@@ -295,17 +319,24 @@ def compensation_of(site: Site, recipe: Recipe) -> str:
     return name
 
 
-def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
-    """Inputs of a token that `largest_inputs` reads: by default as large a share as the budget.
+def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
+    """Name and settings of the router of one MLP of which a share `density` runs.
 
-    Of m matrices, a share s of the inputs of one and the density d make a budget of `s/m + d`. All
-    are read once that costs no more: the gates are then exact, and the budget `1/m + d(m - 1)/m`.
+    Those that a recipe has by name are written of every router. Raises `RecipeError` for settings that
+    this router does not have.
     """
-    m = 3 if site.gated else 2
-    share = recipe.router.inputs
-    if share is None:
-        share = 1.0 if density >= (m - 1) / (2 * m - 1) else density * m / (m - 1)
-    return max(1, round(share * site.width))
+    wanted = recipe.router
+    kind = choose(ROUTERS, "router", wanted.name)
+    known = [field.name for field in fields(kind.Settings)]
+    for name in wanted.settings:
+        if name not in known:
+            raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
+    given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
+    inputs = vars(LargestInputsRouter.planned(site, given, density))
+    own = vars(kind.planned(site, {**given, **wanted.settings}, density))
+    entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
+    others = {name: own[name] for name in own if name not in given}
+    return {**entry, "settings": others} if others else entry
 
 
 def _size(module: nn.Module) -> int:

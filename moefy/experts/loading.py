@@ -7,17 +7,25 @@
 Shapes: N neurons, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moefy.errors import CheckpointError, MoefyError
+from moefy.errors import MoefyError
 from moefy.experts.context import share_context
+from moefy.experts.entries import (
+    build_compensation,
+    build_router,
+    build_selection,
+    check_artefact,
+    fill,
+)
 from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
 from moefy.experts.moefied import NAME, Moefied, of
@@ -26,22 +34,21 @@ from moefy.experts.placement import placement
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.base import Compensation, Router, Selection, stored
-from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
+from moefy.methods.base import stored
 from moefy.models.artefact import (
     ADAPTER,
-    META,
-    SIDE,
     Artefact,
     Entry,
     HeadEntry,
     LayerEntry,
+    allow_plugins,
     open_artefact,
     open_folder,
     part_of,
     write_side_files,
 )
-from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite, sha256
+from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
+from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, disk_names, meta_model, read_mlp, sites
 from moefy.models.locate import permute as permuted
@@ -63,30 +70,14 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def build_router(entry: Entry) -> Router:
-    """The router that an entry names, without its tensors."""
-    kind = choose(ROUTERS, "router", entry.router["name"])
-    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.router)
-
-
-def build_selection(entry: Entry) -> Selection:
-    """The selection that an entry names, with its settings."""
-    settings = {key: value for key, value in entry.selection.items() if key != "name"}
-    return choose(SELECTIONS, "selection", entry.selection["name"])(**settings)
-
-
-def build_compensation(entry: Entry) -> Compensation:
-    """The compensation that an entry names, without its tensors."""
-    kind = choose(COMPENSATIONS, "compensation", entry.compensation["name"])
-    return kind.make(entry.width, entry.routed, entry.routed_neurons, entry.compensation["rank"])
-
-
 def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = read_config(checkpoint)
     kind = type(meta_model(config))
     kwargs = {"dtype": "auto", **kwargs}
-    model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
+    model: PreTrainedModel = kind.from_pretrained(
+        checkpoint.folder, config=config, trust_remote_code=False, **kwargs
+    )
     model.eval()
     return model
 
@@ -96,18 +87,21 @@ def load(
     *,
     base: str | Path | None = None,
     verify: bool = True,
+    plugins: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a moefied checkpoint as a transformers model whose MLPs are SparseMlps.
 
     `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
-    the weights. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
+    the weights. A folder is data: with `plugins=True` alone, code that it names
+    (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
     `device_map` offloads are read from disk whenever they run.
 
     Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
     """
-    artefact, checkpoint = open_artefact(folder, base=base, verify=verify)
-    return _loaded(artefact, checkpoint, **kwargs)
+    with allow_plugins(plugins):
+        artefact, checkpoint = open_artefact(folder, base=base, verify=verify)
+        return _loaded(artefact, checkpoint, **kwargs)
 
 
 def open_model(
@@ -146,13 +140,8 @@ def open_model(
 
 def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
-    if len(sites(model)) != len(artefact.layers):
-        raise CheckpointError(
-            f"{META}: {len(artefact.layers)} layers, and {len(sites(model))} in the model of "
-            f"{checkpoint.folder}"
-        )
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
-    setattr(model, save_pretrained.__name__, MethodType(save_pretrained, model))
+    _bind(model, save_pretrained)
     return model
 
 
@@ -169,6 +158,8 @@ def moefied(
     holds the weights of layers that are offloaded. The model gets `METHODS`.
     """
     found = sites(model)
+    blocks = head_sites(model) if artefact.heads else []
+    check_artefact(artefact, found, blocks)
     devices = [offloaded(model.get_submodule(site.path("up"))) for site in found]
     names = stored_names(model, checkpoint) if checkpoint and any(devices) else {}
     for site, entry, device in zip(found, artefact.layers, devices, strict=True):
@@ -178,19 +169,22 @@ def moefied(
         if device is not None and checkpoint is not None:
             order_N = artefact.permutation(site.index) if permute else None
             offload(sparse, StoredMlp(checkpoint, names, site, order_N), device)
-    blocks = head_sites(model) if artefact.heads else []
-    if [(s.block, s.heads, s.head_dim) for s in blocks] != [
-        (entry.block, entry.heads, entry.head_dim) for entry in artefact.heads
-    ]:
-        raise CheckpointError(f"{META}: its attention blocks are not those of the model")
     for block, heads in zip(blocks, artefact.heads, strict=True):
         _install_heads(model, block, heads, artefact)
     mlps, routed = sparse_mlps(model), sparse_heads(model)
     vars(model)[NAME] = Moefied(artefact, found, blocks, mlps, routed, checkpoint)
     share_context(model)
     for method in METHODS:
-        setattr(model, method.__name__, MethodType(method, model))
+        _bind(model, method)
     model.eval()
+
+
+def _bind(model: PreTrainedModel, function: Callable[..., Any]) -> None:
+    """Make a function a method of this one model, in a way that is copied and pickled with it: a bound
+    method would be looked up on a model that is not yet put together."""
+    bound: Any = partial(function, model)
+    bound.__name__, bound.__doc__ = function.__name__, function.__doc__
+    setattr(model, function.__name__, bound)
 
 
 def install(
@@ -215,7 +209,7 @@ def install(
     mlp = mlp.contiguous()
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
-        _fill(module, part_of(tensors, part), f"layers.{site.index}.{part}")
+        fill(module, part_of(tensors, part), f"layers.{site.index}.{part}")
         module.to(device=here)
     sparse = SparseMlp(
         mlp,
@@ -244,7 +238,7 @@ def _install_heads(
         )
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
-        _fill(
+        fill(
             module,
             part_of(artefact.tensors_of(site.index, "heads"), part),
             f"heads.{site.index}.{part}",
@@ -261,14 +255,6 @@ def _install_heads(
     )
     _replace(model, site.projection, heads)
     hand_over(model.get_submodule(site.block), site.projection.removeprefix(f"{site.block}."))
-
-
-def _fill(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{SIDE}: {name}: {reason}") from None
 
 
 def with_routing_of(model: PreTrainedModel) -> Artefact:
@@ -320,7 +306,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     artefact, checkpoint, folder = of(model).artefact, of(model).checkpoint, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapter = artefact.form == ADAPTER
-    meta = meta_model(AutoConfig.from_pretrained(checkpoint.folder))
+    meta = meta_model(read_config(checkpoint))
     found = sites(meta)
     owners = {name: site for site in found for name in site.parameters}
     if not adapter:
@@ -347,7 +333,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     written = replace(
         with_routing_of(model),
         weights_modified=artefact.weights_modified or changed,
-        sha256={} if adapter else {file.name: sha256(file) for file in stored.files},
+        sha256={} if adapter else Checkpoint(folder, stored.config).hashes(),
     )
     write_side_files(folder, written)
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, unknown_choice
@@ -23,18 +24,19 @@ from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.prompt import prompt_record
-from moefy.inspection.causal.causal import TOKENS as CAUSAL_TOKENS
-from moefy.inspection.causal.causal import causal
+from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
+from moefy.inspection.causal import causal
 from moefy.inspection.controls.random_weights import random_weights
 from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
-from moefy.inspection.page_one import honesty
 from moefy.inspection.part import Pass
+from moefy.inspection.quality import quality_summary
 from moefy.inspection.record import Inspection
-from moefy.inspection.report.page import Report
+from moefy.inspection.report import Report
+from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
-from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 from moefy.run.processes import ALONE, Processes, launched
@@ -71,6 +73,7 @@ class Inspected(Inspection):
         return Report(self)._repr_html_()
 
 
+@asked
 def inspect(
     model: str | Path | PreTrainedModel,
     *,
@@ -83,6 +86,9 @@ def inspect(
     prompts: Sequence[str] = (),
     seed: int = 0,
     command: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Inspected:
     """Inspect what the experts of a moefied model do.
@@ -217,7 +223,7 @@ class Inspecting:
             judged = replace(self.stages, processes=ALONE).run(
                 "honesty",
                 sorted(tables),
-                lambda: honesty(
+                lambda: quality_summary(
                     self.model, self.reading, tables, seed=self.seed, report=self.report
                 ),
             )

@@ -4,17 +4,25 @@
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moefy.errors import CheckpointError
+from moefy import recipe as recipes
+from moefy.errors import CheckpointError, RecipeError
+from moefy.models import schema
 from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.schema import Field, check, check_one, optional, whole
+from moefy.run.console import Reporter
+from moefy.run.reading import read_json, reading
 
 FORMAT_VERSION = 3
 WITHOUT_HEADS = 2
@@ -22,7 +30,27 @@ WITHOUT_HEADS = 2
 META, SIDE = "moefy.json", "moefy.safetensors"
 FULL, ADAPTER = "full", "adapter"
 
+AGAIN = "convert the source again"
+MOST_HIDDEN = 2**20
+"""Units of the widest router, and the largest rank."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TENSOR = re.compile(r"(layers|heads)\.(\d+)\.(permutation|(?:router|compensation)\.[\w.]+)")
+_PLUGINS: ContextVar[bool] = ContextVar("_PLUGINS", default=False)
+
 T = TypeVar("T", bound="Entry")
+
+
+@contextmanager
+def allow_plugins(allowed: bool = True) -> Iterator[None]:
+    """Artefacts that are read meanwhile may name code to be imported, as `package.module:Name`.
+
+    An artefact is data otherwise: nothing that it names is imported.
+    """
+    before = _PLUGINS.set(allowed or _PLUGINS.get())
+    try:
+        yield
+    finally:
+        _PLUGINS.reset(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +60,36 @@ class Entry:
     width: int
     experts: int
     router: dict[str, Any]
-    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`."""
+    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`;
+    and `settings`, where it has others."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
     compensation: dict[str, Any]
     """`name` and `rank`."""
+
+    LIST: ClassVar[str] = ""
+    """The list of `moefy.json` that it stands in."""
+
+    @property
+    def where(self) -> str:
+        """What an error calls it: the path of its module."""
+        raise TypeError(f"{type(self).__name__} does not say where it is")
+
+    @classmethod
+    def fields(cls) -> dict[str, Field]:
+        """What its fields hold, each by itself."""
+        return {
+            "width": whole(1), "experts": whole(1), "router": schema.table(),
+            "selection": schema.table(), "compensation": schema.table(),
+        }  # fmt: skip
+
+    def router_fields(self) -> dict[str, Field]:
+        """What `router` holds besides its name."""
+        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.table())}
+
+    def contradiction(self) -> str | None:
+        """What does not go together, if anything."""
+        return None
 
     @property
     def routed(self) -> int:
@@ -57,6 +110,33 @@ class LayerEntry(Entry):
     """Module path of the layer in the transformers model."""
     neurons: int
     shared: int
+
+    LIST: ClassVar[str] = "layers"
+
+    @property
+    def where(self) -> str:
+        """The layer."""
+        return self.layer
+
+    @classmethod
+    def fields(cls) -> dict[str, Field]:
+        """What its fields hold, each by itself."""
+        own = {"layer": schema.text(), "neurons": whole(1), "shared": whole(0)}
+        return super().fields() | own
+
+    def router_fields(self) -> dict[str, Field]:
+        """What `router` holds besides its name."""
+        return super().router_fields() | {
+            "bits": whole(0, 64), "inputs": whole(0, self.width), "look_ahead": schema.flag(),
+        }  # fmt: skip
+
+    def contradiction(self) -> str | None:
+        """What does not go together, if anything."""
+        if self.neurons % self.experts:
+            return f"{self.experts} experts do not divide {self.neurons} neurons"
+        if self.shared >= self.experts:
+            return f"{self.shared} of {self.experts} experts are shared, none is left to route"
+        return None
 
     @property
     def routed(self) -> int:
@@ -84,6 +164,25 @@ class HeadEntry(Entry):
     heads: int
     head_dim: int
 
+    LIST: ClassVar[str] = "heads"
+
+    @property
+    def where(self) -> str:
+        """The block."""
+        return self.block
+
+    @classmethod
+    def fields(cls) -> dict[str, Field]:
+        """What its fields hold, each by itself."""
+        own = {"block": schema.text(), "heads": whole(1), "head_dim": whole(1)}
+        return super().fields() | own
+
+    def contradiction(self) -> str | None:
+        """What does not go together, if anything."""
+        if self.heads % self.experts:
+            return f"{self.experts} experts do not divide {self.heads} heads"
+        return None
+
     @property
     def routed_neurons(self) -> int:
         """Outputs of all heads."""
@@ -97,7 +196,8 @@ class Artefact:
     form: str
     """`full`: the weights are here, in expert order. `adapter`: they are in `source`, as they were."""
     source: dict[str, Any]
-    """`name` as the user gave it (path or Hub id) and `sha256` of its files."""
+    """`name` as the user gave it (path or Hub id) and `sha256` of its files; of an adapter whose base is
+    on the Hub, `revision`, the commit that it was made from."""
     recipe: dict[str, Any]
     corpus: dict[str, Any]
     layers: list[LayerEntry]
@@ -107,7 +207,7 @@ class Artefact:
     heads: list[HeadEntry] = field(default_factory=list)
     """Attention blocks whose heads are routed: all of them, or none."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Hashes of the weight files of the full form and of `moefy.safetensors`."""
+    """Hashes of `config.json` and the weight files of the full form, and of `moefy.safetensors`."""
     weights_modified: bool = False
     """True once training has changed weights: `revert` can then not give back the source."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -146,8 +246,9 @@ def is_artefact(folder: str | Path) -> bool:
 def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
     """Read and check both files, and with `verify` the hashes of all weights.
 
-    Raises `CheckpointError` for a newer format, unknown or missing fields, missing or misshapen
-    tensors, and files whose hash is not the recorded one.
+    Raises `CheckpointError` for another format, unknown, missing or contradictory fields, missing,
+    unknown or misshapen tensors, numbers that are not finite, names of code unless `allow_plugins`, and
+    files whose hash is not the recorded one or that have none.
     """
     folder = Path(folder)
     meta_file = folder / META
@@ -155,40 +256,35 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
         raise CheckpointError(f"{folder}: no such folder; give one that moefy convert wrote")
     if not meta_file.is_file():
         raise CheckpointError(f"{folder}: no {META}; not a moefied model, convert it first")
-    try:
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        version = meta["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{meta_file}: damaged ({error}); convert the source again") from None
-    if version == WITHOUT_HEADS and "heads" not in meta:
-        meta["heads"], version = [], FORMAT_VERSION
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{meta_file}: format {version}, this moefy reads {FORMAT_VERSION}; "
-            + ("upgrade moefy" if version > FORMAT_VERSION else "convert the source again")
-        )
-    _check_fields(meta_file, "", meta, {f.name for f in fields(Artefact)} - {"tensors"})
-    layers = _entries(meta_file, "layers", LayerEntry, meta["layers"])
-    heads = _entries(meta_file, "heads", HeadEntry, meta["heads"])
-    hashes = {**meta["sha256"]}
-    names = hashes if verify else {SIDE: hashes.get(SIDE)}
-    for name, expected in names.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing; copy the folder again")
-        if sha256(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name}: its SHA-256 is not the one in {META}; the file was changed or "
-                "damaged, copy or convert it again"
-            )
-    try:
+    meta = _of_this_format(meta_file, read_json(meta_file, AGAIN))
+    check(meta, _META, str(meta_file))
+    check(meta["source"], _SOURCE, f"{meta_file}: source")
+    check(meta["corpus"], _CORPUS, f"{meta_file}: corpus")
+    _check_recipe(meta_file, meta["recipe"])
+    layers = _entries(meta_file, LayerEntry, meta["layers"])
+    heads = _entries(meta_file, HeadEntry, meta["heads"])
+    _check_hashes(folder, meta, verify)
+    with reading(folder / SIDE, AGAIN):
         tensors = load_file(folder / SIDE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / SIDE}: damaged ({error})") from None
     values = {k: value for k, value in meta.items() if k not in ("layers", "heads", "format")}
     artefact = Artefact(**values, layers=layers, heads=heads, tensors=tensors)
-    for index, entry in enumerate(layers):
-        _check_permutation(folder / SIDE, artefact, index, entry)
+    _check_tensors(folder / SIDE, artefact)
     return artefact
+
+
+def _of_this_format(file: Path, meta: Any) -> dict[str, Any]:
+    """The fields as this format has them, of it or the one before."""
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if type(version) is not int:
+        raise CheckpointError(f"{file}: damaged (format {version!r}); {AGAIN}")
+    if version == WITHOUT_HEADS and "heads" not in meta:
+        return {**meta, "heads": [], "format": FORMAT_VERSION}
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format {version}, this moefy reads {FORMAT_VERSION}; "
+            + ("upgrade moefy" if version > FORMAT_VERSION else AGAIN)
+        )
+    return meta  # type: ignore[no-any-return]
 
 
 def open_artefact(
@@ -203,14 +299,30 @@ def open_artefact(
     if artefact.form != ADAPTER:
         return artefact, Checkpoint.open(folder)
     try:
-        checkpoint = Checkpoint.open(base or artefact.source["name"])
+        checkpoint = _base(Path(folder), artefact) if base is None else Checkpoint.open(base)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder}: the base of this adapter cannot be opened: {error}"
         ) from None
-    if verify:
+    # What came from the Hub is what the artefact was made from, or it is not used.
+    if verify or (base is None and checkpoint.revision is not None):
         verify_source(artefact, checkpoint)
     return artefact, checkpoint
+
+
+def _base(folder: Path, artefact: Artefact) -> Checkpoint:
+    """The checkpoint that an adapter names: a path, from its own folder on, or a pinned Hub revision."""
+    name, revision = str(artefact.source["name"]), artefact.source.get("revision")
+    path = folder / name
+    if path.exists():
+        return Checkpoint.open(path)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{path}: no such folder; say where it is with base=")
+    if revision is None:
+        # Nothing says which revision it was: only what was downloaded before is taken.
+        return Checkpoint.open_hub(name, local=True)
+    Reporter().say(f"{folder}: opening its base, '{name}' of the Hub at revision {revision}")
+    return Checkpoint.open_hub(name, revision)
 
 
 def open_folder(
@@ -234,27 +346,106 @@ def verify_source(artefact: Artefact, base: Checkpoint) -> None:
             )
 
 
-def _entries(file: Path, where: str, kind: type[T], found: list[dict[str, Any]]) -> list[T]:
-    entries = []
+_SOURCE = {
+    "name": schema.text(),
+    "sha256": schema.hashes(),
+    "revision": optional(schema.text(re.compile("[0-9a-f]{40}"), "a commit of 40 digits")),
+}
+_CORPUS = {"name": schema.text(), "sha256": schema.string()}
+_META = {
+    "form": schema.one_of(FULL, ADAPTER),
+    "source": schema.table(),
+    "recipe": schema.table(),
+    "corpus": schema.table(),
+    "layers": schema.rows(),
+    "heads": schema.rows(),
+    "sha256": schema.hashes(),
+    "weights_modified": schema.flag(),
+    "versions": schema.words(),
+    "format": whole(FORMAT_VERSION, FORMAT_VERSION),
+}
+
+
+def _check_recipe(file: Path, recipe: dict[str, Any]) -> None:
+    """Whether it is a recipe; of names of code, none is taken that is not allowed."""
+    try:
+        recipes.from_dict(recipe)
+    except RecipeError as error:
+        raise CheckpointError(f"{file}: recipe: {error}; {AGAIN}") from None
+    if not _PLUGINS.get():
+        for key, value in recipes.flat(recipe).items():
+            if isinstance(value, str):
+                check_one(value, schema.method_name(False), f"{file}: recipe: {key}")
+
+
+def _entries(file: Path, kind: type[T], found: list[Any]) -> list[T]:
+    """The entries of one list, each checked by itself."""
+    entries: list[T] = []
     for index, values in enumerate(found):
-        _check_fields(file, f"{where}[{index}].", values, {f.name for f in fields(kind)})
-        entries.append(kind(**values))
+        where = f"{file}: {kind.LIST}[{index}]"
+        check(values, kind.fields(), where)
+        entry = kind(**values)
+        if wrong := entry.contradiction():
+            raise CheckpointError(f"{where} ({entry.where}): {wrong}; {AGAIN}")
+        where = f"{where} ({entry.where})"
+        name = {"name": schema.method_name(_PLUGINS.get())}
+        check(entry.router, name | entry.router_fields(), f"{where}: router")
+        check(entry.compensation, name | {"rank": whole(0, MOST_HIDDEN)}, f"{where}: compensation")
+        values = {key: optional(schema.number()) for key in entry.selection if key != "name"}
+        check(entry.selection, name | values, f"{where}: selection")
+        entries.append(entry)
+    places = [entry.where for entry in entries]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise CheckpointError(f"{file}: {kind.LIST}: {twice} is there twice; {AGAIN}")
     return entries
 
 
-def _check_fields(file: Path, where: str, got: Mapping[str, Any], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - set(got)), sorted(set(got) - expected)
-    if missing or unknown:
-        what = (
-            f"'{where}{missing[0]}' is missing" if missing else f"'{where}{unknown[0]}' is unknown"
-        )
-        raise CheckpointError(f"{file}: field {what}; convert the source again")
+def _check_hashes(folder: Path, meta: dict[str, Any], verify: bool) -> None:
+    """Whether `moefy.safetensors`, and with `verify` everything else that is read, is what was written."""
+    hashes: dict[str, str] = dict(meta["sha256"])
+    needed = [SIDE]
+    if verify and meta["form"] == FULL:
+        # Folders of before this was written down: they have the `config.json` of the source.
+        source = meta["source"]["sha256"].get("config.json")
+        if source is not None:
+            hashes.setdefault("config.json", source)
+        needed += ["config.json", *Checkpoint.open(folder).weights]
+    for name in needed:
+        if name not in hashes:
+            raise CheckpointError(f"{folder / META}: sha256 has no '{name}'; {AGAIN}")
+    for name in hashes if verify else needed:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: {name} is missing; copy the folder again")
+        if sha256(folder / name) != hashes[name]:
+            raise CheckpointError(
+                f"{folder / name}: its SHA-256 is not the one in {META}; the file was changed or "
+                "damaged, copy or convert it again"
+            )
 
 
-def _check_permutation(file: Path, artefact: Artefact, index: int, entry: LayerEntry) -> None:
-    name = f"layers.{index}.permutation"
-    got = artefact.tensors.get(name)
-    if got is None:
-        raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
-    if got.shape != (entry.neurons,) or got.sort().values.tolist() != list(range(entry.neurons)):
-        raise CheckpointError(f"{file}: {name} is not a permutation of {entry.neurons} neurons")
+def _check_tensors(file: Path, artefact: Artefact) -> None:
+    """Whether every tensor belongs to an entry and is finite, and permutations are that.
+
+    What the tensors of routers and compensations are is known to those: `moefy.methods.declared`.
+    """
+    counts = {"layers": len(artefact.layers), "heads": len(artefact.heads)}
+    for name, tensor in artefact.tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or int(match[2]) >= counts[match[1]] or str(int(match[2])) != match[2]:
+            raise CheckpointError(f"{file}: tensor {name} belongs to no layer; {AGAIN}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity; {AGAIN}")
+    for index, entry in enumerate(artefact.layers):
+        name = f"layers.{index}.permutation"
+        if name not in artefact.tensors:
+            raise CheckpointError(f"{file}: tensor {name} is missing; {AGAIN}")
+        order_N = artefact.tensors[name]
+        if (
+            order_N.dtype != torch.int32
+            or order_N.shape != (entry.neurons,)
+            or not torch.equal(order_N.sort().values, torch.arange(len(order_N), dtype=torch.int32))
+        ):
+            raise CheckpointError(f"{file}: {name} is not a permutation of {entry.neurons} neurons")
+    if any(name.startswith("heads") and name.endswith(".permutation") for name in artefact.tensors):
+        raise CheckpointError(f"{file}: heads have no permutation; {AGAIN}")

@@ -9,6 +9,7 @@ It knows nothing of layers, experts or recipes.
 
 import hashlib
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -25,9 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.errors import CheckpointError
+from moefy.models.refusals import refuse_adapter, refuse_pointer
+from moefy.models.schema import is_inside
 from moefy.run.output import whole
+from moefy.run.reading import read_json, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+MOST_HEADER = 100_000_000
+"""Bytes of the largest header; safetensors reads no larger one."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,34 +57,43 @@ class StoredTensor:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 
-    Raises `CheckpointError` where the file is cut short or its header is damaged.
+    Raises `CheckpointError` where the file is cut short or its header is damaged: names of sizes that
+    are no sizes, tensors that are not as long as their shape says, overlap, or leave gaps.
     """
-    size = file.stat().st_size
+    refuse_pointer(file)
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
+            if length > min(size - 8, MOST_HEADER):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        found = {
-            name: StoredTensor(
-                file,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-        end = max((tensor.end for tensor in found.values()), default=8 + length)
+        found = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(found.values(), key=lambda t: (t.begin, t.end)):
+            if tensor.begin != end:
+                raise ValueError(f"tensors overlap or leave a gap at byte {end}")
+            end = tensor.end
         if end != size:
             raise ValueError(f"its header speaks of {end} bytes, the file has {size}")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(
-            f"{file}: truncated or corrupt safetensors file ({error}); copy or download it again"
+            f"{file}: truncated or corrupt safetensors file ({reason(error)}); copy or download it again"
         ) from None
     return found
+
+
+def _stored(file: Path, start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """One entry of a header; `ValueError` where it contradicts itself."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name}: sizes that are no sizes")
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{name}: {end - begin} bytes for a {dtype} of shape {shape}")
+    return StoredTensor(file, dtype, tuple(shape), start + begin, start + end)
 
 
 @dataclass(frozen=True)
@@ -94,48 +110,98 @@ class Checkpoint:
         Raises `CheckpointError` for anything that is not a model folder.
         """
         folder = Path(model)
-        if not folder.exists():
+        if not is_there(folder):
             folder = _download(str(model))
+        return cls._of(folder)
+
+    @classmethod
+    def open_hub(
+        cls, name: str, revision: str | None = None, *, local: bool = False
+    ) -> "Checkpoint":
+        """A Hub repository at one commit; with `local` only what was downloaded before."""
+        return cls._opened(cls._of(_download(name, revision, local)))
+
+    @classmethod
+    def _of(cls, folder: Path) -> "Checkpoint":
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: not a model folder; give the folder that holds config.json"
             )
+        refuse_adapter(folder)
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise CheckpointError(f"{folder}: no config.json; is this a transformers model folder?")
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{config_file}: not JSON ({error}); download it again") from None
+        refuse_pointer(config_file)
+        config = read_json(config_file)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{config_file}: must be keys and values; download it again")
         return cls(folder, config)
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
         """Like `open_config`, and the weight files are found and checked too."""
-        checkpoint = cls.open_config(model)
+        return cls._opened(cls.open_config(model))
+
+    @classmethod
+    def _opened(cls, checkpoint: "Checkpoint") -> "Checkpoint":
         _ = checkpoint.tensors  # a damaged file is found now, not halfway
         return checkpoint
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of a folder that the Hub's cache holds; None for any other."""
+        place = self.folder.absolute()
+        return place.name if place.parent.name == "snapshots" else None
+
+    @cached_property
+    def _index(self) -> dict[str, str] | None:
+        """The file of every tensor as the weight index says it; None where one file holds all.
+
+        The order is that of transformers: what `config.json` names, one file, an index. Raises
+        `CheckpointError` where one file and the index of others lie side by side, since other
+        programs read the others.
+        """
+        named = self.config.get("transformers_weights")
+        if named is not None and named not in (SINGLE, INDEX):
+            raise CheckpointError(
+                f"{self.folder}: config.json names {named!r} as its weights; rename that file to "
+                f"{SINGLE} and take transformers_weights out"
+            )
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if not index.is_file():
+            return None
+        found = read_json(index)
+        wanted = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
+            raise CheckpointError(f"{index}: not a weight index; download it again")
+        others = {*wanted.values()} - {SINGLE}
+        if single.is_file() and others:
+            raise CheckpointError(
+                f"{self.folder}: holds {SINGLE} and an index of other files ({min(others)}), which may "
+                "be two models; move away those that do not belong"
+            )
+        return wanted
+
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files, in order."""
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(
-                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not a weight index ({error})") from None
-            missing = [name for name in names if not (self.folder / name).is_file()]
+        """The weight files, in order. Raises `CheckpointError` for one that lies outside of the folder."""
+        if self._index is not None:
+            names = sorted(set(self._index.values()))
+            for name in names:
+                if not is_inside(name):
+                    raise CheckpointError(
+                        f"{self.folder / INDEX}: names {name!r}, which is outside of the folder; "
+                        "put all weights into it"
+                    )
+            missing = [name for name in names if not is_there(self.folder / name)]
             if missing:
                 raise CheckpointError(
                     f"{self.folder}: {len(missing)} of {len(names)} shards missing, "
                     f"first {missing[0]}; download the rest"
                 )
-            return [self.folder / name for name in names]
+            return [inside(self.folder, self.folder / name) for name in names]
         if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
+            return [inside(self.folder, self.folder / SINGLE)]
         pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt*"))
         if pickled:
             raise CheckpointError(
@@ -144,20 +210,32 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}")
 
+    @property
+    def weights(self) -> list[str]:
+        """Every weight file by its name within the folder, sub-folders included."""
+        return [self._name(file) for file in self.files]
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every stored tensor by its name on disk."""
         found: dict[str, StoredTensor] = {}
         for file in self.files:
-            found |= read_header(file)
-        index = self.folder / INDEX
-        if index.is_file():
-            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            lost = [name for name in wanted if name not in found]
-            if lost:
-                raise CheckpointError(
-                    f"{self.folder}: the index names {lost[0]}, no shard holds it; download again"
-                )
+            for name, tensor in read_header(file).items():
+                if name in found:
+                    raise CheckpointError(
+                        f"{self.folder}: {name} is in {self._name(found[name].file)} and in "
+                        f"{self._name(file)}; download the weights again"
+                    )
+                found[name] = tensor
+        wanted = self._index or {}
+        lost = [name for name in wanted if name not in found]
+        if lost:
+            raise CheckpointError(
+                f"{self.folder}: the index names {lost[0]}, no shard holds it; download again"
+            )
         return found
 
     def read(self, name: str) -> Tensor:
@@ -206,21 +284,54 @@ class Checkpoint:
             )
         return _DTYPES[stored.dtype]
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files, whole or not; a plan needs none."""
+        return any((self.folder / name).is_file() for name in (SINGLE, INDEX))
+
+    @property
+    def other_files(self) -> list[Path]:
+        """The files beside the weights, which a conversion copies."""
+        weights = self.files if self.has_weights else []
+        return [file for file in visible_files(self.folder) if file not in weights]
+
     @cached_property
     def bytes(self) -> int:
         """Size of the weight files."""
         return sum(file.stat().st_size for file in self.files)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of `config.json` and of every weight file, by file name."""
-        return {file.name: sha256(file) for file in [self.folder / "config.json", *self.files]}
+        """SHA-256 of `config.json` and of every weight file, by name within the folder."""
+        return {name: sha256(self.folder / name) for name in ("config.json", *self.weights)}
 
 
-def _download(model: str) -> Path:
+def inside(folder: Path, file: Path) -> Path:
+    """The file, which is no link to somewhere else; the Hub's cache links to its own `blobs`."""
+    home, real = folder.resolve(), file.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"{file}: a link out of the folder, to {real}; copy that file, or link the whole folder"
+        )
+    return file
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; names that the file system does not take do not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _download(model: str, revision: str | None = None, local: bool = False) -> Path:
     try:
         return Path(
             snapshot_download(
-                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+                model,
+                revision=revision,
+                local_files_only=local,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
             )
         )
     except HFValidationError:
@@ -239,16 +350,27 @@ def sha256(file: Path) -> str:
 
 
 def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Copy a model folder file by file; none appears before it is whole."""
-    for file in sorted(source.rglob("*")):
+    """Copy a model folder file by file; none appears before it is whole.
+
+    Raises `CheckpointError` for a link to something outside of it.
+    """
+    for file in visible_files(source):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not file.is_file() or hidden or str(relative) in skip:
+        if relative.as_posix() in skip:
             continue
+        inside(source, file)
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
         with whole(copy) as part:
             shutil.copyfile(file, part)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below it, in order; what is hidden is left out."""
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield file
 
 
 def outline(source: Path, target: Path) -> None:

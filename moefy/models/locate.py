@@ -1,6 +1,6 @@
 """Find the MLPs of a transformers model, and name their tensors in the model and on disk.
 
-    model = meta_model(AutoConfig.from_pretrained(folder))
+    model = meta_model(read_config(checkpoint))
     for site in sites(model):
         mlp = read_mlp(site, model.get_parameter)
 
@@ -10,6 +10,7 @@ module reads no files and changes no model.
 Shapes: D model width, N neurons.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -226,11 +227,22 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
         family = FAMILIES.get(config.model_type)
         kind = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
-    build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    if issubclass(kind, PreTrainedModel):
+        build = kind._from_config
+    else:
+        build = functools.partial(kind.from_config, trust_remote_code=False)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(
             f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason}"

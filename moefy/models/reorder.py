@@ -40,8 +40,9 @@ def reorder(
 
 def outlined(source: Checkpoint, target: Path) -> Checkpoint:
     """`target` with the weight files of `source`, which lack nothing but their tensors."""
-    for file in source.files:
-        outline(file, target / file.name)
+    for name in source.weights:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        outline(source.folder / name, target / name)
     return Checkpoint.open(target)
 
 
@@ -64,8 +65,8 @@ def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> N
         )
     source = Checkpoint.open(folder)
     with job.running(disk=source.bytes):
-        weights = {file.name for file in source.files}
-        copy_folder(folder, job.finished, skip={META, SIDE, "records.json", "README.md", *weights})
+        skip = {META, SIDE, "records.json", "README.md", *source.weights}
+        copy_folder(folder, job.finished, skip=skip)
         if (job.finished / "README.source.md").exists():
             shutil.move(job.finished / "README.source.md", job.finished / "README.md")
         found = sites(meta_model(read_config(source)))

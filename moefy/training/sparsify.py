@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.errors import UnsupportedModel
@@ -26,6 +26,7 @@ from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, sites
+from moefy.run.computing import asked
 from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
@@ -35,6 +36,7 @@ from moefy.training.objectives import Activations, sparse, train_dense
 from moefy.training.recipe import SparsifyRecipe
 
 
+@asked
 def sparsify(
     model: str | Path,
     out: str | Path,
@@ -44,6 +46,8 @@ def sparsify(
     control: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train the checkpoint `model` towards sparse activations; the result is the folder `out`.
@@ -56,8 +60,9 @@ def sparsify(
     anything that is the user's to mend; `out` then is as it was.
     """
     recipe = recipe or SparsifyRecipe()
-    frame = {"resume": resume, "overwrite": overwrite, "quiet": quiet}
-    job = Job("sparsify", out, processes=launched(), **frame)
+    job = Job(
+        "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched()
+    )
     run = _Sparsifying.read(job, Checkpoint.open(model), load_corpus(corpus), recipe)
     with job.running(run.decided(), disk=disk_of(run.source), worthless=(Diverged,)):
         record = run.run(control)
@@ -200,7 +205,7 @@ def _rename_activation(folder: Path, key: str) -> None:
 def _write(model: PreTrainedModel, folder: Path) -> None:
     """Put the trained weights in the place of those that were copied, in their dtype."""
     stored = Checkpoint.open(folder)
-    meta = meta_model(AutoConfig.from_pretrained(folder))
+    meta = meta_model(read_config(Checkpoint.open_config(folder)))
     state = model.state_dict()
     for disk, name in disk_names(meta, stored.tensors).items():
         now = state[name].detach().cpu().to(stored.read(disk).dtype)

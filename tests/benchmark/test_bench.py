@@ -312,7 +312,7 @@ def test_bytes_and_parameters_against_a_naive_loop(gated):
 def test_a_router_that_computes_the_gates_reads_all_of_them():
     layers = tiny()
     module = layers.first
-    module.router = ROUTERS["self_gating"](32, 8, 0)
+    module.router = ROUTERS["self_gating"](32, 8)
     mask_TE = torch.zeros(1, 8, dtype=torch.bool)
     mask_TE[0, 3] = True
     # One expert of 8 neurons of up and down, all 64 rows of the gate, x and y.

@@ -246,7 +246,7 @@ def test_tampered_artefacts(converted):
     meta.write_text(json.dumps(data))
     loads("'recipe' is missing")
     meta.write_text("{")
-    loads("damaged")
+    loads("not JSON")
     meta.write_text(good)
     moefy.load(converted)
 

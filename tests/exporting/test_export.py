@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_conversion import rehash
 from tiny_exports import CASES, SETTINGS, Case, moefied, source
 from tiny_models import build
 from torch import Tensor
@@ -24,8 +25,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.exporting import tensors
 from moefy.exporting.export import export
 from moefy.exporting.targets import TARGETS, check, config_json, find_target, stock_config
-from moefy.exporting.tensors import Planned, Source, plan_tensors
-from moefy.exporting.writer import write_shards
+from moefy.exporting.tensors import Planned, Source, plan_tensors, write_shards
 from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
@@ -286,15 +286,6 @@ def test_export_rejects_its_own_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
-def edited(exported: dict[str, Exported], name: str, out: Path, **changes: Any) -> Path:
-    """A copy of an artefact whose layer 1 says something else."""
-    shutil.copytree(exported[name].moefied, out)
-    meta = json.loads((out / "moefy.json").read_text())
-    meta["layers"][1] |= changes
-    (out / "moefy.json").write_text(json.dumps(meta))
-    return out
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -312,10 +303,16 @@ def edited(exported: dict[str, Exported], name: str, out: Path, **changes: Any) 
     ],
 )
 def test_routing_that_no_stock_model_holds_is_refused(
-    changes: dict[str, Any], words: tuple[str, ...], exported: dict[str, Exported], tmp_path: Path
+    changes: dict[str, Any], words: tuple[str, ...], exported: dict[str, Exported]
 ) -> None:
-    folder = edited(exported, "llama", tmp_path / "moefied", **changes)
-    refused(RecipeError, folder, tmp_path / "out", "mixtral", *words)
+    folder, target = exported["llama"].moefied, find_target("mixtral")
+    made, meta = read_artefact(folder), meta_model(read_config(Checkpoint.open(folder)))
+    layers = [made.layers[0], replace(made.layers[1], **changes)]
+    assert target is not None
+    with pytest.raises(RecipeError) as caught:
+        check(target, replace(made, layers=layers), sites(meta), meta)
+    for word in words:
+        assert word in str(caught.value)
 
 
 def refused(
@@ -376,7 +373,7 @@ def test_mixed_windows_do_not_fit_qwen3_moe(exported: dict[str, Exported]) -> No
     )
     artefact = read_artefact(exported["qwen3"].moefied)
     with pytest.raises(UnsupportedModel, match="sliding window"):
-        check(TARGETS["qwen3_moe"], artefact, sites(meta_model(config)), config)
+        check(TARGETS["qwen3_moe"], artefact, sites(meta_model(config)), meta_model(config))
 
 
 def test_models_without_a_language_model_head_are_refused(
@@ -386,6 +383,7 @@ def test_models_without_a_language_model_head_are_refused(
     config = json.loads((tmp_path / "moefied" / "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]
     (tmp_path / "moefied" / "config.json").write_text(json.dumps(config))
+    rehash(tmp_path / "moefied")
     words = ("LlamaForSequenceClassification", "--to dense")
     refused(UnsupportedModel, tmp_path / "moefied", tmp_path / "out", "mixtral", *words)
 
@@ -472,13 +470,10 @@ def test_exports_after_training(exported: dict[str, Exported], tmp_path: Path) -
 
 def planned_of(one: Exported) -> tuple[list[Planned], Source, Any]:
     checkpoint, artefact = Checkpoint.open(one.moefied), read_artefact(one.moefied)
-    config = read_config(checkpoint)
-    meta = meta_model(config)
-    found = sites(meta)
-    held = Source(checkpoint, meta, found, artefact)
+    held = Source(checkpoint, artefact)
     target = TARGETS[one.case.to]
-    made = stock_config(target, artefact.layers[0], config, tied=held.tied, dtype="float32")
-    return plan_tensors(target, held, found, artefact, meta_model(made)), held, made
+    made = stock_config(target, artefact.layers[0], held.config, tied=held.tied, dtype="float32")
+    return plan_tensors(target, held, meta_model(made)), held, made
 
 
 def test_every_tensor_is_read_once_and_one_layer_is_held(
@@ -533,9 +528,7 @@ def test_overflow_in_fp16_is_refused(exported: dict[str, Exported], tmp_path: Pa
     one = replace(exported["llama"], moefied=tmp_path / "moefied")
     with pytest.raises(CheckpointError, match="SHA-256"):
         export(one.moefied, tmp_path / "out", to="mixtral")
-    meta = json.loads((one.moefied / "moefy.json").read_text())
-    meta["sha256"].pop("model.safetensors")
-    (one.moefied / "moefy.json").write_text(json.dumps(meta))
+    rehash(one.moefied)
     with pytest.raises(CheckpointError, match="times 4 it is not finite"):
         export(one.moefied, tmp_path / "out", to="mixtral")
 
@@ -551,9 +544,7 @@ def test_ties_are_decided_by_the_file(
     assert "lm_head.weight" not in held
     held["lm_head.weight"] = held["model.embed_tokens.weight"] + (1.0 if untied else 0.0)
     save_file(held, file, {"format": "pt"})
-    meta = json.loads((tmp_path / "moefied" / "moefy.json").read_text())
-    meta["sha256"].pop("model.safetensors")
-    (tmp_path / "moefied" / "moefy.json").write_text(json.dumps(meta))
+    rehash(tmp_path / "moefied")
     record = export(tmp_path / "moefied", tmp_path / "out", to="mixtral")
     assert record["tied_embeddings"] is not untied
     assert ("lm_head.weight" in read_header(tmp_path / "out" / "model.safetensors")) is untied

@@ -28,7 +28,7 @@ from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, 
 from moefy.experts.loading import load
 from moefy.exporting.export import export
 from moefy.exporting.gguf import layout as tensors
-from moefy.exporting.gguf.write import write_gguf
+from moefy.exporting.gguf import write_gguf
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]
 FILES = {
@@ -453,7 +453,7 @@ def test_what_is_in_the_way_and_what_is_missing(
     export(one.source, out, to="gguf", overwrite=True)
     assert out.read_bytes()[:4] == b"GGUF"
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf.write")
+    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf")
     refused(MoefyError, one.moefied, tmp_path / "no.gguf", 'pip install "moefy[gguf]"')
 
 

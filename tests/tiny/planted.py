@@ -15,6 +15,7 @@ unigram of their domain. A block of neurons is an expert, so that
 Shapes: T tokens, D width, N neurons, C domains, V content tokens.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from moefy.data.corpus import Corpus, Document
 from moefy.evaluation.bigram import Bigram
 from moefy.methods.base import Router
 from moefy.models.artefact import FULL, Artefact, LayerEntry, write_side_files
+from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import PartitionRecipe, Recipe
 
 DOMAINS, CONTENT = 4, 48
@@ -150,7 +152,7 @@ class Coin(Router):
 
     trainable = False
 
-    def __init__(self, width: int, experts: int, hidden: int) -> None:
+    def __init__(self, width: int, experts: int) -> None:
         super().__init__()
         self.experts = experts
         self.generator = torch.Generator().manual_seed(0)
@@ -192,5 +194,5 @@ def build(folder: Path, kind: str, model: OPTForCausalLM | None = None) -> tuple
         form=FULL, source={"name": "planted", "sha256": {}}, recipe=recipes.to_dict(recipe),
         corpus={"name": "none", "sha256": ""}, layers=[entry], tensors=tensors,
     )  # fmt: skip
-    write_side_files(out, artefact)
+    write_side_files(out, replace(artefact, sha256=Checkpoint.open(out).hashes()))
     return out, corpus()

@@ -1,5 +1,6 @@
 """Conversions of tiny models, small enough to run dozens of times."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from children import start
 from tiny_models import tiny_model
 
 from moefy.conversion.convert import convert
+from moefy.models.artefact import ADAPTER, META, SIDE
+from moefy.models.checkpoint import Checkpoint, sha256
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe, override
 
 RECIPE = Recipe(
@@ -37,6 +40,14 @@ def convert_tiny(name: str, source: Path, out: Path, **options: Any) -> dict[str
         quiet=True,
         **options,
     )
+
+
+def rehash(folder: Path) -> None:
+    """Let a folder say that it holds what it does."""
+    meta = json.loads((folder / META).read_text())
+    hashes = {} if meta["form"] == ADAPTER else Checkpoint.open(folder).hashes()
+    meta["sha256"] = hashes | {SIDE: sha256(folder / SIDE)}
+    (folder / META).write_text(json.dumps(meta))
 
 
 def kill_conversion(name: str, source: Path, out: Path, after: str, **options: Any) -> None:

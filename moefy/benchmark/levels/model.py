@@ -76,7 +76,7 @@ def _check_generates(model: PreTrainedModel, prompt: Prompt) -> None:
     if positions is not None and prompt.ids_BT.shape[1] > positions:
         raise MoefyError(
             f"{name}: {prompt.ids_BT.shape[1]} tokens of prompt and decode, but {positions} positions; "
-            "lower --prompt or --generated"
+            "lower --prompt-tokens or --new-tokens"
         )
     if int(prompt.ids_BT.max()) >= config.vocab_size:
         raise MoefyError(

@@ -94,8 +94,7 @@ class FirstPass:
         if self.task.stages.has("layers/others"):
             return Checkpoint.open(finished)
         finished.mkdir(exist_ok=True)
-        weights = {file.name for file in self.checkpoint.files}
-        copy_folder(self.checkpoint.folder, finished, skip=weights)
+        copy_folder(self.checkpoint.folder, finished, skip={*self.checkpoint.weights})
         written = outlined(self.checkpoint, finished)
         names = self.layerwise.names
         below = tuple(f"{site.layer}." for site in self.layerwise.sites)

@@ -127,8 +127,7 @@ def converted(
 
         def write() -> None:
             source.mkdir()
-            weights = {file.name for file in checkpoint.files}
-            copy_folder(checkpoint.folder, source, skip=weights | {META, SIDE})
+            copy_folder(checkpoint.folder, source, skip={META, SIDE, *checkpoint.weights})
             dense = load_dense(checkpoint, dtype="auto")
             randomise(dense, control, seed)
             dense.save_pretrained(source)
@@ -137,7 +136,7 @@ def converted(
         report.say(f"random weights: {control}")
         quiet = report.console.quiet
         convert(source, out, recipe=from_dict(artefact.recipe), corpus=corpus, quiet=quiet)
-        yield load(out, verify=False, **placement())
+        yield load(out, verify=False, plugins=True, **placement())
 
 
 @torch.no_grad()

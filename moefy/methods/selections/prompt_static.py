@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.methods.base import Context, Selection
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
+from moefy.models.schema import Field, whole
 
 PROMPT_SHARE = 0.5
 
@@ -29,6 +30,11 @@ class PromptStatic(Selection):
     def __init__(self, k: int) -> None:
         self.k = k
         self._chosen: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "PromptStatic":
