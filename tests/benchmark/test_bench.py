@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from moefy.benchmark.bytes_read import active_parameters, layer_bytes
+from moefy.benchmark.checks import exact
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import Unavailable
 from moefy.benchmark.layers import Case, Shape, drawn_masks, synthetic
 from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.benchmark.plot import draw_speed
 from moefy.benchmark.record import Facts, break_even, cell, speed_lines, speed_rows
-from moefy.benchmark.rounding import exact
 from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side, speedup
 from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS

@@ -460,12 +460,10 @@ def test_what_is_in_the_way_and_what_is_missing(
 def test_routings_that_no_stock_model_holds_are_refused(
     written: dict[str, Written], tmp_path: Path
 ) -> None:
-    shutil.copytree(written["llama"].moefied, tmp_path / "moefied")
-    meta = json.loads((tmp_path / "moefied" / "moefy.json").read_text())
-    meta["layers"][1] |= {"router": {"name": "mlp", "hidden": 8}}
-    (tmp_path / "moefied" / "moefy.json").write_text(json.dumps(meta))
+    changes = {"router.name": "mlp", "router.epochs": "1"}
+    made = moefied(written["llama"].source, tmp_path / "moefied", changes)
     words = ("router 'mlp'", "--recipe export")
-    refused(RecipeError, tmp_path / "moefied", tmp_path / "out.gguf", *words)
+    refused(RecipeError, made, tmp_path / "out.gguf", *words)
 
 
 def test_a_file_appears_when_it_is_whole(
