@@ -114,11 +114,11 @@ def calibrate_unknown(modules: Sequence[SparseMlp], report: Reporter) -> dict[st
 
     Layers that no CPU path but `masked` computes, and those on a GPU, need none.
     """
-    weights = modules[0].weights.up_ND
+    weights, mlp = modules[0], modules[0].weights
     if weights.device.type != CPU or weights.dtype not in DTYPES:
         return None
     threads = torch.get_num_threads()
-    layer = kernel_layer(weights, modules[0].weights, modules[0].experts)
+    layer = kernel_layer(mlp.up_ND, mlp, weights.experts)
     if times.knows(layer, threads):
         return None
     dtype = str(weights.dtype).removeprefix("torch.")

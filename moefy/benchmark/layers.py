@@ -174,7 +174,7 @@ def drawn_masks(
         scores_TE[:, : module.shared] = 2
         mask_TE = torch.zeros(batch, module.experts, dtype=torch.bool)
         mask_TE.scatter_(1, scores_TE.topk(k, dim=1).indices, True)
-        masks.append(mask_TE.to(module.weights.up_ND.device))
+        masks.append(mask_TE.to(module.device))
     return masks
 
 
@@ -209,7 +209,7 @@ def own_layers(
             f"{what}: a {type(model).__name__} takes more than token ids; use --layer D,N,E,k"
         )
     modules = list(sparse_mlps(model).values())
-    if any(module.weights.up_ND.is_meta for module in modules):
+    if any(module.device.type == "meta" for module in modules):
         raise MoefyError(
             f"{what}: its layers are offloaded, so that reading them from disk would be what is timed; "
             "use --level model"

@@ -279,7 +279,7 @@ def recalibrate_on(
 
 def recalibrate_layer(module: SparseMlp, tokens: Tokens, active: float, recipe: Recipe) -> None:
     """Set the selection of one layer so that `active` routed experts run on average on these tokens."""
-    device = module.weights.down_ND.device
+    device = module.device
     module.selection = fit_selection(
         type(module.selection), module.router, module.routed.to(torch.float32),
         replace(tokens, device=device), active, cap(recipe, active),

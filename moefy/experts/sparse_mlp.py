@@ -18,6 +18,8 @@ from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 
+MATRICES = ("up_ND", "gate_ND", "down_ND")
+"""Names of the parameters that hold the weight matrices, for what trains or counts them by name."""
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
@@ -57,9 +59,29 @@ class SparseMlp(Hooked):
         self._one_token: OneToken | None = None
 
     @property
+    def neurons(self) -> int:
+        """N, the number of neurons."""
+        return self.up_ND.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the width of the model."""
+        return self.up_ND.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights compute in."""
+        return self.up_ND.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; `meta` where they are kept elsewhere until they are needed."""
+        return self.up_ND.device
+
+    @property
     def expert_size(self) -> int:
         """F, neurons per expert."""
-        return self.up_ND.shape[0] // self.experts
+        return self.neurons // self.experts
 
     @property
     def weights(self) -> DenseMlp:
@@ -132,11 +154,11 @@ class SparseMlp(Hooked):
             y = self._decode(held, hidden)
             return y if residual is None else y + residual
         x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
-        heard = self.heard
-        if heard:
+        watched = self.watched
+        if watched:
             x_TD = self.show(IN, x_TD.clone(), shape)
-        mask_TE, weights = self._route(x_TD, shape if heard else None)
-        if heard:
+        mask_TE, weights = self._route(x_TD, shape if watched else None)
+        if watched:
             mask_TE = self.show(MASK, mask_TE.clone(), shape)
         self.context.previous_TD = x_TD
         if self.observer is not None:
@@ -151,7 +173,7 @@ class SparseMlp(Hooked):
             y_TD = self.compute(x_TD, mask_TE, weights)
             if extra_TD is not None:
                 y_TD = y_TD + extra_TD.to(y_TD.dtype)
-        if heard:
+        if watched:
             y_TD = self.show(OUT, y_TD, shape)
         y = y_TD.view(*shape, -1)
         return y if residual is None else y + residual
@@ -167,7 +189,7 @@ class SparseMlp(Hooked):
             or self.all_on
             or self.look_ahead
             or self.observer is not None
-            or self.heard
+            or self.watched
             or self.tells_all
             or self.compensation.adds
             or not self.router.reads_input_alone

@@ -138,7 +138,7 @@ def bench_layer(layers: Layers, sweep: Sweep) -> dict[str, Any]:
 @torch.no_grad()
 def _record(level: str, layers: Layers, cases: Iterator[Case], sweep: Sweep) -> dict[str, Any]:
     """The record of every engine on every case."""
-    weights = layers.first.weights.up_ND
+    weights = layers.first
     bandwidth = read_bandwidth(weights.device)
     cells = []
     for case in cases:

@@ -119,12 +119,13 @@ def partition(
     """
     row, size = find_method(method), mlp.neurons // expert_count(mlp.neurons, None, experts, where)
     _require_shared(shared, shared_by, experts, where)
-    if not len(x_TD) and (shared or row.reads_tokens):
-        raise RecipeError(
-            f"{where}: method '{method}' with {shared} shared experts needs a sample of inputs, "
-            "got 0 tokens; give a corpus"
-        )
-    _require_finite(mlp, x_TD, where)
+    _require_inputs(
+        mlp,
+        x_TD,
+        f"method '{method}' with {shared} shared experts",
+        where,
+        needed=bool(shared) or row.reads_tokens,
+    )
     if size == 1 and shared == 0:
         # Single neurons leave nothing to group: they keep the order of the checkpoint.
         return Partition(owner_N=torch.arange(mlp.neurons), experts=experts, shared=0)
@@ -137,17 +138,23 @@ def partition(
     if shared:
         first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
     routed_N = first_N[shared * size :].sort().values
+    found_N = order_N[routed_N].argsort().argsort()
+    if size > 1:
+        found_N = _split(row, mlp, x_TD, experts - shared, seed, routed_N)
+    _require_balanced(found_N, len(routed_N), experts - shared, method)
     owner_N = torch.empty(mlp.neurons, dtype=torch.int64)
     owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
-    if size == 1:
-        found_N = order_N[routed_N].argsort().argsort()
-    elif row.sees_shared:
-        found_N = row.run(mlp, x_TD, experts - shared, seed, routed_N)
-    else:
-        found_N = row.run(mlp.take(routed_N) if shared else mlp, x_TD, experts - shared, seed)
-    _require_balanced(found_N, len(routed_N), experts - shared, method)
     owner_N[order_N[routed_N]] = shared + found_N
     return Partition(owner_N=owner_N, experts=experts, shared=shared)
+
+
+def _split(
+    row: Method, mlp: DenseMlp, x_TD: Tensor, experts: int, seed: int, routed_N: Tensor
+) -> Tensor:
+    """The owner of each routed neuron."""
+    if row.sees_shared:
+        return row.run(mlp, x_TD, experts, seed, routed_N)
+    return row.run(mlp.take(routed_N) if len(routed_N) < mlp.neurons else mlp, x_TD, experts, seed)
 
 
 def _require_shared(shared: int | None, shared_by: str, experts: int, where: str) -> None:
@@ -209,7 +216,9 @@ def find_method(name: str) -> Method:
     return found if isinstance(found, Method) else Method(found)
 
 
-def _require_finite(mlp: DenseMlp, x_TD: Tensor, where: str) -> None:
+def _require_inputs(mlp: DenseMlp, x_TD: Tensor, what: str, where: str, *, needed: bool) -> None:
+    if needed and not len(x_TD):
+        raise RecipeError(f"{where}: {what} needs a sample of inputs, got 0 tokens; give a corpus")
     for name, value in [*vars(mlp).items(), ("inputs", x_TD)]:
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(

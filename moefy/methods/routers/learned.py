@@ -62,7 +62,8 @@ class LowRankRouter(Router):
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`."""
-        return self.up(self.down(x_TD.to(self.down.weight.dtype)))  # type: ignore[no-any-return]
+        score_TE: Tensor = self.up(self.down(x_TD.to(self.down.weight.dtype)))
+        return score_TE
 
 
 class MlpRouter(Router):
@@ -90,7 +91,8 @@ class MlpRouter(Router):
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`."""
         x_TD = x_TD.to(self.hidden.weight.dtype)
-        return self.output(self.hidden(x_TD).relu())  # type: ignore[no-any-return]
+        score_TE: Tensor = self.output(self.hidden(x_TD).relu())
+        return score_TE
 
 
 class NormRouter(MlpRouter):
@@ -132,4 +134,5 @@ class TanhMlpRouter(Router):
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`."""
         x_TD = normalize(x_TD.to(self.hidden.weight.dtype), dim=-1)
-        return self.output(self.hidden(x_TD).tanh())  # type: ignore[no-any-return]
+        score_TE: Tensor = self.output(self.hidden(x_TD).tanh())
+        return score_TE
