@@ -21,9 +21,8 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
 from moefy.inspection.controls import random_partition
 from moefy.inspection.controls.corpora import replication, texts
-from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
-from moefy.inspection.controls.random_weights import compared, random_weights, randomise
+from moefy.inspection.controls.random_weights import balanced, compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
 from moefy.inspection.routing import RoutingSample

@@ -73,7 +73,7 @@ def two_domains(documents: int = 40) -> Corpus:
 
 def parts_of(source: Source, corpus: Corpus, forget: str, tokens: int = 2000) -> Parts:
     domains = choose_domains(corpus, forget, None)
-    return read_parts(source.checkpoint, corpus, domains, tokens, split=0, seed=0)
+    return read_parts(source, corpus, domains, tokens, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +484,7 @@ def test_the_parts_share_no_document() -> None:
     source = open_source(Path(moefy.__file__).parent / "demo" / "opt", NEURON)
     corpus = load_corpus().take(11 * 40)
     domains = choose_domains(corpus, "novels", None)
-    parts = read_parts(source.checkpoint, corpus, domains, 3000, split=0, seed=0)
+    parts = read_parts(source, corpus, domains, 3000, seed=0)
     seen: set[str] = set()
     for part in (parts.rank, parts.decide, parts.measure):
         for texts in (part.forget, part.retain):

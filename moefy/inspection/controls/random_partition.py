@@ -126,10 +126,10 @@ class RandomPartitions(PassPart[State]):
                     mine = (layer, *inputs)
             if mine is not None:
                 rows.append((mine[0], self._layer(*mine, ways)))
-        found = processes.in_order(rows)
+        made = processes.in_order(rows)
         return {
-            "experts": joined(experts for experts, _ in found),
-            "layers": joined(layers for _, layers in found),
+            "experts": joined(experts for experts, _ in made),
+            "layers": joined(layers for _, layers in made),
         }
 
     def _inputs(
@@ -294,11 +294,11 @@ class _Held:
         neuron-major and in chunks that stay in cache: three times as fast."""
         down_EFD = self.down_ND[neurons_N].view(self.experts, -1, self.down_ND.shape[1])
         gram_EFF = down_EFD @ down_EFD.mT
-        found = []
+        parts = []
         for h_NT in self.parts:
             h_EFT = h_NT[neurons_N].view(self.experts, -1, h_NT.shape[1])
-            found.append((gram_EFF @ h_EFT).mul_(h_EFT).sum(1))
-        return torch.cat(found, dim=1).clamp_min_(0).T.contiguous().cpu()
+            parts.append((gram_EFF @ h_EFT).mul_(h_EFT).sum(1))
+        return torch.cat(parts, dim=1).clamp_min_(0).T.contiguous().cpu()
 
     def _captured(self, neurons_N: Tensor, on_SE: Tensor) -> float:
         off_ES = (~on_SE).T.to(self.down_ND.device)
