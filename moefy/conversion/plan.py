@@ -138,10 +138,11 @@ def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
     model = meta_model(read_config(checkpoint))
     found = sites(model)
     refusals.refuse_outputs(model, [site.layer for site in found])
-    stored = {name: tensor.dtype for name, tensor in tensors.items()}
+    names = disk_names(model, tensors)
     ours = {name for site in found for name in site.parameters}
-    wanted = [disk for disk, name in disk_names(model, stored).items() if name in ours]
-    refusals.refuse_codes(folder, stored, wanted)
+    wanted = [disk for disk, name in names.items() if name in ours]
+    refusals.refuse_codes(folder, {name: t.dtype for name, t in tensors.items()}, wanted)
+    refusals.refuse_shapes(folder, {name: t.shape for name, t in tensors.items()}, names, model)
     return model, found
 
 
