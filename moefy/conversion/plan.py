@@ -18,7 +18,7 @@ from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, meta_model, side_of, sites
+from moefy.models.locate import Site, check_weights, meta_model, side_of, sites
 from moefy.recipe import Recipe
 
 
@@ -81,6 +81,8 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         )
     config = read_config(checkpoint)
     model = meta_model(config)
+    if checkpoint.has_weights:
+        check_weights(model, checkpoint)
     found = sites(model)
     layers, active = [], []
     sides: set[str] = set()

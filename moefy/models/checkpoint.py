@@ -151,6 +151,17 @@ class Checkpoint:
         return checkpoint
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files; a plan can do without."""
+        return (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file()
+
+    def text_hashes(self) -> dict[str, str]:
+        """SHA-256 of all that texts are read with: tokenizer, image processor, their settings."""
+        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+        files = sorted(file for file in self.folder.iterdir() if file.suffix in kinds)
+        return {file.name: sha256(file) for file in files if file.is_file()}
+
+    @property
     def revision(self) -> str | None:
         """The commit of a folder that the Hub's cache holds; None for any other."""
         place = self.folder.absolute()

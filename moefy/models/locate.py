@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from moefy.errors import UnsupportedModel
+from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.models import search as structure
+from moefy.models.checkpoint import Checkpoint
 from moefy.models.families import FAMILIES, Family, config_value
 from moefy.models.mlp import DenseMlp
 
@@ -267,13 +268,44 @@ def disk_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
             f"transformers {transformers.__version__} maps tensor names in a way that is not known "
             f"here ({error}); use transformers 5.17 to 5.24"
         ) from error
-    return {key: name for key, name in renamed if name in state}
+    return {key: name for key, name, computed in renamed if name in state and not computed}
+
+
+def check_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Whether `model`, of the meta device, gets every parameter from disk, in its own shape.
+
+    transformers gives what is missing random values. Raises `CheckpointError` naming the tensor.
+    """
+    state, folder = model.state_dict(), checkpoint.folder
+    found = set()
+    for key, name, computed in _renamed(model, state, checkpoint.tensors):
+        found.add(name)
+        shape = checkpoint.tensors[key].shape
+        if name in state and not computed and shape != tuple(state[name].shape):
+            raise CheckpointError(
+                f"{folder}: {key} has shape {list(shape)}, config.json makes it "
+                f"{list(state[name].shape)}; one of them is of another model"
+            )
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for one, other in ties.items():
+        if one in found or other in found:
+            found |= {one, other}
+    unneeded = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    missing = [n for n in state if n not in found and not any(p.search(n) for p in unneeded)]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: no tensor on disk is {missing[0]}"
+            + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; give the whole model, or name its class in "
+            "architectures of config.json"
+        )
 
 
 def _renamed(
     model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str]
-) -> list[tuple[str, str]]:
-    """Disk names and model names as `from_pretrained` pairs them, without those it computes."""
+) -> list[tuple[str, str, bool]]:
+    """Disk names and model names as `from_pretrained` pairs them, and whether it computes rather than
+    renames."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -287,8 +319,7 @@ def _renamed(
         )
         if name not in state and key in state:
             name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
-        if converter is None:
-            pairs.append((key, name))
+        pairs.append((key, name, converter is not None))
     return pairs
 
 
