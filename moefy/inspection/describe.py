@@ -10,12 +10,11 @@ from typing import Any
 
 from moefy.inspection.account.observe import observe
 from moefy.inspection.controls.random_partition import RandomPartitions
+from moefy.inspection.experts import Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.concepts import Predictivity
-from moefy.inspection.experts.contributions import Contributions
 from moefy.inspection.experts.direct import DirectEffects, Spectrum
 from moefy.inspection.experts.examples import Examples
 from moefy.inspection.experts.near_duplicates import NearDuplicates
-from moefy.inspection.experts.router import RouterQualityOfExperts
 from moefy.inspection.part import Pass, PassPart, gather
 from moefy.inspection.routing.statistics import Routing
 from moefy.inspection.texts.table import Table

@@ -17,11 +17,11 @@ from moefy.data.inputs import load_tokenizer
 from moefy.data.shards import SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
-from moefy.inspection.causal.token_losses import TOKENS, hunt
+from moefy.inspection.causal.token_losses import TOKENS, token_losses
 from moefy.inspection.inspect import Inspected
-from moefy.inspection.routing.saturation import router_saturation, routing_sample
+from moefy.inspection.routing.statistics import router_saturation, routing_sample
+from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import read_texts
-from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
 from moefy.models.artefact import Artefact, open_folder
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
@@ -62,7 +62,7 @@ def diff(
     for model, name in zip(models, (base, other), strict=True):
         if not model.can_generate():
             raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
-    tables = hunt(models[0], models[1], reading, tokens=tokens, report=report)
+    tables = token_losses(models[0], models[1], reading, tokens=tokens, report=report)
     if same_experts(*artefacts):
         first, second = (routing_sample(model, reading, tokens, report) for model in models)
         tables["saturation"] = router_saturation(first, second)

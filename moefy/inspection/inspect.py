@@ -23,18 +23,18 @@ from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.prompt import prompt_record
-from moefy.inspection.causal.causal import TOKENS as CAUSAL_TOKENS
-from moefy.inspection.causal.causal import causal
+from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
+from moefy.inspection.causal import causal
 from moefy.inspection.controls.random_weights import random_weights
 from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
-from moefy.inspection.page_one import honesty
 from moefy.inspection.part import Pass
+from moefy.inspection.quality import quality_summary
 from moefy.inspection.record import Inspection
-from moefy.inspection.report.page import Report
+from moefy.inspection.report import Report
+from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
-from moefy.inspection.texts.windows import documents_table, texts_of, vocabulary_of
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 from moefy.run.processes import ALONE, Processes, launched
@@ -217,7 +217,7 @@ class Inspecting:
             judged = replace(self.stages, processes=ALONE).run(
                 "honesty",
                 sorted(tables),
-                lambda: honesty(
+                lambda: quality_summary(
                     self.model, self.reading, tables, seed=self.seed, report=self.report
                 ),
             )

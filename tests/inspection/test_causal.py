@@ -24,16 +24,15 @@ from moefy.experts.interventions import MODES, statistics
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
-from moefy.inspection.causal.attribution import every_expert, screen
-from moefy.inspection.causal.causal import causal
-from moefy.inspection.causal.damage import Reference
+from moefy.inspection.causal import causal
+from moefy.inspection.causal.attribution import attribution
 from moefy.inspection.causal.documents import draw
-from moefy.inspection.causal.effects import gone, neurons_of, of_sets
+from moefy.inspection.causal.effects import neurons_of, of_layer, of_sets
 from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
-from moefy.inspection.causal.interactions import non_additivity
+from moefy.inspection.causal.loss_increase import Reference
 from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
-from moefy.inspection.causal.sufficiency import keep_only
-from moefy.inspection.causal.token_losses import dense_against_moefied, hunt
+from moefy.inspection.causal.sufficiency import interactions, sufficiency
+from moefy.inspection.causal.token_losses import dense_against_moefied, token_losses
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 from moefy.models.checkpoint import Checkpoint
@@ -221,7 +220,7 @@ def test_small_effects_are_not_lost_in_large_logits():
     assert (found[1].double() - want_kl).abs().max() < 1e-6
 
 
-def test_states_that_did_not_change_are_no_damage_and_none_is_negative():
+def test_states_that_did_not_change_are_no_increase_and_none_is_negative():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 400, 32, generator=generator)
     batch = Batch([], {"attention_mask": torch.ones(1, 400, dtype=torch.long)}, None)
@@ -244,11 +243,11 @@ def test_texts_are_drawn_evenly_from_one_shard(made):
     assert set(texts.documents.shards) == {HELD_OUT}
     hashes = [{d.sha256 for d in t.documents.documents} for t in (texts, select)]
     assert not hashes[0] & hashes[1]
-    assert 250 <= texts.tokens_D.sum() <= 330
+    assert 250 <= texts.tokens_Q.sum() <= 330
     for batch in texts.batches:
         lengths = sorted(len(s.inputs["input_ids"]) for s in batch.samples)
         assert len(lengths) > 1 and lengths[-1] == lengths[-2] <= texts.length
-    for number, doc in zip(texts.number_D, texts.documents.documents, strict=True):
+    for number, doc in zip(texts.number_Q, texts.documents.documents, strict=True):
         assert reading.documents.documents[number] is doc
 
 
@@ -297,9 +296,11 @@ def test_screen_is_exact_where_the_model_is_linear(made):
         for module in sparse_mlps(model).values():
             module.down_ND.mul_(1e-5)  # so little that nothing behind it bends
     engine = engine_of(model, texts, mode="mean")
-    guess = screen(engine, texts, QUIET, "")
-    sets = [gone(engine, layer, neurons_of(engine, layer, e)) for layer in (0, 1) for e in range(8)]
-    want = of_sets(engine, texts, sets, QUIET, "").ce_SD
+    guess = attribution(engine, texts, QUIET, "")
+    sets = [
+        of_layer(engine, layer, neurons_of(engine, layer, e)) for layer in (0, 1) for e in range(8)
+    ]
+    want = of_sets(engine, texts, sets, QUIET, "").ce_SQ
     assert np.abs(want).max() > 1e-7
     assert np.abs(guess - want).max() < 2e-3 * np.abs(want).max()
 
@@ -308,8 +309,8 @@ def test_pairs_and_kept_experts_are_those_of_whole_runs(made):
     model, reading, _ = made("opt")
     texts, select = draw(reading, HELD_OUT, 300), draw(reading, SELECT, 300)
     engine = engine_of(model, select, mode="mean")
-    guess = screen(engine, select, QUIET, "")
-    table = keep_only(engine, guess, select, texts, QUIET, draws=3)
+    guess = attribution(engine, select, QUIET, "")
+    table = sufficiency(engine, guess, select, texts, QUIET, draws=3)
 
     def damage(**options):
         found = []
@@ -326,7 +327,7 @@ def test_pairs_and_kept_experts_are_those_of_whole_runs(made):
             found += ((ce[1] - ce[0]) / (targets != IGNORED).sum(1)).tolist()
         return np.array(found)
 
-    domain_D, experts = texts.documents.domain_D, every_expert(engine)
+    domain_Q, experts = texts.documents.domain_D, engine.experts
     mean_SC = np.stack([guess[:, select.documents.domain_D == c].mean(1) for c in range(3)], 1)
     for row in rows(table):
         domain = int(row["domain"][1])
@@ -335,14 +336,14 @@ def test_pairs_and_kept_experts_are_those_of_whole_runs(made):
             score = mean_SC[8 * layer : 8 * layer + 8, domain]
             best = np.argsort(-score)[: math.ceil(row["share"] * 8)]
             keep += [(layer, int(e)) for e in best]
-        want = damage(keep=keep)[domain_D == domain].mean()
+        want = damage(keep=keep)[domain_Q == domain].mean()
         assert row["ce"] == pytest.approx(want, rel=1e-4, abs=1e-6)
         assert row["experts"] == len(keep)
         assert row["ce_random_least"] <= row["ce_random"] <= row["ce_random_most"]
     best = [experts[i] for i in (0, 9, 3, 12)]
-    sets = [gone(engine, layer, neurons_of(engine, layer, e)) for layer, e in best]
+    sets = [of_layer(engine, layer, neurons_of(engine, layer, e)) for layer, e in best]
     together = of_sets(engine, texts, sets, QUIET, "")
-    for row in rows(non_additivity(engine, texts, best, together, QUIET, count=4)):
+    for row in rows(interactions(engine, texts, best, together, QUIET, count=4)):
         a, b = (row["layer_a"], row["expert_a"]), (row["layer_b"], row["expert_b"])
         both, one, two = damage(ablate=[a, b]), damage(ablate=[a]), damage(ablate=[b])
         assert row["ce_both"] == pytest.approx(both.mean(), rel=1e-4)
@@ -365,11 +366,11 @@ def test_hunt_finds_the_tokens_that_were_changed(made):
             logits[1, 4, batch.targets_BT[1, 4]] -= 3.0
         return logits
 
-    same = hunt(base, model, reading)
+    same = token_losses(base, model, reading)
     assert same["hunt"]["delta"] == [] and same["hunt_summary"]["kl"] == [
         pytest.approx(0, abs=1e-9)
     ]
-    found = hunt(base, other, reading)
+    found = token_losses(base, other, reading)
     tail = rows(found["hunt"])
     held_out = reading.documents.of_shard(HELD_OUT)
     assert {(r["document"], r["position"]) for r in tail} == {
@@ -391,7 +392,7 @@ def test_hunt_finds_the_tokens_that_were_changed(made):
     assert sum(found["hunt_domains"]["share_of_losses"]) == pytest.approx(1.0)
     assert "hunt_classes" not in found
     with pytest.raises(MoefyError, match="tokenizer"):
-        hunt(base, lambda batch: base(batch)[..., :50], reading)
+        token_losses(base, lambda batch: base(batch)[..., :50], reading)
 
 
 def test_a_run_that_was_broken_off_is_taken_up(made, tmp_path):

@@ -19,7 +19,7 @@ from moefy.data.corpus import Document
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.causal.effects import Effects, gone, neurons_of, of_sets
+from moefy.inspection.causal.effects import Effects, neurons_of, of_layer, of_sets
 from moefy.inspection.causal.engine import Engine
 from moefy.inspection.causal.matrix import (
     Measured,
@@ -39,50 +39,50 @@ DOMAINS = ("low", "middle", "high")
 
 def uneven(random: np.random.Generator, sets: int, domains: int, each: int, means_SC=None):
     """Damage of documents whose spread differs between domains, heavy on one side."""
-    domain_D = np.repeat(np.arange(domains), each)
-    spread_D = 0.1 * (1 + domain_D)
-    values_SD = spread_D * (random.exponential(size=(sets, len(domain_D))) - 1)
+    domain_Q = np.repeat(np.arange(domains), each)
+    spread_D = 0.1 * (1 + domain_Q)
+    values_SQ = spread_D * (random.exponential(size=(sets, len(domain_Q))) - 1)
     if means_SC is not None:
-        values_SD += means_SC[:, domain_D]
-    return values_SD, domain_D
+        values_SQ += means_SC[:, domain_Q]
+    return values_SQ, domain_Q
 
 
 def test_selectivity_is_the_contrast_of_domain_means_and_covers_it():
     random = np.random.default_rng(0)
     means_SC = random.normal(size=(200, 4))
-    values_SD, domain_D = uneven(random, 200, 4, 30, means_SC)
-    found = selectivity(values_SD, domain_D, np.arange(len(domain_D)))
+    values_SQ, domain_Q = uneven(random, 200, 4, 30, means_SC)
+    found = selectivity(values_SQ, domain_Q, np.arange(len(domain_Q)))
     truth_SC = np.empty_like(means_SC)
     for s in range(200):
         for c in range(4):
-            own = values_SD[s, domain_D == c].mean()
-            rest = np.mean([values_SD[s, domain_D == o].mean() for o in range(4) if o != c])
+            own = values_SQ[s, domain_Q == c].mean()
+            rest = np.mean([values_SQ[s, domain_Q == o].mean() for o in range(4) if o != c])
             assert found.mean_C[s, c] == pytest.approx(own - rest)
             truth_SC[s, c] = means_SC[s, c] - np.delete(means_SC[s], c).mean()
     covered_C = ((found.low_C <= truth_SC) & (truth_SC <= found.high_C)).mean(0)
     assert 0.89 < covered_C.mean() < 0.98 and covered_C.min() > 0.86
     # As wide as the normal interval of the contrast of independent means.
-    error_C = np.array([values_SD[:, domain_D == c].var(1).mean() / 30 for c in range(4)])
+    error_C = np.array([values_SQ[:, domain_Q == c].var(1).mean() / 30 for c in range(4)])
     want_C = 2 * 1.96 * np.sqrt(error_C + (error_C.sum() - error_C) / 9)
     assert np.abs((found.high_C - found.low_C).mean(0) / want_C - 1).max() < 0.1
 
 
 def test_selectivity_corrects_for_skewness_below_a_hundred_units():
-    values_SD, domain_D = uneven(np.random.default_rng(1), 40, 2, 20)
-    few = selectivity(values_SD, domain_D, np.arange(40))
+    values_SQ, domain_Q = uneven(np.random.default_rng(1), 40, 2, 20)
+    few = selectivity(values_SQ, domain_Q, np.arange(40))
     right = few.high_C[:, 1] - few.mean_C[:, 1]
     left = few.mean_C[:, 1] - few.low_C[:, 1]
     assert right.mean() > 1.2 * left.mean()
-    one = selectivity(values_SD[:1], np.zeros(40, dtype=int), np.arange(40))
+    one = selectivity(values_SQ[:1], np.zeros(40, dtype=int), np.arange(40))
     assert np.isnan(one.mean_C).all()
 
 
 def test_units_of_one_source_are_drawn_together():
     random = np.random.default_rng(2)
-    domain_D, unit_D = np.repeat([0, 1], 100), np.arange(200) // 10
-    values_SD = random.normal(size=(50, 20))[:, unit_D]
-    by_source = selectivity(values_SD, domain_D, unit_D)
-    by_document = selectivity(values_SD, domain_D, np.arange(200))
+    domain_Q, unit_Q = np.repeat([0, 1], 100), np.arange(200) // 10
+    values_SQ = random.normal(size=(50, 20))[:, unit_Q]
+    by_source = selectivity(values_SQ, domain_Q, unit_Q)
+    by_document = selectivity(values_SQ, domain_Q, np.arange(200))
     ratio = (by_source.high_C - by_source.low_C) / (by_document.high_C - by_document.low_C)
     assert 2.3 < ratio.mean() < 3.8  # sqrt(10), ten documents being one draw; BCa is a little wider
 
@@ -92,19 +92,19 @@ def test_shuffled_labels_give_false_positives_at_their_level():
     p_values = []
     for seed in range(3):
         # Documents differ, domains do not: labels are shuffled over them.
-        values_SD, domain_D = uneven(random, 100, 5, 30)
-        random.shuffle(domain_D)
-        p_values.append(selectivity_p(values_SD, domain_D, seed=seed))
+        values_SQ, domain_Q = uneven(random, 100, 5, 30)
+        random.shuffle(domain_Q)
+        p_values.append(selectivity_p(values_SQ, domain_Q, seed=seed))
     p = np.concatenate(p_values)
     assert (p < 0.05).mean() <= 0.07 and stats.kstest(p.ravel(), "uniform").statistic < 0.06
     assert (q_values(p) < 0.05).sum() == 0
     # Domains that vary differently about the same mean are no finding either.
-    values_SD, domain_D = uneven(random, 300, 5, 40)
-    assert (selectivity_p(values_SD, domain_D) < 0.05).mean() <= 0.075
+    values_SQ, domain_Q = uneven(random, 300, 5, 40)
+    assert (selectivity_p(values_SQ, domain_Q) < 0.05).mean() <= 0.075
     planted_SC = np.zeros((300, 5))
     planted_SC[7, 2] = 1.0
-    values_SD, domain_D = uneven(random, 300, 5, 40, planted_SC)
-    q = q_values(selectivity_p(values_SD, domain_D))
+    values_SQ, domain_Q = uneven(random, 300, 5, 40, planted_SC)
+    q = q_values(selectivity_p(values_SQ, domain_Q))
     assert q[7, 2] < 0.05 and (np.delete(q, 7, axis=0) < 0.05).sum() <= 2
 
 
@@ -112,25 +112,25 @@ def random_layer(random, experts: int, per_bin: int, extra_EC):
     """Experts that are random sets themselves, four bins of them, and the sets beside them."""
     bin_E, bin_S = np.repeat(np.arange(4), experts // 4), np.repeat(np.arange(4), per_bin)
     scale = np.array([0.1, 0.3, 1.0, 3.0])
-    damage_EC = scale[bin_E, None] * random.gamma(4, size=(experts, 3)) + extra_EC
+    increase_EC = scale[bin_E, None] * random.gamma(4, size=(experts, 3)) + extra_EC
     null_SC = scale[bin_S, None] * random.gamma(4, size=(len(bin_S), 3))
     sets = RandomSets([], bin_S, scale[bin_S], bin_E, scale[bin_E])
-    return damage_EC, null_SC, sets
+    return increase_EC, null_SC, sets
 
 
 def test_experts_like_random_sets_are_not_told_from_them():
     random = np.random.default_rng(4)
-    damage_EC, null_SC, sets = random_layer(random, 400, 20, 0.0)
-    found = against_null(damage_EC, null_SC, sets)
+    increase_EC, null_SC, sets = random_layer(random, 400, 20, 0.0)
+    found = against_null(increase_EC, null_SC, sets)
     p_EC = pooled_p(found.z_EC, found.null_z_SC.ravel())
     assert abs(found.percentile_EC.mean() - 50) < 6
     assert 0.02 < (p_EC < 0.05).mean() < 0.08
     assert (q_values(p_EC) < 0.05).mean() < 0.01
     for expert, domain in ((3, 0), (150, 1), (399, 2)):
         null = null_SC[sets.bin_S == sets.bin_E[expert], domain]
-        want = (damage_EC[expert, domain] - null.mean()) / null.std(ddof=1)
+        want = (increase_EC[expert, domain] - null.mean()) / null.std(ddof=1)
         assert found.z_EC[expert, domain] == pytest.approx(want)
-        below = 100 * np.mean(null < damage_EC[expert, domain])
+        below = 100 * np.mean(null < increase_EC[expert, domain])
         assert found.percentile_EC[expert, domain] == pytest.approx(below)
     for s in (0, 30, 79):
         others = np.delete(null_SC[sets.bin_S == sets.bin_S[s]], s % 20, axis=0)
@@ -139,8 +139,8 @@ def test_experts_like_random_sets_are_not_told_from_them():
     # An expert that does far more than its bin is found among 1200 cells.
     extra_EC = np.zeros((400, 3))
     extra_EC[11, 1] = 4.0
-    damage_EC, null_SC, sets = random_layer(random, 400, 20, extra_EC)
-    found = against_null(damage_EC, null_SC, sets)
+    increase_EC, null_SC, sets = random_layer(random, 400, 20, extra_EC)
+    found = against_null(increase_EC, null_SC, sets)
     p_EC = pooled_p(found.z_EC, found.null_z_SC.ravel())
     assert p_EC[11, 1] == p_EC.min() < 0.01
     assert found.percentile_EC[11, 1] == 100
@@ -180,12 +180,12 @@ def p_of_a_law(slope: float, choose, *, corrected: bool, layers: int = 120):
         energy_E, damage = layer_of_a_law(random, slope)
         bin_E, model_S = choose(energy_E, 20)
         energy_S = energy_E[model_S] * random.uniform(0.95, 1.05, len(model_S))
-        damage_EC, null_SC = damage(energy_E), damage(energy_S)
+        increase_EC, null_SC = damage(energy_E), damage(energy_S)
         order = np.argsort(energy_E)
         if not corrected:
             energy_E, energy_S = (np.ones_like(v) for v in (energy_E, energy_S))
         found = against_null(
-            damage_EC, null_SC, RandomSets([], bin_E[model_S], energy_S, bin_E, energy_E)
+            increase_EC, null_SC, RandomSets([], bin_E[model_S], energy_S, bin_E, energy_E)
         )
         z.append(found.z_EC[order])
         percentile.append(found.percentile_EC[order])
@@ -220,10 +220,10 @@ def test_a_special_expert_is_found_at_every_energy():
         special = np.argsort(energy_E)[rank]
         bin_E, model_S = matches(energy_E, 20)
         energy_S = energy_E[model_S]
-        damage_EC, null_SC = damage(energy_E), damage(energy_S)
-        damage_EC[special, 1] = 8 * energy_E[special] ** 0.6
+        increase_EC, null_SC = damage(energy_E), damage(energy_S)
+        increase_EC[special, 1] = 8 * energy_E[special] ** 0.6
         sets = RandomSets([], bin_E[model_S], energy_S, bin_E, energy_E)
-        found = against_null(damage_EC, null_SC, sets)
+        found = against_null(increase_EC, null_SC, sets)
         p_EC = pooled_p(found.z_EC, found.null_z_SC.ravel())
         assert found.z_EC[special, 1] == found.z_EC.max() > 8
         assert p_EC[special, 1] == p_EC.min() <= 0.01
@@ -250,17 +250,17 @@ def test_the_slope_is_that_of_the_law_whatever_a_few_sets_do():
         away = []
         for _ in range(60):
             energy_S = np.exp(random.uniform(0, 4, 80))
-            damage_S = energy_S**slope * random.lognormal(0, 0.5, 80)
-            found, error = energy_slope(damage_S, energy_S)
+            increase_S = energy_S**slope * random.lognormal(0, 0.5, 80)
+            found, error = energy_slope(increase_S, energy_S)
             away.append((found - slope) / error)
-            least_squares = stats.linregress(np.log(energy_S), np.log(damage_S))
+            least_squares = stats.linregress(np.log(energy_S), np.log(increase_S))
             assert found == pytest.approx(least_squares.slope, abs=0.08)
             assert error == pytest.approx(least_squares.stderr, rel=0.6)
         assert abs(np.mean(away)) < 0.5 and 0.7 < np.std(away) < 1.4
         # Sets that do no harm, at any energy, and one that does enormous harm.
-        damage_S[::16] *= -1
-        damage_S[5] = 1e6
-        assert energy_slope(damage_S, energy_S)[0] == pytest.approx(slope, abs=0.15)
+        increase_S[::16] *= -1
+        increase_S[5] = 1e6
+        assert energy_slope(increase_S, energy_S)[0] == pytest.approx(slope, abs=0.15)
     assert energy_slope(energy_S**-1.0, energy_S)[0] == 0.0
     assert energy_slope(energy_S**3.0, energy_S)[0] == 1.0
     slope, error = energy_slope(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
@@ -271,22 +271,22 @@ def test_matrix_is_the_mean_over_documents_of_means_over_tokens():
     random = np.random.default_rng(5)
     docs = [Document(DOMAINS[i % 3], str(i), ids=(i, 1)) for i in range(36)]
     texts = Texts([], Documents(docs, [HELD_OUT] * 36, ["c"] * 36), np.arange(36), 2)
-    values_SD = random.normal(size=(4, 36)) + 0.5
-    effects = Effects(values_SD, np.abs(values_SD), np.ones((4, 3)))
+    values_SQ = random.normal(size=(4, 36)) + 0.5
+    effects = Effects(values_SQ, np.abs(values_SQ), np.ones((4, 3)))
 
     class Counted(Texts):
-        tokens_D = np.full(36, 2)
+        tokens_Q = np.full(36, 2)
 
-    texts = Counted(texts.batches, texts.documents, texts.number_D, 2)
+    texts = Counted(texts.batches, texts.documents, texts.number_Q, 2)
     found, table = matrix([Measured([(0, e) for e in range(4)], effects)], texts)
-    domain_D = texts.documents.domain_D
+    domain_Q = texts.documents.domain_D
     names = texts.documents.domains
     for row in rows(table):
-        here = domain_D == names.index(row["domain"])
-        assert row["ce"] == pytest.approx(values_SD[row["expert"], here].mean(), rel=1e-4)
-        assert row["kl"] == pytest.approx(np.abs(values_SD)[row["expert"], here].mean(), rel=1e-4)
+        here = domain_Q == names.index(row["domain"])
+        assert row["ce"] == pytest.approx(values_SQ[row["expert"], here].mean(), rel=1e-4)
+        assert row["kl"] == pytest.approx(np.abs(values_SQ)[row["expert"], here].mean(), rel=1e-4)
         assert (row["documents"], row["tokens"], row["few"]) == (12, 24, True)
-        boot = stats.bootstrap((values_SD[row["expert"], here],), np.mean, rng=0, n_resamples=4000)
+        boot = stats.bootstrap((values_SQ[row["expert"], here],), np.mean, rng=0, n_resamples=4000)
         low, high = boot.confidence_interval
         assert row["ce_low"] == pytest.approx(low, abs=0.12)
         assert row["ce_high"] == pytest.approx(high, abs=0.12)
@@ -346,7 +346,7 @@ def test_planted_experts_are_selective_for_their_domain_alone(planted):
     assert np.bincount(texts.documents.domain_D).min() >= 30
     engine = Engine(model, mode="zero")
     pairs = [(layer, e) for layer in (0, 1) for e in range(8)]
-    sets = [gone(engine, layer, neurons_of(engine, layer, e)) for layer, e in pairs]
+    sets = [of_layer(engine, layer, neurons_of(engine, layer, e)) for layer, e in pairs]
     parts = [Measured(pairs, of_sets(engine, texts, sets, Reporter(quiet=True), ""))]
     _, table = matrix(parts, texts)
     found = {
@@ -369,7 +369,7 @@ def test_planted_experts_are_selective_for_their_domain_alone(planted):
         [Document(d, x.source_id, ids=x.ids) for d, x in zip(labels, shuffled, strict=True)],
         texts.documents.shards, texts.documents.corpora,
     )  # fmt: skip
-    _, null = matrix(parts, Texts(texts.batches, documents, texts.number_D, texts.length))
+    _, null = matrix(parts, Texts(texts.batches, documents, texts.number_Q, texts.length))
     p = np.array([row["csi_p"] for row in rows(null)])
     # The noise of the other experts is shared between cells, so that few experts stand for them all.
     assert (p < 0.05).mean() <= 0.15 and (q_values(p) < 0.05).sum() == 0

@@ -15,14 +15,13 @@ import moefy
 from moefy.data.corpus import Document, Sample
 from moefy.data.documents import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
-from moefy.inspection.experts.contributions import ERROR, Contributions
+from moefy.inspection.experts import ERROR, Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples
-from moefy.inspection.experts.router import RouterQualityOfExperts
 from moefy.inspection.part import Blocks
+from moefy.inspection.texts import context, spans_of
 from moefy.inspection.texts.reading import Reading, read
 from moefy.inspection.texts.table import rows
 from moefy.inspection.texts.tokens import Tokens, uniforms
-from moefy.inspection.texts.windows import context, spans_of
 
 SETTINGS = {
     "llama": {

@@ -26,7 +26,7 @@ from moefy.inspection.controls.random_partition import RandomPartitions, explain
 from moefy.inspection.controls.random_weights import compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
-from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
 from moefy.inspection.texts.tokens import Tokens
@@ -70,7 +70,7 @@ def drawn(model, reading, **settings):
 
 
 @torch.no_grad()
-def naive(ledgers, domain_D, least):
+def naive(ledgers, domain_Q, least):
     """Figures of the model's own experts, token by token, in fp64."""
     shared = ledgers[0].module.shared
     runs, energy, on, total, missed, whole, one = [], 0, 0, 0, 0, 0, 0
@@ -86,7 +86,7 @@ def naive(ledgers, domain_D, least):
             chosen = sorted(range(len(square_E)), key=lambda e: -float(square_E[e]))[:k]
             run_E = np.isin(np.arange(len(square_E)), chosen)
             tokens = ledger.tokens
-            runs.append((int(tokens.ids_T[t]), int(domain_D[tokens.document_T[t]]), run_E))
+            runs.append((int(tokens.ids_T[t]), int(domain_Q[tokens.document_T[t]]), run_E))
             if tokens.position_T[t] > 0:
                 energy = energy + square_E.numpy()
                 on += float(square_E[chosen].sum())

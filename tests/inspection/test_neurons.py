@@ -14,7 +14,7 @@ from tiny_models import build
 import moefy
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.ledger import bare
+from moefy.inspection.account import bare
 from moefy.inspection.experts.concepts import BINS, Counts, Predictivity, enrichment
 from moefy.inspection.experts.near_duplicates import neuron_families, neuron_rows
 from moefy.inspection.part import SeenDocuments, Sum

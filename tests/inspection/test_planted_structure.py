@@ -16,10 +16,9 @@ from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.causal.causal import causal
-from moefy.inspection.in_context import induction, nats
-from moefy.inspection.page_one import fit_bigram, honesty, other_text
-from moefy.inspection.routing.sample import RoutingSampler
+from moefy.inspection.causal import causal
+from moefy.inspection.quality import fit_bigram, induction, other_text, quality_summary
+from moefy.inspection.routing import RoutingSampler
 from moefy.inspection.routing.statistics import routing_statistics
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
@@ -151,7 +150,7 @@ def dense_of(model, folder):
 
 def test_page_one_of_the_planted_model(made, routing):
     model, reading, _ = made["domain"]
-    found = honesty(model, reading, routing["domain"])
+    found = quality_summary(model, reading, routing["domain"])
     assert json.loads(json.dumps(found)) == found
     for name, entry in found.items():
         assert entry.keys() >= {"value", "low", "high", "what"}, name
@@ -167,7 +166,7 @@ def test_page_one_of_the_planted_model(made, routing):
     # It has no head that looks back for repeats, and no document is long.
     assert found["induction_dense"]["high"] > -0.1
     assert found["late_dense"]["value"] is None
-    by_token = honesty(*made["token"][:2], {"layers": {"stability_ari": [0.9, None, 0.7]}})
+    by_token = quality_summary(*made["token"][:2], {"layers": {"stability_ari": [0.9, None, 0.7]}})
     assert by_token["bigram_skill"]["high"] < 0.6
     assert by_token["ce_increase"]["low"] > 0.3
     assert by_token["stability"]["value"] == pytest.approx(0.8)
@@ -177,7 +176,7 @@ def test_page_one_of_the_planted_model(made, routing):
 
 def test_a_model_that_is_not_the_dense_one_with_all_experts_on_is_told(made):
     from moefy.experts.sparse_mlp import sparse_mlps
-    from moefy.inspection.page_one import perfect
+    from moefy.inspection.quality import perfect
 
     model, reading, _ = made["token"]
     weight = sparse_mlps(model)[0].down_ND
@@ -216,12 +215,3 @@ def test_induction_is_the_second_time_less_the_first(made):
     away_B = nats_BT[:, 40:79].mean(1) - nats_BT[:, :39].mean(1)
     assert float(found["dense"].mean_C[0]) == pytest.approx(float(away_B.mean()), abs=1e-4)
     assert float(found["moefied"].mean_C[0]) != pytest.approx(float(away_B.mean()), abs=1e-4)
-
-
-def test_nats_are_those_of_evaluate(made):
-    model, reading, _ = made["token"]
-    batches = reading.of_shard(HELD_OUT)
-    total = evaluate(model, batches)["total"]
-    for name, key in (("dense", "ce_dense"), ("moefied", "ce")):
-        got = sum(float(nats(model, b, name).sum()) for b in batches) / total["tokens"]
-        assert got == pytest.approx(total[key]["mean"], rel=1e-5)

@@ -21,12 +21,12 @@ import moefy
 from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
-from moefy.inspection.causal.engine import Gone
+from moefy.inspection.causal.engine import Neurons
 from moefy.inspection.removal.controls import (
     CONTROLS,
     Control,
     Drawn,
-    Removed,
+    Removal,
     energy_matched,
     random_neurons,
 )
@@ -42,7 +42,14 @@ from moefy.inspection.removal.figures import (
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
 from moefy.inspection.removal.rankings import RANKINGS, importance, ranked, relative
 from moefy.inspection.removal.relearning import verdict
-from moefy.inspection.removal.source import EXPERT, NEURON, Source, gone_of, open_source, units_of
+from moefy.inspection.removal.source import (
+    EXPERT,
+    NEURON,
+    Source,
+    neurons_of_units,
+    open_source,
+    units_of,
+)
 from moefy.inspection.removal.summary import lines
 from moefy.models.artefact import read_artefact
 from moefy.run.console import Reporter
@@ -138,7 +145,7 @@ def test_only_zeros_in_down_projections_differ_from_the_source(form: str, tmp_pa
     engine = source.engine()
     counts = units_of(engine, unit)
     numbers = torch.arange(0, sum(counts.values()), 3)
-    gone = gone_of(engine, unit, numbers)
+    gone = neurons_of_units(engine, unit, numbers)
     removed = source.write(gone, out, QUIET)
     (before, want), (after, got) = stored(dense), stored(out)
     assert before == after
@@ -269,7 +276,7 @@ def test_energy_matched_sets_have_the_number_and_the_energy(tmp_path: Path) -> N
     engine, plain = source.engine(), source.without({})
     part = parts_of(source, two_domains(), "low").rank
     gone = random_neurons(engine, 20, seed=7)
-    found = energy_matched(Removed(engine, NEURON, 20, gone, part, 0, QUIET))
+    found = energy_matched(Removal(engine, NEURON, 20, gone, part, 0, QUIET))
 
     def energy(layer: int, gone_N: Tensor) -> float:
         """`E ||sum_j h_j d_j||^2`, token by token; both domains count alike."""
@@ -304,8 +311,8 @@ def test_a_control_and_a_ranking_are_one_row_each(
 ) -> None:
     made, *_ = planted_run
 
-    def nothing(removed: Removed) -> Drawn:
-        empty: Gone = {}
+    def nothing(removal: Removal) -> Drawn:
+        empty: Neurons = {}
         return Drawn([empty])
 
     monkeypatch.setitem(CONTROLS, "nothing", Control("no {unit} at all", nothing))

@@ -22,10 +22,10 @@ from PIL import Image
 from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
+from moefy.inspection import report
 from moefy.inspection.record import Inspection
-from moefy.inspection.report import page
+from moefy.inspection.report import SHOWN, Report, blocks, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
-from moefy.inspection.report.page import SHOWN, Report, blocks, write_report
 from moefy.inspection.report.plots import save_plots
 from moefy.inspection.report.serve import server
 from moefy.inspection.texts.table import rows
@@ -82,7 +82,7 @@ def test_page_loads_nothing_and_runs_its_own_script_only(text):
     assert "default-src 'none'" in policy
     assert "connect-src 'none'" in policy
     for kind in ("script", "style"):
-        assert f"{kind}-src '{page._sha(parsed.data[kind])}'" in policy
+        assert f"{kind}-src '{report._sha(parsed.data[kind])}'" in policy
     assert "innerHTML" not in text
     assert "</script" not in parsed.data["script"]
 
@@ -194,7 +194,7 @@ def test_write_refuses_what_is_in_the_way(found, tmp_path):
 
 
 def test_what_is_too_large_for_a_file_becomes_a_folder(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "LARGEST", 1000)
+    monkeypatch.setattr(report, "LARGEST", 1000)
     index = write_report(found, tmp_path / "report.html")
     assert index == tmp_path / "report" / "index.html"
     names = {file.name for file in index.parent.iterdir()}

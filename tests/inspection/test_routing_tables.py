@@ -4,23 +4,31 @@ import json
 
 import numpy as np
 import pytest
-from routing_samples import World, entropy, sample_of, top_k
+from routing_samples import World, entropy, load_matched, sample_of, top_k
 
 from moefy.errors import CorpusError, MoefyError
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.routing.explained import explained
+from moefy.inspection.routing.explained import (
+    cross_fitted,
+    explained,
+    lexical_router,
+)
 from moefy.inspection.routing.frame import (
     RoutingFrame,
     bin_edges,
-    load_matched,
     position_bin,
     ratio_columns,
 )
-from moefy.inspection.routing.lexical import cross_fitted, domain_specialization, lexical_router
-from moefy.inspection.routing.load import evenness, gini, load
-from moefy.inspection.routing.saturation import router_saturation
-from moefy.inspection.routing.specialization import log_odds, token_lists, vocabulary_specialization
-from moefy.inspection.routing.statistics import routing_statistics
+from moefy.inspection.routing.specialization import (
+    domain_specialization,
+    evenness,
+    gini,
+    load,
+    log_odds,
+    token_lists,
+    vocabulary_specialization,
+)
+from moefy.inspection.routing.statistics import router_saturation, routing_statistics
 from moefy.inspection.texts.table import rows, table
 
 

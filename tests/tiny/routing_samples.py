@@ -4,7 +4,7 @@ import numpy as np
 
 from moefy.data.corpus import Document
 from moefy.data.documents import HELD_OUT, Documents
-from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.tokens import NONE, Tokens
 
 
@@ -67,3 +67,17 @@ def entropy(p):
     """Bits of a yes or no of chance `p`."""
     p = np.clip(p, 1e-12, 1 - 1e-12)
     return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+
+def load_matched(sample, seed=0):
+    """The random router of the same loads: in every layer the sets of experts that ran are dealt anew
+    to tokens that run as many. Loads, k and co-activation are the model's; nothing else is left."""
+    random = np.random.default_rng(seed)
+    packed = []
+    for layer in range(len(sample.packed)):
+        active_T = sample.mask(layer).sum(1)
+        found = np.empty(len(active_T), dtype=np.int64)
+        drawn_T = np.lexsort((random.random(len(active_T)), active_T))
+        found[np.argsort(active_T, kind="stable")] = drawn_T
+        packed.append(sample.packed[layer][found])
+    return RoutingSample(sample.documents, sample.tokens, packed, sample.experts, sample.shared)

@@ -8,9 +8,8 @@ import math
 from dataclasses import dataclass
 
 from moefy.inspection.controls import random_partition
-from moefy.inspection.experts import examples
+from moefy.inspection.experts import FIGURES, examples
 from moefy.inspection.experts.concepts import BINS
-from moefy.inspection.experts.contributions import FIGURES
 from moefy.inspection.routing import sample as routing_sample
 
 RECORD = 37

@@ -3,7 +3,7 @@
     logit[v] - mean logit = embedding + attention of all layers + all experts + biases + error + constant
 
 where the term of the error is what the experts that are off would have added, with its sign turned:
-it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account.unembedding`). The terms
+it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account.observe`). The terms
 are measured where they arise: attention at its output projection, experts from the ledger of their
 layer. That they add up to the logit the model gives is checked; where they do not, because the model
 adds something in another way, the account is refused with the reason and the shares are given all the
@@ -31,12 +31,11 @@ from moefy.evaluation.outputs import first_choices, per_position, run_outputs
 from moefy.evaluation.statistics import Floats
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.ledger import Ledger
-from moefy.inspection.account.observe import observe
-from moefy.inspection.account.unembedding import Unembedding, find_unembedding
+from moefy.inspection.account import Ledger
+from moefy.inspection.account.observe import Unembedding, find_unembedding, observe
+from moefy.inspection.texts import _of_ids, _rising
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, rows, table
-from moefy.inspection.texts.windows import _of_ids, _rising
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
 

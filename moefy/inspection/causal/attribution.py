@@ -3,14 +3,16 @@
     A[e, d] = mean over documents of mean_t <dCE/dy, c_e - y_e>        (attribution patching)
 
 the first-order effect of replacing y_e by c_e. It is not the effect: it is shown beside its rank
-correlation with the true one, and never printed as M. For encoders the damage 1 - cosine has no first
-order; the screen is then `E ||c_e - y_e||^2`, the energy of what is taken away.
+correlation with the true one, and never printed as M. For encoders the loss 1 - cosine has no first
+order; in its place is `E ||c_e - y_e||^2`, the energy of what is taken away.
 
 The contraction goes over neurons, `sum_j (c_j - h_j) <g, d_j>`, so that no `[T, E, D]` is formed.
 
-Shapes: T positions of a batch, N neurons, E experts, D width; S all experts, layer by layer, of
-K documents; C domains.
+Shapes: T positions of a batch, N neurons, E experts, D width; S all experts, layer by layer, Q documents, C domains.
 """
+
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.effects import means
 from moefy.inspection.causal.engine import Base, Engine
-from moefy.inspection.causal.matrix import Matrix, Pair
+from moefy.inspection.causal.matrix import Matrix
 from moefy.inspection.texts.table import Table, table
 from moefy.methods.tables import expert_norms
 from moefy.run.console import Reporter
@@ -31,30 +33,22 @@ from moefy.run.console import Reporter
 GRADIENT, ENERGY = "gradient", "energy"
 
 
-def every_expert(engine: Engine) -> list[Pair]:
-    """All experts of the model, layer by layer."""
-    return [(at, expert) for at, m in engine.modules.items() for expert in range(m.experts)]
-
-
-def screen(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
-    """A of every expert and document `[S, K]`."""
+def attribution(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
+    """A of every expert and document `[S, Q]`."""
     own = []
     for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
         batch = texts.batches[number]
-        found = np.zeros((len(every_expert(engine)), len(batch.samples)))
-        base = engine.base(batch)
+        base, sums = engine.base(batch), []
         gradient = _gradients(engine, batch) if batch.targets_BT is not None else None
-        row = 0
         for layer, module in engine.modules.items():
             along_TE = _along(base, layer, module.experts, gradient)
             keep_BT1 = judged_positions(batch)[:, :, None].to(along_TE.device)
             # The loss at one position moves with what is added at all positions before it.
             counted = keep_BT1 if gradient is None else torch.ones_like(keep_BT1)
             along_BTE = along_TE.view(*keep_BT1.shape[:2], -1) * counted
-            found[row : row + module.experts] = along_BTE.double().sum(1).T.cpu().numpy()
-            row += module.experts
-        own.append((number, found))
-    return np.concatenate(engine.processes.in_order(own), axis=1) / texts.tokens_D
+            sums.append(along_BTE.double().sum(1).T.cpu().numpy())
+        own.append((number, np.concatenate(sums)))
+    return np.concatenate(engine.processes.in_order(own), axis=1) / texts.tokens_Q
 
 
 @torch.no_grad()
@@ -69,52 +63,47 @@ def _along(base: Base, layer: int, experts: int, gradient: dict[int, Tensor] | N
 def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
     """dCE/dy `[T, D]` of every layer, CE summed over the tokens of the batch."""
     added: dict[int, Tensor] = {}
-    handles = []
 
-    def add(layer: int, module: nn.Module) -> None:
-        def hook(_: nn.Module, __: object, y: Tensor) -> Tensor:
-            added[layer] = torch.zeros_like(y).requires_grad_()
-            return y + added[layer]
+    def add(layer: int, _: nn.Module, __: object, y: Tensor) -> Tensor:
+        added[layer] = torch.zeros_like(y).requires_grad_()
+        return y + added[layer]
 
-        handles.append(module.register_forward_hook(hook))
-
-    for layer, module in engine.modules.items():
-        add(layer, module)
-    try:
+    with ExitStack() as hooks:
+        for layer, module in engine.modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(add, layer)))
         with torch.enable_grad(), engine.running():
             loss = ce_per_token(run_outputs(engine.model, batch)).sum()
             grads = torch.autograd.grad(loss, list(added.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {layer: g.reshape(-1, g.shape[-1]) for layer, g in zip(added, grads, strict=True)}
 
 
-def screen_table(
-    engine: Engine, screen_SK: Floats, texts: Texts, found: Matrix, *, seed: int = 0
+def attribution_table(
+    engine: Engine, attribution_SQ: Floats, texts: Texts, found: Matrix, *, seed: int = 0
 ) -> Table:
     """Table `screen`: A beside M where M was computed, and how their ranks agree in every domain."""
-    domains, pairs = texts.documents.domains, every_expert(engine)
-    screen_SC = means(screen_SK, texts.documents.domain_D, len(domains))
+    domains, pairs = texts.documents.domains, engine.experts
+    attribution_SC = means(attribution_SQ, texts.documents.domain_D, len(domains))
     place = {pair: row for row, pair in enumerate(pairs)}
     rows = [place[pair] for pair in found.experts]
-    true_SC = np.full(screen_SC.shape, np.nan)
+    true_SC = np.full(attribution_SC.shape, np.nan)
     true_SC[rows] = found.ce.mean_C
-    rank_C = [_spearman(screen_SC[rows, c], true_SC[rows, c], seed) for c in range(len(domains))]
+    rank_C = [
+        _spearman(attribution_SC[rows, c], true_SC[rows, c], seed) for c in range(len(domains))
+    ]
     kind = GRADIENT if texts.batches[0].targets_BT is not None else ENERGY
     columns = {
         "layer": np.repeat([layer for layer, _ in pairs], len(domains)),
         "expert": np.repeat([expert for _, expert in pairs], len(domains)),
         "domain": domains * len(pairs),
-        "screen": screen_SC.ravel(),
-        "kind": [kind] * screen_SC.size,
+        "screen": attribution_SC.ravel(),
+        "kind": [kind] * attribution_SC.size,
         "ce": true_SC.ravel(),
         "measured": np.isfinite(true_SC).ravel(),
         **{
             name: np.tile([rank[i] for rank in rank_C], len(pairs))
             for i, name in enumerate(("spearman", "spearman_low", "spearman_high"))
         },
-        "spearman_experts": [len(rows)] * screen_SC.size,
+        "spearman_experts": [len(rows)] * attribution_SC.size,
     }
     return table(columns)
 

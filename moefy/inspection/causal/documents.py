@@ -34,7 +34,7 @@ class Texts:
 
     batches: list[Batch]
     documents: Documents
-    number_D: Ints
+    number_Q: Ints
     """Their numbers in the `Reading`."""
     length: int
     """Most tokens of a document."""
@@ -52,7 +52,7 @@ class Texts:
         return np.asarray(per_C[domain_Q])
 
     @property
-    def tokens_D(self) -> Ints:
+    def tokens_Q(self) -> Ints:
         """Tokens of every document that are judged: with a next token, or all for encoders."""
         return np.concatenate([judged_positions(batch).sum(1).numpy() for batch in self.batches])
 
@@ -72,7 +72,7 @@ def together(*parts: Texts) -> Texts:
             [shard for part in parts for shard in part.documents.shards],
             [corpus for part in parts for corpus in part.documents.corpora],
         ),
-        np.concatenate([part.number_D for part in parts]),
+        np.concatenate([part.number_Q for part in parts]),
         max(part.length for part in parts),
     )
 
@@ -80,8 +80,8 @@ def together(*parts: Texts) -> Texts:
 def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:
     """About `tokens` tokens of one shard; domains in turn, each from as many sources as it has."""
     samples = [sample for batch in reading.batches for sample in batch.samples]
-    chosen_D = reading.documents.of_shard(shard)
-    queues = _queues(reading.documents, chosen_D, seed)
+    chosen_Q = reading.documents.of_shard(shard)
+    queues = _queues(reading.documents, chosen_Q, seed)
     count = sum(min(MIN_DOCUMENTS, len(queue)) for queue in queues)
     length = max(LEAST, tokens // max(count, 1))
     taken: list[int] = []
@@ -113,11 +113,11 @@ def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:
     )
 
 
-def _queues(documents: Documents, chosen_D: np.ndarray, seed: int) -> list[list[int]]:
+def _queues(documents: Documents, chosen_Q: np.ndarray, seed: int) -> list[list[int]]:
     """The documents of every domain in random order, those of one source as far apart as can be."""
     random, found = np.random.default_rng([seed, 11]), []
     for domain in range(len(documents.domains)):
-        numbers = random.permutation(np.flatnonzero(chosen_D & (documents.domain_D == domain)))
+        numbers = random.permutation(np.flatnonzero(chosen_Q & (documents.domain_D == domain)))
         before: dict[Hashable, int] = defaultdict(int)
         turns: list[tuple[int, int, int]] = []
         for number in numbers.tolist():

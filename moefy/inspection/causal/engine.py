@@ -15,7 +15,8 @@ Shapes: T positions of a batch, J judged tokens, N neurons in expert order, D wi
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,17 @@ from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import Outputs, difference
 from moefy.experts.interventions import ExpertStatistics, experts
 from moefy.experts.moefied import of
-from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
-from moefy.inspection.causal.damage import Reference, output
+from moefy.experts.passes import watching
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.inspection.causal.loss_increase import Reference, output
 from moefy.methods.partition.canonical import canonical_order
 from moefy.models.mlp import DenseMlp
 from moefy.run.processes import ALONE, Processes
 
-Gone = Mapping[int, Tensor]
+Neurons = Mapping[int, Tensor]
 """Neurons that are replaced, bool `[N]` by layer; a layer that is not named keeps all of its own."""
+Pair = tuple[int, int]
+"""Layer and expert."""
 DENSE, MOEFIED = "dense", "moefied"
 AFTER, WITHIN, WHOLE = "after", "within", "whole"
 _CLOSE, _ROUNDINGS = 1e-3, 8
@@ -57,11 +61,16 @@ class Engine:
     ) -> None:
         """`means` are those of `moefy.experts.interventions.statistics` of the same `which`, for the modes
         `mean` and `peak`. `start` is where runs are taken up; left out, `shortcut` finds it.
-        `processes` share out the batches of `of_sets` and `screen`, and need a `start`."""
+        `processes` share out the batches of `of_sets` and `attribution`, and need a `start`."""
         self.model, self.which, self.mode, self.means = model, which, mode, means
         self.modules = sparse_mlps(model)
         self.blocks = [model.get_submodule(site.layer) for site in of(model).sites]
         self.start, self.processes = start, processes
+
+    @property
+    def experts(self) -> list[Pair]:
+        """All experts of the model, layer by layer."""
+        return [(at, expert) for at, m in self.modules.items() for expert in range(m.experts)]
 
     def running(self) -> AbstractContextManager[None]:
         """The model as this engine runs it."""
@@ -80,10 +89,10 @@ class Engine:
             for module in modules:
                 del vars(module)["compute"]
 
-    def replacing(self, gone: Gone) -> AbstractContextManager[None]:
+    def replacing(self, neurons: Neurons) -> AbstractContextManager[None]:
         """The model with these neurons, bool `[N]` by layer, replaced."""
         masks = [
-            gone.get(layer, torch.zeros(module.weights.neurons, dtype=torch.bool))
+            neurons.get(layer, torch.zeros(module.weights.neurons, dtype=torch.bool))
             for layer, module in self.modules.items()
         ]
         return experts(self.model, ablate=masks, mode=self.mode, means=self.means)
@@ -93,9 +102,9 @@ class Engine:
         return np.asarray(canonical_order(self.modules[layer].weights.on_cpu()).numpy())
 
     @contextmanager
-    def without(self, gone: Gone) -> Iterator[None]:
+    def without(self, neurons: Neurons) -> Iterator[None]:
         """The model as this engine runs it, with these neurons replaced."""
-        with self.running(), self.replacing(gone):
+        with self.running(), self.replacing(neurons):
             yield
 
     @torch.no_grad()
@@ -152,7 +161,7 @@ class Base:
 
     def __init__(self, engine: Engine, batch: Batch) -> None:
         self.engine, self.batch = engine, batch
-        self.given: list[Any] = [None] * len(engine.blocks)
+        self.outputs: list[Any] = [None] * len(engine.blocks)
         """What every block gave."""
         self.x: dict[int, Tensor] = {}
         self.mask: dict[int, Tensor] = {}
@@ -163,29 +172,17 @@ class Base:
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
-        handles = []
+        def keep_output(layer: int, _: nn.Module, __: Any, output: Any) -> None:
+            self.outputs[layer] = output
 
-        def keep(layer: int, block: nn.Module, module: SparseMlp) -> None:
-            def block_hook(_: nn.Module, __: Any, given: Any) -> None:
-                self.given[layer] = given
+        def keep_input(layer: int, x_TD: Tensor, mask_TE: Tensor) -> None:
+            self.x[layer], self.mask[layer] = x_TD, mask_TE
 
-            def observer(x_TD: Tensor, mask_TE: Tensor) -> None:
-                self.x[layer], self.mask[layer] = x_TD, mask_TE
-
-            handles.append(block.register_forward_hook(block_hook))
-            module.observer = observer
-
-        for layer, (block, module) in enumerate(
-            zip(self.engine.blocks, self.engine.modules.values(), strict=True)
-        ):
-            keep(layer, block, module)
-        try:
+        with ExitStack() as hooks:
+            for layer, block in enumerate(self.engine.blocks):
+                hooks.enter_context(block.register_forward_hook(partial(keep_output, layer)))
+            hooks.enter_context(watching(self.engine.modules, keep_input))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in self.engine.modules.values():
-                module.observer = None
 
     @torch.no_grad()
     def change(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -212,17 +209,17 @@ class Base:
         return replaced_TN - run_TN, mlp.down_ND
 
     @torch.no_grad()
-    def output(self, gone: Gone) -> Outputs:
+    def output(self, neurons: Neurons) -> Outputs:
         """What the model gives with these neurons replaced, bool `[N]` by layer."""
-        engine, first = self.engine, min(gone)
-        if engine.start == AFTER and len(gone) == 1:
+        engine, first = self.engine, min(neurons, default=0)
+        if engine.start == AFTER and len(neurons) == 1:
             change_TN, down_ND = self.change(first)
-            numbers = gone[first].nonzero().flatten().to(change_TN.device)
+            numbers = neurons[first].nonzero().flatten().to(change_TN.device)
             change_TD = change_TN[:, numbers] @ down_ND[numbers]
             with engine.running(), self._skipping(first + 1, change_TD):
                 return output(engine.model, self.batch)
         skipped = first if engine.start != WHOLE else 0
-        with engine.running(), self._skipping(skipped), engine.replacing(gone):
+        with engine.running(), self._skipping(skipped), engine.replacing(neurons):
             return output(engine.model, self.batch)
 
     @contextmanager
@@ -231,10 +228,10 @@ class Base:
         blocks = self.engine.blocks[:count]
         before = [vars(block).get("forward") for block in blocks]
         for number, block in enumerate(blocks):
-            given = self.given[number]
+            output = self.outputs[number]
             if change_TD is not None and number == count - 1:
-                given = _plus(given, change_TD)
-            block.forward = _handing_on(given)
+                output = _plus(output, change_TD)
+            block.forward = _giving(output)
         try:
             yield
         finally:
@@ -248,12 +245,12 @@ def _all(x_TD: Tensor, _: Tensor, weights: DenseMlp) -> Tensor:
     return weights(x_TD)
 
 
-def _plus(given: Any, change_TD: Tensor) -> Any:
+def _plus(output: Any, change_TD: Tensor) -> Any:
     """What a block gave, with a change of its hidden state; some give a tuple that it heads."""
-    if isinstance(given, Tensor):
-        return given + change_TD.view(given.shape).to(given.dtype)
-    return (_plus(given[0], change_TD), *given[1:])
+    if isinstance(output, Tensor):
+        return output + change_TD.view(output.shape).to(output.dtype)
+    return (_plus(output[0], change_TD), *output[1:])
 
 
-def _handing_on(given: Any) -> Any:
-    return lambda *_, **__: given
+def _giving(output: Any) -> Any:
+    return lambda *_, **__: output

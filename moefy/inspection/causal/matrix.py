@@ -35,14 +35,12 @@ from moefy.evaluation.statistics import (
     resamples,
     units,
 )
-from moefy.inspection.causal.damage import COSINE, NATS
 from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
 from moefy.inspection.causal.effects import Effects, means
+from moefy.inspection.causal.engine import Pair
+from moefy.inspection.causal.loss_increase import COSINE, NATS
 from moefy.inspection.causal.nulls import AgainstNull, RandomSets, against_null
 from moefy.inspection.texts.table import Table, table
-
-Pair = tuple[int, int]
-"""Layer and expert."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ class Matrix:
     csi: Interval
 
 
-def intervals(values_SD: Floats, texts: Texts, *, seed: int = 0) -> Interval:
+def intervals(values_SQ: Floats, texts: Texts, *, seed: int = 0) -> Interval:
     """Mean over the documents of every domain with its interval `[S, C]`, flattened."""
-    domain_D, domains = texts.documents.domain_D, len(texts.documents.domains)
-    member_DC = np.eye(domains)[domain_D]
-    top_DX = (values_SD.T[:, :, None] * member_DC[:, None]).reshape(len(domain_D), -1)
-    bottom_DX = np.tile(member_DC, (1, len(values_SD)))
-    return ratio_interval(top_DX, bottom_DX, units(texts.documents), seed=seed)
+    domain_Q, domains = texts.documents.domain_D, len(texts.documents.domains)
+    member_QC = np.eye(domains)[domain_Q]
+    top_QX = (values_SQ.T[:, :, None] * member_QC[:, None]).reshape(len(domain_Q), -1)
+    bottom_QX = np.tile(member_QC, (1, len(values_SQ)))
+    return ratio_interval(top_QX, bottom_QX, units(texts.documents), seed=seed)
 
 
 def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tuple[Matrix, Table]:
@@ -78,23 +76,23 @@ def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tupl
     expert and domain by domain, without `q`, which is over all that is shown."""
     experts = [expert for part in measured for expert in part.experts]
     effects = Effects.join(part.effects for part in measured)
-    domain_D, domains = texts.documents.domain_D, texts.documents.domains
+    domain_Q, domains = texts.documents.domain_D, texts.documents.domains
     shape = (len(experts), len(domains))
-    ce = intervals(effects.ce_SD, texts, seed=seed)
-    csi = selectivity(effects.ce_SD, domain_D, units(texts.documents), seed=seed)
-    kl = np.isfinite(effects.kl_SD).all()
+    ce = intervals(effects.ce_SQ, texts, seed=seed)
+    csi = selectivity(effects.ce_SQ, domain_Q, units(texts.documents), seed=seed)
+    kl = np.isfinite(effects.kl_SQ).all()
     nothing = np.full(shape, np.nan)
-    documents_C = np.bincount(domain_D, minlength=len(domains))
-    tokens_C = np.bincount(domain_D, weights=texts.tokens_D, minlength=len(domains)).astype(int)
+    documents_C = np.bincount(domain_Q, minlength=len(domains))
+    tokens_C = np.bincount(domain_Q, weights=texts.tokens_Q, minlength=len(domains)).astype(int)
     columns: dict[str, Any] = {
         "layer": np.repeat([layer for layer, _ in experts], len(domains)),
         "expert": np.repeat([expert for _, expert in experts], len(domains)),
         "domain": domains * len(experts),
         **ce.columns("ce"),
-        "kl": (means(effects.kl_SD, domain_D, len(domains)) if kl else nothing).ravel(),
+        "kl": (means(effects.kl_SQ, domain_Q, len(domains)) if kl else nothing).ravel(),
         "kl_p99": (effects.kl_p99_SC if kl else nothing).ravel(),
         **{name: values.ravel() for name, values in csi.columns("csi").items()},
-        "csi_p": selectivity_p(effects.ce_SD, domain_D, seed=seed).ravel(),
+        "csi_p": selectivity_p(effects.ce_SQ, domain_Q, seed=seed).ravel(),
         **{name: values.ravel() for name, values in _null_columns(measured, texts, shape).items()},
         "documents": np.tile(documents_C, len(experts)),
         "tokens": np.tile(tokens_C, len(experts)),
@@ -172,10 +170,10 @@ def contrast(values_SC: Floats) -> Floats:
 
 
 def selectivity(
-    values_SD: Floats, domain_D: NDArray[np.int64], unit_D: NDArray[np.int64], *, seed: int = 0
+    values_SQ: Floats, domain_Q: NDArray[np.int64], unit_Q: NDArray[np.int64], *, seed: int = 0
 ) -> Interval:
     """CSI and its 95 % interval `[S, C]`; NaN for a single domain."""
-    sets, domains = len(values_SD), int(domain_D.max(initial=-1)) + 1
+    sets, domains = len(values_SQ), int(domain_Q.max(initial=-1)) + 1
     if domains < 2:
         nothing = np.full((sets, domains), np.nan)
         return Interval(nothing, nothing, nothing)
@@ -183,11 +181,11 @@ def selectivity(
     mean_SC = np.empty((sets, domains))
     influence = []
     for domain in range(domains):
-        here = domain_D == domain
-        units = np.unique(unit_D[here], return_inverse=True)[1]
+        here = domain_Q == domain
+        units = np.unique(unit_Q[here], return_inverse=True)[1]
         groups = int(units.max()) + 1
-        member_DG = np.eye(groups)[units]
-        top_SG, size_G = values_SD[:, here] @ member_DG, member_DG.sum(0)
+        member_QG = np.eye(groups)[units]
+        top_SG, size_G = values_SQ[:, here] @ member_QG, member_QG.sum(0)
         times_RG = resamples(groups, seed, domain)
         drawn_RSC[:, :, domain] = (times_RG @ top_SG.T) / (times_RG @ size_G)[:, None]
         mean_SC[:, domain] = top_SG.sum(1) / size_G.sum()
@@ -211,46 +209,46 @@ def _acceleration(estimate_SC: Floats, influence: list[Floats]) -> Floats:
         return np.where(square_SC > 0, cube_SC / (6 * square_SC**1.5), 0.0)
 
 
-def selectivity_p(values_SD: Floats, domain_D: NDArray[np.int64], *, seed: int = 0) -> Floats:
+def selectivity_p(values_SQ: Floats, domain_Q: NDArray[np.int64], *, seed: int = 0) -> Floats:
     """Two-sided p of `CSI = 0` `[S, C]`, by permuting the domains of documents.
 
     Sets with a cell that few of `PERMUTATIONS` reach are tested again by `MORE` others, so that a
     single finding can stand out of some thousand cells.
     """
-    domains = int(domain_D.max(initial=-1)) + 1
+    domains = int(domain_Q.max(initial=-1)) + 1
     if domains < 2:
-        return np.full((len(values_SD), domains), np.nan)
+        return np.full((len(values_SQ), domains), np.nan)
     # CSI does not see what all documents share; scaled, so that one threshold says "does not vary".
-    scaled_SD = values_SD - values_SD.mean(1, keepdims=True)
-    scaled_SD = scaled_SD / (scaled_SD.std(1, keepdims=True) + 1e-300)
-    p_SC = _permuted_p(scaled_SD, domain_D, domains, PERMUTATIONS, [seed, 12])
+    scaled_SQ = values_SQ - values_SQ.mean(1, keepdims=True)
+    scaled_SQ = scaled_SQ / (scaled_SQ.std(1, keepdims=True) + 1e-300)
+    p_SC = _permuted_p(scaled_SQ, domain_Q, domains, PERMUTATIONS, [seed, 12])
     again = p_SC.min(1) <= RARE
     if again.any():
-        p_SC[again] = _permuted_p(scaled_SD[again], domain_D, domains, MORE, [seed, 15])
+        p_SC[again] = _permuted_p(scaled_SQ[again], domain_Q, domains, MORE, [seed, 15])
     return p_SC
 
 
 def _permuted_p(
-    values_SD: Floats, domain_D: NDArray[np.int64], domains: int, count: int, seed: list[int]
+    values_SQ: Floats, domain_Q: NDArray[np.int64], domains: int, count: int, seed: list[int]
 ) -> Floats:
-    observed_SC = np.abs(_studentised(values_SD, domain_D[None], domains))[0]
+    observed_SC = np.abs(_studentised(values_SQ, domain_Q[None], domains))[0]
     reached_SC = np.zeros(observed_SC.shape)
     random = np.random.default_rng(seed)
     for first in range(0, count, _AT_ONCE):
-        labels_PD = np.tile(domain_D, (min(_AT_ONCE, count - first), 1))
-        null_PSC = np.abs(_studentised(values_SD, random.permuted(labels_PD, axis=1), domains))
+        labels_PQ = np.tile(domain_Q, (min(_AT_ONCE, count - first), 1))
+        null_PSC = np.abs(_studentised(values_SQ, random.permuted(labels_PQ, axis=1), domains))
         reached_SC += (null_PSC >= observed_SC - 1e-12).sum(0)
     return (1 + reached_SC) / (1 + count)
 
 
-def _studentised(values_SD: Floats, labels_PD: NDArray[np.int64], domains: int) -> Floats:
+def _studentised(values_SQ: Floats, labels_PQ: NDArray[np.int64], domains: int) -> Floats:
     """CSI over its standard error `[P, S, C]` under each labelling; 0 where neither varies."""
-    member_PDC = np.eye(domains)[labels_PD]
-    size_C = member_PDC[0].sum(0)
-    flat_DX = member_PDC.transpose(1, 0, 2).reshape(labels_PD.shape[1], -1)
-    shape = (len(values_SD), len(labels_PD), domains)
-    mean_SPC = (values_SD @ flat_DX).reshape(shape) / size_C
-    square_SPC = (values_SD**2 @ flat_DX).reshape(shape) / size_C
+    member_PQC = np.eye(domains)[labels_PQ]
+    size_C = member_PQC[0].sum(0)
+    flat_QX = member_PQC.transpose(1, 0, 2).reshape(labels_PQ.shape[1], -1)
+    shape = (len(values_SQ), len(labels_PQ), domains)
+    mean_SPC = (values_SQ @ flat_QX).reshape(shape) / size_C
+    square_SPC = (values_SQ**2 @ flat_QX).reshape(shape) / size_C
     error_SPC = (square_SPC - mean_SPC**2).clip(0) / np.maximum(size_C - 1, 1)
     rest = (error_SPC.sum(-1, keepdims=True) - error_SPC) / (domains - 1) ** 2
     spread_SPC = np.sqrt(error_SPC + rest)

@@ -143,7 +143,7 @@ def matched(
     return np.asarray(chosen)
 
 
-def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
+def energy_slope(increase_S: Floats, energy_S: Floats) -> tuple[float, float]:
     """How damage grows with energy, `damage ~ energy^s`: s between 0 and 1, and its standard error.
 
     The median of the slopes of log damage between all pairs of sets, weighted by how far their log
@@ -153,7 +153,7 @@ def energy_slope(damage_S: Floats, energy_S: Floats) -> tuple[float, float]:
     sets to compare s is 1, and the error NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        x_S, y_S = np.log(energy_S), np.log(np.maximum(damage_S, 0.0))
+        x_S, y_S = np.log(energy_S), np.log(np.maximum(increase_S, 0.0))
         i, j = np.triu_indices(len(x_S), 1)
         wide, slope = np.abs(x_S[i] - x_S[j]), (y_S[i] - y_S[j]) / (x_S[i] - x_S[j])
     known = np.isfinite(wide) & (wide > 0) & ~np.isnan(slope)
@@ -185,10 +185,10 @@ class AgainstNull:
     slope_error: float
 
 
-def against_null(damage_EC: Floats, null_SC: Floats, sets: RandomSets) -> AgainstNull:
+def against_null(increase_EC: Floats, null_SC: Floats, sets: RandomSets) -> AgainstNull:
     """`z = (M - mean of the random sets) / their standard deviation`, and the share of them below,
     the sets of a bin corrected to the energy of what they are compared with."""
-    z_EC, percentile_EC = np.full(damage_EC.shape, np.nan), np.full(damage_EC.shape, np.nan)
+    z_EC, percentile_EC = np.full(increase_EC.shape, np.nan), np.full(increase_EC.shape, np.nan)
     null_z_SC = np.full(null_SC.shape, np.nan)
     slope, error = energy_slope(null_SC.mean(1), sets.energy_S)
     least = max(_LEAST * float(sets.energy_S.max()), 1e-300)
@@ -199,8 +199,8 @@ def against_null(damage_EC: Floats, null_SC: Floats, sets: RandomSets) -> Agains
 
     for e, (number, energy) in enumerate(zip(sets.bin_E, energy_E, strict=True)):
         null = corrected(np.flatnonzero(sets.bin_S == number), energy)
-        z_EC[e] = null_z(damage_EC[e], null)
-        percentile_EC[e] = 50 * ((null < damage_EC[e]).mean(0) + (null <= damage_EC[e]).mean(0))
+        z_EC[e] = null_z(increase_EC[e], null)
+        percentile_EC[e] = 50 * ((null < increase_EC[e]).mean(0) + (null <= increase_EC[e]).mean(0))
     for s, (number, energy) in enumerate(zip(sets.bin_S, energy_S, strict=True)):
         others = np.flatnonzero((sets.bin_S == number) & (np.arange(len(null_SC)) != s))
         null_z_SC[s] = null_z(null_SC[s], corrected(others, energy))

@@ -1,22 +1,25 @@
-"""Does a domain need only its own experts? Keep a share of every layer's, replace all others, and look.
+"""What many experts do together: are a domain's own enough, and do two stand in for each other?
 
-Experts are ranked for a domain by the screen on the `select` shard, layer by layer, and judged on
-`held_out`: against as many experts drawn at random, and against those of the other domains.
+`sufficiency`: a share of every layer's experts is kept and all others are replaced. They are ranked for a
+domain by attribution on the `select` shard, layer by layer, and judged on `held_out`: against as many
+experts drawn at random, and against those of the other domains.
 
-Shapes: S all experts, layer by layer, E experts of one layer, K documents of the select texts,
-C domains, R random draws, D documents.
+`interactions`: M of two experts together minus the sum of each alone. Positive: each hides what the other
+does (redundancy, self-repair). Negative: their effects overlap.
+
+Shapes: S all experts, layer by layer, X sets of experts, Q documents, C domains.
 """
 
+import itertools
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from moefy.evaluation.statistics import Floats, null_p, q_values
+from moefy.evaluation.statistics import Floats, Interval, null_p, q_values, ratio_interval, units
 from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
-from moefy.inspection.causal.effects import means, of_sets
-from moefy.inspection.causal.engine import Engine, Gone
+from moefy.inspection.causal.effects import Effects, means, of_experts, of_sets
+from moefy.inspection.causal.engine import Engine, Pair
 from moefy.inspection.causal.matrix import intervals
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.run.console import Reporter
@@ -25,9 +28,9 @@ SHARES = (0.125, 0.25, 0.5)
 DRAWS = 20
 
 
-def keep_only(
+def sufficiency(
     engine: Engine,
-    screen_SK: Floats,
+    attribution_SQ: Floats,
     select: Texts,
     texts: Texts,
     report: Reporter,
@@ -35,11 +38,10 @@ def keep_only(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Table:
-    """Table `keep_only`: for every domain and share the damage with its own experts kept, with those
-    of the other domains, and with random ones."""
-    domains = texts.documents.domains
-    known = select.documents.domains
-    rank_SC = means(screen_SK, select.documents.domain_D, len(known))
+    """Table `keep_only`: for every domain and share the loss increase with its own experts kept, with
+    those of the other domains, and with random ones."""
+    domains, known = texts.documents.domains, select.documents.domains
+    rank_SC = means(attribution_SQ, select.documents.domain_D, len(known))
     counts = [module.experts for module in engine.modules.values()]
     random = np.random.default_rng([seed, 14])
     parts = []
@@ -49,72 +51,121 @@ def keep_only(
             for d in domains
         ]
         drawn = [_best(random.random(sum(counts)), counts, share) for _ in range(draws)]
-        sets = [_all_but(engine, kept_S) for kept_S in (*own, *drawn)]
+        sets = [
+            of_experts(engine, itertools.compress(engine.experts, ~kept_S))
+            for kept_S in (*own, *drawn)
+        ]
         effects = of_sets(engine, texts, sets, report, f"keep {share:.1%} of experts")
-        parts.append(_rows(effects.ce_SD, texts, share, own, draws))
-    found = joined(parts)
-    found["q"] = table({"q": q_values([np.nan if p is None else p for p in found["p"]])})["q"]
-    return found
+        parts.append(_rows(effects.ce_SQ, texts, share, own, draws))
+    rows = joined(parts)
+    return rows | table({"q": q_values([np.nan if p is None else p for p in rows["p"]])})
 
 
 def _best(score_S: Floats, counts: list[int], share: float) -> NDArray[np.bool_]:
     """The best experts of every layer, this share of them, rounded up."""
-    kept = []
+    by_layer = []
     for score_E in np.split(score_S, np.cumsum(counts)[:-1]):
-        kept_E = np.zeros(len(score_E), dtype=bool)
-        kept_E[np.argsort(-score_E, kind="stable")[: math.ceil(share * len(score_E))]] = True
-        kept.append(kept_E)
-    return np.concatenate(kept)
-
-
-def _all_but(engine: Engine, kept_S: NDArray[np.bool_]) -> Gone:
-    gone, first = {}, 0
-    for layer, module in engine.modules.items():
-        off_E = torch.from_numpy(~kept_S[first : first + module.experts])
-        gone[layer] = off_E.repeat_interleave(module.expert_size)
-        first += module.experts
-    return gone
+        best_E = np.zeros(len(score_E), dtype=bool)
+        best_E[np.argsort(-score_E, kind="stable")[: math.ceil(share * len(score_E))]] = True
+        by_layer.append(best_E)
+    return np.concatenate(by_layer)
 
 
 def _rows(
-    ce_XD: Floats, texts: Texts, share: float, own: list[NDArray[np.bool_]], draws: int
+    ce_XQ: Floats, texts: Texts, share: float, own: list[NDArray[np.bool_]], draws: int
 ) -> Table:
     """Rows of one share: the first sets are those of the domains, the rest are random."""
-    domains, domain_D = texts.documents.domains, texts.documents.domain_D
+    domains, domain_Q = texts.documents.domains, texts.documents.domain_D
     count = len(domains)
-    found = intervals(ce_XD, texts)
-    mean_XC, low_XC, high_XC = (
-        v.reshape(-1, count) for v in (found.mean_C, found.low_C, found.high_C)
-    )
-    # Paired: the same documents with other experts kept.
-    saved_XD = ce_XD[count:].mean(0) - ce_XD[:count]
-    saved = intervals(saved_XD, texts)
-    saved_CC = [
-        v.reshape(count, count).diagonal() for v in (saved.mean_C, saved.low_C, saved.high_C)
-    ]
+    ce = intervals(ce_XQ, texts)
+    mean_XC = ce.mean_C.reshape(-1, count)
+    own_C, random_XC = mean_XC[:count].diagonal(), mean_XC[count:]
     other_CC = np.where(np.eye(count, dtype=bool), np.nan, mean_XC[:count])
-    documents_C = np.bincount(domain_D, minlength=count)
+    # Paired: the same documents with other experts kept.
+    saved = intervals(ce_XQ[count:].mean(0) - ce_XQ[:count], texts)
+    documents_C = np.bincount(domain_Q, minlength=count)
     return table(
         {
             "domain": domains,
             "share": [share] * count,
             "experts": [int(kept_S.sum()) for kept_S in own],
-            "ce": mean_XC[:count].diagonal(),
-            "ce_low": low_XC[:count].diagonal(),
-            "ce_high": high_XC[:count].diagonal(),
-            "ce_random": mean_XC[count:].mean(0),
-            "ce_random_least": mean_XC[count:].min(0),
-            "ce_random_most": mean_XC[count:].max(0),
-            "ce_other": np.nanmean(other_CC, 0) if count > 1 else np.full(count, np.nan),
-            "ce_other_least": np.nanmin(other_CC, 0) if count > 1 else np.full(count, np.nan),
-            "saved": saved_CC[0],
-            "saved_low": saved_CC[1],
-            "saved_high": saved_CC[2],
-            # Less damage than random experts leave.
-            "p": null_p(-mean_XC[:count].diagonal(), -mean_XC[count:]),
+            **_of_own(ce, "ce", count),
+            "ce_random": random_XC.mean(0),
+            "ce_random_least": random_XC.min(0),
+            "ce_random_most": random_XC.max(0),
+            **_over_others(other_CC),
+            **_of_own(saved, "saved", count),
+            # A smaller loss than random experts leave.
+            "p": null_p(-own_C, -random_XC),
             "draws": [draws] * count,
             "documents": documents_C,
-            "tokens": np.bincount(domain_D, weights=texts.tokens_D, minlength=count).astype(int),
+            "tokens": np.bincount(domain_Q, weights=texts.tokens_Q, minlength=count).astype(int),
             "few": documents_C < MIN_DOCUMENTS,
         }
     )
+
+
+def _of_own(all_: Interval, name: str, count: int) -> dict[str, Floats]:
+    """Columns of every domain's own experts on that domain."""
+    columns = all_.columns(name)
+    return {key: v.reshape(-1, count)[:count].diagonal() for key, v in columns.items()}
+
+
+def _over_others(other_CC: Floats) -> dict[str, Floats]:
+    """Columns of what the experts of the other domains leave; NaN for a single domain."""
+    if len(other_CC) == 1:
+        return dict.fromkeys(("ce_other", "ce_other_least"), np.full(1, np.nan))
+    return {"ce_other": np.nanmean(other_CC, 0), "ce_other_least": np.nanmin(other_CC, 0)}
+
+
+PAIRS = 10
+
+
+def interactions(
+    engine: Engine,
+    texts: Texts,
+    experts: list[Pair],
+    alone: Effects,
+    report: Reporter,
+    *,
+    count: int = PAIRS,
+) -> Table:
+    """Table `non_additivity`: the pairs of the strongest experts, half of them of one layer if there are
+    enough. `experts` come strongest first, `alone` holds their effects in the same order.
+    Means are over all documents, domains counting by theirs."""
+    chosen = _chosen(experts, count)
+    sets = [of_experts(engine, (experts[a], experts[b])) for a, b in chosen]
+    if not chosen:
+        return {}
+    both = of_sets(engine, texts, sets, report, "pairs of experts").ce_SQ
+    one, two = (alone.ce_SQ[[pair[i] for pair in chosen]] for i in (0, 1))
+    unit_Q, every_Q = units(texts.documents), np.ones(len(texts.documents))
+    columns = {
+        name: ratio_interval(values.T, every_Q, unit_Q)
+        for name, values in (("excess", both - one - two), ("ce_both", both))
+    }
+    sums = one.mean(1) + two.mean(1)
+    return table(
+        {
+            "layer_a": [experts[a][0] for a, _ in chosen],
+            "expert_a": [experts[a][1] for a, _ in chosen],
+            "layer_b": [experts[b][0] for _, b in chosen],
+            "expert_b": [experts[b][1] for _, b in chosen],
+            "ce_a": one.mean(1),
+            "ce_b": two.mean(1),
+            **columns["ce_both"].columns("ce_both"),
+            **columns["excess"].columns("excess"),
+            "excess_share": np.where(sums != 0, columns["excess"].mean_C / sums, np.nan),
+            "documents": [len(every_Q)] * len(chosen),
+            "tokens": [int(texts.tokens_Q.sum())] * len(chosen),
+        }
+    )
+
+
+def _chosen(experts: list[Pair], count: int) -> list[tuple[int, int]]:
+    """Pairs by the strength of both, half of one layer, half of two."""
+    every = sorted(itertools.combinations(range(len(experts)), 2), key=lambda p: (sum(p), p))
+    same = [(a, b) for a, b in every if experts[a][0] == experts[b][0]]
+    apart = [(a, b) for a, b in every if experts[a][0] != experts[b][0]]
+    of_same = min(len(same), max(count - len(apart), count // 2))
+    return same[:of_same] + apart[: count - of_same]

@@ -1,6 +1,6 @@
 """Where two models differ: `delta_t = log p_base(x_t) - log p_other(x_t)`, token by token.
 
-    tables = hunt(dense, pruned, reading)
+    tables = token_losses(dense, pruned, reading)
 
 The two may be any models with the same tokenizer, or functions from a batch to logits. Positive: the
 other model predicts the token worse. A mean hides where the difference sits: here are both tails,
@@ -30,8 +30,8 @@ from moefy.evaluation.outputs import Outputs, judged_positions, outputs_of
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.account.observe import tokens_of
-from moefy.inspection.causal.damage import Reference, output
 from moefy.inspection.causal.documents import MIN_DOCUMENTS
+from moefy.inspection.causal.loss_increase import Reference, output
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes
@@ -97,7 +97,7 @@ def differences(
     return Differences(Tokens.join(list(heard)), *columns)
 
 
-def hunt(
+def token_losses(
     base: PreTrainedModel | Logits,
     other: PreTrainedModel | Logits,
     reading: Reading,
@@ -139,7 +139,7 @@ def dense_against_moefied(
         with all_experts(model):
             return output(model, batch)
 
-    return hunt(dense, model, reading, tokens=tokens, report=report, processes=processes)
+    return token_losses(dense, model, reading, tokens=tokens, report=report, processes=processes)
 
 
 def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:
@@ -164,15 +164,15 @@ def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
 def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
     """Mean difference and KL over the tokens of every cell, with intervals over documents."""
     documents = len(reading.documents)
-    tokens_DC = _by_document(mark_JC.astype(float), found.tokens.document_T, documents)
-    unit_D = units(reading.documents, tokens_DC.sum(1) > 0)
+    tokens_QC = _by_document(mark_JC.astype(float), found.tokens.document_T, documents)
+    unit_Q = units(reading.documents, tokens_QC.sum(1) > 0)
 
     def interval(values_J: Floats) -> Interval:
-        top_DC = _by_document(mark_JC * values_J[:, None], found.tokens.document_T, documents)
-        return ratio_interval(top_DC, tokens_DC, unit_D)
+        top_QC = _by_document(mark_JC * values_J[:, None], found.tokens.document_T, documents)
+        return ratio_interval(top_QC, tokens_QC, unit_Q)
 
     losses_C = (mark_JC * found.delta_J.clip(0)[:, None]).sum(0)
-    in_documents = (tokens_DC > 0).sum(0)
+    in_documents = (tokens_QC > 0).sum(0)
     return table(
         {
             **interval(found.delta_J).columns("delta"),
@@ -180,7 +180,7 @@ def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> 
             "share_of_losses": losses_C / max(found.delta_J.clip(0).sum(), 1e-300),
             "share_of_tokens": mark_JC.mean(0),
             "documents": in_documents,
-            "tokens": tokens_DC.sum(0).astype(int),
+            "tokens": tokens_QC.sum(0).astype(int),
             "few": in_documents < MIN_DOCUMENTS,
         }
     )

@@ -17,7 +17,7 @@ from scipy import stats
 
 from moefy.data.documents import Documents
 from moefy.evaluation.statistics import q_values, units
-from moefy.inspection.routing.sample import RoutingSample, drawn_documents
+from moefy.inspection.routing import RoutingSample, drawn_documents
 from moefy.inspection.texts.table import Table, table
 
 Q = 0.05
@@ -40,8 +40,8 @@ def replication(
     parts = texts(sample.documents, seed)
     made = {
         name: describe(sample.take(some_T))["experts"]
-        for name, chosen_D in parts.items()
-        if (some_T := _some(sample, chosen_D, seed)).any()
+        for name, chosen_Q in parts.items()
+        if (some_T := _some(sample, chosen_Q, seed)).any()
     }
     rows: list[dict[str, Any]] = []
     for first, second in combinations(made, 2):
@@ -58,11 +58,11 @@ def replication(
     return {"replication": table(columns)}
 
 
-def _some(sample: RoutingSample, chosen_D: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+def _some(sample: RoutingSample, chosen_Q: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
     """Tokens `[T]` of the sample in documents drawn from the chosen ones."""
     document_T = sample.tokens.document_T
-    tokens_D = np.bincount(document_T, minlength=len(chosen_D))
-    return drawn_documents(tokens_D, TOKENS, seed, chosen_D & (tokens_D > 0))[document_T]
+    tokens_Q = np.bincount(document_T, minlength=len(chosen_Q))
+    return drawn_documents(tokens_Q, TOKENS, seed, chosen_Q & (tokens_Q > 0))[document_T]
 
 
 def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
@@ -71,15 +71,15 @@ def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
     names = sorted(set(documents.corpora))
     if len(names) > 1:
         return {name: np.array([c == name for c in documents.corpora]) for name in names}
-    unit_D = units(documents)
-    order_G = np.random.default_rng(seed).permutation(int(unit_D.max()) + 1)
-    first_D = np.zeros(len(documents), dtype=bool)
+    unit_Q = units(documents)
+    order_G = np.random.default_rng(seed).permutation(int(unit_Q.max()) + 1)
+    first_Q = np.zeros(len(documents), dtype=bool)
     for domain in range(len(documents.domains)):
-        here_D = documents.domain_D == domain
-        mine_G = order_G[np.isin(order_G, unit_D[here_D])]
-        first_D |= here_D & np.isin(unit_D, mine_G[::2])
+        here_Q = documents.domain_D == domain
+        mine_G = order_G[np.isin(order_G, unit_Q[here_Q])]
+        first_Q |= here_Q & np.isin(unit_Q, mine_G[::2])
     name = names[0]
-    return {f"{name}, one half": first_D, f"{name}, other half": ~first_D}
+    return {f"{name}, one half": first_Q, f"{name}, other half": ~first_Q}
 
 
 def figures(experts: Table) -> list[str]:

@@ -32,9 +32,9 @@ from scipy import sparse, stats
 from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
-from moefy.inspection.account.ledger import Ledger, bare
+from moefy.inspection.account import Ledger, bare
 from moefy.inspection.part import Pass, PassPart, State
-from moefy.inspection.routing.sample import drawn_documents
+from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.partition.canonical import canonical_order
@@ -80,12 +80,12 @@ class RandomPartitions(PassPart[State]):
         super().__init__(work)
         reading, seed = work.reading, work.seed
         self.modules, self.draws, self.seed = work.modules, draws, seed
-        self.domain_D = reading.documents.domain_D
+        self.domain_Q = reading.documents.domain_D
         width = max(module.weights.width for module in self.modules.values())
         neurons = max(module.weights.neurons for module in self.modules.values())
         limit = min(tokens, ENTRIES // neurons, INPUTS // (width * len(self.modules)))
-        self.chosen_D = drawn_documents(reading.tokens_D, limit, seed)
-        size = int(reading.tokens_D[self.chosen_D].sum())
+        self.chosen_Q = drawn_documents(reading.tokens_D, limit, seed)
+        size = int(reading.tokens_D[self.chosen_Q].sum())
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this listener
         shape = (len(self.modules), size, width)
         self.x_LTD = np.memmap(self.file, dtype=np.float32, mode="w+", shape=shape)
@@ -95,7 +95,7 @@ class RandomPartitions(PassPart[State]):
 
     def hear(self, ledger: Ledger) -> None:
         """Take in one layer and chunk of tokens."""
-        keep_T = self.chosen_D[ledger.tokens.document_T]
+        keep_T = self.chosen_Q[ledger.tokens.document_T]
         if not keep_T.any():
             return
         if ledger.layer == 0:
@@ -115,7 +115,7 @@ class RandomPartitions(PassPart[State]):
         report, processes = self.work.report or Reporter(quiet=True), self.work.processes
         tokens = Tokens.join(processes.all([Tokens.join(self.tokens)]))
         order_T = np.argsort(tokens.document_T, kind="stable")
-        ways = _Ways.of(tokens.take(order_T), self.domain_D)
+        ways = _Ways.of(tokens.take(order_T), self.domain_Q)
         layers = list(self.modules)
         rows: list[tuple[int, tuple[Table, Table]]] = []
         for first in report.track(range(0, len(layers), processes.count), "random partitions"):
@@ -173,7 +173,7 @@ class RandomPartitions(PassPart[State]):
             for key, values in _beside(np.array([real.layer[name]]), null).items():
                 row[f"oracle_{name}{key}"] = values
         row |= {"oracle_draws": [self.draws], "oracle_tokens": [len(x_TD)]}
-        row["oracle_documents"] = [int(self.chosen_D.sum())]
+        row["oracle_documents"] = [int(self.chosen_Q.sum())]
         return table(columns), table(row)
 
 
@@ -210,8 +210,8 @@ class _Ways:
     """Tokens whose energies are summed: all but those at position 0, which are many times larger."""
 
     @classmethod
-    def of(cls, tokens: Tokens, domain_D: NDArray[np.int64]) -> "_Ways":
-        domain_T = np.unique(domain_D[tokens.document_T], return_inverse=True)[1]
+    def of(cls, tokens: Tokens, domain_Q: NDArray[np.int64]) -> "_Ways":
+        domain_T = np.unique(domain_Q[tokens.document_T], return_inverse=True)[1]
         domain_CT = torch.nn.functional.one_hot(torch.from_numpy(domain_T)).T.float()
         _, kind_T, count_V = np.unique(tokens.ids_T, return_inverse=True, return_counts=True)
         number_V = np.where(count_V >= LEAST_COUNT, np.cumsum(count_V >= LEAST_COUNT) - 1, -1)

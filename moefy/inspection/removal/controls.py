@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.causal.documents import together
-from moefy.inspection.causal.engine import Engine, Gone
+from moefy.inspection.causal.engine import Engine, Neurons
 from moefy.inspection.causal.nulls import TOLERANCE, energies, energy_matrices, matched
 from moefy.inspection.removal.parts import Part
 from moefy.inspection.removal.rankings import ranked
-from moefy.inspection.removal.source import EXPERT, NEURON, gone_of, units_of
+from moefy.inspection.removal.source import EXPERT, NEURON, neurons_of_units, units_of
 from moefy.run.console import Reporter
 
 DRAWS = 5
@@ -25,29 +25,29 @@ _BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class Removed:
+class Removal:
     """The removal that controls stand beside."""
 
     engine: Engine
     unit: str
     count: int
-    gone: Gone
+    removed: Neurons
     part: Part
     """What it was ranked on."""
     seed: int
     report: Reporter
 
     @property
-    def neurons(self) -> int:
+    def size(self) -> int:
         """How many neurons went."""
-        return sum(int(gone_N.sum()) for gone_N in self.gone.values())
+        return sum(int(chosen_N.sum()) for chosen_N in self.removed.values())
 
 
 @dataclass(frozen=True)
 class Drawn:
     """The sets of one control."""
 
-    sets: list[Gone] = field(default_factory=list)
+    sets: list[Neurons] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     """Energy of every set over that of the removal, in the layer where it is furthest off."""
 
@@ -57,59 +57,59 @@ class Drawn:
         return all(abs(ratio - 1) <= TOLERANCE for ratio in self.ratio)
 
 
-def random_units(removed: Removed) -> Drawn:
+def random_units(removal: Removal) -> Drawn:
     """As many units, drawn at random from all layers."""
-    engine, unit = removed.engine, removed.unit
+    engine, unit = removal.engine, removal.unit
     total = sum(units_of(engine, unit).values())
     sets = []
     for draw in range(DRAWS):
-        random = np.random.default_rng([removed.seed, 21, draw])
-        chosen = random.choice(total, removed.count, replace=False)
-        sets.append(gone_of(engine, unit, torch.from_numpy(chosen)))
+        random = np.random.default_rng([removal.seed, 21, draw])
+        chosen = random.choice(total, removal.count, replace=False)
+        sets.append(neurons_of_units(engine, unit, torch.from_numpy(chosen)))
     return Drawn(sets)
 
 
-def single_neurons(removed: Removed) -> Drawn:
+def single_neurons(removal: Removal) -> Drawn:
     """As many single neurons, ranked as the experts were; none beside a removal of neurons."""
-    if removed.unit != EXPERT:
+    if removal.unit != EXPERT:
         return Drawn()
-    order = ranked(removed.engine, removed.part, NEURON, removed.report)
-    return Drawn([gone_of(removed.engine, NEURON, order[: removed.neurons])])
+    order = ranked(removal.engine, removal.part, NEURON, removal.report)
+    return Drawn([neurons_of_units(removal.engine, NEURON, order[: removal.size])])
 
 
-def energy_matched(removed: Removed) -> Drawn:
+def energy_matched(removal: Removal) -> Drawn:
     """Random neurons, layer by layer as many as are removed and of their energy to within 5 %."""
-    engine, layers = removed.engine, sorted(removed.gone)
-    both = together(removed.part.forget, removed.part.retain)
+    engine, layers = removal.engine, sorted(removal.removed)
+    both = together(removal.part.forget, removal.part.retain)
     weight_Q = both.even_Q(both.places_Q)
     sets: list[dict[int, Tensor]] = [{} for _ in range(DRAWS)]
     ratio = [1.0] * DRAWS
-    largest = max(len(gone_N) for gone_N in removed.gone.values())
+    largest = max(len(chosen_N) for chosen_N in removal.removed.values())
     at_once = max(1, _BYTES // (4 * largest**2))
     for first in range(0, len(layers), at_once):
         group = layers[first : first + at_once]
-        batches = removed.report.track(both.batches, f"energy of {len(group)} layers")
+        batches = removal.report.track(both.batches, f"energy of {len(group)} layers")
         for layer, energy_NN in energy_matrices(engine, batches, group, weight_Q).items():
-            for draw, (gone_N, got) in enumerate(_matched(removed, layer, energy_NN)):
-                sets[draw][layer] = gone_N
+            for draw, (chosen_N, got) in enumerate(_matched(removal, layer, energy_NN)):
+                sets[draw][layer] = chosen_N
                 ratio[draw] = max(ratio[draw], got, key=lambda value: abs(value - 1))
     return Drawn(list(sets), ratio)
 
 
-def _matched(removed: Removed, layer: int, energy_NN: Floats) -> list[tuple[Tensor, float]]:
+def _matched(removal: Removal, layer: int, energy_NN: Floats) -> list[tuple[Tensor, float]]:
     """The draws of one layer, and the energy of each over that of what is removed there."""
     # In an order that neither a permutation nor a rescale changes, so that neither decides.
-    order_N = removed.engine.canonical_order(layer)
+    order_N = removal.engine.canonical_order(layer)
     ordered_NN = energy_NN[np.ix_(order_N, order_N)]
-    inside = np.flatnonzero(removed.gone[layer].numpy()[order_N])
+    inside = np.flatnonzero(removal.removed[layer].numpy()[order_N])
     target = float(energies(ordered_NN, [inside])[0])
     drawn = []
     for draw in range(DRAWS):
-        random = np.random.default_rng([removed.seed, 22, layer, draw])
+        random = np.random.default_rng([removal.seed, 22, layer, draw])
         chosen = matched(ordered_NN, target, len(inside), random)
-        gone_N = torch.zeros(len(order_N), dtype=torch.bool)
-        gone_N[torch.from_numpy(order_N[chosen])] = True
-        drawn.append((gone_N, float(energies(ordered_NN, [chosen])[0]) / max(target, 1e-30)))
+        chosen_N = torch.zeros(len(order_N), dtype=torch.bool)
+        chosen_N[torch.from_numpy(order_N[chosen])] = True
+        drawn.append((chosen_N, float(energies(ordered_NN, [chosen])[0]) / max(target, 1e-30)))
     return drawn
 
 
@@ -118,7 +118,7 @@ class Control:
     """One row."""
 
     words: str
-    draw: Callable[[Removed], Drawn]
+    draw: Callable[[Removal], Drawn]
 
 
 ENERGY = "energy"
@@ -129,8 +129,8 @@ CONTROLS = {
 }
 
 
-def random_neurons(engine: Engine, count: int, seed: int) -> Gone:
+def random_neurons(engine: Engine, count: int, seed: int) -> Neurons:
     """The first `count` neurons of one random order of all: more hold fewer within them."""
     total = sum(units_of(engine, NEURON).values())
     chosen = np.random.default_rng([seed, 23]).permutation(total)[:count]
-    return gone_of(engine, NEURON, torch.from_numpy(chosen))
+    return neurons_of_units(engine, NEURON, torch.from_numpy(chosen))

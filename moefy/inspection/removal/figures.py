@@ -22,7 +22,7 @@ from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import run_outputs
 from moefy.evaluation.statistics import Floats, ratios, units
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Engine, Gone
+from moefy.inspection.causal.engine import Engine, Neurons
 from moefy.inspection.removal.parts import Part
 from moefy.run.stages import Stages
 
@@ -48,7 +48,7 @@ class Point:
 def by_domain(values_Q: Floats, texts: Texts) -> Floats:
     """Mean over the tokens of every domain `[C]` of sums over documents."""
     domain_Q = texts.documents.domain_D
-    return np.bincount(domain_Q, values_Q) / np.bincount(domain_Q, texts.tokens_D)
+    return np.bincount(domain_Q, values_Q) / np.bincount(domain_Q, texts.tokens_Q)
 
 
 def measured(model: PreTrainedModel, texts: Texts) -> Point:
@@ -64,20 +64,20 @@ class Judge:
     engine: Engine
     stages: Stages
 
-    def __call__(self, name: str, gone: Gone, texts: Texts) -> Point:
+    def __call__(self, name: str, removed: Neurons, texts: Texts) -> Point:
         """The model without these neurons on these texts; `name` says which removal and which texts."""
         if not self.stages.has(name):
-            with self.engine.without(gone):
+            with self.engine.without(removed):
                 point = measured(self.engine.model, texts)
             self.stages.keep(name, {"ce": point.ce_Q.tolist(), "right": point.right_Q.tolist()})
         sums = self.stages.read(name)
         return Point(np.array(sums["ce"]), np.array(sums["right"]))
 
-    def pair(self, name: str, gone: Gone, part: Part) -> "Pair":
+    def pair(self, name: str, removed: Neurons, part: Part) -> "Pair":
         """The same on both texts of the part that measures."""
         return (
-            self(f"{name}-measure-forget", gone, part.forget),
-            self(f"{name}-measure-retain", gone, part.retain),
+            self(f"{name}-measure-forget", removed, part.forget),
+            self(f"{name}-measure-retain", removed, part.retain),
         )
 
 
@@ -87,9 +87,9 @@ Pair = tuple[Point, Point]
 
 def rises(point: Point, base: Point, texts: Texts) -> dict[str, Any]:
     """Rise of the mean cross-entropy, in nats per token, and `loss`, as a share of what it was."""
-    even_Q = texts.even_Q(texts.tokens_D)
+    even_Q = texts.even_Q(texts.tokens_Q)
     rise_Q = even_Q * (point.ce_Q - base.ce_Q)
-    sums = {"rise": (rise_Q, even_Q * texts.tokens_D), "loss": (rise_Q, even_Q * base.ce_Q)}
+    sums = {"rise": (rise_Q, even_Q * texts.tokens_Q), "loss": (rise_Q, even_Q * base.ce_Q)}
     return ratios(sums, units(texts.documents))
 
 
@@ -149,7 +149,7 @@ def against(point: Point, base: Point, others: Sequence[Point], texts: Texts) ->
     """
     ours_Q = point.ce_Q - base.ce_Q
     theirs_Q = np.mean([other.ce_Q for other in others], axis=0) - base.ce_Q
-    tokens_Q = texts.tokens_D.astype(float)
+    tokens_Q = texts.tokens_Q.astype(float)
     sums = {
         "ratio": (ours_Q, theirs_Q),
         "rise_of_others": (theirs_Q, tokens_Q),

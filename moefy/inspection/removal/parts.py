@@ -65,9 +65,9 @@ class Parts:
             part: Part = getattr(self, name)
             counts[name] = {
                 "forget_documents": len(part.forget.documents),
-                "forget_tokens": int(part.forget.tokens_D.sum()),
+                "forget_tokens": int(part.forget.tokens_Q.sum()),
                 "retain_documents": len(part.retain.documents),
-                "retain_tokens": int(part.retain.tokens_D.sum()),
+                "retain_tokens": int(part.retain.tokens_Q.sum()),
             }
         samples = [sample for batch in self.relearn for sample in batch.samples]
         tokens = sum(map(sample_length, samples))

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy import recipe as recipes
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
-from moefy.inspection.causal.engine import Gone
-from moefy.inspection.removal.controls import CONTROLS, ENERGY, Removed
+from moefy.inspection.causal.engine import Neurons
+from moefy.inspection.removal.controls import CONTROLS, ENERGY, Removal
 from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
 from moefy.inspection.removal.rankings import ranked
@@ -30,11 +29,12 @@ from moefy.inspection.removal.source import (
     NEURON,
     README,
     Source,
-    gone_of,
+    neurons_of_units,
     open_source,
     units_of,
 )
 from moefy.inspection.removal.summary import card, draw
+from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.provenance import machine, versions
@@ -77,7 +77,7 @@ def prune(
     allowed = _allowed(share, retain_loss)
     source, text = open_source(model, unit), load_corpus(corpus)
     domains = choose_domains(text, forget, None if retain is None else list(retain))
-    split = recipes.from_dict(source.artefact.recipe).seed if source.artefact.recipe else seed
+    split = from_dict(source.artefact.recipe).seed if source.artefact.recipe else seed
     parts = read_parts(source.checkpoint, text, domains, tokens, split=split, seed=seed)
     output, report = OutputFolder(Path(out)), Reporter(quiet=quiet)
     decided = [source.checkpoint.hashes(), source.artefact.sha256, forget, domains.retain, unit, allowed,
@@ -133,9 +133,9 @@ class _Removal:
         order = ranked(engine, parts.rank, unit, report)
         return cls(source, parts, Judge(engine, stages), unit, seed, report, order)
 
-    def gone(self, count: int) -> Gone:
+    def first(self, count: int) -> Neurons:
         """The neurons of the first units."""
-        return gone_of(self.judge.engine, self.unit, self.order[:count])
+        return neurons_of_units(self.judge.engine, self.unit, self.order[:count])
 
     def count(self, allowed: dict[str, float]) -> int:
         """How many units go. Raises `MoefyError` where one alone costs too much."""
@@ -145,7 +145,7 @@ class _Removal:
         base = self.judge("base-decide-retain", {}, texts).ce(texts)
 
         def rise(count: int) -> float:
-            point = self.judge(f"{count}-decide-retain", self.gone(count), texts)
+            point = self.judge(f"{count}-decide-retain", self.first(count), texts)
             rise = point.ce(texts) / base - 1
             self.report.say(f"without {count} {self.unit}s: retain loss {rise:+.2%}")
             return rise
@@ -175,12 +175,14 @@ class _Removal:
 
     def figures(self, count: int) -> dict[str, Any]:
         """The curve, the removal of `count` units beside its controls, and relearning."""
-        engine, gone = self.judge.engine, self.gone(count)
-        removed = Removed(engine, self.unit, count, gone, self.parts.rank, self.seed, self.report)
+        engine, removed = self.judge.engine, self.first(count)
+        removal = Removal(
+            engine, self.unit, count, removed, self.parts.rank, self.seed, self.report
+        )
         part, total = self.parts.measure, len(self.order)
-        base, chosen = (self.judge.pair(n, g, part) for n, g in (("base", {}), ("chosen", gone)))
+        base, chosen = (self.judge.pair(n, g, part) for n, g in (("base", {}), ("chosen", removed)))
         curve = self.curve({0: base, count: chosen})
-        drawn = {name: control.draw(removed) for name, control in CONTROLS.items()}
+        drawn = {name: control.draw(removal) for name, control in CONTROLS.items()}
         pairs = {name: self.pairs(name, found.sets) for name, found in drawn.items() if found.sets}
         at = {name: mean_row(found, base, part) for name, found in pairs.items()}
         others = [pair[0] for pair in pairs[ENERGY]]
@@ -188,14 +190,14 @@ class _Removal:
         return {
             "removed": {
                 "units": count, "of_units": total, "share": count / total,
-                "neurons": removed.neurons, "of_neurons": sum(units_of(engine, NEURON).values()),
+                "neurons": removal.size, "of_neurons": sum(units_of(engine, NEURON).values()),
             },
             "curve": curve,
             "area": area([(point["accuracy_retain"], point["accuracy_forget"]) for point in curve]),
             "at": {"removal": row(chosen, base, part)} | at,
             "energy": {"ratio": drawn[ENERGY].ratio, "close": drawn[ENERGY].close},
             "against_energy": against(chosen[0], base[0], others, part.forget),
-            "relearning": self.relearned(gone),
+            "relearning": self.relearned(removed),
         }  # fmt: skip
 
     def curve(self, pairs: dict[int, Pair]) -> list[dict[str, Any]]:
@@ -203,29 +205,29 @@ class _Removal:
         total, part, base = len(self.order), self.parts.measure, pairs[0]
         wanted = {max(1, round(share * total)) for share in SHARES} - set(pairs)
         for count in self.report.track(sorted(wanted), "curve"):
-            pairs[count] = self.judge.pair(str(count), self.gone(count), part)
+            pairs[count] = self.judge.pair(str(count), self.first(count), part)
         return [
             {"units": n, "share": n / total, **row(pairs[n], base, part)} for n in sorted(pairs)
         ]
 
-    def pairs(self, name: str, sets: list[Gone]) -> list[Pair]:
+    def pairs(self, name: str, sets: list[Neurons]) -> list[Pair]:
         """Every set of a control, judged."""
         return [
-            self.judge.pair(f"{name}-{draw}", gone, self.parts.measure)
-            for draw, gone in enumerate(self.report.track(sets, f"control: {name}"))
+            self.judge.pair(f"{name}-{draw}", removed, self.parts.measure)
+            for draw, removed in enumerate(self.report.track(sets, f"control: {name}"))
         ]
 
-    def relearned(self, gone: Gone) -> dict[str, Any]:
+    def relearned(self, removed: Neurons) -> dict[str, Any]:
         """What the relearning test found, kept when it is done."""
         stages = self.judge.stages
         if not stages.has("relearning"):
-            found = relearning(self.source, self.judge, gone, self.parts, seed=self.seed)
+            found = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
             stages.keep("relearning", found)
         return dict(stages.read("relearning"))
 
     def write(self, record: dict[str, Any], count: int, folder: Path) -> None:
         """The checkpoint, the record that now names the neurons, a card and a picture."""
-        record["neurons"] = self.source.write(self.gone(count), folder, self.report)
+        record["neurons"] = self.source.write(self.first(count), folder, self.report)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / README).write_text(card(record), encoding="utf-8")
         if not draw(record, folder / PICTURE):

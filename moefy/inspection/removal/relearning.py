@@ -16,7 +16,7 @@ from moefy.conversion.distil import CLIP, scaled_groups
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Gone
+from moefy.inspection.causal.engine import Neurons
 from moefy.inspection.removal.controls import random_neurons
 from moefy.inspection.removal.figures import Judge, largest, measured
 from moefy.inspection.removal.parts import Parts
@@ -33,14 +33,19 @@ CLEAR = 1.5
 
 @torch.enable_grad()
 def relearn(
-    source: Source, gone: Gone, data: list[Batch], texts: Texts, goal: float, most: int = STEPS
+    source: Source,
+    removed: Neurons,
+    data: list[Batch],
+    texts: Texts,
+    goal: float,
+    most: int = STEPS,
 ) -> dict[str, Any]:
     """Train the model without these neurons on `data` until its cross-entropy on `texts` is `goal`.
 
     `steps` is None where it is not reached in `most` steps; `ce` is the way there, from before the
     first step on.
     """
-    model = source.without(gone)
+    model = source.without(removed)
     model.requires_grad_(True)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(scaled_groups(parameters, RATE), weight_decay=0.0)
@@ -57,7 +62,7 @@ def relearn(
 
 
 def relearning(
-    source: Source, judge: Judge, gone: Gone, parts: Parts, *, seed: int
+    source: Source, judge: Judge, removed: Neurons, parts: Parts, *, seed: int
 ) -> dict[str, Any]:
     """Steps to half of what was lost, of the removal and of random neurons that cost as much.
 
@@ -66,13 +71,13 @@ def relearning(
     """
     data, measure = parts.relearn, parts.measure.forget
     whole = judge("base-measure-forget", {}, measure).ce(measure)
-    lost = judge("chosen-measure-forget", gone, measure).ce(measure) - whole
+    lost = judge("chosen-measure-forget", removed, measure).ce(measure) - whole
     found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(data), "rate": RATE}
     found |= {"removal": None, "control": None}
     if lost <= 0:
         return found | {"verdict": "nothing was lost to be relearned"}
-    found["removal"] = relearn(source, gone, data, measure, whole + HALF * lost)
-    count = _as_costly(judge, gone, parts.decide.forget, seed)
+    found["removal"] = relearn(source, removed, data, measure, whole + HALF * lost)
+    count = _as_costly(judge, removed, parts.decide.forget, seed)
     if count is not None:
         control = random_neurons(judge.engine, count, seed)
         cost = judge("control-measure-forget", control, measure).ce(measure) - whole
@@ -87,9 +92,9 @@ def relearning(
     return found | {"verdict": verdict(found)}
 
 
-def _as_costly(judge: Judge, gone: Gone, decide: Texts, seed: int) -> int | None:
+def _as_costly(judge: Judge, removed: Neurons, decide: Texts, seed: int) -> int | None:
     """How many random neurons cost the domain what the removal costs it; None where all do not."""
-    wanted = judge("chosen-decide-forget", gone, decide).ce(decide)
+    wanted = judge("chosen-decide-forget", removed, decide).ce(decide)
     total = sum(units_of(judge.engine, NEURON).values())
 
     def cheaper(count: int) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel, unknown_choice
 from moefy.experts.loading import load_dense, moefied
-from moefy.inspection.causal.engine import WHOLE, Engine, Gone
+from moefy.inspection.causal.engine import WHOLE, Engine, Neurons
 from moefy.models.artefact import (
     ADAPTER,
     META,
@@ -68,10 +68,10 @@ class Source:
         model.requires_grad_(False)
         return Engine(model, mode="zero", start=WHOLE)
 
-    def without(self, gone: Gone) -> PreTrainedModel:
+    def without(self, neurons: Neurons) -> PreTrainedModel:
         """The stock model in fp32, the rows of these neurons zero."""
         model = self._dense()
-        removed = gone if self.in_expert_order else self.in_source_order(gone)
+        removed = neurons if self.in_expert_order else self.in_source_order(neurons)
         for site in sites(model):
             name = f"{site.path('down')}.weight"
             if site.index in removed:
@@ -87,21 +87,21 @@ class Source:
             nn.Module.to(model, torch.device("cuda"))
         return model
 
-    def in_source_order(self, gone: Gone) -> dict[int, Tensor]:
+    def in_source_order(self, neurons: Neurons) -> dict[int, Tensor]:
         """Removed neurons `[N]` by layer, as the source numbers them."""
-        removed = {layer: torch.zeros_like(gone_N) for layer, gone_N in gone.items()}
-        for layer, gone_N in gone.items():
-            removed[layer][self.artefact.permutation(layer)[gone_N]] = True
+        removed = {layer: torch.zeros_like(removed_N) for layer, removed_N in neurons.items()}
+        for layer, removed_N in neurons.items():
+            removed[layer][self.artefact.permutation(layer)[removed_N]] = True
         return removed
 
-    def write(self, gone: Gone, folder: Path, report: Reporter) -> list[list[int]]:
+    def write(self, neurons: Neurons, folder: Path, report: Reporter) -> list[list[int]]:
         """Write the source into `folder`, the rows of the removed neurons zero; returns the numbers of
         those by layer, as the source counts them.
 
         All other bytes of every tensor are the source's. One tensor is in memory at a time.
         """
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoint, removed, found = self.checkpoint, self.in_source_order(gone), self.sites
+        checkpoint, removed, found = self.checkpoint, self.in_source_order(neurons), self.sites
         if self.in_expert_order:
             skip = {META, SIDE, "records.json", README, *checkpoint.weights}
             copy_folder(checkpoint.folder, folder, skip=skip)
@@ -182,14 +182,14 @@ def units_of(engine: Engine, unit: str) -> dict[int, int]:
     }
 
 
-def gone_of(engine: Engine, unit: str, chosen: Tensor) -> Gone:
+def neurons_of_units(engine: Engine, unit: str, chosen: Tensor) -> Neurons:
     """The neurons of the units with these numbers `[n]`, which count over all layers."""
-    gone, first = {}, 0
+    neurons, first = {}, 0
     for layer, count in units_of(engine, unit).items():
         here = chosen[(chosen >= first) & (chosen < first + count)] - first
         if len(here):
-            gone_EF = torch.zeros(count, size_of(engine, unit, layer), dtype=torch.bool)
-            gone_EF[here] = True
-            gone[layer] = gone_EF.flatten()
+            chosen_EF = torch.zeros(count, size_of(engine, unit, layer), dtype=torch.bool)
+            chosen_EF[here] = True
+            neurons[layer] = chosen_EF.flatten()
         first += count
-    return gone
+    return neurons

@@ -1,6 +1,6 @@
 """A report's folder on this machine's own address, for reports that are too large for one file.
 
-Only files that `moefy.inspection.report.page` writes are given: pages, `index.json` and packed blocks, under names
+Only files that `moefy.inspection.report` writes are given: pages, `index.json` and packed blocks, under names
 without a leading dot, no links, nothing outside the folder. A request must name this machine as its host:
 a page of another site whose name was made to point here (DNS rebinding) learns nothing.
 """

@@ -26,8 +26,12 @@ single domain, the domain gets nothing. `a`, `b` and whether a factor is used at
 third set of documents. The main effects solve the normal equations of within-token fixed effects by
 conjugate gradients.
 
-Shapes: T tokens (of one set), D documents, E routed experts, V token ids, G values of a factor,
-C pairs of token and value.
+A simpler question is what a router that sees the token alone would get right (`lexical_router`). P(e|v), how
+often an expert runs for a token id, is then fitted on other documents (five folds of whole documents or
+sources), so that a rare token is not explained by itself.
+
+Shapes: T tokens (of one set), Q documents, E routed experts, V token ids, G values of a factor, F folds,
+C pairs of token and value, or of fold and token id.
 """
 
 import copy
@@ -39,7 +43,15 @@ from scipy import sparse
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import ratio_interval
-from moefy.inspection.routing.frame import Bools, Doubles, Routed, RoutingFrame, Singles, Totals
+from moefy.inspection.routing.frame import (
+    Bools,
+    Doubles,
+    Groups,
+    Routed,
+    RoutingFrame,
+    Singles,
+    Totals,
+)
 
 SHARES = ("token", "domain", "previous", "position")
 PATHS = (
@@ -233,3 +245,85 @@ def _main_effects(size_VG: sparse.csr_array, sum_GE: Singles) -> Singles:
         ratio_E = np.where(before_E > 0, power_E / np.where(before_E > 0, before_E, 1), 0)
         along_GE = scaled_GE + ratio_E * along_GE
     return np.asarray(found_GE, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class CrossFitted:
+    """P(e|v) from the other folds."""
+
+    cell: Groups
+    """Tokens by fold and id."""
+    seen_C: Doubles
+    """Occurrences of the id in the other folds."""
+    ran_CE: Singles
+    """How many of these ran each expert."""
+    load_CE: Doubles
+    """Load of each expert in the other folds."""
+
+    @property
+    def mean_CE(self) -> Doubles:
+        """P(e|v); NaN for ids that the other folds do not have."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.ran_CE / self.seen_C[:, None]
+
+
+def cross_fitted(frame: RoutingFrame, mask_TE: Singles) -> CrossFitted:
+    """P(e|v) of every token id for every fold, from the tokens of the other folds."""
+    fold = Groups(frame.fold_T, frame.folds)
+    cell = Groups.of(frame.fold_T, frame.token.index_T)
+    fold_C, id_C = cell.first(frame.fold_T), cell.first(frame.token.index_T)
+    ran_CE = frame.token.sums(mask_TE)[id_C] - cell.sums(mask_TE)
+    seen_C = (frame.token.count_C[id_C] - cell.count_C).astype(np.float64)
+    by_fold = fold.sums(mask_TE).astype(np.float64)
+    others = (len(frame) - fold.count_C)[:, None]
+    load_FE = (by_fold.sum(0) - by_fold) / np.maximum(others, 1)
+    return CrossFitted(cell, seen_C, np.asarray(ran_CE, dtype=np.float32), load_FE[fold_C])
+
+
+def lexical_router(frame: RoutingFrame, routed: Routed) -> Totals:
+    """Share of the true experts that are right, averaged over tokens, by router of the same k:
+
+    `lexical_recall` the k experts that other documents run most for the token id (by
+    `(n_ve + load_e) / (n_v + 1)`, so that the load breaks ties and stands in for unseen ids);
+    `lexical_recall_random` the same for a random router of the model's loads; `constant_recall` the k
+    busiest experts for all tokens; `load_recall` experts drawn by load; `chance_recall` drawn evenly.
+    """
+    runs_T = routed.active_T > 0
+    k_T = np.maximum(routed.active_T, 1)
+    dealt_T = frame.shuffled(Groups.of(routed.active_T), np.random.default_rng(frame.seed))
+    by_k = Groups.of(routed.active_T)
+    load_KE = by_k.sums(routed.mask_TE) / by_k.count_C[:, None]
+    fitted = cross_fitted(frame, routed.mask_TE)
+    busiest_CE = _rank(fitted.load_CE)
+    found_T = {
+        "lexical_recall": _hits(routed.mask_TE, _lexical_rank(fitted)[fitted.cell.index_T], k_T),
+        "lexical_recall_random": _random_hits(frame, routed, dealt_T, k_T),
+        "constant_recall": _hits(routed.mask_TE, busiest_CE[fitted.cell.index_T], k_T),
+        "load_recall": (routed.mask_TE * load_KE[by_k.index_T]).sum(1),
+        "chance_recall": routed.active_T**2 / max(routed.experts, 1),
+    }
+    recall_TX = np.stack([hits_T / k_T for hits_T in found_T.values()], axis=1)
+    top_DX = frame.by_document(recall_TX * runs_T[:, None])
+    bottom_D = frame.by_document(runs_T[:, None].astype(np.float64))[:, 0]
+    return {name: (top_DX[:, index], bottom_D) for index, name in enumerate(found_T)}
+
+
+def _rank(score_CE: Doubles) -> Ints:
+    order_CE = np.argsort(-score_CE, axis=1, kind="stable")
+    rank_CE = np.empty_like(order_CE)
+    np.put_along_axis(rank_CE, order_CE, np.arange(order_CE.shape[1])[None], axis=1)
+    return rank_CE
+
+
+def _lexical_rank(fitted: CrossFitted) -> Ints:
+    return _rank((fitted.ran_CE + fitted.load_CE) / (fitted.seen_C[:, None] + 1))
+
+
+def _hits(mask_TE: Singles, rank_TE: Ints, k_T: Ints) -> Singles:
+    return np.asarray((mask_TE * (rank_TE < k_T[:, None])).sum(1))
+
+
+def _random_hits(frame: RoutingFrame, routed: Routed, dealt_T: Ints, k_T: Ints) -> Singles:
+    mask_TE = routed.mask_TE[dealt_T]
+    fitted = cross_fitted(frame, mask_TE)
+    return _hits(mask_TE, _lexical_rank(fitted)[fitted.cell.index_T], k_T)

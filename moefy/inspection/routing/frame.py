@@ -19,7 +19,7 @@ from scipy import sparse
 from moefy.data.documents import Ints
 from moefy.errors import CorpusError
 from moefy.evaluation.statistics import ratio_interval, units
-from moefy.inspection.routing.sample import RoutingSample
+from moefy.inspection.routing import RoutingSample
 
 MIN_DOCUMENTS = 30
 """A row with fewer routed documents is shown in grey."""
@@ -197,20 +197,6 @@ def bin_edges(bins: int) -> tuple[Ints, Ints]:
     """First and last position of the bins."""
     first = np.concatenate([[0], 2 ** np.arange(bins - 1)]).astype(np.int64)
     return first, np.concatenate([first[1:] - 1, [2 * first[-1] - 1 if bins > 1 else 0]])
-
-
-def load_matched(sample: RoutingSample, seed: int = 0) -> RoutingSample:
-    """The random router of the same loads: in every layer the sets of experts that ran are dealt anew
-    to tokens that run as many. Loads, k and co-activation are the model's; nothing else is left."""
-    random = np.random.default_rng(seed)
-    packed = []
-    for layer in range(len(sample.packed)):
-        active_T = sample.mask(layer).sum(1)
-        found = np.empty(len(active_T), dtype=np.int64)
-        drawn_T = np.lexsort((random.random(len(active_T)), active_T))
-        found[np.argsort(active_T, kind="stable")] = drawn_T
-        packed.append(sample.packed[layer][found])
-    return RoutingSample(sample.documents, sample.tokens, packed, sample.experts, sample.shared)
 
 
 def _within(sample: RoutingSample, seed: int) -> RoutingSample:

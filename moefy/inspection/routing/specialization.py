@@ -1,12 +1,16 @@
-"""Which tokens every expert is for, and how much a layer sorts tokens by their id.
+"""What every expert is for: how often it runs, for which tokens, in which domains.
 
-    recall P(v|e), precision P(e|v), lift log2 P(e|v) / P(e), and the weighted log-odds z of Monroe,
-    Colaresi and Quinn 2008 ("Fightin' Words", eq. 22), whose Dirichlet prior is the tokens' own
-    frequencies with the weight of one token per type: it keeps rare tokens from leading every list.
+    load         share of tokens; its evenness over a layer, dead experts, load by position
+    domains      how often it runs in a domain, beyond what the tokens of the domain alone tell
+    tokens       recall P(v|e), precision P(e|v), lift log2 P(e|v) / P(e), and the weighted log-odds z of
+                 Monroe, Colaresi and Quinn 2008 ("Fightin' Words", eq. 22), whose Dirichlet prior is
+                 the tokens' own frequencies with the weight of one token per type: it keeps rare tokens
+                 from leading every list. z orders tokens; it counts tokens as if they were
+                 independent, so it is no test
+    vocabulary   how much a layer sorts tokens by their id
 
-z orders tokens; it counts tokens as if they were independent, so it is no test.
-
-Shapes: T tokens, V token types, E routed experts, C pairs of type and document, J jackknife groups.
+Shapes: T tokens, Q documents, V token types, E routed experts, G units, C domains, or pairs of type and
+document, R permutations, K jackknife groups.
 """
 
 from typing import Any
@@ -16,8 +20,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moefy.data.documents import Ints
-from moefy.evaluation.statistics import LEVEL
-from moefy.inspection.routing.frame import MIN_COUNT, Doubles, Groups, Routed, RoutingFrame
+from moefy.evaluation.statistics import LEVEL, ratio_interval
+from moefy.inspection.routing.explained import cross_fitted
+from moefy.inspection.routing.frame import (
+    MIN_COUNT,
+    Doubles,
+    Groups,
+    Routed,
+    RoutingFrame,
+    Singles,
+    bin_edges,
+)
 from moefy.inspection.texts.tokens import NONE
 
 Columns = dict[str, Any]
@@ -28,6 +41,155 @@ KINDS = ("current", "previous", "target", "predicted")
 SHUFFLES = 10
 JACKKNIFE = 20
 """Groups of units that are left out in turn for the interval of vocabulary specialization."""
+PERMUTATIONS = 4999
+_AT_ONCE = 200
+
+
+def load(frame: RoutingFrame, routed: Routed) -> dict[str, Columns]:
+    """Columns of `experts` and `layers`, and the tables `dead` and `positions` of one layer."""
+    ran_DE = frame.by_document(routed.mask_TE)
+    interval = ratio_interval(ran_DE, frame.tokens_D, frame.unit_D, seed=frame.seed)
+    documents_E, tokens_E = (ran_DE > 0).sum(0), ran_DE.sum(0)
+    whole = len(frame), len(frame.tokens_D)
+    experts: Columns = {
+        name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
+    }
+    experts["documents"] = _whole(routed.column(documents_E, whole[1]))
+    experts["tokens"] = _whole(routed.column(tokens_E, whole[0]))
+    dead_E = np.flatnonzero(tokens_E == 0)
+    layers = {
+        "tokens": [whole[0]],
+        "documents": [whole[1]],
+        "units": [frame.units],
+        "routed_experts": [routed.experts],
+        "active": np.array([routed.active_T.mean()]),
+        "load_entropy": np.array([evenness(routed.load_E)]),
+        "load_gini": np.array([gini(routed.load_E)]),
+        "dead": [len(dead_E)],
+    }
+    dead = {
+        "layer": [routed.layer] * len(dead_E),
+        "expert": dead_E + routed.shared,
+        "tokens": [whole[0]] * len(dead_E),
+        "documents": [whole[1]] * len(dead_E),
+    }
+    positions = _positions(frame, routed)
+    return {"experts": experts, "layers": layers, "dead": dead, "positions": positions}
+
+
+def evenness(load_E: Doubles) -> float:
+    """Entropy of the loads as shares, over that of even loads: 1 is even, 0 is one expert alone."""
+    if len(load_E) < 2 or not load_E.sum():
+        return float("nan")
+    share_E = load_E[load_E > 0] / load_E.sum()
+    return float(-(share_E * np.log2(share_E)).sum() / np.log2(len(load_E)))
+
+
+def gini(load_E: Doubles) -> float:
+    """Gini coefficient: 0 is even, `1 - 1 / E` is one expert alone."""
+    if not load_E.sum():
+        return float("nan")
+    size = len(load_E)
+    rank_E = 2 * np.arange(1, size + 1) - size - 1
+    return float((rank_E * np.sort(load_E)).sum() / (size * load_E.sum()))
+
+
+def _positions(frame: RoutingFrame, routed: Routed) -> Columns:
+    bins, experts = frame.bin.size, routed.experts
+    count_B = frame.bin.count_C
+    load_BE = frame.bin.sums(routed.mask_TE).astype(np.float64) / np.maximum(count_B, 1)[:, None]
+    load_BE[count_B == 0] = np.nan
+    first, last = bin_edges(bins)
+    return {
+        "layer": [routed.layer] * (bins * experts),
+        "expert": np.repeat(np.arange(experts), bins) + routed.shared,
+        "position": np.tile(first, experts),
+        "position_last": np.tile(last, experts),
+        "tokens": np.tile(count_B, experts),
+        "load": load_BE.T.ravel(),
+    }
+
+
+def _whole(values_E: Doubles) -> list[int]:
+    return [int(value) for value in values_E]
+
+
+def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
+    """Table `domains` of one layer, without its q:
+
+    `ds` P(e runs | domain); `lift` log2 of it over the load; `ds_lex` the mean over the domain's
+    tokens of P(e|v) from other documents, what a router that sees the token alone would do; `ds_adj` =
+    `ds` - `ds_lex`. Ids that no other document has say nothing about what lies beyond the token: they
+    count in `ds_lex` as what they did, so they add 0 to `ds_adj`; `unseen` is their share. The
+    intervals are over documents of the domain, with P(e|v) and the load as given. `p` and `p_adj` come from
+    4999 permutations of domains between documents (or sources), two-sided.
+    """
+    fitted = cross_fitted(frame, routed.mask_TE)
+    unseen_T = fitted.seen_C[fitted.cell.index_T] == 0
+    mean_TE = fitted.mean_CE.astype(np.float32)[fitted.cell.index_T]
+    lex_TE = np.where(unseen_T[:, None], routed.mask_TE, mean_TE)
+    ran_DE, lex_DE = frame.by_document(routed.mask_TE), frame.by_document(lex_TE)
+    unseen_D = frame.by_document(unseen_T[:, None].astype(np.float64))[:, 0]
+    p_MX = _permuted(frame, np.concatenate([ran_DE, ran_DE - lex_DE], axis=1))
+    experts = routed.experts
+    parts = []
+    for number, domain in enumerate(frame.domains):
+        here_D = frame.domain_D == number
+        figures: Columns = {}
+        pieces = {"ds": ran_DE, "ds_lex": lex_DE, "ds_adj": ran_DE - lex_DE}
+        tokens_D = frame.tokens_D[here_D]
+        for name, top_DE in pieces.items():
+            interval = ratio_interval(
+                top_DE[here_D], tokens_D, frame.unit_D[here_D], seed=frame.seed
+            )
+            figures |= interval.columns(name)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for end in ("", "_low", "_high"):
+                figures["lift" + end] = np.log2(figures["ds" + end] / routed.load_E)
+        parts.append(
+            {
+                "layer": [routed.layer] * experts,
+                "expert": np.arange(experts) + routed.shared,
+                "domain": [domain] * experts,
+                **figures,
+                "p": p_MX[number, :experts],
+                "p_adj": p_MX[number, experts:],
+                "documents": (ran_DE[here_D] > 0).sum(0),
+                "tokens": ran_DE[here_D].sum(0).astype(np.int64),
+                "domain_documents": [int(here_D.sum())] * experts,
+                "domain_tokens": [int(tokens_D.sum())] * experts,
+                "unseen": [float(unseen_D[here_D].sum() / tokens_D.sum())] * experts,
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _permuted(frame: RoutingFrame, sums_DX: Doubles) -> Doubles:
+    """Two-sided p `[M, X]` of each domain's rate against domains permuted between units."""
+    unit = Groups(frame.unit_D, frame.units)
+    size_G1 = unit.sums(frame.tokens_D[:, None].astype(np.float64))
+    sums_GX = unit.sums(sums_DX)
+    # What is left after the rate of all documents: a domain's mean of it is 0 where it is like all.
+    away_GX = sums_GX - sums_GX.sum(0) / size_G1.sum() * size_G1
+    values_GX = np.concatenate([away_GX, size_G1], axis=1).astype(np.float32)
+    domains = len(frame.domains)
+    random = np.random.default_rng(frame.seed)
+    more_MX = np.zeros((domains, sums_GX.shape[1]))
+
+    def rates(domain_PG: Ints) -> Singles:
+        of_PMG = domain_PG[:, None, :] == np.arange(domains)[None, :, None]
+        sums = of_PMG.reshape(-1, frame.units).astype(np.float32) @ values_GX
+        rate = np.abs(sums[:, :-1] / np.maximum(sums[:, -1:], 1))
+        return np.asarray(rate.reshape(len(domain_PG), domains, -1), dtype=np.float32)
+
+    observed_MX = rates(frame.domain_G[None])[0]
+    # Sums in another order differ in the last bits; an equal rate must count as no less.
+    least_MX = observed_MX * (1 - 1e-4) - 1e-7
+    for first in range(0, PERMUTATIONS, _AT_ONCE):
+        count = min(_AT_ONCE, PERMUTATIONS - first)
+        drawn_PG = random.permuted(np.tile(frame.domain_G, (count, 1)), axis=1)
+        more_MX += (rates(drawn_PG) >= least_MX).sum(0)
+    return np.asarray((1 + more_MX) / (1 + PERMUTATIONS))
 
 
 def log_odds(ran_VE: Doubles, all_V1: Doubles) -> Doubles:

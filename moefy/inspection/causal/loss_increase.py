@@ -1,13 +1,13 @@
 """How much worse a model predicts than a base run of the same batch, token by token.
 
-Language models: the change of cross-entropy and KL(base || other), in nats. With `z = logits - base`
+Language models: the increase of cross-entropy and KL(base || other), in nats. With `z = logits - base`
 and p the base's probabilities,
 
-    m = <p, z>,   s = sum_v p_v exp(z_v - m) / sum_v p_v,   KL = log s,   CE change = m + log s - z_target
+    m = <p, z>,   s = sum_v p_v exp(z_v - m) / sum_v p_v,   KL = log s,   increase = m + log s - z_target
 
 so that small effects are not lost in the difference of large numbers, nor in a sum of p that is 1 but for
 rounding. Encoders have no next token:
-their damage is 1 - cosine of the last hidden states, and they have no KL. It is taken as
+their loss is 1 - cosine of the last hidden states, and they have no KL. It is taken as
 `||u - v||^2 / 2` of the states at unit length, which is the same but never below 0, nor anything but 0
 where nothing changed.
 
@@ -35,13 +35,10 @@ def output(model: PreTrainedModel, batch: Batch) -> Outputs:
     """What a run is judged by: logits, or last hidden states of an encoder."""
     if batch.targets_BT is not None:
         return run_outputs(model, batch)
-    heard: list[Any] = []
-    handle = model.base_model.register_forward_hook(lambda _, __, result: heard.append(result))
-    try:
+    results: list[Any] = []
+    with model.base_model.register_forward_hook(lambda _, __, result: results.append(result)):
         walk(model, batch)
-    finally:
-        handle.remove()
-    return outputs_of(batch, torch.as_tensor(heard[-1][0]))
+    return outputs_of(batch, torch.as_tensor(results[-1][0]))
 
 
 class Reference:
@@ -56,13 +53,13 @@ class Reference:
             self.p_JV = self.base.logits(rows_JV).softmax(-1)
 
     def compare(self, other: Outputs) -> tuple[Tensor, Tensor | None]:
-        """Damage `[J]` of another run of the batch, and KL `[J]` of language models."""
+        """Loss increase `[J]` of another run of the batch, and KL `[J]` of language models."""
         if not self.base.classes:
             return per_position(_apart, self.base, other)[0], None
-        ce_J, kl_J = per_position(self._damage, self.base, other)
+        ce_J, kl_J = per_position(self._increase, self.base, other)
         return ce_J, kl_J
 
-    def _damage(self, here: slice, base_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, ...]:
+    def _increase(self, here: slice, base_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, ...]:
         assert self.base.targets_J is not None
         target_C = self.base.targets_J[here]
         p_CV = base_CV.softmax(-1) if self.p_JV is None else self.p_JV[here]

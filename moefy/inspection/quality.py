@@ -1,37 +1,45 @@
-"""Page one: how good the moefied model is, and how much of what is said of its experts is trivial.
+"""The quality summary: how good the moefied model is, and how much of what is said of its experts is trivial.
+
+It stands before all else. Two of its figures say what a model makes of its context, which no bigram can:
+
+    induction    random tokens, then the same again: how much better are they known the second time?
+    late tokens  how much better are tokens far into a document predicted than those at its start?
 
 Every entry is `value`, `low`, `high` (95 %, over documents or sources unless it says otherwise) and
 `what` it is in words; some have a `verdict`. A value is None where it cannot be had, and `what` then
 says why. docs/inspection.md defines each.
 
-Shapes: B documents, T tokens.
+Shapes: B documents of a batch, or of all, T tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.conversion.convert import TOLERANCE
-from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
-from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.corpus import IGNORED, Batch, Corpus, Document, Sample, load_corpus, make_batches
+from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.judge import judged
 from moefy.evaluation.outputs import difference, run_outputs
-from moefy.evaluation.statistics import Interval
+from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
 from moefy.experts.offload import device_of
 from moefy.experts.placement import memory_of
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.in_context import LATE, MODELS, induction, late_tokens
-from moefy.inspection.routing.sample import drawn_documents
+from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table
 from moefy.recipe import from_dict
@@ -80,9 +88,21 @@ _STRATA = {
     "rank_2_to_10": "tokens that the bigram ranks 2 to 10",
     "rank_over_10": "tokens below the bigram's first 10",
 }
+_OF_STRATUM = {
+    "share": "share of the {}",
+    "kl": "KL of the {}, nats",
+    "ce_increase": "CE increase of the {}, nats",
+    "share_of_kl": "share of all KL in the {}",
+}
+_COUNTS = {
+    "documents": "held-out documents behind these figures",
+    "tokens": "tokens of them",
+    "ffn_density": "share of MLP neurons that ran",
+    "active_budget": "MLP weights read per token, router included, over the dense MLPs'",
+}
 
 
-def honesty(
+def quality_summary(
     model: PreTrainedModel,
     reading: Reading,
     tables: Mapping[str, Table],
@@ -92,7 +112,7 @@ def honesty(
     seed: int = 0,
     report: Reporter | None = None,
 ) -> Entries:
-    """The record of page one, as JSON values.
+    """The entries by name, as JSON values.
 
     Quality is measured on about `tokens` tokens of the held-out shard of the reading, whole documents
     drawn evenly. `bigram` is the baseline of language
@@ -138,10 +158,8 @@ def other_text(model: PreTrainedModel, reading: Reading) -> Corpus:
     texts = of_conversion(bundled, artefact)
     known = bundled.documents if texts is None else texts["fitted"].documents
     documents = reading.documents
-    shard = dict.fromkeys((SELECT, HELD_OUT), documents.documents)
-    for name in shard:
-        chosen = documents.of_shard(name)
-        shard[name] = [d for d, c in zip(documents.documents, chosen, strict=True) if c]
+    pairs = list(zip(documents.documents, documents.shards, strict=True))
+    shard = {name: [doc for doc, at in pairs if at == name] for name in (SELECT, HELD_OUT)}
     if any(doc.ids for doc in shard[HELD_OUT]):
         # Documents of token ids come with no tokenizer that could read others.
         known = []
@@ -157,27 +175,23 @@ def _quality(record: dict[str, Any]) -> Entries:
             found[f"kl_{name.replace('.', '_')}"] = _value(total["kl_tail"][name], what)
     if total.get("bigram_skill") is not None:
         found["bigram_skill"]["verdict"] = _skill(found["bigram_skill"])
-    for name, what in _STRATA.items():
-        row = record.get("strata", {}).get(name)
-        if row is None or not row["tokens"]:
-            continue
-        found[f"{name}_share"] = _entry(row["share"], f"share of the {what}")
-        found[f"{name}_kl"] = _entry(row["kl"], f"KL of the {what}, nats")
-        found[f"{name}_ce_increase"] = _entry(
-            row["ce_increase"], f"CE increase of the {what}, nats"
-        )
-        found[f"{name}_share_of_kl"] = _entry(row["share_of_kl"], f"share of all KL in the {what}")
+    found |= _strata(record.get("strata", {}))
+    return found | {name: _value(record[name], what) for name, what in _COUNTS.items()}
+
+
+def _strata(strata: dict[str, Any]) -> Entries:
+    """How good the model is at tokens that a bigram finds easy and hard."""
+    found = {}
+    for name, tokens in _STRATA.items():
+        row = strata.get(name)
+        if row is not None and row["tokens"]:
+            for figure, what in _OF_STRATUM.items():
+                found[f"{name}_{figure}"] = _entry(row[figure], what.format(tokens))
     hard = found.get("rank_over_10_share_of_kl")
     if hard is not None and hard["low"] is not None:
         share = found["rank_over_10_share"]["value"]
         more = "yes" if hard["low"] > share else "no" if hard["high"] < share else "not shown"
         hard["verdict"] = f"damage falls on hard tokens more than their share: {more}"
-    found["documents"] = _value(record["documents"], "held-out documents behind these figures")
-    found["tokens"] = _value(record["tokens"], "tokens of them")
-    found["ffn_density"] = _value(record["ffn_density"], "share of MLP neurons that ran")
-    found["active_budget"] = _value(
-        record["active_budget"], "MLP weights read per token, router included, over the dense MLPs'"
-    )
     return found
 
 
@@ -241,24 +255,24 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 
 def _from_tables(tables: Mapping[str, Table]) -> Entries:
     """What the other parts found, over layers."""
-    layers, routing = tables.get("layers", {}), tables.get("routing", {})
-    found = {"stability": _stability(layers)}
-    for name, what in _ROUTING.items():
-        found[name] = _of_routing(routing, name, what)
-    control = tables.get("random_weights")
+    routing = tables.get("routing", {})
+    found = {"stability": _stability(tables.get("layers", {}))}
+    found |= {name: _of_routing(routing, name, what) for name, what in _ROUTING.items()}
+    return found | {"random_weights": _told(tables.get("random_weights"))}
+
+
+def _told(control: Table | None) -> dict[str, Any]:
+    """How many figures tell trained weights from random ones."""
     what = "figures (of a layer) that tell trained weights from random ones, as a share"
     if control is None:
-        found["random_weights"] = _value(None, f"{what}; not measured")
-        return found
-    known = [bool(v) for v in control["separates"] if v is not None]
-    share = sum(known) / len(known) if known else None
-    entry = found["random_weights"] = _value(share, f"{what}; of {len(known)}")
-    not_told = sorted(
-        {f for f, v in zip(control["figure"], control["separates"], strict=True) if v is False}
-    )
+        return _value(None, f"{what}; not measured")
+    pairs = list(zip(control["figure"], control["separates"], strict=True))
+    known = [bool(told) for _, told in pairs if told is not None]
+    entry = _value(sum(known) / len(known) if known else None, f"{what}; of {len(known)}")
+    not_told = sorted({figure for figure, told in pairs if told is False})
     if not_told:
         entry["verdict"] = f"no evidence in some layer: {', '.join(not_told)}"
-    return found
+    return entry
 
 
 def _stability(layers: Table) -> dict[str, Any]:
@@ -296,3 +310,100 @@ def _interval(given: Interval, what: str) -> dict[str, Any]:
 def _value(value: float | None, what: str) -> dict[str, Any]:
     value = None if value is None or not math.isfinite(value) else value
     return {"value": value, "low": None, "high": None, "what": what}
+
+
+SEQUENCES = 32
+LENGTH = 64
+"""Tokens of a sequence before it is repeated."""
+EARLY, LATE = 32, 256
+"""Positions below and above which tokens are compared."""
+LEAST_LATE = 16
+"""Late tokens that a document must have."""
+LATE_DOCUMENTS = 64
+"""Most documents that are read for it."""
+MODELS = ("dense", "moefied")
+
+
+def induction(
+    model: PreTrainedModel, reading: Reading, *, seed: int = 0
+) -> dict[str, Interval] | None:
+    """For `dense` and `moefied`: cross-entropy of the second time less that of the first, nats a token.
+
+    Tokens are drawn evenly from those that the documents hold; what all documents begin with stands
+    first. The first token of either half is left out: nothing tells that a repetition begins. None
+    where the model's positions do not reach for it.
+    """
+    ids = [sample.inputs["input_ids"] for batch in reading.batches for sample in batch.samples]
+    firsts = {int(ids_T[0]) for ids_T in ids}
+    begin = sorted(firsts) if len(firsts) == 1 else []
+    known = torch.unique(torch.cat(ids))
+    known = known[~torch.isin(known, torch.tensor(begin, dtype=known.dtype))]
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    length = min(LENGTH, (most - len(begin)) // 2)
+    if length < 8 or len(known) < 8:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    drawn_BT = known[torch.randint(len(known), (SEQUENCES, length), generator=generator)]
+    start_BT = torch.tensor([begin] * SEQUENCES, dtype=known.dtype).view(SEQUENCES, len(begin))
+    batches = make_batches(map(_sample, torch.cat([start_BT, drawn_BT, drawn_BT], 1)))
+    # A position is judged by the token after it.
+    first = slice(len(begin), len(begin) + length - 1)
+    second = slice(len(begin) + length, len(begin) + 2 * length - 1)
+
+    def away(ce_BT: Tensor, _: Batch) -> list[float]:
+        return (ce_BT[:, second].mean(1) - ce_BT[:, first].mean(1)).tolist()
+
+    return _of_both(model, batches, away, np.arange(SEQUENCES), seed)
+
+
+def late_tokens(
+    model: PreTrainedModel, reading: Reading, *, seed: int = 0
+) -> tuple[dict[str, Interval], int] | None:
+    """For `dense` and `moefied`: mean cross-entropy at positions above 256 less that below 32, over
+    documents, and of how many documents; None where no two are so long."""
+    unit_Q = units(reading.documents)
+    samples = [sample for batch in reading.batches for sample in batch.samples]
+    long_Q = np.flatnonzero(reading.tokens_D > LATE + LEAST_LATE)
+    order = np.random.default_rng(seed).permutation(len(long_Q))[:LATE_DOCUMENTS]
+    chosen = long_Q[np.sort(order)]
+    if len(chosen) < 2:
+        return None
+    number_of = {id(samples[number]): number for number in chosen}
+    batches = make_batches([samples[number] for number in chosen])
+    unit_B = np.array([unit_Q[number_of[id(s)]] for batch in batches for s in batch.samples])
+
+    def away(ce_BT: Tensor, batch: Batch) -> list[float]:
+        ends = [len(sample.inputs["input_ids"]) - 1 for sample in batch.samples]
+        return [
+            float(ce_T[LATE + 1 : end].mean() - ce_T[:EARLY].mean())
+            for ce_T, end in zip(ce_BT, ends, strict=True)
+        ]
+
+    return _of_both(model, batches, away, unit_B, seed), len(chosen)
+
+
+def _of_both(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    away: Callable[[Tensor, Batch], list[float]],
+    unit_B: Ints,
+    seed: int,
+) -> dict[str, Interval]:
+    """The mean of a difference of cross-entropies within documents, for the dense and the moefied model."""
+    found = {}
+    for name in MODELS:
+        with all_experts(model) if name == "dense" else nullcontext():
+            away_B = [
+                value
+                for one in judged(partial(run_outputs, model), batches)
+                for value in away(one.placed("ce"), one.batch)
+            ]
+        top_B1 = np.array(away_B)[:, None]
+        found[name] = ratio_interval(top_B1, np.ones(len(away_B)), unit_B, seed=seed)
+    return found
+
+
+def _sample(ids_T: Tensor) -> Sample:
+    document = Document("random", "random", ids=tuple(ids_T.tolist()))
+    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
+    return Sample(document, inputs, torch.cat([ids_T[1:], torch.tensor([IGNORED])]), 0)
