@@ -55,25 +55,22 @@ def bench(
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.
 
-    `level` is `kernel`, `layer` or `model`: `model` for a folder and `layer` for a shape if left out. Engines
-    are as in `engines.choose`. With `calibrated`, paths that `auto` chooses among are timed first, for some
-    seconds, where nothing is known of such layers on this machine. Raises `MoefyError` for settings that
-    are wrong or do not go together, before anything is loaded.
+    `level` is `kernel`, `layer` (if left out, of a shape) or `model` (of a folder); engines are as in
+    `engines.choose`. With `calibrated` those that `auto` chooses among are timed first, for some seconds, if
+    nothing is known of such layers on this machine. Raises `MoefyError` for settings that are wrong.
     """
     asked = Settings(
-        model=None if model is None else Path(model), layer=layer, dtype=dtype,
-        level=level or (LAYER if model is None else MODEL),
-        against=against, prompt=prompt_tokens, generated=generated, densities=densities is not None,
+        model=None if model is None else Path(model), layer=layer, dtype=dtype, against=against,
+        level=level or (LAYER if model is None else MODEL), prompt=prompt_tokens, generated=generated,
     )  # fmt: skip
     sweep = Sweep(
         engines=choose(engines, compiled=compiled, linears=linears, experts=experts, gguf=gguf),
         batches=_numbers("--batches", batches or BATCHES[asked.level], int, "1,2,4,8,16"),
         densities=_numbers("--densities", densities or (), float, ".1,.25,.5"),
-        samples=SAMPLES[asked.level] if samples is None else samples,
-        report=Reporter(quiet=quiet),
-    )
+        samples=SAMPLES[asked.level] if samples is None else samples, report=Reporter(quiet=quiet),
+    )  # fmt: skip
     run, modules = _load(asked, sweep)
-    if calibrated and any(engine.backend == AUTO for engine in sweep.engines):
+    if calibrated and AUTO in {engine.backend for engine in sweep.engines}:
         calibrate_unknown(modules, sweep.report)
     return run()
 
@@ -105,8 +102,6 @@ class Settings:
     against: str | Path | None = None
     prompt: int = 1
     generated: int = 1
-    densities: bool = False
-    """Whether some are asked for."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.layer is None):
@@ -116,9 +111,8 @@ class Settings:
             raise MoefyError(unknown_choice("level", self.level, BATCHES))
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MoefyError(unknown_choice("dtype", self.dtype, DTYPES))
-        if self.level == MODEL and (self.model is None or self.densities):
-            wrong = "--layer" if self.model is None else "--densities"
-            raise MoefyError(f"{wrong} does not go with --level model; use --level kernel or layer")
+        if self.level == MODEL and self.model is None:
+            raise MoefyError("--layer does not go with --level model; use --level kernel or layer")
         if self.level != MODEL and self.against is not None:
             raise MoefyError(f"--against goes with --level model, not with --level {self.level}")
         for name, value in (("--prompt", self.prompt), ("--generated", self.generated)):
@@ -152,6 +146,8 @@ def _load(asked: Settings, sweep: Sweep) -> tuple[Callable[[], dict[str, Any]], 
         layers = _layers(asked, max(sweep.batches))
         level = bench_kernel if asked.level == KERNEL else bench_layer
         return partial(level, layers, sweep), layers.modules
+    if sweep.densities:
+        raise MoefyError("--densities does not go with --level model; use --level kernel or layer")
     models, weights, what = _models(asked)
     tokens = asked.prompt + asked.generated
     vocabulary = _vocabulary(models.sparse, asked)

@@ -8,10 +8,9 @@ Shapes: T tokens, D width, N neurons, E experts, K experts that run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moefy.benchmark.bytes_read import density as share_of
-from moefy.benchmark.bytes_read import union as union_of
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import load_tokenizer
 from moefy.errors import MoefyError
@@ -111,12 +108,8 @@ class Layers:
     @cached_property
     def stock(self) -> list[DenseMlp]:
         """The dense MLPs; their down projection lies as stock models have it, `[D, N]` row by row."""
-        found = []
-        for module in self.modules:
-            mlp = module.weights
-            stock_ND = mlp.down_ND.T.contiguous().T
-            found.append(DenseMlp(**{**vars(mlp), "down_ND": stock_ND}))
-        return found
+        mlps = [module.weights for module in self.modules]
+        return [replace(mlp, down_ND=mlp.down_ND.T.contiguous().T) for mlp in mlps]
 
     @cached_property
     def experts(self) -> list[Any]:
@@ -137,9 +130,10 @@ def synthetic(
     copies = max(1, min(COPIES, free // 2 // (FORMS * one)))
     generator = torch.Generator().manual_seed(seed)
 
+    topk: Any = SELECTIONS["topk"]
+
     def random(*size: int) -> Tensor:
-        drawn = torch.randn(*size, generator=generator).div_(shape.width**0.5)
-        return drawn.to(device, dtype)
+        return torch.randn(*size, generator=generator).div_(shape.width**0.5).to(device, dtype)
 
     def layer() -> SparseMlp:
         gate_ND, up_ND, down_ND = (random(shape.neurons, shape.width) for _ in range(3))
@@ -148,12 +142,9 @@ def synthetic(
             nn.init.normal_(parameter, std=shape.width**-0.5, generator=generator)
         module = SparseMlp(
             DenseMlp(gate_ND=gate_ND, up_ND=up_ND, down_ND=down_ND, activation="silu"),
-            experts=shape.experts,
-            shared=0,
-            router=scorer.to(device),
-            selection=SELECTIONS["topk"](k=shape.k),  # type: ignore[call-arg]
+            experts=shape.experts, shared=0, router=scorer.to(device), selection=topk(k=shape.k),
             compensation=COMPENSATIONS["none"](shape.width, shape.experts, 0),
-        )
+        )  # fmt: skip
         module.density = shape.k / shape.experts
         return module.eval().requires_grad_(False)
 
@@ -258,13 +249,3 @@ class Case:
     def tokens(self) -> int:
         """T."""
         return len(self.inputs[0])
-
-    @property
-    def density(self) -> float:
-        """Share of the experts that a token runs, over all layers."""
-        return fmean(map(share_of, self.masks))
-
-    @property
-    def union(self) -> float:
-        """Share of the experts that any token runs, over all layers."""
-        return fmean(map(union_of, self.masks))

@@ -92,29 +92,18 @@ def break_even(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sweeps: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for one in cells:
         sweeps.setdefault((one["phase"], one["asked_density"]), []).append(one)
-    found = []
+    reach = []
     for (phase, _), sweep in sweeps.items():
         sweep.sort(key=lambda one: int(one["batch"]))
-        density = sweep[0]["density"]
-        moefied = {n: 0 for one in sweep for n, row in one["engines"].items() if not row["dense"]}
-        for name in moefied:
-            best, wins = None, True
-            for one in sweep:
-                row = one["engines"].get(name)
-                wins = row is not None and row["speedup"] is not None and row["speedup"] > 1
-                if not wins:
-                    break
-                best = one["batch"]
-            found.append(
-                {
-                    "phase": phase,
-                    "density": density,
-                    "engine": name,
-                    "batch": best,
-                    "open": wins,
-                }
-            )
-    return found
+        rows = [one["engines"] for one in sweep]
+        for name in {n: 0 for one in rows for n, row in one.items() if not row["dense"]}:
+            wins = [(one.get(name, {}).get("speedup") or 0) > 1 for one in rows]
+            first = wins.index(False) if False in wins else len(wins)
+            reach.append({
+                "phase": phase, "density": sweep[0]["density"], "engine": name,
+                "batch": sweep[first - 1]["batch"] if first else None, "open": all(wins),
+            })  # fmt: skip
+    return reach
 
 
 def record(
@@ -173,12 +162,11 @@ def calibration_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]
     entry = record["entry"]
     rows = []
     for i, tokens in enumerate(entry["tokens"]):
-        cells = [str(tokens)]
+        cells = []
         for j in range(len(entry["densities"])):
-            times = {path: found[i][j] for path, found in entry["seconds"].items()}
-            best = min(times, key=lambda path: float(times[path]))
-            cells.append(f"{best} {times[best] * 1e3:.3g} ms")
-        rows.append(cells)
+            seconds, best = min((times[i][j], path) for path, times in entry["seconds"].items())
+            cells.append(f"{best} {seconds * 1e3:.3g} ms")
+        rows.append([str(tokens), *cells])
     return ["tokens", *(f"density {density:g}" for density in entry["densities"])], rows
 
 
@@ -211,7 +199,7 @@ def speed_lines(record: dict[str, Any]) -> list[str]:
     gigabytes = record["bandwidth"]["bytes_per_second"] / 1e9
     lines = [
         record["what"],
-        f"{record['dtype']} on {record['device']} ({_processor(record)}), {record['threads']} thread(s); "
+        f"{record['dtype']} on {record['device']} ({processor(record)}), {record['threads']} thread(s); "
         f"{record['samples']} samples in changing order after {record['warmup']} of warm-up",
         f"bandwidth {gigabytes:.1f} GB/s: {record['bandwidth']['how']}",
         "speedup: over the fastest dense engine of the cell; none: the interval holds 1",
@@ -221,49 +209,50 @@ def speed_lines(record: dict[str, Any]) -> list[str]:
         lines.append(
             "no dense engine could be timed, so that no speedup is known: see its reason below"
         )
-    for phase, density in dict.fromkeys((b["phase"], b["density"]) for b in record["break_even"]):
-        found = [b for b in record["break_even"] if (b["phase"], b["density"]) == (phase, density)]
-        wins = [f"{b['engine']} {_reach(b)}" for b in found if b["batch"] is not None]
-        never = [b["engine"] for b in found if b["batch"] is None]
-        text = ", ".join(wins) or "none"
-        text += f"; not at the smallest: {', '.join(never)}" if never and wins else ""
-        lines.append(f"faster than dense up to batch ({phase}, density {density:.3f}): {text}")
-    reasons: dict[str, dict[str, list[str]]] = {}
+    lines += _break_even_lines(record["break_even"])
+    refused: dict[tuple[str, str], list[str]] = {}
     for cell in record["cells"]:
-        for name, reason in cell["refused"].items():
-            places = reasons.setdefault(name, {}).setdefault(reason, [])
-            places.append(f"{cell['phase']}, density {cell['density']:.3f}, batch {cell['batch']}")
-    for name, by_reason in reasons.items():
-        for reason, places in by_reason.items():
-            where = "" if len(places) == len(record["cells"]) else f" ({'; '.join(places)})"
-            lines.append(f"not timed: {name}: {reason}{where}")
+        place = f"{cell['phase']}, density {cell['density']:.3f}, batch {cell['batch']}"
+        for reason in cell["refused"].items():
+            refused.setdefault(reason, []).append(place)
+    for (name, reason), places in refused.items():
+        where = "" if len(places) == len(record["cells"]) else f" ({'; '.join(places)})"
+        lines.append(f"not timed: {name}: {reason}{where}")
     return lines
 
 
-def _processor(record: dict[str, Any]) -> str:
-    """What computes, as far as the record says."""
+def _break_even_lines(reach: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for phase, density in dict.fromkeys((one["phase"], one["density"]) for one in reach):
+        here = [one for one in reach if (one["phase"], one["density"]) == (phase, density)]
+        wins = [
+            f"{one['engine']} {one['batch']}{' or more' * one['open']}"
+            for one in here
+            if one["batch"]
+        ]
+        never = [one["engine"] for one in here if one["batch"] is None]
+        text = ", ".join(wins) or "none"
+        text += f"; not at the smallest: {', '.join(never)}" if never and wins else ""
+        lines.append(f"faster than dense up to batch ({phase}, density {density:.3f}): {text}")
+    return lines
+
+
+def processor(record: dict[str, Any]) -> str:
+    """What computed, as far as the record says."""
     machine = record["machine"]
-    return str(
-        machine["gpu"]
-        if record["device"] == "cuda"
-        else machine.get("instructions", machine["cpu"])
-    )
+    return str(machine["gpu"] or machine.get("instructions", machine["cpu"]))
 
 
 def _rounding(cell: dict[str, Any]) -> str:
-    found = cell["rounding"]
-    where = f"batch {cell['batch']}"
-    if found["why_not"]:
+    rounding, where = cell["rounding"], f"batch {cell['batch']}"
+    if rounding["why_not"]:
         return (
-            f"KL ({where}) is to a run in the same dtype, since {found['why_not']}: every layer of moefy's "
-            f"engines was checked, logits to {found['allowed']:.0e} nats"
+            f"KL ({where}) is to a run in the same dtype, since {rounding['why_not']}: every layer of moefy's "
+            f"engines was checked, logits to {rounding['allowed']:.0e} nats"
         )
-    dense, masked, other = (found[n]["median"] for n in ("dense", "masked", "other experts"))
+    dense, masked, other = (rounding[n]["median"] for n in ("dense", "masked", "other experts"))
     return (
         f"KL ({where}): median in nats to the same model in fp32; rounding makes {dense:.0e} of dense and "
-        f"{masked:.0e} of moefied, other experts {other:.0e}; an engine was to stay below {found['allowed']:.0e}"
+        f"{masked:.0e} of moefied, other experts {other:.0e}; an engine was to stay below "
+        f"{rounding['allowed']:.0e}"
     )
-
-
-def _reach(found: dict[str, Any]) -> str:
-    return f"{found['batch']}{' or more' if found['open'] else ''}"

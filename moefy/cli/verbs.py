@@ -462,7 +462,9 @@ def bench(
     if plot is not None:
         check_plot(plot)
     record = run(
-        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled, linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []), gguf=gguf or [], batches=batches,
+        model, level=level, layer=layer, against=against, engines=engine or (), compiled=compiled,
+        linears=linears, experts=dict(one.partition("=")[::2] for one in experts or ()), gguf=gguf or (),
+        batches=batches,
         densities=densities, dtype=dtype, prompt_tokens=prompt, generated=generated, samples=samples,
         calibrated=calibrate is not False, quiet=quiet,
     )  # fmt: skip

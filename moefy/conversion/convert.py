@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion import streamed
@@ -47,14 +47,16 @@ from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
 from moefy.models.locate import Site, read_mlp
+from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
+from moefy.run.output import write_whole
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
 ROUTED = 10
 """How much more the output of one MLP alone may err, which no residual stream is added to."""
@@ -161,9 +163,28 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
         return
     if adapter:
         raise MoefyError("an adapter names the folder of its source: save the model first")
+    refuse_adapted(model)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        _save(model, Path(folder))
         yield folder
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model, also with a generation config that transformers refuses to save."""
+    generation: Any = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+        model.save_pretrained(folder)
+    except ValueError:
+        if generation is None:
+            raise
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = generation
+        write_whole(folder / "generation_config.json", generation.to_json_string())
 
 
 def _require_memory(checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from moefy.data.corpus import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
@@ -14,11 +15,12 @@ from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
 from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
 from moefy.methods.routers.rough_gate import FLAT
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
+from moefy.models import refusals
 from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, check_weights, meta_model, side_of, sites
+from moefy.models.locate import Site, check_weights, disk_names, meta_model, side_of, sites
 from moefy.recipe import Recipe
 
 
@@ -44,11 +46,15 @@ class Plan:
     """Of the largest layer, attention included."""
     weights: int
     """Bytes of all parameters."""
+    other: int
+    """Bytes of the files beside the weights, which are copied."""
     disk: int
     """Bytes of disk needed while it runs."""
     memory: int
     """Bytes of memory at the peak, the model and its tokenizer among them, Python and its libraries not."""
     corpus: str
+    notes: list[str]
+    """What a person should know of the folder."""
 
 
 def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool = False) -> Plan:
@@ -79,11 +85,8 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
             f"router '{recipe.router.name}' reads what it should predict, it serves evaluation "
             "only (moefy eval --router oracle); choose another to convert with"
         )
-    config = read_config(checkpoint)
-    model = meta_model(config)
-    if checkpoint.has_weights:
-        check_weights(model, checkpoint)
-    found = sites(model)
+    model, found = _model(checkpoint)
+    config = model.config
     layers, active = [], []
     sides: set[str] = set()
     for site in found:
@@ -99,6 +102,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     dtype = getattr(config, "dtype", None) or torch.float32
     width = dtype.itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
+    other = sum(file.stat().st_size for file in checkpoint.other_files)
     seen = sum(s.width for s in found) + sum(s.width + s.neurons for s in blocks)
     return Plan(
         source=str(checkpoint.folder),
@@ -114,10 +118,28 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         mlp_parameters=sum(_parameters(s) for s in found),
         layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
         weights=total * width,
-        disk=sample * seen * width + (0 if adapter else total * width),
+        disk=sample * seen * width + (0 if adapter else total * width + other),
+        other=other,
         memory=_memory(checkpoint, model, found, recipe, total * width, width),
         corpus=corpus,
+        notes=refusals.notes(checkpoint.config, model),
     )
+
+
+def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
+    """The model on the meta device and its MLPs; refuses what would not stay what it is."""
+    folder, tensors = checkpoint.folder, checkpoint.tensors if checkpoint.has_weights else {}
+    refusals.refuse_quantized(folder, checkpoint.config, tensors)
+    model = meta_model(read_config(checkpoint))
+    found = sites(model)
+    refusals.refuse_outputs(model, [site.layer for site in found])
+    stored = {name: tensor.dtype for name, tensor in tensors.items()}
+    ours = {name for site in found for name in site.parameters}
+    wanted = [disk for disk, name in disk_names(model, stored).items() if name in ours]
+    refusals.refuse_codes(folder, stored, wanted)
+    if tensors:
+        check_weights(model, checkpoint)
+    return model, found
 
 
 def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
@@ -145,12 +167,13 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
-            f"needs {todo.weights / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
+            f"needs {(todo.weights + todo.other) / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
             f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
             if stream
             else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
             f"of memory: {todo.weights / 1e9:.2f} the model, "
             f"{(todo.memory - todo.weights) / 1e9:.2f} the work",
+            *todo.notes,
         ]
     )
 
@@ -243,6 +266,12 @@ def _head_plan(site: HeadSite, recipe: Recipe) -> tuple[HeadEntry, int]:
 def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEntry, int]:
     """What is decided of one MLP before its weights are read, and its routed experts per token."""
     where = f"layer {site.index}"
+    scored = choose(SELECTIONS, "selection", recipe.selection.name).by_score
+    if scored and not site.gated and choose(ROUTERS, "router", recipe.router.name).reads_gate:
+        raise RecipeError(
+            f"{where}: router '{recipe.router.name}' reads the gate, and this model's MLPs have none; "
+            "choose another, for example low_rank"
+        )
     wanted = recipe.partition
     experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)
     shared = wanted.shared or 0

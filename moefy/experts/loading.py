@@ -7,9 +7,10 @@
 Shapes: N neurons, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def open_model(
 def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
-    setattr(model, save_pretrained.__name__, MethodType(save_pretrained, model))
+    _bind(model, save_pretrained)
     return model
 
 
@@ -177,8 +178,16 @@ def moefied(
     vars(model)[NAME] = Moefied(artefact, found, blocks, mlps, routed, checkpoint)
     share_context(model)
     for method in METHODS:
-        setattr(model, method.__name__, MethodType(method, model))
+        _bind(model, method)
     model.eval()
+
+
+def _bind(model: PreTrainedModel, function: Callable[..., Any]) -> None:
+    """Make a function a method of this one model, in a way that is copied and pickled with it: a bound
+    method would be looked up on a model that is not yet put together."""
+    bound: Any = partial(function, model)
+    bound.__name__, bound.__doc__ = function.__name__, function.__doc__
+    setattr(model, function.__name__, bound)
 
 
 def install(

@@ -10,7 +10,7 @@ that run.
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moefy.errors import MoefyError, RecipeError, UnsupportedModel, unknown_choice
 from moefy.models.artefact import Artefact, LayerEntry
@@ -134,12 +134,12 @@ def native_target(config: PreTrainedConfig, *, shared: bool) -> str:
     return next((name for name in rows if TARGETS[name].shared or not shared), rows[0])
 
 
-def check(target: Target, artefact: Artefact, found: list[Site], config: PreTrainedConfig) -> None:
-    """Refuse what `target` cannot hold, saying what can.
+def check(target: Target, artefact: Artefact, places: list[Site], meta: PreTrainedModel) -> None:
+    """Refuse what `target` cannot hold of a model, with MLPs at these places, saying what can.
 
     Raises `RecipeError` for a routing it has no words for and `UnsupportedModel` for a model.
     """
-    _check_model(target, found, config)
+    _check_model(target, places, meta)
     if artefact.heads:
         raise RecipeError(
             f"attention heads are routed (attention.density={artefact.recipe['attention']['density']}"
@@ -162,7 +162,7 @@ def check(target: Target, artefact: Artefact, found: list[Site], config: PreTrai
                     "one number for all layers: convert with the same for each"
                 )
     if first.shared and not target.shared:
-        fitting = [name for name in _fitting(config) if TARGETS[name].shared]
+        fitting = [name for name in _fitting(meta.config) if TARGETS[name].shared]
         raise RecipeError(
             f"{first.shared} shared experts, {target.model_type} has none; "
             + (f"export --to {fitting[0]}, or " if fitting else "")
@@ -170,8 +170,8 @@ def check(target: Target, artefact: Artefact, found: list[Site], config: PreTrai
         )
 
 
-def _check_model(target: Target, found: list[Site], config: PreTrainedConfig) -> None:
-    kind = config.model_type
+def _check_model(target: Target, places: list[Site], meta: PreTrainedModel) -> None:
+    config, kind = meta.config, meta.config.model_type
     if kind not in target.sources:
         fitting = _fitting(config)
         known = sorted({source for row in TARGETS.values() for source in row.sources})
@@ -183,7 +183,7 @@ def _check_model(target: Target, found: list[Site], config: PreTrainedConfig) ->
         raise UnsupportedModel(
             f"{kind}: {target.model_type} computes its attention or norms in another way; {remedy}"
         )
-    for site in found:
+    for site in places:
         if site.biases:
             raise UnsupportedModel(
                 f"{site.layer}: its MLP has biases ({', '.join(sorted(site.biases))}), no stock "
@@ -194,6 +194,11 @@ def _check_model(target: Target, found: list[Site], config: PreTrainedConfig) ->
         raise UnsupportedModel(
             f"{kind}: some layers have a sliding window and some have not, {target.model_type} "
             "has one kind for all; export --to dense"
+        )
+    if not type(meta).__name__.endswith("ForCausalLM"):
+        raise UnsupportedModel(
+            f"{kind}: {type(meta).__name__}; only models with a language-model head have stock "
+            "counterparts here, export --to dense"
         )
 
 
@@ -283,55 +288,45 @@ def config_json(config: PreTrainedConfig) -> dict[str, Any]:
 
 def warnings(target: Target, entry: LayerEntry, config: PreTrainedConfig, dtype: str) -> list[str]:
     """What may go wrong in serving engines, in words for the user."""
-    k, experts = entry.selection["k"], entry.experts - entry.shared
-    size = entry.neurons // entry.experts
-    found = []
-    if k & (k - 1) and dtype != "float32":
-        found.append(
-            f"{k} experts run for a token, which is no power of two: down projections times {k} "
-            f"are rounded to {dtype}; convert with --set selection.k={1 << (k.bit_length() - 1)} "
-            "to avoid that"
-        )
-    if dtype == "float16":
-        found.append(
-            "the scaled routers lie below the normal range of float16 and lose bits when loaded in "
-            "it; load the model in bfloat16 or float32"
-        )
-    if experts & (experts - 1):
-        found.append(
-            f"{experts} routed experts are no power of two: vLLM's fused top-k kernel is made for "
-            "powers of two, and old llama.cpp builds sort nothing else on a GPU"
-        )
-    if experts > 256:
-        found.append(
-            f"{experts} routed experts: llama.cpp stops at a fixed number when it loads a model "
-            "(256 in builds of early 2025, then 512, later more)"
-        )
-    if size % 32:
-        found.append(
-            f"experts of {size} neurons: GGUF's block quantisation needs multiples of 32 (K-quants "
-            "of 256)"
-        )
-    if size % 8:
-        found.append(
-            f"experts of {size} neurons: transformers' grouped kernel needs multiples of 8 in 16 "
-            "bits and of 4 in float32; load others with experts_implementation='eager'"
-        )
-    if size < 128:
-        found.append(
-            f"experts of {size} neurons are small for the grouped kernels of serving engines, which "
-            "may run them no faster than the dense model"
-        )
-    if config.hidden_act != "silu":
-        found.append(
-            f"activation '{config.hidden_act}': engines other than transformers take silu for "
-            f"granted in {target.model_type}"
-        )
-    if target.shared and not entry.shared:
-        found.append(
-            f"{target.model_type} always has a shared expert; one of {size} neurons with zero "
-            "weights was added"
-        )
-    if target.shared and config.model_type != "qwen2" and getattr(config, "sliding_window", None):
-        found.append("the sliding window is written as layer_types, which not every engine reads")
-    return found
+    k, experts, size = (
+        entry.selection["k"],
+        entry.experts - entry.shared,
+        entry.neurons // entry.experts,
+    )
+    cautions = {
+        f"{k} experts run for a token, which is no power of two: down projections times {k} are rounded to "
+        f"{dtype}; convert with --set selection.k={1 << (k.bit_length() - 1)} to avoid that": (
+            k & (k - 1) and dtype != "float32"
+        ),
+        "the scaled routers lie below the normal range of float16 and lose bits when loaded in it; load the "
+        "model in bfloat16 or float32": dtype == "float16",
+        **_sizes(experts, size),
+        f"activation '{config.hidden_act}': engines other than transformers take silu for granted in "
+        f"{target.model_type}": config.hidden_act != "silu",
+        f"{target.model_type} always has a shared expert; one of {size} neurons with zero weights was added": (
+            target.shared and not entry.shared
+        ),
+        "the sliding window is written as layer_types, which not every engine reads": (
+            target.shared
+            and config.model_type != "qwen2"
+            and getattr(config, "sliding_window", None)
+        ),
+    }
+    return [text for text, applies in cautions.items() if applies]
+
+
+def _sizes(experts: int, size: int) -> dict[str, bool]:
+    """Cautions about E and F, and whether each applies."""
+    return {
+        f"{experts} routed experts are no power of two: vLLM's fused top-k kernel is made for powers of two, "
+        "and old llama.cpp builds sort nothing else on a GPU": bool(experts & (experts - 1)),
+        f"{experts} routed experts: llama.cpp stops at a fixed number when it loads a model (256 in builds of "
+        "early 2025, then 512, later more)": experts > 256,
+        f"experts of {size} neurons: GGUF's block quantisation needs multiples of 32 (K-quants of 256)": (
+            size % 32 > 0
+        ),
+        f"experts of {size} neurons: transformers' grouped kernel needs multiples of 8 in 16 bits and of 4 in "
+        "float32; load others with experts_implementation='eager'": size % 8 > 0,
+        f"experts of {size} neurons are small for the grouped kernels of serving engines, which may run them "
+        "no faster than the dense model": size < 128,
+    }

@@ -7,27 +7,38 @@ A stock architecture weighs the experts that run by a softmax. The router is sca
 K weights are all 1/K up to `eps`, and down projections are multiplied by K. A shared expert passes
 through a sigmoid gate with zero weights, 1/2, so its down projection is doubled.
 
+Shards are written as https://huggingface.co/docs/safetensors says: eight bytes with the length of a JSON
+header, the header, the tensors. The library's own `save_file` wants all tensors of a shard in memory at once.
+
 Shapes: N neurons, D width, E routed experts, S shared experts, F neurons per expert, K experts
 that run.
 """
 
+import json
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.exporting.targets import SHARED_GAIN, Target
 from moefy.models.artefact import ADAPTER, Artefact
-from moefy.models.checkpoint import Checkpoint
-from moefy.models.locate import Site, disk_names, permute
+from moefy.models.checkpoint import INDEX, Checkpoint
+from moefy.models.config import read_config
+from moefy.models.locate import Site, disk_names, meta_model, permute, sites
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -46,43 +57,42 @@ class Planned:
 
 
 class Source:
-    """The dense weights by parameter name, in expert order, one layer in memory at most."""
+    """What is exported: an artefact and its dense weights, in expert order, one layer in memory at most."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, meta: PreTrainedModel, found: list[Site], artefact: Artefact
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, artefact: Artefact) -> None:
         self.checkpoint, self.artefact = checkpoint, artefact
-        stored = {name: disk for disk, name in disk_names(meta, checkpoint.tensors).items()}
-        self.names = {name: stored[name] for name in meta.state_dict() if name in stored}
-        """Name on disk of every parameter, in the order of the model."""
-        self.owners = {name: site for site in found for name in site.parameters}
-        self.tied = self._tie(bool(meta.config.tie_word_embeddings))
-        missing = [name for name in meta.state_dict() if name not in self.names]
-        if missing:
-            raise CheckpointError(f"{checkpoint.folder}: no tensor on disk is {missing[0]}")
+        self.meta = meta_model(read_config(checkpoint))
+        self.config = self.meta.config
+        self.sites = sites(self.meta)
+        self.owners = {name: site for site in self.sites for name in site.parameters}
         self.read = lru_cache(maxsize=3)(self._read)
 
-    def _tie(self, by_config: bool) -> bool:
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Name on disk of every parameter, in the order of the model."""
+        stored = {n: disk for disk, n in disk_names(self.meta, self.checkpoint.tensors).items()}
+        names = {name: stored[name] for name in self.meta.state_dict() if name in stored}
+        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if self.config.tie_word_embeddings and name not in names and other in names:
+                names[name] = names[other]
+        missing = [name for name in self.meta.state_dict() if name not in names]
+        if missing:
+            raise CheckpointError(f"{self.checkpoint.folder}: no tensor on disk is {missing[0]}")
+        return names
+
+    @cached_property
+    def tied(self) -> bool:
         """Whether both embeddings are one tensor, as the file has it."""
-        names = self.names
-        if by_config and HEAD in names and EMBEDDING in names:
-            head, embedding = (self.checkpoint.read(names[n]) for n in (HEAD, EMBEDDING))
-            return torch.equal(head, embedding)
-        if by_config:
-            for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
-                if name not in names and other in names:
-                    names[name] = names[other]
-        return by_config
+        if not self.config.tie_word_embeddings:
+            return False
+        head, embedding = (self.names.get(name) for name in (HEAD, EMBEDDING))
+        if head is None or embedding is None or head == embedding:
+            return True
+        return torch.equal(self.checkpoint.read(head), self.checkpoint.read(embedding))
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a parameter; `CheckpointError` for a dtype that has no arithmetic."""
-        stored = self.checkpoint.tensors[self.names[name]]
-        if stored.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{stored.file}: {name} is stored as {stored.dtype}; export a checkpoint in "
-                f"{', '.join(DTYPES)}"
-            )
-        return stored.shape, DTYPES[stored.dtype]
+        return stored_as(self.checkpoint, self.names[name])
 
     def _read(self, name: str) -> Tensor:
         tensor = self.checkpoint.read(self.names[name])
@@ -92,9 +102,29 @@ class Source:
         return permute(site, name, tensor, self.artefact.permutation(site.index))
 
 
-def plan_tensors(
-    target: Target, source: Source, found: list[Site], artefact: Artefact, meta: PreTrainedModel
-) -> list[Planned]:
+def stored_as(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a tensor on disk; `CheckpointError` for a dtype that has no arithmetic."""
+    stored = checkpoint.tensors[name]
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{stored.file}: {name} is stored as {stored.dtype}; export a checkpoint in "
+            f"{', '.join(DTYPES)}"
+        )
+    return stored.shape, DTYPES[stored.dtype]
+
+
+def times(tensor: Tensor, gain: float, name: str) -> Tensor:
+    """A weight times `gain`; `CheckpointError` where it does not stay finite in its dtype."""
+    scaled = tensor * gain
+    if not scaled.isfinite().all():
+        raise CheckpointError(
+            f"{name}: times {gain:g} it is not finite in {tensor.dtype}; export a checkpoint "
+            "stored in bfloat16 or float32"
+        )
+    return scaled
+
+
+def plan_tensors(target: Target, source: Source, meta: PreTrainedModel) -> list[Planned]:
     """Every tensor of the stock checkpoint, layer by layer.
 
     `meta` is the target's model on the meta device: what it has no place for is refused with
@@ -102,11 +132,11 @@ def plan_tensors(
     """
     room = meta.state_dict()
     planned: list[Planned] = []
-    first = {f"{site.path('up')}.weight": site for site in found}
+    first = {f"{site.path('up')}.weight": site for site in source.sites}
     for name in source.names:
         if name in source.owners:
             if name in first:
-                planned += _experts(target, source, first[name], artefact)
+                planned += _experts(target, source, first[name])
         elif not (name == HEAD and source.tied):
             shape, dtype = source.spec(name)
             if name not in room or room[name].shape != shape:
@@ -123,8 +153,9 @@ def plan_tensors(
     return planned
 
 
-def _experts(target: Target, source: Source, site: Site, artefact: Artefact) -> Iterator[Planned]:
+def _experts(target: Target, source: Source, site: Site) -> Iterator[Planned]:
     """The router, the routed experts and the shared expert of one layer."""
+    artefact = source.artefact
     entry = artefact.layers[site.index]
     k, eps, shared = entry.selection["k"], entry.selection["eps"], entry.shared
     size, block = entry.neurons // entry.experts, f"{site.layer}.{target.block}"
@@ -164,15 +195,50 @@ def _piece(
 
     def make() -> Tensor:
         tensor = source.read(whole)
-        if role != "down":
-            return tensor[neurons]
-        scaled = tensor[:, neurons] * gain
-        if not scaled.isfinite().all():
-            raise CheckpointError(
-                f"{whole}: times {gain:g} it is not finite in {tensor.dtype}; export a checkpoint "
-                "stored in bfloat16 or float32"
-            )
-        return scaled
+        return times(tensor[:, neurons], gain, whole) if role == "down" else tensor[neurons]
 
     shape = _shape(site, role, neurons.stop - neurons.start)
     return Planned(name, shape, source.spec(whole)[1], make)
+
+
+def write_shards(folder: Path, planned: list[Planned], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` and their index."""
+    by_name = {tensor.name: tensor for tensor in planned}
+    empty = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in planned}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        _write(folder / file, [by_name[name] for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(file: Path, tensors: list[Planned]) -> None:
+    # The widest elements first, so that each tensor begins at a multiple of its element size.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.bytes],
+        }
+        position += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            stream.write(_raw(tensor))
+
+
+def _raw(planned: Planned) -> memoryview:
+    value: Tensor = planned.make()
+    if tuple(value.shape) != planned.shape or value.dtype != planned.dtype:
+        raise CheckpointError(
+            f"{planned.name}: {list(value.shape)} {value.dtype} on disk, its header says "
+            f"{list(planned.shape)} {planned.dtype}; download the checkpoint again"
+        )
+    raw: Any = value.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)

@@ -8,7 +8,7 @@ Shapes: B documents, T tokens, V vocabulary, E routed experts, K experts that ru
 """
 
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import load_tokenizer, read_batches
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import values_of
-from moefy.experts.loading import load, load_dense
-from moefy.experts.passes import run
+from moefy.experts.loading import open_model
+from moefy.experts.passes import run, watching
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
@@ -65,10 +65,6 @@ class Difference:
     """Tokens and layers that run other experts."""
     flip_rate: float
 
-    def record(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 def verification_batches(checkpoint: Checkpoint, vocabulary: int) -> list[Batch]:
     """A few documents: of the bundled corpus where there is a tokenizer, else of random token ids."""
@@ -102,17 +98,16 @@ def verify(
             f"{full.flip_rate:.1%} of its expert sets (at most {MOST_FLIPS:.0%}); nothing was "
             "written; please report this with the model's config.json"
         )
-    measured = {"float32": full.record()}
+    measured = {"float32": asdict(full)}
     stored = _stored_dtype(written)
     if stored != torch.float32 and _has_arithmetic(written, batches):
         low = _moefied(folder, batches, stored)
         name = str(stored).removeprefix("torch.")
         got = _stock(written, batches, stored, expert_size)
-        measured[name] = compare(low, got, batches, stored).record()
+        measured[name] = asdict(compare(low, got, batches, stored))
         # What the dtype itself costs, to set the figure above against.
-        measured[f"moefy itself, {name} for float32"] = compare(
-            reference, low, batches, stored
-        ).record()
+        own = compare(reference, low, batches, stored)
+        measured[f"moefy itself, {name} for float32"] = asdict(own)
     return measured
 
 
@@ -122,9 +117,7 @@ def verify_dense(folder: Path, written: Path, batches: list[Batch]) -> float:
     Raises `MoefyError` above `DENSE_TOLERANCE`.
     """
     reference = _moefied(folder, batches, torch.float32, dense=True)
-    model = load_dense(Checkpoint.open(written), **{**placement(), "dtype": torch.float32})
-    with torch.no_grad():
-        got = _run(model, batches, [])
+    got = _run(open_model(written, dtype=torch.float32, dense=True), batches, [])
     error = _relative(list(zip(got.logits, reference.logits, strict=True)))
     if error is None or not error <= DENSE_TOLERANCE:
         raise MoefyError(
@@ -175,26 +168,20 @@ def _norm(parts: list[Tensor]) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
 
 
-@torch.no_grad()
 def _moefied(
     folder: Path, batches: list[Batch], dtype: torch.dtype, *, dense: bool = False
 ) -> Outcome:
-    """Run moefy's model of the artefact."""
-    model = load(folder, verify=False, **{**placement(), "dtype": dtype})
-    seen: list[Tensor] = []
+    """Run moefy's model of the artefact; with `dense` every expert."""
+    model = open_model(folder, dtype=dtype, dense=False)
+    modules, masks = sparse_mlps(model), list[Tensor]()
 
-    def observe(shared: int) -> Callable[[Tensor, Tensor], None]:
-        return lambda _, mask_TE: seen.append(mask_TE[:, shared:].cpu())
+    def keep(layer: int, _: Tensor, mask_TE: Tensor) -> None:
+        masks.append(mask_TE[:, modules[layer].shared :].cpu())
 
-    for module in sparse_mlps(model).values():
-        module.observer = observe(module.shared)
-    if dense:
-        with all_experts(model):
-            return _run(model, batches, seen)
-    return _run(model, batches, seen)
+    with watching(modules, keep), all_experts(model) if dense else nullcontext():
+        return _run(model, batches, masks)
 
 
-@torch.no_grad()
 def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: int) -> Outcome:
     """Run the exported mixture of experts in stock transformers."""
     options = {**placement(), "dtype": dtype, "output_loading_info": True}
@@ -208,36 +195,36 @@ def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: 
             "verification failed: transformers does not take the tensors of the exported model as "
             f"they are: {wrong}; nothing was written; please report this"
         )
-    return _run(model.eval(), batches, _listen(model))
-
-
-def _listen(model: PreTrainedModel) -> list[Tensor]:
-    """Masks `[T, E]` of every router, in the order in which they run."""
-    seen: list[Tensor] = []
+    masks: list[Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
         logits_TE, ids_TK = output[0], output[2]
-        empty = torch.zeros(logits_TE.shape, dtype=torch.bool)
-        seen.append(empty.scatter_(1, ids_TK.cpu(), True))
+        empty_TE = torch.zeros(logits_TE.shape, dtype=torch.bool)
+        masks.append(empty_TE.scatter_(1, ids_TK.cpu(), True))
 
     for name, module in model.named_modules():
         if name.endswith(".gate"):
             module.register_forward_hook(hook)
-    return seen
+    return _run(model.eval(), batches, masks)
 
 
-def _run(model: PreTrainedModel, batches: list[Batch], seen: list[Tensor]) -> Outcome:
-    logits, masks = [], []
+@torch.no_grad()
+def _run(model: PreTrainedModel, batches: list[Batch], masks: list[Tensor]) -> Outcome:
+    """Logits and routing; `masks` takes those `[T, E]` of every layer while the model runs."""
+    logits, routing = [], []
     for batch in batches:
-        seen.clear()
+        masks.clear()
         logits.append(values_of(run(model, batch)).float().cpu())
         shape = logits[-1].shape[:2]
-        masks.append(torch.stack([m.view(*shape, -1) for m in seen]) if seen else torch.empty(0))
-    return Outcome(logits, masks)
+        routing.append(
+            torch.stack([m.view(*shape, -1) for m in masks]) if masks else torch.empty(0)
+        )
+    return Outcome(logits, routing)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    return getattr(torch, Checkpoint.open_config(folder).config["dtype"])  # type: ignore[no-any-return]
+    dtype: torch.dtype = getattr(torch, Checkpoint.open_config(folder).config["dtype"])
+    return dtype
 
 
 def _has_arithmetic(folder: Path, batches: list[Batch]) -> bool:

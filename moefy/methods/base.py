@@ -30,6 +30,10 @@ class Context:
     previous_TD: Tensor | None = None
     """Input of the MLP before this one in the same pass, for routers that look ahead."""
 
+    def __reduce__(self) -> tuple[type["Context"], tuple[()]]:
+        """A copied or pickled model has no pass behind it: none of its tensors go along."""
+        return Context, ()
+
 
 class Router(nn.Module):
     """Scores `[T, E]` of the routed experts from the input of the MLP; a higher score runs first.
@@ -44,6 +48,9 @@ class Router(nn.Module):
     """False for routers that need the very work they are meant to save."""
     reads_input_alone: ClassVar[bool] = False
     """True where nothing is taken from gate and up rows, so that it can score attention heads."""
+
+    reads_gate: ClassVar[bool] = False
+    """True where there is nothing to read in an MLP without a gate."""
 
     @classmethod
     def make(cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]) -> "Router":

@@ -26,12 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moefy.errors import CheckpointError
+from moefy.models.refusals import refuse_adapter, refuse_pointer
 from moefy.models.schema import is_inside
 from moefy.run.output import whole
 from moefy.run.reading import read_json, reason
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""Where it lies, transformers loads another model, its base, and puts the adapter into it."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 MOST_HEADER = 100_000_000
@@ -61,6 +60,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises `CheckpointError` where the file is cut short or its header is damaged: names of sizes that
     are no sizes, tensors that are not as long as their shape says, overlap, or leave gaps.
     """
+    refuse_pointer(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -127,14 +127,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: not a model folder; give the folder that holds config.json"
             )
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise CheckpointError(
-                f"{folder}: holds an adapter of peft ({ADAPTER_CONFIG}); merge it into its base model "
-                "first (merge_and_unload, then save_pretrained) and give that folder"
-            )
+        refuse_adapter(folder)
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise CheckpointError(f"{folder}: no config.json; is this a transformers model folder?")
+        refuse_pointer(config_file)
         config = read_json(config_file)
         if not isinstance(config, dict):
             raise CheckpointError(f"{config_file}: must be keys and values; download it again")
@@ -150,16 +147,10 @@ class Checkpoint:
         _ = checkpoint.tensors  # a damaged file is found now, not halfway
         return checkpoint
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether there are weight files; a plan can do without."""
-        return (self.folder / INDEX).is_file() or (self.folder / SINGLE).is_file()
-
     def text_hashes(self) -> dict[str, str]:
         """SHA-256 of all that texts are read with: tokenizer, image processor, their settings."""
         kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-        files = sorted(file for file in self.folder.iterdir() if file.suffix in kinds)
-        return {file.name: sha256(file) for file in files if file.is_file()}
+        return {self._name(f): sha256(f) for f in self.other_files if f.suffix in kinds}
 
     @property
     def revision(self) -> str | None:
@@ -298,6 +289,17 @@ class Checkpoint:
             )
         return _DTYPES[stored.dtype]
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files, whole or not; a plan needs none."""
+        return any((self.folder / name).is_file() for name in (SINGLE, INDEX))
+
+    @property
+    def other_files(self) -> list[Path]:
+        """The files beside the weights, which a conversion copies."""
+        weights = self.files if self.has_weights else []
+        return [file for file in visible_files(self.folder) if file not in weights]
+
     @cached_property
     def bytes(self) -> int:
         """Size of the weight files."""
@@ -357,16 +359,23 @@ def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> 
 
     Raises `CheckpointError` for a link to something outside of it.
     """
-    for file in sorted(source.rglob("*")):
+    for file in visible_files(source):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not file.is_file() or hidden or relative.as_posix() in skip:
+        if relative.as_posix() in skip:
             continue
         inside(source, file)
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
         with whole(copy) as part:
             shutil.copyfile(file, part)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below it, in order; what is hidden is left out."""
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield file
 
 
 def outline(source: Path, target: Path) -> None:

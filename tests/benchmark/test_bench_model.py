@@ -285,7 +285,7 @@ def test_the_compiled_model(pair):
 @pytest.mark.slow
 def test_llama_cpp_runs_the_dense_and_the_exported_model(demo):
     pytest.importorskip("llama_cpp", reason="a build of minutes: pip install moefy[llama-cpp]")
-    from moefy.exporting.gguf.write import write_gguf
+    from moefy.exporting.gguf import write_gguf
 
     write_gguf(demo_models()["llama"], demo / "dense.gguf")
     write_gguf(demo / "mixtral", demo / "mixtral.gguf")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moefy.benchmark.calibrate import calibrate, calibrate_unknown
+from moefy.benchmark.calibrate import Grid, calibrate, calibrate_unknown
 from moefy.benchmark.layers import Shape, synthetic
 from moefy.cli.verbs import app
 from moefy.errors import MoefyError
@@ -117,7 +117,7 @@ def test_what_is_kept_takes_the_place_of_the_same_shape_alone():
 
 def test_calibrating_measures_every_path_and_auto_follows_it():
     layers = synthetic(Shape(16, 64, 4, 1), dtype=torch.float32, tokens=4)
-    record = calibrate(layers, tokens=(1, 4), densities=(0.25, 1.0))
+    record = calibrate(layers, Grid(tokens=(1, 4), densities=(0.25, 1.0)))
     found = record["entry"]["seconds"]
     assert set(found) == {"masked", "views", "native"}
     for grid in found.values():
@@ -157,7 +157,8 @@ def test_the_first_bench_calibrates_coarsely_and_the_next_does_not(capsys):
 
 def test_after_its_budget_a_calibration_follows_from_fewer_tokens():
     layers = synthetic(Shape(16, 64, 4, 1), dtype=torch.float32, tokens=4)
-    found = calibrate(layers, tokens=(1, 8), densities=(0.25, 1.0), budget=0.0)["entry"]["seconds"]
+    grid = Grid(tokens=(1, 8), densities=(0.25, 1.0), budget=0.0)
+    found = calibrate(layers, grid)["entry"]["seconds"]
     for one, many in found.values():
         assert many == pytest.approx([8 * value for value in one])
 

@@ -25,8 +25,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.exporting import tensors
 from moefy.exporting.export import export
 from moefy.exporting.targets import TARGETS, check, config_json, find_target, stock_config
-from moefy.exporting.tensors import Planned, Source, plan_tensors
-from moefy.exporting.writer import write_shards
+from moefy.exporting.tensors import Planned, Source, plan_tensors, write_shards
 from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
@@ -311,7 +310,7 @@ def test_routing_that_no_stock_model_holds_is_refused(
     layers = [made.layers[0], replace(made.layers[1], **changes)]
     assert target is not None
     with pytest.raises(RecipeError) as caught:
-        check(target, replace(made, layers=layers), sites(meta), meta.config)
+        check(target, replace(made, layers=layers), sites(meta), meta)
     for word in words:
         assert word in str(caught.value)
 
@@ -374,7 +373,7 @@ def test_mixed_windows_do_not_fit_qwen3_moe(exported: dict[str, Exported]) -> No
     )
     artefact = read_artefact(exported["qwen3"].moefied)
     with pytest.raises(UnsupportedModel, match="sliding window"):
-        check(TARGETS["qwen3_moe"], artefact, sites(meta_model(config)), config)
+        check(TARGETS["qwen3_moe"], artefact, sites(meta_model(config)), meta_model(config))
 
 
 def test_models_without_a_language_model_head_are_refused(
@@ -471,13 +470,10 @@ def test_exports_after_training(exported: dict[str, Exported], tmp_path: Path) -
 
 def planned_of(one: Exported) -> tuple[list[Planned], Source, Any]:
     checkpoint, artefact = Checkpoint.open(one.moefied), read_artefact(one.moefied)
-    config = read_config(checkpoint)
-    meta = meta_model(config)
-    found = sites(meta)
-    held = Source(checkpoint, meta, found, artefact)
+    held = Source(checkpoint, artefact)
     target = TARGETS[one.case.to]
-    made = stock_config(target, artefact.layers[0], config, tied=held.tied, dtype="float32")
-    return plan_tensors(target, held, found, artefact, meta_model(made)), held, made
+    made = stock_config(target, artefact.layers[0], held.config, tied=held.tied, dtype="float32")
+    return plan_tensors(target, held, meta_model(made)), held, made
 
 
 def test_every_tensor_is_read_once_and_one_layer_is_held(

@@ -16,6 +16,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_reading import DEMO, read, refused, values
 from safetensors.torch import load_file, save_file
+from tiny_conversion import rehash
 from tiny_exports import CASES, SETTINGS, Case, moefied, source, token_ids
 from tiny_models import build, random_model
 from torch import Tensor
@@ -28,7 +29,7 @@ from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, 
 from moefy.experts.loading import load
 from moefy.exporting.export import export
 from moefy.exporting.gguf import layout as tensors
-from moefy.exporting.gguf.write import write_gguf
+from moefy.exporting.gguf import write_gguf
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]
 FILES = {
@@ -453,7 +454,7 @@ def test_what_is_in_the_way_and_what_is_missing(
     export(one.source, out, to="gguf", overwrite=True)
     assert out.read_bytes()[:4] == b"GGUF"
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf.write")
+    monkeypatch.delitem(sys.modules, "moefy.exporting.gguf")
     refused(MoefyError, one.moefied, tmp_path / "no.gguf", 'pip install "moefy[gguf]"')
 
 
@@ -462,9 +463,14 @@ def test_routings_that_no_stock_model_holds_are_refused(
 ) -> None:
     shutil.copytree(written["llama"].moefied, tmp_path / "moefied")
     meta = json.loads((tmp_path / "moefied" / "moefy.json").read_text())
-    meta["layers"][1] |= {"router": {"name": "mlp", "hidden": 8}}
+    meta["layers"][1]["compensation"]["name"] = "mean"
     (tmp_path / "moefied" / "moefy.json").write_text(json.dumps(meta))
-    words = ("router 'mlp'", "--recipe export")
+    side = tmp_path / "moefied" / "moefy.safetensors"
+    held, routed = load_file(side), meta["layers"][1]["experts"] - meta["layers"][1]["shared"]
+    held["layers.1.compensation.mean_ED"] = torch.zeros(routed, meta["layers"][1]["width"])
+    save_file(held, side)
+    rehash(tmp_path / "moefied")
+    words = ("'mean'", "--recipe export")
     refused(RecipeError, tmp_path / "moefied", tmp_path / "out.gguf", *words)
 
 

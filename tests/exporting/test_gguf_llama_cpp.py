@@ -26,7 +26,7 @@ from moefy.conversion.convert import convert
 from moefy.data.corpus import load_corpus
 from moefy.experts.loading import load
 from moefy.exporting.export import export
-from moefy.exporting.gguf.write import write_gguf
+from moefy.exporting.gguf import write_gguf
 
 pytestmark = pytest.mark.slow
 

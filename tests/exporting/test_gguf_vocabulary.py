@@ -15,7 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from moefy.errors import CheckpointError, UnsupportedModel
-from moefy.exporting.gguf.write import write_gguf
+from moefy.exporting.gguf import write_gguf
 
 
 def test_vocabulary_of_the_demo(tmp_path: Path) -> None:

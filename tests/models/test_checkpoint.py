@@ -188,7 +188,7 @@ def test_a_tensor_in_two_shards_and_an_adapter_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"a is in 1\.safetensors and in 2\.safetensors"):
         Checkpoint.open(folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="merge it into its base model"):
+    with pytest.raises(CheckpointError, match="merge it first"):
         Checkpoint.open_config(folder)
 
 

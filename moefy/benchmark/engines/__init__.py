@@ -22,8 +22,6 @@ from torch.nn.functional import linear
 
 from moefy.benchmark.engines.base import (
     AUTO,
-    CPU,
-    GPU,
     Call,
     Engine,
     Models,
@@ -34,6 +32,7 @@ from moefy.benchmark.engines.exported import llama_cpp, stock_layers, stock_sess
 from moefy.benchmark.layers import Case
 from moefy.errors import MoefyError, unknown_choice
 from moefy.experts.backends import BACKENDS
+from moefy.experts.backends.base import CPU, GPU
 from moefy.experts.backends.cpu import native_linears
 from moefy.experts.sparse_mlp import SparseMlp, use_backend
 from moefy.models.mlp import activation_function

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moefy.benchmark.layers import Case
+from moefy.experts.backends.base import CPU, GPU
 from moefy.experts.offload import device_of
 from moefy.models.library import cache_argument
 
 AUTO, MASKED = "auto", "masked"
 """The backend that chooses among all, and the one that every device has."""
-CPU, GPU = "cpu", "cuda"
 GRAPHS = 64
 """Most graphs of one function: beyond that torch would quietly run without any."""
 

@@ -17,6 +17,7 @@ import torch
 
 from moefy.benchmark.bytes_read import active_parameters, dense_parameters, layer_bytes
 from moefy.benchmark.bytes_read import density as share_of
+from moefy.benchmark.bytes_read import union as union_of
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import AUTO, MASKED, Call, Engine, Unavailable
 from moefy.benchmark.layers import Case, Layers, drawn_masks
@@ -141,7 +142,8 @@ def _record(level: str, layers: Layers, cases: Iterator[Case], sweep: Sweep) -> 
     bandwidth = read_bandwidth(weights.device)
     cells = []
     for case in cases:
-        sweep.report.say(f"time {level}: batch {case.tokens}, density {case.density:.2f}")
+        density = fmean(map(share_of, case.masks))
+        sweep.report.say(f"time {level}: batch {case.tokens}, density {density:.2f}")
         cells.append(_cell(level, case, sweep, bandwidth["bytes_per_second"]))
     what = f"{layers.what}; {len(layers.modules)} layers in turn"
     return record(
@@ -170,9 +172,9 @@ def _cell(level: str, case: Case, sweep: Sweep, bandwidth: float) -> dict[str, A
         "phase": level,
         "batch": case.tokens,
         "tokens": case.tokens,
-        "density": case.density,
+        "density": fmean(map(share_of, case.masks)),
         "asked_density": case.asked,
-        "union": case.union,
+        "union": fmean(map(union_of, case.masks)),
         "least_bytes": fmean(map(read, modules, case.masks)),
         "router": None if router is None else percentiles(router),
     }

@@ -67,7 +67,7 @@ def disk(task: Conversion) -> int:
     positions = sum(b.inputs["input_ids"].numel() for batches, _ in groups for b in batches)
     width = max(site.width for site in task.todo.sites)
     # Dense and sparse, in at most 4 bytes.
-    return task.todo.weights + 2 * 2 * 4 * positions * width
+    return task.todo.weights + task.todo.other + 2 * 2 * 4 * positions * width
 
 
 def stream(task: Conversion, *, follow: bool = True) -> Converted:

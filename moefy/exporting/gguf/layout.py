@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import CheckpointError, UnsupportedModel
-from moefy.exporting.gguf.architectures import Architecture, experts
-from moefy.exporting.gguf.metadata import position_factors
-from moefy.exporting.tensors import DTYPES, EMBEDDING, HEAD, Planned
+from moefy.exporting.gguf.architectures import Architecture, experts, position_factors
+from moefy.exporting.tensors import EMBEDDING, HEAD, Planned, stored_as, times
 from moefy.models.checkpoint import Checkpoint
 
 ALMOST_ZERO = 2.0**-24
@@ -90,13 +89,7 @@ def _planned(
     parts: list[str],
     gain: float,
 ) -> Planned:
-    stored = checkpoint.tensors[parts[0]]
-    if stored.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{stored.file}: {parts[0]} is stored as {stored.dtype}; export a checkpoint in "
-            f"{', '.join(DTYPES)}"
-        )
-    shape, dtype = stored.shape, DTYPES[stored.dtype]
+    shape, dtype = stored_as(checkpoint, parts[0])
     read = partial(checkpoint.map, parts[0])
     make: Callable[[], Tensor] = read
     if "_exps." in name:
@@ -127,15 +120,7 @@ def _paired(read: Callable[[], Tensor], heads: int) -> Tensor:
 
 def _stacked(checkpoint: Checkpoint, parts: list[str], gain: float) -> Tensor:
     stacked = torch.stack([checkpoint.map(part) for part in parts])
-    if gain == 1.0:
-        return stacked
-    stacked *= gain
-    if not stacked.isfinite().all():
-        raise CheckpointError(
-            f"{parts[0]}: times {gain:g} it is not finite in {stacked.dtype}; export a checkpoint "
-            "stored in bfloat16 or float32"
-        )
-    return stacked
+    return stacked if gain == 1.0 else times(stacked, gain, parts[0])
 
 
 def _open_gate(read: Callable[[], Tensor]) -> Tensor:

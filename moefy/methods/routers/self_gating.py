@@ -19,6 +19,7 @@ class SelfGatingRouter(Router):
     """Scores `||act(gate of the expert's neurons)||`; the gates are handed on, not made twice."""
 
     trainable = False
+    reads_gate = True
 
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
