@@ -92,7 +92,7 @@ def moefied(mlp: nn.Module, size: int) -> SparseMlp:
     """The MLP in experts of neurons that follow each other; its weights are shared, not copied."""
     neurons, width = mlp.gate_proj.weight.shape
     experts = neurons // size
-    router = ROUTERS["linear"](width, experts, 0)
+    router = ROUTERS["linear"](width, experts)
     for parameter in router.parameters():
         nn.init.normal_(parameter, std=width**-0.5)
     sparse = SparseMlp(

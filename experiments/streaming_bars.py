@@ -38,7 +38,7 @@ from transformers import LlamaConfig
 from moefy import convert
 from moefy.conversion import allocate as tuning
 from moefy.conversion import streamed as streaming
-from moefy.evaluation.folder import evaluate_folder
+from moefy.evaluation.folder import evaluate as evaluate_folder
 from moefy.recipe import Recipe, override
 from moefy.run.provenance import machine
 

@@ -46,9 +46,9 @@ from moefy.experts.loading import load_dense
 from moefy.experts.passes import listen, run
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.partition.balanced import inertia
-from moefy.methods.partition.cmoe import MARKS, cmoe, marker_table
+from moefy.methods.partition.clusters import MARKS, cmoe, marker_table
 from moefy.methods.partition.partition import partition
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, TARGETS
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
@@ -308,7 +308,7 @@ def compare_cmoe(theirs: Any, mlp: DenseMlp, x_TD: Tensor) -> dict[str, Any]:
     whole = mlp.take(torch.cat(members))
     shared = len(members[0])
     routed = whole.take(slice(shared, None))
-    router = ROUTERS["representative"](mlp.width, experts, 0)
+    router = ROUTERS["representative"](mlp.width, experts)
     router.initialise(routed, x_TD, whole)
     row["representatives_as_near"], same = representatives(kept, marker_NT, members, router, mlp)
     row["representatives_the_same"] = int(same.sum())
@@ -481,7 +481,7 @@ def compare_router(
     with torch.enable_grad():
         kept = run_router(theirs, mlp, x_TD, owner_N)
     routed = mlp.take(owner_N.argsort(stable=True))
-    router = ROUTERS["tanh_mlp"](mlp.width, experts, 0)
+    router = ROUTERS["tanh_mlp"](mlp.width, experts)
     router.initialise(routed, x_TD[:0], routed)
     first, second = router.state_dict().values()
     row: dict[str, Any] = {
@@ -506,7 +506,7 @@ def compare_router(
     common = (top_mask(real_TE, k) & top_mask(target_TE, k)).sum()
     row["share_of_top_fifth_in_common_as_fitted"] = float(common) / (k * batch)
 
-    centroid = ROUTERS["centroid"](mlp.width, experts, 0)
+    centroid = ROUTERS["centroid"](mlp.width, experts)
     centroid.initialise(routed, x_TD[:0], routed)
     similar_TE = run_similarity(theirs, mlp, x_TD, owner_N)
     tail_TD = x_TD[len(x_TD) // 10 * 9 :]

@@ -67,6 +67,8 @@ class RouterRecipe:
     """Bits a weight of the `low_bit` router: 1, 2 or 4."""
     inputs: float | None = None
     """Share of a token's inputs that `largest_inputs` reads, at most 1; None grows with the density."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else the router itself has to set, by name; those above may stand here too."""
     target: str = "contribution"
     """What it predicts of an expert: `contribution`, `activation` or `deviation`."""
     loss: str = "weighted_topk"
@@ -274,7 +276,10 @@ def from_dict(data: Any, where: str = "recipe") -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts that `from_dict` reads back to an equal recipe."""
-    return dataclasses.asdict(recipe)
+    data = dataclasses.asdict(recipe)
+    if not data["router"]["settings"]:
+        del data["router"]["settings"]
+    return data
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -301,7 +306,8 @@ def override(recipe: R, settings: dict[str, Any]) -> R:
             if not isinstance(child, dict):
                 raise RecipeError(unknown_choice("recipe key", key, flat(data)))
             node = child
-        if last not in node or isinstance(node[last], dict):
+        own = parents[-1:] == ["settings"]  # the names of settings are a router's own
+        if not own and (last not in node or isinstance(node[last], dict)):
             raise RecipeError(unknown_choice("recipe key", key, flat(data)))
         node[last] = yaml.safe_load(value) if isinstance(value, str) else value
     changed: R = _build(type(recipe), data, "--set")
@@ -323,6 +329,8 @@ def _build(kind: type, data: Any, where: str) -> Any:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, where)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return value
     allowed = typing.get_args(kind) or (kind,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -39,7 +39,7 @@ if [[ $status == 5 ]]; then status=0; fi # no test is marked gpu
 "$python" experiments/gpu_kernels.py "$out" || status=1
 "$python" experiments/gpu_decode.py "$out" || status=1
 "$python" -m moefy bench --layer 4096,11008,64,16 --dtype bfloat16 \
-  --output "$out/gpu_bench_layer.json"
+  --out "$out/gpu_bench_layer.json"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -47,7 +47,7 @@ for config in moefy/demo/*/config.json; do
   [[ -f $config ]] || continue
   model=$(basename "$(dirname "$config")")
   "$python" -m moefy convert "$(dirname "$config")" "$work/$model" --recipe fast --quiet
-  "$python" -m moefy bench "$work/$model" --output "$out/gpu_bench_$model.json"
+  "$python" -m moefy bench "$work/$model" --out "$out/gpu_bench_$model.json"
 done
 echo "gpu_check: records are in $out"
 exit "$status"

@@ -38,7 +38,7 @@ KERNEL_CALLERS = {
     "moefy.experts.backends.cpu",
     "moefy.experts.backends.gpu",
     "moefy.experts.backends.stock_moe",
-    "moefy.methods.routers.linear",
+    "moefy.methods.routers.learned",
 }
 KERNEL_IMPORTS = {"torch", "triton", "moefy_kernels"} | sys.stdlib_module_names
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py"}

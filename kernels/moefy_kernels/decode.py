@@ -160,4 +160,5 @@ def decode(
     of a token's ids are looked at, where the others are known to be none. The output has the dtype
     of the down projection. Without gradients.
     """
-    return _decode(x_TD, *mlp, expert_TK, weight_TK, count_T, bias_D)  # type: ignore[no-any-return]
+    y_TD: Tensor = _decode(x_TD, *mlp, expert_TK, weight_TK, count_T, bias_D)
+    return y_TD

@@ -139,4 +139,5 @@ def grouped(
     """
     if not runs_kernels(x_TD):
         return reference.weighted(x_TD, mlp, weight_TE, bias_D)
-    return _grouped(x_TD, *mlp, weight_TE, bias_D, most)  # type: ignore[no-any-return]
+    y_TD: Tensor = _grouped(x_TD, *mlp, weight_TE, bias_D, most)
+    return y_TD

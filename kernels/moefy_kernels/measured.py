@@ -24,4 +24,5 @@ def table(device: str) -> dict[str, Any]:
     file = files("moefy_kernels") / "tables" / f"{device.replace(' ', '_')}.json"
     if not file.is_file():
         return {"kernels": {}, "reached": {}}
-    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result

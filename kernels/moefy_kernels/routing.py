@@ -158,7 +158,10 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     (T, D), E = x_TD.shape, len(router_ED)
     if not runs_kernels(x_TD) or E > FUSED:
-        return _select(reference.scores(x_TD, router_ED, bias_E), value, most, near)  # type: ignore[no-any-return]
+        result: tuple[Tensor, Tensor] = _select(
+            reference.scores(x_TD, router_ED, bias_E), value, most, near
+        )
+        return result
     config = chosen("routing_route", x_TD, 1)
     expert_TK, count_T = _lists(x_TD, T, most)
     score_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
@@ -241,7 +244,8 @@ def route(
     `most`, or E. Scores are added up in fp32.
     """
     value, near, most = _settings(k, threshold, tau, most, len(router_ED))
-    return _route(x_TD, router_ED, bias_E, value, most, near)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] = _route(x_TD, router_ED, bias_E, value, most, near)
+    return result
 
 
 def select(
@@ -254,7 +258,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Lists and counts by scores `[T, E]`, as `route` makes them."""
     value, near, most = _settings(k, threshold, tau, most, score_TE.shape[1])
-    return _select(score_TE, value, most, near)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] = _select(score_TE, value, most, near)
+    return result
 
 
 def listed(
@@ -264,7 +269,10 @@ def listed(
 
     The mask is bool, or weights of which zero is off. A row has `most` experts at most.
     """
-    return _listed(mask_TE, min(most or mask_TE.shape[1], mask_TE.shape[1]), together)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] = _listed(
+        mask_TE, min(most or mask_TE.shape[1], mask_TE.shape[1]), together
+    )
+    return result
 
 
 def _settings(

@@ -170,4 +170,5 @@ def union(x_TD: Tensor, mlp: ExpertMlp, weight_TE: Tensor, bias_D: Tensor | None
 
     Made for 2 to 64 tokens; the output has the dtype of the down projection. Without gradients.
     """
-    return _union(x_TD, *mlp, weight_TE, bias_D)  # type: ignore[no-any-return]
+    y_TD: Tensor = _union(x_TD, *mlp, weight_TE, bias_D)
+    return y_TD

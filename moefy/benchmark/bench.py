@@ -21,6 +21,7 @@ from moefy.experts.moefied import of
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.models.checkpoint import Checkpoint
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 
 KERNEL, LAYER, MODEL = "kernel", "layer", "model"
@@ -33,6 +34,7 @@ CALIBRATED = 512
 Number = TypeVar("Number", int, float)
 
 
+@asked
 def bench(
     model: str | Path | None = None,
     *,
@@ -51,6 +53,7 @@ def bench(
     generated: int = 32,
     samples: int | None = None,
     calibrated: bool = True,
+    device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.
@@ -115,7 +118,7 @@ class Settings:
             raise MoefyError("--layer does not go with --level model; use --level kernel or layer")
         if self.level != MODEL and self.against is not None:
             raise MoefyError(f"--against goes with --level model, not with --level {self.level}")
-        for name, value in (("--prompt", self.prompt), ("--generated", self.generated)):
+        for name, value in (("--prompt-tokens", self.prompt), ("--new-tokens", self.generated)):
             if value < 1:
                 raise MoefyError(f"{name} {value}: expected 1 or more")
 

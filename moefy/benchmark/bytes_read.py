@@ -62,7 +62,7 @@ def routing_bytes(module: SparseMlp, mask_TE: Tensor) -> float:
     stored = list(module.router.state_dict().values())
     read = module.router.weights_read(module.weights)
     plain = read == sum(value.numel() for value in stored)
-    router = sum(v.nbytes for v in stored) if plain else read * module.weights.up_ND.element_size()
+    router = sum(v.nbytes for v in stored) if plain else read * module.dtype.itemsize
     sizes = [value.element_size() for value in module.compensation.state_dict().values()]
     return router + _compensation(module, mask_TE) * max(sizes, default=0)
 
@@ -73,8 +73,7 @@ def layer_bytes(module: SparseMlp, mask_TE: Tensor, *, whole: bool, routed: bool
     `whole` is for engines that compute every neuron; `routed` adds router and compensation.
     """
     read = expert_tensors(module, 1 if whole else union(mask_TE), routed=routed)
-    up_ND = module.weights.up_ND
-    moved = _bytes(read) + 2 * len(mask_TE) * up_ND.shape[1] * up_ND.element_size()
+    moved = _bytes(read) + 2 * len(mask_TE) * module.width * module.dtype.itemsize
     return moved + routing_bytes(module, mask_TE) if routed else moved
 
 

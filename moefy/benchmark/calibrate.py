@@ -1,7 +1,7 @@
 """Calibrate this machine: time every CPU path of a layer on a grid, for `auto` to choose by.
 
 `moefy bench` does so by itself, coarsely and for a few seconds, where nothing is known of such a layer on
-this machine; `calibrate_machine` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`,
+this machine; `moefy calibrate` measures the full grid. What is measured is kept by `moefy_kernels.cpu.times`,
 per shape, dtype and number of threads. Routing is at random; a path that is hopeless for few tokens is not
 waited for with many.
 
@@ -114,11 +114,11 @@ def calibrate_unknown(modules: Sequence[SparseMlp], report: Reporter) -> dict[st
 
     Layers that no CPU path but `masked` computes, and those on a GPU, need none.
     """
-    weights = modules[0].weights.up_ND
+    weights, mlp = modules[0], modules[0].weights
     if weights.device.type != CPU or weights.dtype not in DTYPES:
         return None
     threads = torch.get_num_threads()
-    layer = kernel_layer(weights, modules[0].weights, modules[0].experts)
+    layer = kernel_layer(mlp.up_ND, mlp, weights.experts)
     if times.knows(layer, threads):
         return None
     dtype = str(weights.dtype).removeprefix("torch.")

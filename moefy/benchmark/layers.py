@@ -26,6 +26,7 @@ from moefy.experts.passes import watching
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp
+from moefy.run.computing import now
 from moefy.run.memory import free_memory
 
 COPIES = 4
@@ -124,7 +125,7 @@ def synthetic(
 
     On the GPU where there is one. Fewer than `COPIES` where memory does not hold so many.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = now().where
     one = 3 * shape.width * shape.neurons * dtype.itemsize
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
     copies = max(1, min(COPIES, free // 2 // (FORMS * one)))
@@ -137,7 +138,7 @@ def synthetic(
 
     def layer() -> SparseMlp:
         gate_ND, up_ND, down_ND = (random(shape.neurons, shape.width) for _ in range(3))
-        scorer = ROUTERS[router](shape.width, shape.experts, 128)
+        scorer = ROUTERS[router].make(shape.width, shape.experts, shape.neurons, {})
         for parameter in scorer.parameters():
             nn.init.normal_(parameter, std=shape.width**-0.5, generator=generator)
         module = SparseMlp(
@@ -173,7 +174,7 @@ def drawn_masks(
         scores_TE[:, : module.shared] = 2
         mask_TE = torch.zeros(batch, module.experts, dtype=torch.bool)
         mask_TE.scatter_(1, scores_TE.topk(k, dim=1).indices, True)
-        masks.append(mask_TE.to(module.weights.up_ND.device))
+        masks.append(mask_TE.to(module.device))
     return masks
 
 
@@ -208,7 +209,7 @@ def own_layers(
             f"{what}: a {type(model).__name__} takes more than token ids; use --layer D,N,E,k"
         )
     modules = list(sparse_mlps(model).values())
-    if any(module.weights.up_ND.is_meta for module in modules):
+    if any(module.device.type == "meta" for module in modules):
         raise MoefyError(
             f"{what}: its layers are offloaded, so that reading them from disk would be what is timed; "
             "use --level model"

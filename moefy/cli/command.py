@@ -1,4 +1,4 @@
-"""What every verb of the command line shares: its registration, what it shows, and common parameters.
+"""What every verb of the command line shares: its registration, what it shows, its errors.
 
 Results go to stdout, as tables or with `--json` as one document; progress and errors to stderr. An
 error of the user's is one line and exit code 1, a usage error exit code 2.
@@ -9,15 +9,18 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
+import moefy
+from moefy.cli.options import OLD, RUNS, check_paths, file_of
 from moefy.errors import MoefyError, RecipeError
 
 app = typer.Typer(
@@ -27,26 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-
-Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub id.")]
-Moefied = Annotated[Path, typer.Argument(help="Folder that moefy convert wrote.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-Text = Annotated[
-    str | None,
-    typer.Option(help="Text: file, folder with a sub-folder per domain, .jsonl, or dataset name."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16, mixed (fp32).")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Setting a=b of the training; may be repeated.")
-]
-READERS = {
-    "bench", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
-}  # fmt: skip
-"""Verbs that read folders which moefy convert wrote."""
-PLUGINS = "Import code that the folder names; only for folders that you trust."
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
 @dataclass
@@ -59,54 +42,123 @@ class Shown:
     """What ended the verb early, after what is shown; its cause is what `--debug` shows."""
 
 
-def verb(run: Callable[..., Shown]) -> None:
-    """Register a verb; adds `--json`, `--quiet`, `--verbose` and `--debug`, and reports errors."""
-    extra = {
-        "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
-        "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")],
-        "verbose": Annotated[
-            bool, typer.Option("--verbose", "-v", help="More detail, and messages of libraries.")
-        ],
-        "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
-    }
-    if run.__name__.rstrip("_") in READERS:
-        extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
-    signature = inspect.signature(run, eval_str=True)
-    takes = signature.parameters.keys()
+class _Verb(TyperCommand):
+    """A verb; an option's old name is answered by its new one."""
 
-    @functools.wraps(run)
-    def command(
-        as_json: bool,
-        quiet: bool,
-        verbose: bool,
-        debug: bool,
-        plugins: bool = False,
-        **arguments: Any,
-    ) -> None:
-        common = {"quiet": quiet, "verbose": verbose}
-        arguments |= {name: value for name, value in common.items() if name in takes}
-        _hush(verbose)
-        _say_anything()
-        try:
-            with _plugins() if plugins else nullcontext():
-                shown = run(**arguments)
-        except MoefyError as error:
-            _fail(error, debug)
-        except KeyboardInterrupt:
-            again = "run the same command again" + (" with --resume" if "resume" in takes else "")
-            typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)
-            raise typer.Exit(130) from None
-        _show(shown, as_json)
-        if shown.error is not None:
-            _fail(shown.error, debug)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises `typer.Exit` after one line for an old name."""
+        for argument in args[: args.index("--") if "--" in args else None]:
+            name = argument.partition("=")[0]
+            if name in OLD.get(str(self.name), {}):
+                typer.echo(f"moefy: {name} is {OLD[str(self.name)][name]} now", err=True)
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
-    own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in extra.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *added], return_annotation=None)  # type: ignore[attr-defined]
-    app.command(run.__name__.rstrip("_"))(command)
+
+EXTRA = {
+    "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")],
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", "-v", help="More detail, and messages of libraries.")
+    ],
+    "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
+}
+READERS = {
+    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+}  # fmt: skip
+"""Verbs that read folders which moefy convert wrote."""
+PLUGINS = "Import code that the folder names; only for folders that you trust."
+
+
+def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
+    """Register a verb; adds `--json`, `--quiet`, `--verbose` and `--debug`, and reports errors.
+
+    `runs` are those of `RUNS` that it has too: all that it loads and runs obeys them.
+    """
+
+    def register(run: Callable[..., Shown]) -> None:
+        signature = inspect.signature(run, eval_str=True)
+        takes = signature.parameters.keys()
+        extra = dict(EXTRA)
+        if run.__name__.rstrip("_") in READERS:
+            extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
+
+        @functools.wraps(run)
+        def command(
+            as_json: bool,
+            quiet: bool,
+            verbose: bool,
+            debug: bool,
+            plugins: bool = False,
+            **arguments: Any,
+        ) -> None:
+            common = {"quiet": quiet, "verbose": verbose}
+            arguments |= {name: value for name, value in common.items() if name in takes}
+            asked = {name: arguments.pop(name) for name in runs}
+            _hush(verbose)
+            _say_anything()
+            with _errors(debug=debug, resumes="resume" in takes):
+                check_paths(arguments, overwrite=_overwrites(arguments))
+                with _computing(asked), _plugins() if plugins else nullcontext():
+                    shown = run(**arguments)
+            _show(shown, as_json)
+            if shown.error is not None:
+                _fail(shown.error, debug)
+
+        own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
+        added = [_option(n, RUNS[n], None) for n in runs]
+        added += [_option(n, kind, False) for n, kind in extra.items()]
+        whole = signature.replace(parameters=[*own, *added], return_annotation=None)
+        command.__dict__["__signature__"] = whole
+        app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
+
+    return register
+
+
+def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _overwrites(arguments: dict[str, Any]) -> bool | None:
+    """Whether what is in the way may go; None where nothing is written over, or not now."""
+    return None if arguments.get("dry_run") else arguments.get("overwrite")
+
+
+def _computing(asked: dict[str, Any]) -> AbstractContextManager[None]:
+    if all(value is None for value in asked.values()):
+        return nullcontext()
+    from moefy.run.computing import computing  # torch: seconds
+
+    return computing(**asked)
+
+
+@contextmanager
+def _errors(*, debug: bool, resumes: bool) -> Iterator[None]:
+    """An error of the user's is one line, and so is Ctrl-C."""
+    try:
+        yield
+    except MoefyError as error:
+        _fail(error, debug)
+    except KeyboardInterrupt:
+        again = "run the same command again" + (" with --resume" if resumes else "")
+        typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moefy {moefy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Turn the MLPs of a trained transformer into experts."""
 
 
 def _plugins() -> AbstractContextManager[None]:
@@ -152,6 +204,14 @@ def _hush(verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
         logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def write(record: dict[str, Any], out: Path | None, name: str) -> None:
+    """Where `-o` says: FILE.json, or the file `name` in a folder."""
+    file = file_of(out, name)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def settings_given(pairs: list[str], given: dict[str, Any] | None = None) -> dict[str, Any]:

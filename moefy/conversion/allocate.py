@@ -235,7 +235,7 @@ def _measured(
     mine = task.processes.mine([*modules.items()])
     for index, module in task.report.track(mine, "measure densities"):
         sample = layer_sample(samples, task.todo, task.todo.sites[index])
-        sample = sample.on(module.weights.down_ND.device)
+        sample = sample.on(module.device)
         loss_of = partial(_loss, held=held, metric=None if metric is None else metric[index])
         own.append((index, candidates(module, planned[index], task.recipe, sample, loss_of)))
         give_back()
@@ -354,7 +354,7 @@ def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | 
 def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Tokens:
     """A layer's tokens, handed out where its weights are."""
     tokens = tokens_of(sample, todo, todo.sites[index])
-    return replace(tokens, device=module.weights.down_ND.device)
+    return replace(tokens, device=module.device)
 
 
 def set_density(module: SparseMlp, candidate: Candidate) -> None:
@@ -396,7 +396,8 @@ def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
     for row in range(samples):
         at = row % len(tokens.mlp_TD)
         x_TD, read_TD = (
-            t[at : at + 1].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+            t[at : at + 1].to(module.device, module.dtype)
+            for t in (tokens.mlp_TD, tokens.router_TD)
         )
         module.context.previous_TD = read_TD
         begin = time.perf_counter()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion.in_memory import in_memory, measure
-from moefy.conversion.plan import inputs_read, plan
+from moefy.conversion.plan import plan, router_of
 from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
@@ -38,11 +38,12 @@ from moefy.experts.passes import observing
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.input_sparsity import InputSparseMlp
-from moefy.methods.routers.oracle import OracleRouter
+from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine
 from moefy.run.stages import Stages
@@ -118,7 +119,7 @@ class Comparison:
         )
         model, _ = self._moefied(replace(single, seed=self.seed))
         for module in sparse_mlps(model).values():
-            module.router = OracleRouter(module.weights.width, module.experts, 0)
+            module.router = OracleRouter(module.weights.width, module.experts)
         return {"seed": self.seed, **self.quality(model), "seconds": 0.0}
 
     def neurons(self) -> int:
@@ -148,7 +149,7 @@ class Comparison:
 
         def read(active: float) -> float:
             density = active / entry.experts
-            settings = {**entry.router, "inputs": inputs_read(site, recipe, density)}
+            settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
             run = density * (1 - router.computes_gate / mlp.matrices)
             extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)
@@ -242,6 +243,7 @@ def _figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
     return {"kl": figures["kl"], **increase, "agreement": figures["agreement"]}
 
 
+@asked
 def compare(
     model: str | Path,
     names: list[str],
@@ -250,6 +252,9 @@ def compare(
     corpus: Any = None,
     documents: int = EVALUATED_DOCUMENTS,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Recipes (shipped names or YAML files) on one model at equal active budgets; a JSON record.

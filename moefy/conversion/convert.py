@@ -50,6 +50,7 @@ from moefy.models.locate import Site, read_mlp
 from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
+from moefy.run.computing import asked, now
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
 from moefy.run.output import write_whole
@@ -64,6 +65,7 @@ VERIFIED = 512
 """Tokens that every layer is computed for once more."""
 
 
+@asked
 def convert(
     model: str | Path | PreTrainedModel,
     out: str | Path,
@@ -74,6 +76,9 @@ def convert(
     stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
@@ -190,7 +195,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 def _require_memory(checkpoint: Checkpoint) -> None:
     """Raise `MoefyError` where running the whole model is hopeless."""
     needed, free = memory_of(checkpoint), free_memory()
-    if needed > free and not torch.cuda.is_available():
+    if needed > free and not now().on_gpu:
         raise MoefyError(
             f"{checkpoint.folder}: takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
             "free; pass --stream, which holds one layer at a time"

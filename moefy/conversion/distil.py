@@ -89,7 +89,7 @@ def distil_layer(
         while True:
             rows = torch.randint(len(tokens.mlp_TD), (recipe.tokens,), generator=generator)
             x_TD, read_TD = (
-                t[rows].to(module.weights.down_ND) for t in (tokens.mlp_TD, tokens.router_TD)
+                t[rows].to(module.device, module.dtype) for t in (tokens.mlp_TD, tokens.router_TD)
             )
             want_TD = routed.hidden(x_TD) @ routed.down_ND
             module.context.previous_TD = read_TD

@@ -1,7 +1,7 @@
 """Fit one layer's router, selection and compensation on what was captured of it; recalibrate selections.
 
 A router is fitted to predict a target (`moefy.methods.targets`), by default the norm of what every
-expert would add, under a loss (`moefy.methods.losses`). How good it is, is always measured the same
+expert would add, under a loss (`moefy.methods.targets`). How good it is, is always measured the same
 way: by the squared contribution that the experts it chose capture on held-out documents.
 
 Selections whose number of experts varies are fitted on what the dense model sends to a layer, and set
@@ -25,7 +25,7 @@ from moefy.data.corpus import Batch
 from moefy.experts.passes import Heard, observing, walk
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Compensation, Router, Selection
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import LOSSES, SELECTIONS, TARGETS, choose, expert_norms
 from moefy.methods.targets import Target, deviation
 from moefy.models.mlp import DenseMlp
@@ -279,7 +279,7 @@ def recalibrate_on(
 
 def recalibrate_layer(module: SparseMlp, tokens: Tokens, active: float, recipe: Recipe) -> None:
     """Set the selection of one layer so that `active` routed experts run on average on these tokens."""
-    device = module.weights.down_ND.device
+    device = module.device
     module.selection = fit_selection(
         type(module.selection), module.router, module.routed.to(torch.float32),
         replace(tokens, device=device), active, cap(recipe, active),

@@ -3,7 +3,8 @@
 Shapes: N neurons, D width, E experts, H heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from moefy.data.corpus import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
 from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
 from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
-from moefy.methods.routers.rough_gate import FLAT
+from moefy.methods.routers.gates import FLAT, LargestInputsRouter
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
 from moefy.models import refusals
 from moefy.models.artefact import HeadEntry, LayerEntry
@@ -290,11 +291,7 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
         width=site.width,
         experts=experts,
         shared=shared,
-        router={
-            "name": recipe.router.name, "hidden": recipe.router.hidden,
-            "bits": recipe.router.bits, "inputs": inputs_read(site, recipe, (k + shared) / experts),
-            "look_ahead": look_ahead,
-        },
+        router={**router_of(site, recipe, (k + shared) / experts), "look_ahead": look_ahead},
         selection={"name": recipe.selection.name},
         compensation={"name": compensation_of(site, recipe), "rank": recipe.compensation.rank},
     )  # fmt: skip
@@ -319,17 +316,24 @@ def compensation_of(site: Site, recipe: Recipe) -> str:
     return name
 
 
-def inputs_read(site: Site, recipe: Recipe, density: float) -> int:
-    """Inputs of a token that `largest_inputs` reads: by default as large a share as the budget.
+def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
+    """Name and settings of the router of one MLP of which a share `density` runs.
 
-    Of m matrices, a share s of the inputs of one and the density d make a budget of `s/m + d`. All
-    are read once that costs no more: the gates are then exact, and the budget `1/m + d(m - 1)/m`.
+    Those that a recipe has by name are written of every router. Raises `RecipeError` for settings that
+    this router does not have.
     """
-    m = 3 if site.gated else 2
-    share = recipe.router.inputs
-    if share is None:
-        share = 1.0 if density >= (m - 1) / (2 * m - 1) else density * m / (m - 1)
-    return max(1, round(share * site.width))
+    wanted = recipe.router
+    kind = choose(ROUTERS, "router", wanted.name)
+    known = [field.name for field in fields(kind.Settings)]
+    for name in wanted.settings:
+        if name not in known:
+            raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
+    given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
+    inputs = vars(LargestInputsRouter.planned(site, given, density))
+    own = vars(kind.planned(site, {**given, **wanted.settings}, density))
+    entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
+    others = {name: own[name] for name in own if name not in given}
+    return {**entry, "settings": others} if others else entry
 
 
 def _size(module: nn.Module) -> int:

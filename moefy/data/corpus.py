@@ -34,6 +34,7 @@ from moefy.data.records import (
     token_ids,
 )
 from moefy.errors import CorpusError
+from moefy.run.computing import now
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 2000
@@ -46,13 +47,18 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """One document: text, or token ids, or an image `[C, H, W]`."""
+    """One document: text, or token ids, or an image `[C, H, W]`: `pixel_values`, or a picture (uint8)."""
 
     domain: str
     source_id: str
     text: str = ""
     ids: tuple[int, ...] = ()
     image: Tensor | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether a model's image processor has yet to make `pixel_values` of its image."""
+        return self.image is not None and self.image.dtype == torch.uint8
 
     @property
     def sha256(self) -> str:
@@ -134,8 +140,10 @@ class Corpus:
     def samples(self, tokenizer: Any, kind: str, context: int) -> list[Sample]:
         """Tokenize every document for a model of this kind; those of under two tokens are left out.
 
-        `kind` is `decoder`, `encoder`, `encoder-decoder` or `image`. Raises `CorpusError` where the
-        documents are text and there is no tokenizer, or are not what the kind needs.
+        `kind` is `decoder`, `encoder`, `encoder-decoder` or `image`; for images `tokenizer` makes
+        `pixel_values` of pictures, which stand between -1 and 1 where it is None. Raises
+        `CorpusError` where the documents are text and there is no tokenizer, or are not what the
+        kind needs.
         """
         found = [_sample(doc, tokenizer, kind, context) for doc in self.documents]
         return [sample for sample in found if sample is not None]
@@ -244,7 +252,8 @@ def _dataset(name: str) -> list[Document]:
 
 
 def _in_memory(index: int, item: Any) -> list[Document]:
-    if isinstance(item, Tensor) and item.is_floating_point():
+    picture = isinstance(item, Tensor) and item.ndim == 3 and item.dtype == torch.uint8
+    if picture or (isinstance(item, Tensor) and item.is_floating_point()):
         return [Document("images", str(index), image=item)]
     try:
         if isinstance(item, str):
@@ -283,7 +292,10 @@ def _sample(doc: Document, tokenizer: Any, kind: str, context: int) -> Sample | 
                 f"document {doc.source_id}: not an image; give pixel_values [C, H, W], a .npy of "
                 "them, or a folder of image files as the corpus"
             )
-        return Sample(doc, {"pixel_values": doc.image}, None, 0)
+        pixels = doc.image
+        if doc.is_picture:
+            pixels = pixels / 127.5 - 1 if tokenizer is None else tokenizer(pixels)
+        return Sample(doc, {"pixel_values": pixels}, None, 0)
     ids, ends = _tokenize(doc, tokenizer, kind)
     if kind == "encoder":
         ids_T = torch.tensor(ids[:context])
@@ -341,13 +353,14 @@ def _span(doc: Document, ends: list[int], first: int) -> int:
 
 
 def make_batches(samples: Iterable[Sample], tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Pad samples of like length together, about this many positions (or 8 images) a batch."""
-    ordered = sorted(samples, key=sample_length)
+    """Pad samples of like length together, about this many positions (or 8 images) a batch, and no more
+    documents than the caller asks for (`moefy.run.computing`)."""
+    ordered, most = sorted(samples, key=sample_length), now().batch_size or BATCH_DOCUMENTS
     batches: list[Batch] = []
     group: list[Sample] = []
     for sample in ordered:
         size = (len(group) + 1) * sample_length(sample)
-        if group and (size > tokens or len(group) >= 64):
+        if group and (size > tokens or len(group) >= most):
             batches.append(_pad(group))
             group = []
         group.append(sample)
@@ -390,3 +403,7 @@ def _pad(samples: list[Sample]) -> Batch:
 
 def _stack(rows: list[Tensor], fill: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+BATCH_DOCUMENTS = 64
+"""Most documents that run together where the caller does not say."""

@@ -1,14 +1,20 @@
 """From a checkpoint folder and a corpus to the batches its model can run."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from moefy.data.corpus import Batch, Corpus, make_batches
-from moefy.errors import CorpusError
+from moefy.data.corpus import Batch, Corpus, Sample, make_batches
+from moefy.errors import CheckpointError, CorpusError
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.models.locate import meta_model
+from moefy.models.refusals import refuse_pointer
+from moefy.run.reading import reading
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,11 +25,67 @@ _TOKENIZER_FILES = (
 )
 
 
+_SENTENCES = ("tokenizer.model", "spiece.model")
+"""Tokenizers that only sentencepiece reads; transformers prefers a `tokenizer.json`."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_FIXED_SIZE = ("vit", "deit")
+"""Types of models that take images of one size alone."""
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, or None where it has none."""
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    """The tokenizer of a model folder, or None where it has none.
+
+    Raises `CheckpointError` where it has one that cannot be read.
+    """
+    there = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    if not there:
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for name in (*there, "tokenizer_config.json"):
+        refuse_pointer(folder / name)
+    remedy = "copy or download the tokenizer again"
+    if all(name in _SENTENCES for name in there):
+        missing = [n for n in ("sentencepiece", "google.protobuf") if not _is_installed(n)]
+        remedy = (
+            f"{there[0]} alone is read by sentencepiece: pip install sentencepiece protobuf, or have "
+            "transformers save the tokenizer once, which writes tokenizer.json"
+        )
+        if missing:
+            raise CheckpointError(f"{folder / there[0]}: cannot be read here; {remedy}")
+    with reading(folder / there[0], remedy):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not
+        return False
+
+
+def load_processor(folder: Path) -> Callable[[Tensor], Tensor] | None:
+    """What makes `pixel_values` of a picture `[3, H, W]` (uint8) for a model folder; None where it does
+    not say.
+
+    Raises `CheckpointError` where it does in a way that cannot be read.
+    """
+    there = [name for name in _PROCESSOR_FILES if (folder / name).exists()]
+    if not there:
+        return None
+    from transformers import AutoImageProcessor
+
+    refuse_pointer(folder / there[0])
+    with reading(folder / there[0], "copy or download the image processor again"):
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
+    def process(picture: Tensor) -> Tensor:
+        with reading(folder / there[0], "it does not take this picture", CorpusError):
+            images = processor(
+                images=picture.numpy(), return_tensors="pt", input_data_format="channels_first"
+            )
+            pixels: Tensor = images["pixel_values"][0]
+        return pixels
+
+    return process
 
 
 def read_batches(
@@ -35,11 +97,15 @@ def read_batches(
     after about so many tokens, taking domains in turn. Raises `CorpusError` where nothing is left.
     """
     config = read_config(checkpoint)
-    # Documents of token ids need no tokenizer, a broken one included.
+    # Documents of token ids need no tokenizer, a broken one included; images that are pixel_values
+    # already no processor.
     textual = any(doc.text for doc in corpus.documents)
-    tokenizer = load_tokenizer(checkpoint.folder) if textual else None
+    pictures = any(doc.is_picture for doc in corpus.documents)
+    reader: Any = load_tokenizer(checkpoint.folder) if textual and kind != "image" else None
+    if pictures and kind == "image":
+        reader = load_processor(checkpoint.folder)
     everything = corpus.take(len(corpus.documents))
-    samples = everything.samples(tokenizer, kind, min(context, _positions(config)))
+    samples = everything.samples(reader, kind, min(context, _positions(config, kind)))
     if limit is not None:
         size, count = 0, 0
         while count < len(samples) and size < limit:
@@ -49,20 +115,59 @@ def read_batches(
     if not samples:
         raise CorpusError(f"corpus {corpus.name}: no document has two tokens or more")
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1
-    if kind != "image":
-        ids = [v for s in samples for n, v in s.inputs.items() if n.endswith("input_ids")]
-        largest = max(int(v.max()) for v in ids)
-        if largest >= vocabulary:
-            raise CorpusError(
-                f"corpus {corpus.name}: token id {largest}, the model knows {vocabulary}; "
-                "tokenize with the model's own tokenizer"
-            )
+    if kind == "image":
+        _require_size(samples, config, corpus.name)
+    else:
+        _require_known(samples, vocabulary, reader, corpus.name)
     # Logits are the largest thing in memory: about half a gigabyte of them at a time.
     return make_batches(samples, tokens=min(4096, max(512, 2**27 // vocabulary)))
 
 
-def _positions(config: Any) -> int:
+def _require_known(samples: list[Sample], vocabulary: int, tokenizer: Any, corpus: str) -> None:
+    """Raise `CorpusError` for token ids that the model does not have."""
+    ids = [v for s in samples for n, v in s.inputs.items() if n.endswith("input_ids")]
+    largest = max(int(v.max()) for v in ids)
+    if largest < vocabulary:
+        return
+    if tokenizer is None:
+        raise CorpusError(
+            f"corpus {corpus}: token id {largest}, the model knows {vocabulary}; tokenize with the "
+            "model's own tokenizer"
+        )
+    raise CorpusError(
+        f"corpus {corpus}: the folder's tokenizer has {len(tokenizer)} tokens and gave {largest}, the "
+        f"model knows {vocabulary}; it is not the tokenizer of this model: put that one in its place, "
+        "or give the model after resize_token_embeddings and training"
+    )
+
+
+def _require_size(samples: list[Sample], config: Any, corpus: str) -> None:
+    """Raise `CorpusError` for images of several sizes, or of one that the model does not take."""
+    shapes = sorted({tuple(sample.inputs["pixel_values"].shape) for sample in samples})
+    size = getattr(config, "image_size", None)
+    wanted = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    fixed = config.model_type in _FIXED_SIZE and size is not None
+    channels = getattr(config, "num_channels", None) or shapes[0][0]
+    if len(shapes) == 1 and shapes[0][0] == channels and (not fixed or shapes[0][1:] == wanted):
+        return
+    got = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
+    takes = f"{channels}x{wanted[0]}x{wanted[1]}" if size is not None else "one size"
+    raise CorpusError(
+        f"corpus {corpus}: images of {got}{', ...' if shapes[3:] else ''}, the model takes {takes}; "
+        f"resize them, or put the model's own {_PROCESSOR_FILES[0]} into its folder for pictures"
+    )
+
+
+def _positions(config: Any, kind: str) -> int:
+    """Tokens that the model has positions for."""
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
-    found = min((int(limit) for limit in limits if limit), default=1 << 30)
-    # RoBERTa numbers its positions from the padding id + 1 on.
-    return found - 2 if config.model_type in ("roberta",) else found
+    found = [int(limit) for limit in limits if limit]
+    if kind == "encoder":
+        # RoBERTa and its kin number positions from the padding id + 1 on; their tables say so.
+        found += [
+            table.num_embeddings - table.padding_idx - 1
+            for name, table in meta_model(config).named_modules()
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None
+            and name.rpartition(".")[2] == "position_embeddings"
+        ]  # fmt: skip
+    return min(found, default=1 << 30)

@@ -39,7 +39,7 @@ def read_stacks(path: Path) -> list[Tensor]:
 
 
 def read_picture(path: Path) -> Tensor:
-    """The colours of a picture `[3, H, W]`, from -1 to 1. Raises `CorpusError`."""
+    """The colours of a picture `[3, H, W]` (uint8). Raises `CorpusError`."""
     try:
         from PIL import Image
     except ImportError:
@@ -48,7 +48,7 @@ def read_picture(path: Path) -> Tensor:
         ) from None
     try:
         with Image.open(path) as picture:
-            rgb = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1
+            rgb = np.array(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CorpusError(
             f"corpus {path}: not an image that can be read ({error}); leave it out"

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from moefy.evaluation.groups import (
 )
 from moefy.evaluation.judge import Judged, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
-from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, run_outputs
+from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, predictions, run_outputs
 from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
@@ -106,6 +107,36 @@ def evaluate(
     return record
 
 
+def evaluate_dense(
+    model: PreTrainedModel, batches: list[Batch], *, report: Reporter, seed: int = 0
+) -> dict[str, Any]:
+    """Cross-entropy and top-1 accuracy of a dense model, by domain; a JSON record."""
+
+    def figures(want: Outputs, got: Outputs) -> dict[str, Tensor]:
+        found = predictions(want, got)
+        return {"ce": found["ce"], "accuracy": found["right"]}
+
+    every = judged(partial(run_outputs, model), report.track(batches, "evaluate"), of=figures)
+    documents, _ = document_sums(every, [None] * len(batches), None)
+    total = _summary(documents, seed)
+    return {
+        "kind": "evaluation",
+        "dense": "the model itself",
+        "documents": len(documents),
+        "tokens": total["tokens"],
+        "total": total,
+        "domains": _by_domain(documents, seed),
+        "machine": machine(),
+    }
+
+
+def _by_domain(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
+    return {
+        domain: _summary([d for d in documents if d.domain == domain], seed)
+        for domain in sorted({doc.domain for doc in documents})
+    }
+
+
 def summarise(
     documents: list[DocumentSums],
     kl: list[Tensor],
@@ -127,7 +158,7 @@ def summarise(
         "active_parameters": load.active_parameters(),
         **heads.record(),
         "total": _summary(documents, seed),
-        "domains": {},
+        "domains": _by_domain(documents, seed),
         **_sceptical(documents, seed),
         "router_quality": quality.record(),
         "ffn_density_by_layer": load.table(),
@@ -136,8 +167,6 @@ def summarise(
     if kl:
         record["total"]["kl_tail"] = tail(torch.cat(kl).numpy())
         record["total"]["kl_p99"] = record["total"]["kl_tail"]["p99"]
-    for domain in sorted({doc.domain for doc in documents}):
-        record["domains"][domain] = _summary([d for d in documents if d.domain == domain], seed)
     return record
 
 
@@ -206,10 +235,12 @@ def _summary(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
     tokens = sums.pop("tokens")
     parts = {name: (values, tokens) for name, values in sums.items()}
     if "ce" in sums:
-        parts["ce_increase"] = sums["ce"] - sums["ce_dense"], tokens
+        scored = {"": sums["ce"]}
+        if "ce_dense" in sums:
+            scored["_dense"] = sums["ce_dense"]
+            parts["ce_increase"] = sums["ce"] - sums["ce_dense"], tokens
         if bytes_.sum():
-            parts["bits_per_byte"] = sums["ce"], bytes_ * math.log(2)
-            parts["bits_per_byte_dense"] = sums["ce_dense"], bytes_ * math.log(2)
+            parts |= {f"bits_per_byte{n}": (ce, bytes_ * math.log(2)) for n, ce in scored.items()}
     if "ce_bigram" in sums:
         ahead = sums["ce_bigram"] - sums["ce_dense"]
         # Of a dense model that is no better than the bigram there is no skill to lose.

@@ -1,4 +1,4 @@
-"""Evaluate and run folders that `convert` wrote: what the CLI's verbs call."""
+"""Evaluate a folder that `convert` wrote, or a dense checkpoint: what `moefy eval` calls."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,20 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, of_conversion
-from moefy.errors import CorpusError, RecipeError
+from moefy.errors import CorpusError, MoefyError, RecipeError, UnsupportedModel
 from moefy.evaluation.bigram import Bigram
-from moefy.evaluation.evaluate import evaluate
+from moefy.evaluation.evaluate import evaluate as evaluate_batches
+from moefy.evaluation.evaluate import evaluate_dense
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk, watching
 from moefy.experts.sparse_mlp import all_experts
 from moefy.methods.tables import ROUTERS, choose
-from moefy.models.artefact import Artefact
-from moefy.recipe import from_dict
+from moefy.models.artefact import Artefact, is_artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import sites
+from moefy.recipe import Recipe, from_dict
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 
@@ -31,13 +35,18 @@ INPUTS = 0.25
 """Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
 
 
-def evaluate_folder(
-    folder: Path,
+@asked
+def evaluate(
+    folder: str | Path,
     *,
-    against: str | None = None,
+    against: str | Path | None = None,
     corpus: Any = None,
     documents: int = 1 << 30,
     router: str | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """`moefy.evaluation.evaluate.evaluate` for a folder, on its evaluation shard.
@@ -45,8 +54,16 @@ def evaluate_folder(
     The corpus it was converted with is split as conversion split it; any other corpus is read
     whole. The bigram of language models is fitted on the other shards, or on the bundled corpus
     where another one is evaluated. `router` puts another router that needs no fitting in the place
-    of the fitted one.
+    of the fitted one. `seed` draws the resamples of intervals. A dense checkpoint, folder or Hub id, has
+    its cross-entropy alone.
     """
+    if documents < 1:
+        raise MoefyError(f"--documents {documents}: expected 1 or more")
+    if not is_artefact(Path(folder)):
+        if against is not None or router is not None:
+            option = "--against" if against is not None else "--router"
+            raise MoefyError(f"{folder}: a dense model, without experts; {option} needs them")
+        return _evaluate_dense(folder, load_corpus(corpus), documents, seed, quiet)
     model = open_model(folder, verify=True, dense=False)
     moefied = of(model)
     artefact, weights, kind = moefied.artefact, moefied.checkpoint, moefied.kind
@@ -64,7 +81,9 @@ def evaluate_folder(
     if router is not None:
         _replace_routers(model, router, batches)
     dense = None if against is None else open_model(against, dense=True)
-    record = evaluate(model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet))
+    record = evaluate_batches(
+        model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet), seed=seed
+    )
     if bigram is None:
         record["bigram"] = {"tokens": 0, "why": why}
     else:
@@ -78,6 +97,25 @@ def evaluate_folder(
         "router": router or artefact.layers[0].router["name"],
         "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,
+    }
+
+
+def _evaluate_dense(
+    where: str | Path, text: Corpus, documents: int, seed: int, quiet: bool
+) -> dict[str, Any]:
+    """What the text alone says of a dense model, read whole."""
+    weights, model = Checkpoint.open(where), open_model(where, dense=True)
+    kind = sites(model)[0].family.kind
+    batches = read_batches(weights, kind, text.take(documents), Recipe().context)
+    if batches[0].targets_BT is None:
+        raise UnsupportedModel(
+            f"{where}: a dense {type(model).__name__}, which predicts no tokens; there is nothing to measure"
+        )
+    return {
+        **evaluate_dense(model, batches, report=Reporter(quiet=quiet), seed=seed),
+        "model": str(where),
+        "peak_memory": peak_memory(),
+        "corpus": {"name": text.name, "sha256": text.sha256},
     }
 
 

@@ -12,6 +12,7 @@ COLUMNS = {
     "ce_increase": "CE increase",
     "kl": "KL to dense",
     "agreement": "top-1",
+    "accuracy": "top-1 right",
     "cosine": "cosine",
 }
 _WITH_INTERVAL = ("ce_increase", "kl", "cosine")

@@ -90,7 +90,10 @@ def _check_methods(entry: Entry) -> None:
     """Whether the tables have what it names, and its selection is one."""
     try:
         build_selection(entry)
-        choose(ROUTERS, "router", entry.router["name"])
+        router = choose(ROUTERS, "router", entry.router["name"])
+        for name in entry.router.get("settings") or {}:
+            if name not in router.Settings.__dataclass_fields__:
+                raise MoefyError(f"router.settings: '{name}' is unknown")
         choose(COMPENSATIONS, "compensation", entry.compensation["name"])
     except CheckpointError:
         raise

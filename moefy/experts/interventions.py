@@ -76,12 +76,9 @@ def experts(
     before = {layer: module.intervention for layer, module in modules.items()}
     try:
         for layer, module in modules.items():
-            if gone[layer].any():
-                module.intervention = _after(
-                    module.intervention, _Edit(gone[layer], constants[layer])
-                )
-            if layer in factors:
-                module.intervention = _after(module.intervention, factors[layer])
+            own = [_Edit(gone[layer], constants[layer])] if gone[layer].any() else []
+            for edit in (*own, *([factors[layer]] if layer in factors else [])):
+                module.intervention = _after(module.intervention, edit)
         yield
     finally:
         for layer, module in modules.items():
@@ -113,7 +110,7 @@ def neuron_mask(model: PreTrainedModel, pairs: Pairs) -> Tensor | list[Tensor]:
     Raises `MoefyError` for an expert that is not there.
     """
     modules = sparse_mlps(model)
-    masks = [torch.zeros(_neurons(module), dtype=torch.bool) for module in modules.values()]
+    masks = [torch.zeros(module.neurons, dtype=torch.bool) for module in modules.values()]
     for layer, expert in pairs:
         if layer not in modules:
             raise MoefyError(
@@ -150,10 +147,6 @@ def expert_pairs(model: PreTrainedModel, mask: Masks) -> list[tuple[int, int]]:
     return found
 
 
-def _neurons(module: SparseMlp) -> int:
-    return module.up_ND.shape[0]
-
-
 def _masks(model: PreTrainedModel, chosen: Pairs | Masks, what: str) -> list[Tensor]:
     """What was chosen, as one mask `[N]` per layer."""
     if not isinstance(chosen, Tensor):
@@ -164,7 +157,7 @@ def _masks(model: PreTrainedModel, chosen: Pairs | Masks, what: str) -> list[Ten
 
 
 def _fitting(model: PreTrainedModel, masks: Masks, what: str) -> list[Tensor]:
-    wanted = [(_neurons(module),) for module in sparse_mlps(model).values()]
+    wanted = [(module.neurons,) for module in sparse_mlps(model).values()]
     found = list(masks)
     got = [tuple(mask.shape) for mask in found]
     if got != wanted or any(mask.dtype != torch.bool for mask in found):
@@ -223,7 +216,7 @@ def _constants(
         return dict.fromkeys(modules, _of_another)
     means = means or _measured(model, mode)
     value_LN = means.mean_LN if mode == "mean" else means.peak_LN
-    if [len(value_N) for value_N in value_LN] != [_neurons(m) for m in modules.values()]:
+    if [len(value_N) for value_N in value_LN] != [m.neurons for m in modules.values()]:
         raise MoefyError(
             f"means: of layers with {sorted({len(v) for v in value_LN})} neurons, {len(value_LN)} of "
             "them, which is another model; measure this one: moefy.experts.interventions.statistics"

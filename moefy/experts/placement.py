@@ -8,21 +8,28 @@ import torch
 from accelerate import PartialState
 
 from moefy.models.checkpoint import Checkpoint
+from moefy.run.computing import now
 from moefy.run.memory import free_memory
 
 
 def placement(checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """How this machine runs models best, as arguments of `load` and `load_dense`.
 
-    All GPUs where there are some, or in many processes each its own. On a CPU without arithmetic in 16 bits, which it would emulate
+    As the caller asks (`moefy.run.computing`), else all GPUs where there are some, or in many processes each its own. On a CPU without arithmetic in 16 bits, which it would emulate
     fifty times slower, fp32. The layers of a `checkpoint` that memory cannot hold stay on disk until
     they run.
     """
-    if torch.cuda.is_available():
+    asked = now()
+    found: dict[str, Any] = {}
+    if asked.on_gpu:
         ranks = PartialState()
-        return {"device_map": {"": ranks.device} if ranks.num_processes > 1 else "auto"}
-    found: dict[str, Any] = {} if _has_bf16() else {"dtype": torch.float32}
-    if checkpoint is not None and memory_of(checkpoint) > free_memory():
+        own = asked.device or (ranks.device if ranks.num_processes > 1 else None)
+        found["device_map"] = "auto" if own is None else {"": own}
+    elif not _has_bf16():
+        found["dtype"] = torch.float32
+    if asked.dtype is not None:
+        found["dtype"] = asked.dtype
+    if not asked.on_gpu and checkpoint is not None and memory_of(checkpoint) > free_memory():
         found["device_map"] = {"": "disk"}
     return found
 

@@ -18,6 +18,8 @@ from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 
+MATRICES = ("up_ND", "gate_ND", "down_ND")
+"""Names of the parameters that hold the weight matrices, for what trains or counts them by name."""
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
@@ -57,9 +59,29 @@ class SparseMlp(Hooked):
         self._one_token: OneToken | None = None
 
     @property
+    def neurons(self) -> int:
+        """N, the number of neurons."""
+        return self.up_ND.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the width of the model."""
+        return self.up_ND.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights compute in."""
+        return self.up_ND.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; `meta` where they are kept elsewhere until they are needed."""
+        return self.up_ND.device
+
+    @property
     def expert_size(self) -> int:
         """F, neurons per expert."""
-        return self.up_ND.shape[0] // self.experts
+        return self.neurons // self.experts
 
     @property
     def weights(self) -> DenseMlp:

@@ -112,7 +112,8 @@ def _trunk(model: PreTrainedModel) -> tuple[list[str], str]:
     if head is None:
         return [], ""
     names = {module: path for path, module in model.named_modules()}
-    lists = [path for module, path in names.items() if isinstance(module, nn.ModuleList)]
+    modules = {p: module for module, p in names.items() if isinstance(module, nn.ModuleList)}
+    lists = list(modules)
     if model.config.is_encoder_decoder:
         decoder = f"{names[model.get_decoder()]}."
         of_last = [path for path in lists if path.startswith(decoder)]
@@ -120,7 +121,7 @@ def _trunk(model: PreTrainedModel) -> tuple[list[str], str]:
         of_last = lists
     if not of_last:
         return [], ""
-    last = max(of_last, key=lambda path: len(model.get_submodule(path)))  # type: ignore[arg-type]
+    last = max(of_last, key=lambda path: len(modules[path]))
     parents: dict[str, None] = {}
     for path in lists:
         parts = path.split(".")[:-1]
@@ -149,5 +150,6 @@ def _hidden(given: Any) -> Tensor | None:
 
 def _with_hidden(given: Any, hidden: Tensor) -> Any:
     if isinstance(given, ModelOutput):
-        return replace(given, last_hidden_state=hidden)  # type: ignore[type-var]
+        changed: Any = given  # a data class whenever it is one of these
+        return replace(changed, last_hidden_state=hidden)
     return (hidden, *given[1:]) if isinstance(given, tuple) else hidden

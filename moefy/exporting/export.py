@@ -30,7 +30,7 @@ from moefy.exporting.targets import (
     stock_config,
     warnings,
 )
-from moefy.exporting.tensors import Source, plan_tensors, write_shards
+from moefy.exporting.tensors import Exportable, plan_tensors, write_shards
 from moefy.exporting.verification import verification_batches, verify, verify_dense
 from moefy.models.artefact import ADAPTER, META, SIDE, open_artefact
 from moefy.models.checkpoint import INDEX, copy_folder
@@ -70,7 +70,7 @@ def export(
         )
     job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
     artefact, checkpoint = open_artefact(folder)
-    source = Source(checkpoint, artefact)
+    source = Exportable(checkpoint, artefact)
     check_artefact(artefact, source.sites, head_sites(source.meta) if artefact.heads else ())
     if target is not None:
         check(target, artefact, source.sites, source.meta)
@@ -103,7 +103,7 @@ def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dic
     return {**record, **made, "to": GGUF, "native": to, "warnings": cautions}
 
 
-def _stock(folder: Path, source: Source, target: Target, job: Job) -> dict[str, Any]:
+def _stock(folder: Path, source: Exportable, target: Target, job: Job) -> dict[str, Any]:
     """Write and verify a mixture of experts."""
     entry, config, finished = source.artefact.layers[0], source.config, job.finished
     stored = _name(source.spec(f"{source.sites[0].path('down')}.weight")[1])
@@ -137,7 +137,7 @@ def _stock(folder: Path, source: Source, target: Target, job: Job) -> dict[str, 
     return record
 
 
-def _dense(folder: Path, source: Source, job: Job) -> dict[str, Any]:
+def _dense(folder: Path, source: Exportable, job: Job) -> dict[str, Any]:
     """Write and verify the source's own architecture, its neurons in expert order."""
     checkpoint, artefact, finished = source.checkpoint, source.artefact, job.finished
     job.output.need(checkpoint.bytes)

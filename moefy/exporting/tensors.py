@@ -56,7 +56,7 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Source:
+class Exportable:
     """What is exported: an artefact and its dense weights, in expert order, one layer in memory at most."""
 
     def __init__(self, checkpoint: Checkpoint, artefact: Artefact) -> None:
@@ -124,7 +124,7 @@ def times(tensor: Tensor, gain: float, name: str) -> Tensor:
     return scaled
 
 
-def plan_tensors(target: Target, source: Source, meta: PreTrainedModel) -> list[Planned]:
+def plan_tensors(target: Target, source: Exportable, meta: PreTrainedModel) -> list[Planned]:
     """Every tensor of the stock checkpoint, layer by layer.
 
     `meta` is the target's model on the meta device: what it has no place for is refused with
@@ -153,7 +153,7 @@ def plan_tensors(target: Target, source: Source, meta: PreTrainedModel) -> list[
     return planned
 
 
-def _experts(target: Target, source: Source, site: Site) -> Iterator[Planned]:
+def _experts(target: Target, source: Exportable, site: Site) -> Iterator[Planned]:
     """The router, the routed experts and the shared expert of one layer."""
     artefact = source.artefact
     entry = artefact.layers[site.index]
@@ -188,7 +188,7 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Planned:
 
 
 def _piece(
-    source: Source, site: Site, role: str, name: str, neurons: slice, gain: float
+    source: Exportable, site: Site, role: str, name: str, neurons: slice, gain: float
 ) -> Planned:
     """Some neurons of one matrix; the down projection times `gain`."""
     whole = f"{site.path(role)}.weight"

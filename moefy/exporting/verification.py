@@ -40,7 +40,7 @@ EMULATED = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trace:
     """Logits and routing of one model on some batches, tokens only."""
 
     logits: list[Tensor]
@@ -128,9 +128,7 @@ def verify_dense(folder: Path, written: Path, batches: list[Batch]) -> float:
     return error
 
 
-def compare(
-    reference: Outcome, got: Outcome, batches: list[Batch], dtype: torch.dtype
-) -> Difference:
+def compare(reference: Trace, got: Trace, batches: list[Batch], dtype: torch.dtype) -> Difference:
     """How far `got` is from `reference`, padding left out."""
     total, before, clean = [], [], []
     flips = tokens = layers = 0
@@ -170,7 +168,7 @@ def _norm(parts: list[Tensor]) -> float:
 
 def _moefied(
     folder: Path, batches: list[Batch], dtype: torch.dtype, *, dense: bool = False
-) -> Outcome:
+) -> Trace:
     """Run moefy's model of the artefact; with `dense` every expert."""
     model = open_model(folder, dtype=dtype, dense=False)
     modules, masks = sparse_mlps(model), list[Tensor]()
@@ -182,7 +180,7 @@ def _moefied(
         return _run(model, batches, masks)
 
 
-def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: int) -> Outcome:
+def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: int) -> Trace:
     """Run the exported mixture of experts in stock transformers."""
     options = {**placement(), "dtype": dtype, "output_loading_info": True}
     if expert_size * dtype.itemsize % ROW_BYTES:
@@ -209,7 +207,7 @@ def _stock(folder: Path, batches: list[Batch], dtype: torch.dtype, expert_size: 
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, batches: list[Batch], masks: list[Tensor]) -> Outcome:
+def _run(model: PreTrainedModel, batches: list[Batch], masks: list[Tensor]) -> Trace:
     """Logits and routing; `masks` takes those `[T, E]` of every layer while the model runs."""
     logits, routing = [], []
     for batch in batches:
@@ -219,7 +217,7 @@ def _run(model: PreTrainedModel, batches: list[Batch], masks: list[Tensor]) -> O
         routing.append(
             torch.stack([m.view(*shape, -1) for m in masks]) if masks else torch.empty(0)
         )
-    return Outcome(logits, routing)
+    return Trace(logits, routing)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

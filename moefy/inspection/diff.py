@@ -25,10 +25,12 @@ from moefy.inspection.texts.reading import read_texts
 from moefy.models.artefact import Artefact, open_folder
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import Recipe
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine, versions
 
 
+@asked
 def diff(
     base: str | Path,
     other: str | Path,
@@ -37,6 +39,9 @@ def diff(
     out: str | Path | None = None,
     tokens: int = TOKENS,
     command: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Inspected:
     """Compare the log-probabilities that two checkpoints give to about `tokens` tokens of text.

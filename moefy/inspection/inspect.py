@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, unknown_choice
@@ -35,6 +36,7 @@ from moefy.inspection.report import Report
 from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
 from moefy.run.processes import ALONE, Processes, launched
@@ -71,6 +73,7 @@ class Inspected(Inspection):
         return Report(self)._repr_html_()
 
 
+@asked
 def inspect(
     model: str | Path | PreTrainedModel,
     *,
@@ -83,6 +86,9 @@ def inspect(
     prompts: Sequence[str] = (),
     seed: int = 0,
     command: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Inspected:
     """Inspect what the experts of a moefied model do.

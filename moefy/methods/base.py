@@ -5,12 +5,14 @@ Shapes: T tokens, D width, E routed experts.
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from moefy.errors import RecipeError
+from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
 from moefy.models.schema import Field, number, optional
 
@@ -38,9 +40,13 @@ class Context:
 class Router(nn.Module):
     """Scores `[T, E]` of the routed experts from the input of the MLP; a higher score runs first.
 
-    Subclasses take `(width, experts, hidden)` and may ignore what they do not need. Their
-    parameters and buffers are what is saved.
+    Subclasses take `(width, experts)` and their `Settings` by name, or define `make`. Their parameters
+    and buffers are what is saved.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        """What a recipe may set of a router, by name and type: numbers, strings, and booleans."""
 
     trainable: ClassVar[bool] = True
     """Whether there is something to fit after `initialise`."""
@@ -53,9 +59,35 @@ class Router(nn.Module):
     """True where there is nothing to read in an MLP without a gate."""
 
     @classmethod
-    def make(cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]) -> "Router":
-        """The router of a layer of `neurons` routed neurons; `settings` is `router` of its entry."""
-        return cls(width, experts, settings["hidden"])
+    def settings(cls, given: Mapping[str, Any]) -> Settings:
+        """Its settings out of `given`, which may hold those of others too.
+
+        Raises `RecipeError` for one of another type, and where one without a default is not given.
+        """
+        types, values = get_type_hints(cls.Settings), {}
+        given = {**given, **(given.get("settings") or {})}
+        for field in fields(cls.Settings):
+            if field.name in given:
+                value, kind = given[field.name], types[field.name]
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                    raise RecipeError(
+                        f"router.{field.name}: got {value!r}, expected "
+                        f"{getattr(kind, '__name__', kind)}"
+                    )
+                values[field.name] = value
+            elif field.default is MISSING:
+                raise RecipeError(f"router.{field.name} is missing; set router.settings")
+        return cls.Settings(**values)
+
+    @classmethod
+    def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Settings:
+        """Its settings for one MLP of which a share `density` runs, from what a recipe gives."""
+        return cls.settings(given)
+
+    @classmethod
+    def make(cls, width: int, experts: int, neurons: int, given: Mapping[str, Any]) -> "Router":
+        """The router of a layer of `neurons` routed neurons; `given` is `router` of its entry."""
+        return cls(width, experts, **vars(cls.settings(given)))
 
     @property
     def computes_gate(self) -> bool:

@@ -7,36 +7,40 @@ none of a router's business.
 Shapes: T tokens, D width, N neurons, E routed experts, K experts that run, F neurons per expert.
 """
 
+import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from moefy.errors import RecipeError, unknown_choice
+from moefy.errors import MoefyError, RecipeError, unknown_choice
 from moefy.methods.base import Compensation, Context, NoCompensation, Router, Selection
 from moefy.methods.compensations.centred import Centred, CentredResidual
 from moefy.methods.compensations.mean import ConditionalMean, MeanOutput
 from moefy.methods.compensations.residual import MeanResidual, Residual
-from moefy.methods.losses import LOSSES
-from moefy.methods.routers.centroid import CentroidRouter
-from moefy.methods.routers.largest_inputs import LargestInputsRouter
-from moefy.methods.routers.linear import LinearRouter
+from moefy.methods.partition.partition import METHODS
+from moefy.methods.routers.baselines import (
+    ActivationRouter,
+    OracleRouter,
+    RandomRouter,
+    StaticRouter,
+    expert_norms,
+)
+from moefy.methods.routers.gates import LargestInputsRouter, SelfGatingRouter
+from moefy.methods.routers.learned import (
+    LinearRouter,
+    LowRankRouter,
+    MlpRouter,
+    NormRouter,
+    TanhMlpRouter,
+)
 from moefy.methods.routers.low_bit import LowBitRouter
-from moefy.methods.routers.low_rank import LowRankRouter
-from moefy.methods.routers.mean_gate import MeanGateRouter
-from moefy.methods.routers.mlp import MlpRouter
-from moefy.methods.routers.norm_regression import NormRouter
-from moefy.methods.routers.oracle import ActivationRouter, OracleRouter, expert_norms
-from moefy.methods.routers.random import RandomRouter
-from moefy.methods.routers.representative import RepresentativeRouter
-from moefy.methods.routers.self_gating import SelfGatingRouter
-from moefy.methods.routers.static import StaticRouter
-from moefy.methods.routers.tanh_mlp import TanhMlpRouter
-from moefy.methods.selections.dynamic_k import DynamicK
+from moefy.methods.routers.rows import CentroidRouter, MeanGateRouter, RepresentativeRouter
 from moefy.methods.selections.prompt_static import PromptStatic
-from moefy.methods.selections.softmax_topk import SoftmaxTopK
-from moefy.methods.selections.threshold import Threshold
-from moefy.methods.selections.top_p import TopP
-from moefy.methods.selections.topk import TopK
-from moefy.methods.targets import TARGETS
+from moefy.methods.selections.ranked import SoftmaxTopK, TopK
+from moefy.methods.selections.thresholds import DynamicK, Threshold, TopP
+from moefy.methods.targets import LOSSES, TARGETS
+from moefy.models.families import FAMILIES
+from moefy.recipe import shipped
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
@@ -86,11 +90,37 @@ def choose(table: dict[str, T], what: str, name: str) -> T:
     module, colon, attribute = name.partition(":")
     if colon:
         try:
-            found: Any = getattr(import_module(module), attribute)
+            found: T = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise RecipeError(f"{what} '{name}': cannot be imported: {error}") from None
-        return found  # type: ignore[no-any-return]
+        return found
     raise RecipeError(unknown_choice(what, name, table))
+
+
+def listing(what: str | None = None) -> dict[str, dict[str, str]]:
+    """One table, or all of them: name -> what it is."""
+    tables = {
+        "recipes": shipped(),
+        "methods": _described(METHODS),
+        "routers": _described(ROUTERS),
+        "selections": _described(SELECTIONS),
+        "compensations": _described(COMPENSATIONS),
+        "families": {
+            name: f"{row.kind}, {'gated' if row.gate or row.fused else 'plain'} MLP"
+            for name, row in FAMILIES.items()
+        },
+    }
+    if what is None:
+        return tables
+    if what not in tables:
+        raise MoefyError(unknown_choice("table", what, tables))
+    return {what: tables[what]}
+
+
+def _described(table: Mapping[str, Any]) -> dict[str, str]:
+    """Entries with the first paragraph of their documentation."""
+    texts = {name: inspect.getdoc(getattr(row, "run", row)) or "" for name, row in table.items()}
+    return {name: " ".join(text.split("\n\n")[0].split()) for name, text in texts.items()}
 
 
 __all__ = [

@@ -60,7 +60,8 @@ class Entry:
     width: int
     experts: int
     router: dict[str, Any]
-    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`."""
+    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`;
+    and `settings`, where it has others."""
     selection: dict[str, Any]
     """`name` and the settings of that selection."""
     compensation: dict[str, Any]
@@ -84,7 +85,7 @@ class Entry:
 
     def router_fields(self) -> dict[str, Field]:
         """What `router` holds besides its name."""
-        return {"hidden": whole(0, MOST_HIDDEN)}
+        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.table())}
 
     def contradiction(self) -> str | None:
         """What does not go together, if anything."""
@@ -283,7 +284,8 @@ def _of_this_format(file: Path, meta: Any) -> dict[str, Any]:
             f"{file}: format {version}, this moefy reads {FORMAT_VERSION}; "
             + ("upgrade moefy" if version > FORMAT_VERSION else AGAIN)
         )
-    return meta  # type: ignore[no-any-return]
+    fields: dict[str, Any] = meta
+    return fields
 
 
 def open_artefact(

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -354,7 +354,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def copy_folder(source: Path, target: Path, *, skip: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def copy_folder(source: Path, target: Path, *, skip: Set[str] = frozenset()) -> None:
     """Copy a model folder file by file; none appears before it is whole.
 
     Raises `CheckpointError` for a link to something outside of it.

@@ -12,13 +12,14 @@ Shapes: T tokens, D model width, H heads, N = H * (width of a head).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moefy.errors import UnsupportedModel
-from moefy.models.families import FAMILIES, config_value
+from moefy.models.families import FAMILIES, Attention, config_value
 from moefy.models.locate import Place, matching
 from moefy.models.mlp import HeadOutputs
 
@@ -100,42 +101,38 @@ def head_sites(model: PreTrainedModel) -> list[HeadSite]:
             f"{name}: where its attention heads are is not known; set attention.density=null to "
             f"leave them as they are, or convert one of: {known}"
         )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    blocks = {path for pattern in rule.blocks for path in matching(modules, pattern)}
+    if not blocks:
+        raise UnsupportedModel(f"{name}: {type(model).__name__} has no attention blocks")
+    ordered = [path for path in modules if path in blocks]
+    return [_head_site(index, block, rule, modules, config) for index, block in enumerate(ordered)]
+
+
+def _head_site(
+    index: int, block: str, rule: Attention, modules: dict[str, nn.Module], config: Any
+) -> HeadSite:
+    name, projection = config.model_type, f"{block}.{rule.output}"
+    linear = modules.get(projection)
+    if not isinstance(linear, nn.Linear | Conv1D):
+        raise UnsupportedModel(
+            f"{name}: {projection} should be the output projection of the heads and is "
+            f"{type(linear).__name__}"
+        )
     heads, groups = config_value(config, rule.heads), config_value(config, rule.groups)
     head_dim = config_value(config, rule.head_dim)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[HeadSite] = []
-    blocks = {path for pattern in rule.blocks for path in matching(modules, pattern)}
-    for block in (path for path in modules if path in blocks):
-        projection = f"{block}.{rule.output}"
-        linear = modules.get(projection)
-        if not isinstance(linear, nn.Linear | Conv1D):
-            raise UnsupportedModel(
-                f"{name}: {projection} should be the output projection of the heads and is "
-                f"{type(linear).__name__}"
-            )
-        transposed = isinstance(linear, Conv1D)
-        first, second = linear.weight.shape
-        neurons, width = (first, second) if transposed else (second, first)
-        if heads % groups or neurons % heads or neurons != heads * (head_dim or neurons // heads):
-            raise UnsupportedModel(
-                f"{name}: {projection} reads {neurons} numbers, config.json says {heads} heads "
-                f"({groups} of keys) of width {head_dim}"
-            )
-        found.append(
-            HeadSite(
-                index=len(found),
-                block=block,
-                projection=projection,
-                heads=heads,
-                groups=groups,
-                head_dim=neurons // heads,
-                width=width,
-                transposed=transposed,
-            )
+    transposed = isinstance(linear, Conv1D)
+    first, second = linear.weight.shape
+    neurons, width = (first, second) if transposed else (second, first)
+    if heads % groups or neurons % heads or neurons != heads * (head_dim or neurons // heads):
+        raise UnsupportedModel(
+            f"{name}: {projection} reads {neurons} numbers, config.json says {heads} heads "
+            f"({groups} of keys) of width {head_dim}"
         )
-    if not found:
-        raise UnsupportedModel(f"{name}: {type(model).__name__} has no attention blocks")
-    return found
+    return HeadSite(
+        index=index, block=block, projection=projection, heads=heads, groups=groups,
+        head_dim=neurons // heads, width=width, transposed=transposed,
+    )  # fmt: skip
 
 
 def read_heads(site: HeadSite, get: Callable[[str], Tensor]) -> HeadOutputs:

@@ -82,6 +82,9 @@ class Site:
     gated: bool
     biases: frozenset[str]
     """Which of "gate", "up", "down" have a bias."""
+    expert: int | None = None
+    """Of an expert of a mixture whose experts lie in one tensor `[E, ...]`: its number there; `up`, `gate`
+    and `down` then name tensors. None for an MLP with tensors of its own."""
 
     @property
     def module(self) -> str:
@@ -104,22 +107,32 @@ class Site:
             names["gate"] = self.family.up if self.family.fused else str(self.family.gate)
         return f"{self.layer}.{names[role]}"
 
+    def parameter(self, role: str, kind: str = "weight") -> str:
+        """Full name of the parameter with the `weight` or `bias` of "gate", "up" or "down"."""
+        if self.expert is None:
+            return f"{self.path(role)}.{kind}"
+        return self.path(role) if kind == "weight" else f"{self.path(role)}_{kind}"
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What of a parameter is this MLP's: all of it, or the slice of one expert (a view)."""
+        return tensor if self.expert is None else tensor[self.expert]
+
     @property
     def neuron_axes(self) -> dict[str, int]:
-        """Parameters with a neuron axis, and which axis it is; a fused one holds 2N there."""
+        """Parameters with a neuron axis, and which axis of `part` it is; a fused one holds 2N there."""
         rows = int(self.family.transposed)
         axes = {}
         for role in ("gate", "up") if self.gated and not self.family.fused else ("up",):
-            axes[f"{self.path(role)}.weight"] = rows
+            axes[self.parameter(role)] = rows
             if role in self.biases:
-                axes[f"{self.path(role)}.bias"] = 0
-        axes[f"{self.path('down')}.weight"] = 1 - rows
+                axes[self.parameter(role, "bias")] = 0
+        axes[self.parameter("down")] = 1 - rows
         return axes
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """All parameters of the MLP, the output bias included."""
-        bias = (f"{self.path('down')}.bias",) if "down" in self.biases else ()
+        bias = (self.parameter("down", "bias"),) if "down" in self.biases else ()
         return (*self.neuron_axes, *bias)
 
 
@@ -167,16 +180,16 @@ def side_of(site: Place) -> str:
 def read_mlp(site: Site, get: Callable[[str], Tensor]) -> DenseMlp:
     """The weights of one MLP, neuron-major, in the dtypes in which `get` gives them.
 
-    `get` takes the name of a parameter of the model, such as `site.path("up") + ".weight"`. Fused
+    `get` takes the name of a parameter of the model, such as `site.parameter("up")`. Fused
     and transposed storage is undone by views: nothing is copied.
     """
 
     def weight(role: str) -> Tensor:
-        tensor = get(f"{site.path(role)}.weight")
+        tensor = site.part(get(site.parameter(role)))
         return tensor.T if site.family.transposed else tensor
 
     def bias(role: str) -> Tensor | None:
-        return get(f"{site.path(role)}.bias") if role in site.biases else None
+        return site.part(get(site.parameter(role, "bias"))) if role in site.biases else None
 
     N = site.neurons
     gate_ND = gate_bias_N = None
@@ -207,9 +220,15 @@ def permute(site: Site, name: str, tensor: Tensor, neurons: Tensor) -> Tensor:
     axis = site.neuron_axes.get(name)
     if axis is None:
         return tensor
-    if site.family.fused and tensor.shape[axis] == 2 * site.neurons:
+    part = site.part(tensor)
+    if site.family.fused and part.shape[axis] == 2 * site.neurons:
         neurons = torch.cat([neurons, neurons + site.neurons])
-    return tensor.index_select(axis, neurons)
+    part = part.index_select(axis, neurons)
+    if site.expert is None:
+        return part
+    others = tensor.clone()
+    others[site.expert] = part
+    return others
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -353,14 +372,7 @@ def _site(
             f"{config.model_type}: activation {activation!r} is not a function of one number "
             "from transformers' ACT2FN"
         )
-    neurons, width = _down_shape(maps["down"], family)
-    rows = maps["up"].weight.shape[int(family.transposed)]
-    for what, got, rule in (("neurons", neurons, family.neurons), ("width", width, family.width)):
-        expected = config_value(config, rule)
-        if got != expected or rows != neurons * (2 if family.fused else 1):
-            raise UnsupportedModel(
-                f"{config.model_type}: {layer} has {got} {what}, config.json says {rule}={expected}"
-            )
+    neurons, width = _checked_shape(layer, maps, family, config)
     return Site(
         index=index,
         layer=layer,
@@ -373,9 +385,20 @@ def _site(
     )
 
 
-def _down_shape(down: Any, family: Family) -> tuple[int, int]:
-    first, second = down.weight.shape
-    return (first, second) if family.transposed else (second, first)
+def _checked_shape(
+    layer: str, maps: dict[str, Any], family: Family, config: PreTrainedConfig
+) -> tuple[int, int]:
+    """N and D, which the linear maps and the config have to agree on."""
+    first, second = maps["down"].weight.shape
+    neurons, width = (first, second) if family.transposed else (second, first)
+    rows = maps["up"].weight.shape[int(family.transposed)]
+    for what, got, rule in (("neurons", neurons, family.neurons), ("width", width, family.width)):
+        expected = config_value(config, rule)
+        if got != expected or rows != neurons * (2 if family.fused else 1):
+            raise UnsupportedModel(
+                f"{config.model_type}: {layer} has {got} {what}, config.json says {rule}={expected}"
+            )
+    return neurons, width
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:

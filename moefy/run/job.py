@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.run.clock import Clock
+from moefy.run.computing import now
 from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.processes import ALONE, Processes
@@ -69,7 +70,7 @@ class Job:
         disk: int = 0,
         worthless: tuple[type[BaseException], ...] = (),
     ) -> Iterator[None]:
-        """Work in the folder that JSON values `decided` (versions are added), with `disk` bytes free for it.
+        """Work in the folder that JSON values `decided` (versions and what is computed on are added), with `disk` bytes free for it.
 
         After an error of the types `worthless` nothing is left to go on with. Raises `OutputError` where
         something is in the way or the disk is too small or fills up.
@@ -88,7 +89,7 @@ class Job:
     def _begin(self, decided: Any, disk: int) -> None:
         """On the first process; what a run left that cannot go on is made anew."""
         again = self.resume is None
-        stamp = digest([self.verb] if again else [self.verb, decided, versions()])
+        stamp = digest([self.verb] if again else [self.verb, decided, versions(), now().record()])
         resume = not self.overwrite if self.resume is None else self.resume
         if not self.output.begin(stamp, resume=resume, overwrite=self.overwrite):
             self.output.need(disk)

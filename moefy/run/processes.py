@@ -13,12 +13,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import DistError
 
 from moefy.errors import MoefyError
+from moefy.run.computing import now
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Elsewhere(MoefyError):
 def launched() -> "Processes":
     """All processes of this run, as accelerate finds them."""
     # One may wait for another for as long as an evaluation takes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not now().on_gpu, timeout=timedelta(days=7))
     return Processes(state.num_processes, state.process_index)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moefy.errors import MoefyError
+from moefy.run.computing import now
 from moefy.run.output import write_whole
 from moefy.run.processes import ALONE, Processes
 
@@ -87,4 +88,5 @@ class Stages:
         assert self.folder is not None
         if self.decided_by is None and settings is None:
             return self.folder / f"{name}.json"
-        return self.folder / f"{name}-{digest([self.decided_by, settings])[:16]}.json"
+        decided = [self.decided_by, settings, *now().record()]
+        return self.folder / f"{name}-{digest(decided)[:16]}.json"

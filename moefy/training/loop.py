@@ -33,6 +33,7 @@ from moefy.data.corpus import IGNORED, Sample, make_batches, sampler
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.outputs import Objective
 from moefy.models.checkpoint import Checkpoint
+from moefy.run.computing import now
 from moefy.run.console import Reporter
 from moefy.run.output import put_in_place, write_whole
 from moefy.training.recipe import TrainingRecipe
@@ -87,7 +88,7 @@ def make_accelerator(recipe: TrainingRecipe) -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not now().on_gpu,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 

@@ -22,13 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from moefy.conversion.distil import scaled_groups
 from moefy.errors import MoefyError
 from moefy.experts.routed import Routed
-from moefy.experts.sparse_mlp import SparseMlp
+from moefy.experts.sparse_mlp import MATRICES, SparseMlp
 from moefy.training.recipe import RecoverRecipe
 
 ADAPTER_RATE = 0.03
 """Learning rate of an adapter's matrices over `learning_rate`."""
-
-MATRICES = ("up_ND", "gate_ND", "down_ND")
 
 
 def parameters_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -29,6 +29,7 @@ from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefac
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
+from moefy.run.computing import asked
 from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
@@ -42,6 +43,7 @@ from moefy.training.recipe import RecoverRecipe
 from moefy.training.texts import Texts, read_texts
 
 
+@asked
 def recover(
     model: str | Path,
     out: str | Path,
@@ -52,6 +54,8 @@ def recover(
     control: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train the moefied folder `model` towards its dense model; the result is the folder `out`.

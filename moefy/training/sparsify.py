@@ -26,6 +26,7 @@ from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, sites
+from moefy.run.computing import asked
 from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
@@ -37,6 +38,7 @@ from moefy.training.recipe import SparsifyRecipe
 from moefy.training.texts import Texts, read_texts
 
 
+@asked
 def sparsify(
     model: str | Path,
     out: str | Path,
@@ -46,6 +48,8 @@ def sparsify(
     control: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train the checkpoint `model` towards sparse activations; the result is the folder `out`.

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from moefy.benchmark.bytes_read import active_parameters, layer_bytes
+from moefy.benchmark.checks import exact
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import Unavailable
 from moefy.benchmark.layers import Case, Shape, drawn_masks, synthetic
 from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.benchmark.plot import draw_speed
 from moefy.benchmark.record import Facts, break_even, cell, speed_lines, speed_rows
-from moefy.benchmark.rounding import exact
 from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side, speedup
 from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS
@@ -312,7 +312,7 @@ def test_bytes_and_parameters_against_a_naive_loop(gated):
 def test_a_router_that_computes_the_gates_reads_all_of_them():
     layers = tiny()
     module = layers.first
-    module.router = ROUTERS["self_gating"](32, 8, 0)
+    module.router = ROUTERS["self_gating"](32, 8)
     mask_TE = torch.zeros(1, 8, dtype=torch.bool)
     mask_TE[0, 3] = True
     # One expert of 8 neurons of up and down, all 64 rows of the gate, x and y.

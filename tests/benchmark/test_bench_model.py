@@ -67,7 +67,7 @@ def say(*arguments: object) -> str:
 
 
 QUICK = ("--samples", 5, "--no-calibrate", "-q")
-TINY = ("--prompt", 12, "--generated", 3, *QUICK)
+TINY = ("--prompt-tokens", 12, "--new-tokens", 3, *QUICK)
 
 
 def test_a_model_with_all_that_runs_it(demo, tmp_path):
@@ -158,9 +158,12 @@ def test_against_another_dense_model(demo):
             ["OUT", "--level", "layer", "--densities", ".5"],
             "the layers of a model choose their own",
         ),
-        (["OUT", "--prompt", "0"], "--prompt 0: expected 1 or more"),
-        (["OUT", "--generated", "0"], "--generated 0: expected 1 or more"),
-        (["OUT", "--prompt", "1020"], "1052 tokens of prompt and decode, but 1024 positions"),
+        (["OUT", "--prompt-tokens", "0"], "--prompt-tokens 0: expected 1 or more"),
+        (["OUT", "--new-tokens", "0"], "--new-tokens 0: expected 1 or more"),
+        (
+            ["OUT", "--prompt-tokens", "1020"],
+            "1052 tokens of prompt and decode, but 1024 positions",
+        ),
         (["OUT", "--gguf", "absent.gguf"], "absent.gguf: no such file"),
         (["OUT", "--experts", "all=absent"], "not a model folder"),
         (["OUT", "--experts", "all=OUT"], "is no mixture of experts"),

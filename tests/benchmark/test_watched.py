@@ -9,15 +9,22 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from torch import nn
 
-from moefy.benchmark import rounding
+from moefy.benchmark import checks
+from moefy.benchmark.checks import (
+    check_layers,
+    checked,
+    compare,
+    exact,
+    no_copy,
+    recording,
+    widened,
+)
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines import mlp as dense_mlp
 from moefy.benchmark.engines.base import Models, Unavailable
-from moefy.benchmark.fidelity import compare, no_copy, widened
 from moefy.benchmark.layers import Prompt
 from moefy.benchmark.levels import Sweep
 from moefy.benchmark.levels.model import bench_model
-from moefy.benchmark.rounding import check_layers, checked, exact, watching
 from moefy.experts.backends import BACKENDS
 from moefy.experts.loading import load, load_dense
 from moefy.experts.sparse_mlp import sparse_mlps, use_backend
@@ -132,7 +139,7 @@ def dense(folder, dtype):
 
 
 def ran(model, run=None):
-    with torch.no_grad(), watching(model) as seen:
+    with torch.no_grad(), recording(model) as seen:
         for ids in (IDS, IDS[:, :1]):
             (model if run is None else run)(ids)
             seen.next_pass()
@@ -190,7 +197,7 @@ def test_what_a_router_would_not_choose_is_refused_and_what_rounding_flips_is_no
     first = passes[0][0]
     first.mask_TE[0] = first.mask_TE[0].roll(1)
     with pytest.raises(Unavailable, match="chooses experts that its router does not: 1 of"):
-        rounding._check_choice(sparse_mlps(model)[0], first, first)
+        checks._check_choice(sparse_mlps(model)[0], first, first)
     # Of two experts whose scores tie, sums in another order choose the other one.
     module = sparse_mlps(model)[0]
     module.selection = SELECTIONS["topk"](k=1)
@@ -200,7 +207,7 @@ def test_what_a_router_would_not_choose_is_refused_and_what_rounding_flips_is_no
     top = first.mask_TE[:, 0] | first.mask_TE[:, 1]
     assert bool(top.any())
     first.mask_TE[top] = first.mask_TE[top][:, [1, 0, *range(2, first.mask_TE.shape[1])]]
-    rounding._check_choice(module, first, first)
+    checks._check_choice(module, first, first)
 
 
 def bench(folder, dtype, *engines, sharp=False, **variants):
@@ -239,7 +246,7 @@ def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
 
 def test_without_memory_for_a_copy_layers_decide_and_the_record_says_so(folder, monkeypatch):
     monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
-    monkeypatch.setattr("moefy.benchmark.fidelity.free_memory", lambda: 1000)
+    monkeypatch.setattr("moefy.benchmark.checks.free_memory", lambda: 1000)
     cell = bench(folder, torch.bfloat16, "masked")["cells"][0]
     assert set(cell["engines"]) == {"eager", "masked"}
     assert "an fp32 copy takes" in cell["rounding"]["why_not"]

@@ -44,13 +44,13 @@ SHOW = """
 from moefy.cli.command import Shown, app, verb
 from moefy.errors import MoefyError
 from moefy.run.tables import terminal
-@verb
+@verb()
 def show():
     '''Show.'''
     name = "\\u05d3\\u05d9\\u05df \\u4e2d \\ud83d\\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
     view = [terminal(["domain", "loss"], [[name, "1.5"]], title=name), f"written to {name} \\udcff"]
     return Shown({"domain": name}, view, MoefyError(f"{name} failed"))
-app(["--json"] if JSON else [])
+app(["show", *(["--json"] if JSON else [])])
 """
 
 

@@ -1,16 +1,23 @@
 """The verbs as a user types them, on the bundled demo models where those are there."""
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_conversion import corpus_for
 from tiny_models import build
 from typer.testing import CliRunner
 
 from moefy.cli.quickstart import demo_models
 from moefy.cli.verbs import app
+from moefy.data import corpus
 from moefy.data.corpus import load_corpus
+from moefy.experts import placement
+from moefy.run.computing import computing
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +93,10 @@ def test_generate_with_a_demo_model(name, tmp_path):
     say(
         "convert", source, tmp_path / "out", "--recipe", "fast", "--corpus", corpus, *settings
     )  # fmt: skip
-    text = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8)
+    text = say("generate", tmp_path / "out", "Question: What is", "--new-tokens", 8)
     assert text.startswith("Question: What is")
     assert len(text) > len("Question: What is") + 4
-    dense = say("generate", tmp_path / "out", "Question: What is", "--tokens", 8, "--dense")
+    dense = say("generate", tmp_path / "out", "Question: What is", "--new-tokens", 8, "--dense")
     assert dense.startswith("Question: What is")
 
 
@@ -106,3 +113,131 @@ def test_compare_shows_recipes_at_equal_budgets(folder, tmp_path):
     assert found["fast"]["active_budget"] <= 0.51
     assert 0.4 < found["wina"]["active_budget"] < 0.55
     assert found["fast"]["kl"] > 0
+
+
+def refused(*arguments: object, code: int) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_the_version_and_the_python_are_told():
+    assert say("--version") == "moefy 0.1.0\n"
+    assert json.loads(say("env", "--json"))["python"] == platform.python_version()
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["eval", "OUT", "--output", "a.json"], "--output is --out now"),
+        (["bench", "OUT", "--calibrate"], "--calibrate is moefy calibrate now"),
+        (["bench", "OUT", "--generated=4"], "--generated is --new-tokens now"),
+        (["recover", "OUT", "NEW", "--tokens", "9"], "--tokens is --train-tokens now"),
+        (["sparsify", "OUT", "NEW", "--precision", "bf16"], "--precision is --dtype now"),
+        (["generate", "OUT", "--tokens=9", "hello"], "--tokens is --new-tokens now"),
+        (["diff", "OUT", "OUT", "--text", "a.txt"], "--text is --corpus now"),
+    ],
+)
+def test_an_old_name_of_an_option_is_answered_by_the_new_one(words, new):
+    assert refused(*words, code=2) == f"moefy: {new}\n"
+
+
+def test_an_old_name_may_be_a_value(folder):
+    assert "no such folder" in refused("generate", folder / "none", "--", "--tokens", code=1)
+
+
+def test_out_is_a_folder_or_a_json_file(folder, tmp_path):
+    ids, out = folder / "ids.jsonl", folder / "out"
+    say("eval", out, "--corpus", ids, "-q", "--documents", 4, "-o", tmp_path / "all")
+    assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["documents"] == 4
+    few = ("--tokens", 300, "--skip", "controls", "--skip", "causal", "-q", "--corpus", ids)
+    text = say("inspect", out, *few, "-o", tmp_path / "one.json")
+    assert f"written to {tmp_path / 'one.json'}" in text
+    assert json.loads((tmp_path / "one.json").read_text())["kind"] == "inspection"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "one.json"]
+
+
+def test_a_dense_model_has_its_cross_entropy(folder):
+    ids = ("--corpus", folder / "ids.jsonl", "--json", "-q")
+    record = json.loads(say("eval", folder / "source", *ids))
+    assert set(record["total"]) >= {"ce", "accuracy", "tokens"}
+    assert "ce_dense" not in record["total"]
+    moefied = json.loads(say("eval", folder / "out", *ids, "--against", folder / "source"))
+    # The folder reads the shard that nothing was fitted on, the dense model all of it.
+    assert record["documents"] > moefied["documents"]
+    assert moefied["total"]["ce_dense"]["mean"] == pytest.approx(
+        record["total"]["ce"]["mean"], rel=0.2
+    )
+    assert "CE" in say("eval", folder / "source", *ids[:2], "-q")
+    assert "without experts; --router" in refused(
+        "eval", folder / "source", "--router", "oracle", code=1
+    )
+
+
+def test_documents_are_at_least_one(folder):
+    assert "--documents" in refused("eval", folder / "out", "--documents", 0, code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "./none", "OUT"], "no such folder"),
+        (["generate", "none", "hello"], "none: no such folder; give one that moefy convert wrote"),
+        (["diff", "a/b/c", "OUT"], "a/b/c: no such folder"),
+        (["convert", "SOURCE", "OUT"], "exists already; choose another name or pass --overwrite"),
+        (["prune", "SOURCE", "OUT", "--forget", "x"], "exists already"),
+    ],
+)
+def test_a_wrong_path_is_told_before_torch_is_imported(folder, words, message):
+    places = {"OUT": str(folder / "out"), "SOURCE": str(folder / "source")}
+    code = (
+        "import sys\nfrom moefy.cli.verbs import app\n"
+        f"try:\n    app({[places.get(word, word) for word in words]!r})\n"
+        "finally:\n    assert 'torch' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1), ran.stderr
+    assert message in ran.stderr
+
+
+def test_device_dtype_and_batch_size_reach_what_runs(folder, monkeypatch):
+    seen = []
+    pad = corpus._pad
+    monkeypatch.setattr(
+        corpus, "_pad", lambda samples: seen.append((len(samples), place())) or pad(samples)
+    )
+
+    def place() -> tuple[object, object]:
+        found = placement.placement()
+        return found.get("dtype"), found.get("device_map")
+
+    words = ["eval", folder / "source", "--corpus", folder / "ids.jsonl", "-q", "--json"]
+    wide = json.loads(say(*words))
+    assert max(count for count, _ in seen) > 2
+    seen.clear()
+    asked = ["--batch-size", 2, "--dtype", "float16", "--device", "cpu"]
+    narrow = json.loads(say(*words, *asked))
+    assert {count for count, _ in seen} == {2}
+    assert {where for _, where in seen} == {(torch.float16, None)}
+    assert narrow["total"]["ce"]["mean"] != wide["total"]["ce"]["mean"]
+    assert narrow["total"]["ce"]["mean"] == pytest.approx(wide["total"]["ce"]["mean"], abs=0.05)
+    assert placement.now().dtype is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "cuda:99", "--device cuda:99: this machine has"),
+        ("--device", "gpu", "--device gpu: expected cpu, cuda or cuda:1"),
+        ("--dtype", "float8", "unknown dtype 'float8'"),
+        ("--batch-size", 0, "--batch-size 0: expected 1 or more"),
+    ],
+)
+def test_what_this_machine_has_not_is_one_line(folder, option, value, message):
+    assert message in refused("eval", folder / "out", option, value, code=1)
+
+
+def test_what_is_asked_for_holds_in_the_block_alone():
+    with computing(dtype="bfloat16", batch_size=3), computing(batch_size=2):
+        assert (placement.now().dtype, placement.now().batch_size) == (torch.bfloat16, 2)
+    assert placement.now().batch_size is None

@@ -12,7 +12,7 @@ from tiny_conversion import RECIPE, corpus_for
 from tiny_models import build
 
 from moefy.conversion.compare import Comparison
-from moefy.conversion.plan import inputs_read, plan
+from moefy.conversion.plan import plan, router_of
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site
 from moefy.recipe import override
@@ -66,7 +66,7 @@ def test_inputs_grow_with_the_density_and_never_cost_more_than_all(
 ) -> None:
     site = first[gated]
     m = 3 if gated else 2
-    reads = inputs_read(site, RECIPE, density)
+    reads = router_of(site, RECIPE, density)["inputs"]
     assert 1 <= reads <= site.width
     part, exact = reads / site.width / m + density, 1 / m + density * (m - 1) / m
     if reads < site.width:
@@ -80,7 +80,7 @@ def test_inputs_grow_with_the_density_and_never_cost_more_than_all(
 def test_a_share_of_the_inputs_that_was_asked_for_is_kept(first: dict[bool, Site]) -> None:
     recipe = override(RECIPE, {"router.inputs": 0.5})
     for site in first.values():
-        assert inputs_read(site, recipe, 0.1) == round(0.5 * site.width)
+        assert router_of(site, recipe, 0.1)["inputs"] == round(0.5 * site.width)
 
 
 def test_the_oracle_is_a_bound(bench: Comparison) -> None:

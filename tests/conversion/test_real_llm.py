@@ -89,14 +89,14 @@ def test_its_quality_is_between_the_dense_models_and_nothing(converted):
 
 def test_the_dense_answer_is_right(converted):
     assert "The capital of France is Paris." in say(
-        "generate", converted / "out", ASKED, "--tokens", 10, "--dense"
+        "generate", converted / "out", ASKED, "--new-tokens", 10, "--dense"
     )
 
 
 def test_no_engine_is_refused_in_bf16(converted):
     record = json.loads(
         say(
-            "bench", converted / "out", "--dtype", "bfloat16", "--prompt", 32, "--generated", 4,
+            "bench", converted / "out", "--dtype", "bfloat16", "--prompt-tokens", 32, "--new-tokens", 4,
             "--samples", 5, "--engine", "eager", "--engine", "native", "--engine", "views",
             "--engine", "auto", "-q", "--json",
         )

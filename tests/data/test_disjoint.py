@@ -13,7 +13,7 @@ import moefy.conversion.convert
 import moefy.evaluation.folder
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.data.shards import split_shards
-from moefy.evaluation.folder import evaluate_folder
+from moefy.evaluation.folder import evaluate as evaluate_folder
 
 
 def hashes(corpus):

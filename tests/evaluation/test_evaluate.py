@@ -69,7 +69,7 @@ def test_the_oracle_is_closer_to_dense_than_the_router(llama):
     fitted = evaluate(moefy.load(llama / "out"), batches)["total"]["kl"]["mean"]
     model = moefy.load(llama / "out")
     for module in sparse_mlps(model).values():
-        module.router = ROUTERS["oracle"](0, module.experts, 0)
+        module.router = ROUTERS["oracle"](0, module.experts)
     assert evaluate(model, batches)["total"]["kl"]["mean"] < fitted
 
 

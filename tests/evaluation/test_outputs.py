@@ -23,7 +23,7 @@ import moefy
 from moefy.conversion.compare import Comparison
 from moefy.data.corpus import IGNORED, Batch, Document, Sample
 from moefy.evaluation import outputs
-from moefy.evaluation.folder import evaluate_folder
+from moefy.evaluation.folder import evaluate as evaluate_folder
 from moefy.evaluation.outputs import (
     ce_per_token,
     compared,

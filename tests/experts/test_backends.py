@@ -75,7 +75,7 @@ def test_what_no_kernel_computes_is_said():
 def test_a_layer_that_no_kernel_computes_runs_masked(name):
     mlp, x, mask = layer(activation="tanh")
     module = SparseMlp(
-        mlp, experts=6, shared=0, router=ROUTERS["linear"](24, 6, 0),
+        mlp, experts=6, shared=0, router=ROUTERS["linear"](24, 6),
         selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](24, 6, 0),
     )  # fmt: skip
     module.backend = name

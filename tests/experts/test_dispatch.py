@@ -71,7 +71,7 @@ def module():
         activation="silu",
     )  # fmt: skip
     return SparseMlp(
-        mlp, experts=8, shared=0, router=ROUTERS["linear"](16, 8, 0),
+        mlp, experts=8, shared=0, router=ROUTERS["linear"](16, 8),
         selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](16, 8, 0),
     )  # fmt: skip
 

@@ -71,9 +71,9 @@ def test_too_little_memory_leaves_layers_on_disk(tmp_path, monkeypatch):
     assert "device_map" not in placement(checkpoint)
     documents: Path = tmp_path / "text.jsonl"
     documents.write_text("\n".join('{"input_ids": [3, 4, 5, 6, 7, 8, 9]}' for _ in range(8)))
-    want = measure.evaluate_folder(tmp_path / "out", corpus=documents, quiet=True)
+    want = measure.evaluate(tmp_path / "out", corpus=documents, quiet=True)
     monkeypatch.setattr("moefy.experts.placement.free_memory", lambda: 1000)
     assert placement(checkpoint)["device_map"] == {"": "disk"}
-    got = measure.evaluate_folder(tmp_path / "out", corpus=documents, quiet=True)
+    got = measure.evaluate(tmp_path / "out", corpus=documents, quiet=True)
     # Where weights lie in memory may decide in which order they are added up.
     assert got["total"]["kl"]["mean"] == pytest.approx(want["total"]["kl"]["mean"], rel=1e-4)

@@ -27,7 +27,7 @@ def layer(dtype=torch.float32, *, gated=True, biased=False, shared=1, seed=0):
     if biased:
         rows |= {"up_bias_N": draw(N), "down_bias_D": draw(D)}
         rows |= {"gate_bias_N": draw(N)} if gated else {}
-    router = ROUTERS["linear"](D, E - shared, 0)
+    router = ROUTERS["linear"](D, E - shared)
     nn.init.normal_(router.weight, generator=generator)
     return SparseMlp(
         DenseMlp(activation="silu", **rows), experts=E, shared=shared, router=router,

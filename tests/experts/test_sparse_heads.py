@@ -409,7 +409,7 @@ def test_a_router_learns_which_heads_a_token_needs():
     heads = HeadOutputs.behind(output)
     captured = {}
     for name in ("linear", "random"):
-        router = ROUTERS[name](16, 4, 0)
+        router = ROUTERS[name].make(16, 4, 0, {"hidden": 0})
         router.initialise(HeadOutputs.behind(output, z), x, heads)
         fit = fit_router(
             router, heads, Tokens(x[:1536], x[:1536], z[:1536]), Tokens(x[1536:], x[1536:], z[1536:]),
@@ -423,7 +423,7 @@ def test_static_scores_are_those_of_the_heads_that_were_seen():
     g = torch.Generator().manual_seed(0)
     z, output = torch.randn(50, 6, generator=g), torch.randn(6, 5, generator=g)
     heads = HeadOutputs.behind(output, z)
-    router = ROUTERS["static"](5, 3, 0)
+    router = ROUTERS["static"](5, 3)
     router.initialise(heads, torch.zeros(50, 5), heads)
     want = [
         (z[:, 2 * h : 2 * h + 2] @ output[2 * h : 2 * h + 2]).square().sum(1).mean().sqrt()

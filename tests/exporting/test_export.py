@@ -25,7 +25,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.exporting import tensors
 from moefy.exporting.export import export
 from moefy.exporting.targets import TARGETS, check, config_json, find_target, stock_config
-from moefy.exporting.tensors import Planned, Source, plan_tensors, write_shards
+from moefy.exporting.tensors import Exportable, Planned, plan_tensors, write_shards
 from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
@@ -468,9 +468,9 @@ def test_exports_after_training(exported: dict[str, Exported], tmp_path: Path) -
     assert torch.equal(got, -2.0 * before[:, 8:12])
 
 
-def planned_of(one: Exported) -> tuple[list[Planned], Source, Any]:
+def planned_of(one: Exported) -> tuple[list[Planned], Exportable, Any]:
     checkpoint, artefact = Checkpoint.open(one.moefied), read_artefact(one.moefied)
-    held = Source(checkpoint, artefact)
+    held = Exportable(checkpoint, artefact)
     target = TARGETS[one.case.to]
     made = stock_config(target, artefact.layers[0], held.config, tied=held.tied, dtype="float32")
     return plan_tensors(target, held, meta_model(made)), held, made

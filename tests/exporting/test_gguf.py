@@ -16,7 +16,6 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_reading import DEMO, read, refused, values
 from safetensors.torch import load_file, save_file
-from tiny_conversion import rehash
 from tiny_exports import CASES, SETTINGS, Case, moefied, source, token_ids
 from tiny_models import build, random_model
 from torch import Tensor
@@ -461,17 +460,10 @@ def test_what_is_in_the_way_and_what_is_missing(
 def test_routings_that_no_stock_model_holds_are_refused(
     written: dict[str, Written], tmp_path: Path
 ) -> None:
-    shutil.copytree(written["llama"].moefied, tmp_path / "moefied")
-    meta = json.loads((tmp_path / "moefied" / "moefy.json").read_text())
-    meta["layers"][1]["compensation"]["name"] = "mean"
-    (tmp_path / "moefied" / "moefy.json").write_text(json.dumps(meta))
-    side = tmp_path / "moefied" / "moefy.safetensors"
-    held, routed = load_file(side), meta["layers"][1]["experts"] - meta["layers"][1]["shared"]
-    held["layers.1.compensation.mean_ED"] = torch.zeros(routed, meta["layers"][1]["width"])
-    save_file(held, side)
-    rehash(tmp_path / "moefied")
-    words = ("'mean'", "--recipe export")
-    refused(RecipeError, tmp_path / "moefied", tmp_path / "out.gguf", *words)
+    changes = {"router.name": "mlp", "router.epochs": "1"}
+    made = moefied(written["llama"].source, tmp_path / "moefied", changes)
+    words = ("router 'mlp'", "--recipe export")
+    refused(RecipeError, made, tmp_path / "out.gguf", *words)
 
 
 def test_a_file_appears_when_it_is_whole(

@@ -186,7 +186,7 @@ def test_the_command_prints_tables_and_writes_the_report(llama, shorter, tmp_pat
     )
     out = tmp_path / "out"
     result = CliRunner().invoke(
-        app, ["diff", str(llama), str(shorter), "--text", str(text), "-o", str(out), "-q"]
+        app, ["diff", str(llama), str(shorter), "--corpus", str(text), "-o", str(out), "-q"]
     )
     assert result.exit_code == 0, result.output
     assert "delta, nats" in result.output and "novels" in result.output

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from moefy.conversion.fit import Tokens, fit_compensation, fit_router, fit_selection
 from moefy.errors import RecipeError
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
@@ -75,7 +75,7 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
 
     def fitted(epochs: int = 10):
         torch.manual_seed(0)
-        router = ROUTERS[name](D, E, 64)
+        router = ROUTERS[name].make(D, E, 0, {"hidden": 64})
         router.initialise(mlp, x, mlp)
         settings = RouterRecipe(**{**vars(recipe), "epochs": epochs})
         return router, fit_router(
@@ -101,7 +101,7 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
 
 def test_oracle_captures_everything_and_cannot_be_deployed():
     mlp, held = make_mlp(), torch.randn(200, D)
-    router = ROUTERS["oracle"](D, E, 0)
+    router = ROUTERS["oracle"](D, E)
     fit = fit_router(
         router,
         mlp,
@@ -118,7 +118,7 @@ def test_oracle_captures_everything_and_cannot_be_deployed():
 
 def test_centroid_prefers_the_expert_it_points_at():
     mlp = make_mlp(gated=False)
-    router = ROUTERS["centroid"](D, E, 0)
+    router = ROUTERS["centroid"](D, E)
     router.initialise(mlp, torch.zeros(0, D), mlp)
     rows = torch.nn.functional.normalize(mlp.up_ND, dim=-1).view(E, -1, D).mean(1)
     assert router(rows, mlp).argmax(1).tolist() == list(range(E))
@@ -126,7 +126,7 @@ def test_centroid_prefers_the_expert_it_points_at():
 
 def test_conditional_mean_is_the_mean_output_given_off():
     mlp, x = make_mlp(), torch.randn(3000, D)
-    router = ROUTERS["oracle"](D, E, 0)
+    router = ROUTERS["oracle"](D, E)
     selection = fit_selection(SELECTIONS["topk"], router, mlp, Tokens(x, x), 3)
     made = COMPENSATIONS["conditional_mean"](D, E, 0)
     fit_compensation(made, router, selection, mlp, Tokens(x, x))
@@ -143,7 +143,7 @@ def test_conditional_mean_is_the_mean_output_given_off():
 
 def test_dotted_paths_and_unknown_names():
     assert (
-        choose(ROUTERS, "router", "moefy.methods.routers.linear:LinearRouter") is ROUTERS["linear"]
+        choose(ROUTERS, "router", "moefy.methods.routers.learned:LinearRouter") is ROUTERS["linear"]
     )
     with pytest.raises(RecipeError, match="did you mean 'linear'"):
         choose(ROUTERS, "router", "linaer")

@@ -22,7 +22,7 @@ from moefy.experts.backends import BACKENDS
 from moefy.experts.routed import straight_through
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, use_backend
 from moefy.methods.base import Router
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
 from moefy.models.mlp import DecidedMlp, DenseMlp
 
@@ -65,7 +65,7 @@ def dot(a: list[float], b: list[float]) -> float:
 
 def made(name: str, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp | None = None) -> Router:
     torch.manual_seed(7)
-    router = ROUTERS[name](D, mlp.neurons // F, 4)
+    router = ROUTERS[name].make(D, mlp.neurons // F, mlp.neurons, {"hidden": 4})
     router.initialise(mlp, x_TD, whole or mlp)
     return router
 
@@ -188,7 +188,7 @@ def test_random_is_standardised_and_drawn_once() -> None:
     # Linear in the token: nothing but a projection.
     check(router(x_TD[:1] + x_TD[1:2], mlp) + router(x_TD[:1] * 0, mlp),
           (router(x_TD[:1], mlp) + router(x_TD[1:2], mlp)).tolist())  # fmt: skip
-    other = ROUTERS["random"](D, E, 4)
+    other = ROUTERS["random"](D, E)
     other.load_state_dict(router.state_dict())
     assert torch.equal(other(x_TD, mlp), score_TE)
     counts = top_mask(score_TE, 2).sum(0)
@@ -342,7 +342,7 @@ def test_single_neurons_that_are_off_score_by_how_far_they_are(activation: str) 
 
 def sparse_module(mlp: DenseMlp, shared: int = 0) -> SparseMlp:
     experts = mlp.neurons // F
-    router = ROUTERS["self_gating"](D, experts - shared, 0)
+    router = ROUTERS["self_gating"](D, experts - shared)
     module = SparseMlp(
         mlp,
         experts=experts,

@@ -23,10 +23,8 @@ import moefy
 from moefy.errors import MoefyError, RecipeError
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.methods.base import Context
-from moefy.methods.selections.dynamic_k import DynamicK
 from moefy.methods.selections.prompt_static import PromptStatic
-from moefy.methods.selections.threshold import Threshold
-from moefy.methods.selections.top_p import TopP
+from moefy.methods.selections.thresholds import DynamicK, Threshold, TopP
 from moefy.methods.tables import SELECTIONS
 from moefy.models.library import passing
 

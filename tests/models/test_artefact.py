@@ -99,7 +99,7 @@ def test_a_command_as_a_selection_is_not_run(folder: Path, tmp_path: Path) -> No
 
 
 def test_plugins_load_where_they_are_asked_for(folder: Path) -> None:
-    put(folder, "layers/0/router/name", "moefy.methods.routers.linear:LinearRouter")
+    put(folder, "layers/0/router/name", "moefy.methods.routers.learned:LinearRouter")
     moefy.load(folder, plugins=True)
     with allow_plugins():
         open_artefact(folder)

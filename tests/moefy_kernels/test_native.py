@@ -173,7 +173,7 @@ def test_what_the_kernel_does_not_compute_is_refused():
     assert not fits(x.requires_grad_(), mlp)
     assert not fits(x.detach(), layer(activation="tanh")[1])
     module = SparseMlp(
-        layer(activation="tanh")[1], experts=5, shared=0, router=ROUTERS["linear"](40, 5, 0),
+        layer(activation="tanh")[1], experts=5, shared=0, router=ROUTERS["linear"](40, 5),
         selection=SELECTIONS["topk"](k=2), compensation=COMPENSATIONS["none"](40, 5, 0),
     ).requires_grad_(False)  # fmt: skip
     module.backend = "native"

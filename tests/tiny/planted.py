@@ -152,7 +152,7 @@ class Coin(Router):
 
     trainable = False
 
-    def __init__(self, width: int, experts: int, hidden: int) -> None:
+    def __init__(self, width: int, experts: int) -> None:
         super().__init__()
         self.experts = experts
         self.generator = torch.Generator().manual_seed(0)

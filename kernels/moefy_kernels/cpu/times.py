@@ -1,6 +1,6 @@
 """What computing a layer on this CPU costs by every path: measured where it was calibrated, else expected.
 
-`moefy bench` times every path on a grid of tokens and densities with routing at random (`--calibrate`: on
+`moefy bench` times every path on a grid of tokens and densities with routing at random (`moefy calibrate`: on
 a finer one), and keeps the medians per layer shape, dtype and number of threads in
 
     $XDG_CACHE_HOME/moefy/times-<machine>.json
@@ -80,7 +80,7 @@ def calibration() -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(
             f"{path}: damaged ({type(error).__name__}), so times are guessed; measure them with moefy "
-            "bench --calibrate",
+            "calibrate",
             stacklevel=2,
         )
         return []

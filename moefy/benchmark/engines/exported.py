@@ -31,6 +31,7 @@ from moefy.experts.backends.stock_moe import register_experts
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.tables import COMPENSATIONS, SELECTIONS
 from moefy.models.mlp import DenseMlp
+from moefy.run.computing import now
 from moefy.run.memory import free_memory
 
 PACKAGE = "llama_cpp"
@@ -171,7 +172,7 @@ class LlamaCpp:
             self.model: Any = self.library.Llama(
                 model_path=str(path), n_ctx=context, n_batch=context, n_ubatch=context,
                 n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False,
-                n_gpu_layers=-1 if torch.cuda.is_available() else 0,
+                n_gpu_layers=-1 if now().on_gpu else 0,
             )  # fmt: skip
         except ValueError as error:
             raise Unavailable(f"does not load: {error}") from None

@@ -18,11 +18,11 @@ import torch
 from moefy.benchmark.bytes_read import active_parameters, dense_parameters, layer_bytes
 from moefy.benchmark.bytes_read import density as share_of
 from moefy.benchmark.bytes_read import union as union_of
+from moefy.benchmark.checks import Exact, checked, exact
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import AUTO, MASKED, Call, Engine, Unavailable
 from moefy.benchmark.layers import Case, Layers, drawn_masks
 from moefy.benchmark.record import Facts, cell, record
-from moefy.benchmark.rounding import Exact, checked, exact
 from moefy.benchmark.timing import LEAST_SAMPLES, Run, percentiles, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
 from moefy.methods.tables import SELECTIONS
@@ -138,7 +138,7 @@ def bench_layer(layers: Layers, sweep: Sweep) -> dict[str, Any]:
 @torch.no_grad()
 def _record(level: str, layers: Layers, cases: Iterator[Case], sweep: Sweep) -> dict[str, Any]:
     """The record of every engine on every case."""
-    weights = layers.first.weights.up_ND
+    weights = layers.first
     bandwidth = read_bandwidth(weights.device)
     cells = []
     for case in cases:

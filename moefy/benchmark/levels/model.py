@@ -3,10 +3,22 @@
 Ids are given, not chosen, so that all engines do the same work. A sample is the prompt and then every
 token behind it, each timed by itself.
 
-Shapes: B sequences, T tokens, E experts.
+How far an engine's logits may be off is measured. Where a router cuts, rounding changes which experts run, and so the logits, whatever the engine. No bound
+follows from dtype and shapes; but how much it is can be measured: by the dense model in its own dtype
+against itself in fp32, and by the moefied one, computed by `masked`. Another engine rounds elsewhere and
+as much. So its median KL may be `TIMES` the larger of both: the KL grows as the square of the error, so
+that is not three times the error, and the median of a few tokens with heavy tails varies by that much.
+Below `LEAST` there is nothing to tell apart: a conversion costs a hundred times more.
+
+An fp32 copy has to fit into memory. Where it does not, the model in its own dtype stands for it, nothing
+is known of rounding, and only what is off by more than `ELSEWHERE` is refused.
+
+Shapes: B sequences, T tokens, E experts, V vocabulary, C positions, G generated tokens.
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -16,27 +28,103 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.benchmark import bytes_read
-from moefy.benchmark.engines import EAGER
-from moefy.benchmark.engines.base import AUTO, MASKED, Engine, Models, Session, Unavailable
-from moefy.benchmark.fidelity import (
-    CHECKED,
-    Pass,
-    Reference,
+from moefy.benchmark.checks import (
+    Fidelity,
+    check_layers,
     compare,
     judge,
-    logits_of,
-    reference,
+    no_copy,
+    recording,
+    widened,
+)
+from moefy.benchmark.engines import EAGER, backend
+from moefy.benchmark.engines.base import (
+    AUTO,
+    MASKED,
+    Engine,
+    Models,
+    Session,
+    TransformersSession,
+    Unavailable,
+    keeping,
 )
 from moefy.benchmark.layers import Prompt
 from moefy.benchmark.levels import Sweep, admit
 from moefy.benchmark.record import Facts, cell, record
-from moefy.benchmark.rounding import check_layers, watching
 from moefy.benchmark.timing import Run, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
 from moefy.experts.offload import device_of
+from moefy.experts.passes import watching
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.methods.base import Context, Selection
 
+CHECKED = 8
+"""Decoded tokens whose layers and logits are compared."""
+TIMES = 8.0
+"""Times the KL of rounding that an engine's may be."""
+LEAST = 1e-4
+"""Nats that are nothing in any dtype."""
+ELSEWHERE = 0.1
+"""Nats of files with rounded or quantised weights, and of any engine where there is no fp32 run."""
+NEARER = 0.5
+"""Files of experts choose for themselves; theirs may be this share of what other experts would cost."""
 PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass
+class Phase:
+    """What the reference run of a batch says of one phase."""
+
+    masks: list[list[Tensor]]
+    """`[T, E]` of each layer, for each pass."""
+    cache: float
+    """Bytes of keys and values that a pass reads."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass, all sequences together."""
+        return len(self.masks[0][0])
+
+
+class _Elsewhere(Selection):
+    """Every expert's neighbour in its stead: a model that has the weights but not the routing."""
+
+    def __init__(self, own: Selection) -> None:
+        self.own = own
+
+    def remembered(self, context: Context) -> Tensor | None:
+        mask_TE = self.own.remembered(context)
+        return None if mask_TE is None else mask_TE.roll(1, 1)
+
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
+        return self.own(scores_TE, context).roll(1, 1)
+
+
+@dataclass
+class Expected:
+    """What engines are compared with: logits `[1 + G, B, V]` behind the prompt and some tokens."""
+
+    dense: Tensor
+    sparse: Tensor
+    prefill: Phase
+    decode: Phase
+    why: str
+    """Why they are not of fp32; empty where they are."""
+    own: dict[str, Fidelity]
+    """What rounding does to the `dense` model and to the moefied one (`masked`), and what `other experts`
+    of the same weights would do."""
+
+    def allowed(self, engine: Engine | None = None) -> float:
+        """The largest median KL of an engine; of moefy's own without one."""
+        most = TIMES * max(self.own["dense"].median, self.own["masked"].median)
+        if engine is not None and engine.path is not None:
+            most = max(most, ELSEWHERE, NEARER * self.own["other experts"].median)
+        return max(most, ELSEWHERE if self.why else LEAST)
+
+    def record(self) -> dict[str, Any]:
+        """JSON values; figures are None where there is no run in fp32."""
+        own = {name: None if self.why else fidelity.record() for name, fidelity in self.own.items()}
+        return {"why_not": self.why, "allowed": self.allowed(), **own}
 
 
 @torch.no_grad()
@@ -76,7 +164,7 @@ def _check_generates(model: PreTrainedModel, prompt: Prompt) -> None:
     if positions is not None and prompt.ids_BT.shape[1] > positions:
         raise MoefyError(
             f"{name}: {prompt.ids_BT.shape[1]} tokens of prompt and decode, but {positions} positions; "
-            "lower --prompt or --generated"
+            "lower --prompt-tokens or --new-tokens"
         )
     if int(prompt.ids_BT.max()) >= config.vocab_size:
         raise MoefyError(
@@ -121,7 +209,7 @@ def _cells(
     return cells
 
 
-def _place(models: Models, phase: str, at: Pass, batch: int) -> dict[str, Any]:
+def _place(models: Models, phase: str, at: Phase, batch: int) -> dict[str, Any]:
     masks = [mask_TE for one in at.masks for mask_TE in one]
     return {
         "phase": phase,
@@ -147,7 +235,7 @@ def _mlp_share(models: Models, ids_BT: Tensor, length: int) -> float | None:
 
 
 def _checked(
-    engine: Engine, session: Session, models: Models, steps: range, wanted: Reference
+    engine: Engine, session: Session, models: Models, steps: range, wanted: Expected
 ) -> dict[str, Facts]:
     """What is known of an engine in each phase.
 
@@ -160,7 +248,7 @@ def _checked(
         computed_by.append({name: chosen.count(name) for name in sorted(set(chosen))})
 
     if engine.backend:
-        with watching(models.sparse) as watched:
+        with recording(models.sparse) as watched:
 
             def watch() -> None:
                 count()
@@ -187,7 +275,9 @@ def _checked(
     return facts
 
 
-def _facts(engine: Engine, session: Session, models: Models, at: Pass, by: dict[str, int]) -> Facts:
+def _facts(
+    engine: Engine, session: Session, models: Models, at: Phase, by: dict[str, int]
+) -> Facts:
     """What one pass of a phase reads and uses, on average."""
     if engine.own_size:
         return Facts(session.dense, 0.0, None, None)
@@ -200,9 +290,81 @@ def _facts(engine: Engine, session: Session, models: Models, at: Pass, by: dict[
     return Facts(False, 0.0, read, parameters, text)
 
 
-def _bytes(sparse: PreTrainedModel, at: Pass, *, whole: bool = False) -> float:
+def _bytes(sparse: PreTrainedModel, at: Phase, *, whole: bool = False) -> float:
     """Bytes that a pass of the moefied model reads on average; `whole` reads every expert."""
     ran = at.masks
     if whole:
         ran = [[torch.ones_like(mask_TE) for mask_TE in one] for one in ran]
     return fmean(bytes_read.model_bytes(sparse, at.tokens, one) for one in ran) + at.cache
+
+
+def reference(models: Models, ids_BT: Tensor, prompt: int) -> Expected:
+    """The models in fp32 where that fits: dense without a cache, moefied by `masked`; and what they lose."""
+    steps = range(prompt, ids_BT.shape[1])
+    few = steps[:CHECKED]
+    eager, masked = (row.begin(models, ids_BT, prompt) for row in (EAGER, backend(MASKED)))
+    why = no_copy(models.dense) or no_copy(models.sparse)
+    wide = nullcontext if why else widened
+    eager.reset()  # as stock has it
+    with wide(models.dense):
+        dense = _uncached(models.dense, ids_BT[:, : prompt + len(few)], 1 + len(few))
+    with wide(models.sparse):
+        sparse = logits_of(masked, few)
+    prefill, decode, logits = _passes(masked, models.sparse, steps)
+    own = {
+        "dense": compare(logits_of(eager, few), dense),
+        "masked": compare(logits[: len(sparse)], sparse),
+    }
+    modules = sparse_mlps(models.sparse).values()
+    selections = [module.selection for module in modules]
+    try:
+        for module in modules:
+            module.selection = _Elsewhere(module.selection)
+        own["other experts"] = compare(logits_of(masked, few), sparse)
+    finally:
+        for module, selection in zip(modules, selections, strict=True):
+            module.selection = selection
+    return Expected(dense, sparse, prefill, decode, why, own)
+
+
+def _uncached(model: PreTrainedModel, ids_BT: Tensor, count: int) -> Tensor:
+    """The last `count` logits `[C, B, V]` of one pass."""
+    ids_BT, options = ids_BT.to(device_of(model)), keeping(model, count)
+    logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits
+    logits_CBV: Tensor = logits_BTV[:, -count:].transpose(0, 1).float().cpu()
+    return logits_CBV
+
+
+def logits_of(
+    session: Session, steps: Sequence[int], after: Callable[[], object] | None = None
+) -> Tensor:
+    """Logits `[1 + G, B, V]` behind the prompt and some tokens; `after` is called after every pass."""
+    session.reset()
+    passes: list[Callable[[], Tensor]] = [session.prefill]
+    passes += [partial(session.step, position) for position in steps]
+    logits = []
+    for run in passes:
+        # A graph of torch.compile may reuse the memory of what it returned before.
+        logits.append(run().float().cpu())
+        if after is not None:
+            after()
+    return torch.stack(logits)
+
+
+def _passes(
+    session: Session, sparse: PreTrainedModel, steps: Sequence[int]
+) -> tuple[Phase, Phase, Tensor]:
+    """What prefill and decoding run, and the logits `[1 + G, B, V]` of all of it."""
+    assert isinstance(session, TransformersSession)
+    masks: list[Tensor] = []
+    passes: list[Phase] = []
+
+    def finish() -> None:
+        passes.append(Phase([masks.copy()], bytes_read.cache_bytes(session.cache)))
+        masks.clear()
+
+    with watching(sparse_mlps(sparse), lambda _, __, mask_TE: masks.append(mask_TE.clone())):
+        logits = logits_of(session, steps, finish)
+    prefill, *decoded = passes
+    mean = fmean(one.cache for one in decoded)
+    return prefill, Phase([one.masks[0] for one in decoded], mean), logits

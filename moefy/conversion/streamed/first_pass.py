@@ -208,7 +208,7 @@ class FirstPass:
         def loss(module: SparseMlp, trial: Trial) -> float:
             return trial.output_error(module, metric)
 
-        here = sample.on(module.weights.down_ND.device)
+        here = sample.on(module.device)
         rows = candidates(module, planned, self.recipe, here, loss)
         set_density(module, rows[nearest(rows, planned)])
         named = ((row, row.selection.settings()) for row in rows)

@@ -38,6 +38,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.library import find_hidden, hidden_of
 from moefy.models.locate import Site, meta_model, sites
+from moefy.run.computing import now
 from moefy.run.memory import give_back
 
 SLICE = 16384
@@ -88,7 +89,7 @@ class LayerwiseModel:
         self.model.eval()
         self.model.tie_weights()
         self.checkpoint, self.dtype = checkpoint, dtype
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = now().where
         self.names = stored_names(self.model, checkpoint)
         self.sites = sites(self.model)
         if artefact is not None:

@@ -87,7 +87,7 @@ class SecondPass:
             recalibrate_layer(module, Tokens(x_TD, x_TD), active, self.recipe)
         if "router" in self.sparse:
             x_TD = inputs(self.layerwise, index, self.sparse["router"])
-            device = module.weights.down_ND.device
+            device = module.device
             refit_compensation(module, Tokens(x_TD, x_TD, device=device))
 
     def _go_on(self, index: int) -> None:

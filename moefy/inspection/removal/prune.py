@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefy.data.corpus import Corpus, load_corpus
@@ -35,6 +36,7 @@ from moefy.inspection.removal.source import (
 )
 from moefy.inspection.removal.summary import card, draw
 from moefy.recipe import from_dict
+from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.provenance import machine, versions
@@ -48,6 +50,7 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 RECORD, PICTURE = "removal.json", "removal.png"
 
 
+@asked
 def prune(
     model: str | Path,
     out: str | Path,
@@ -62,6 +65,8 @@ def prune(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Remove the experts, or with `unit` "neuron" single neurons, that a domain needs most and the

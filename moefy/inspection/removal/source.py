@@ -31,6 +31,7 @@ from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, sites
 from moefy.models.reorder import reorder
+from moefy.run.computing import now
 from moefy.run.console import Reporter
 
 EXPERT, NEURON = "expert", "neuron"
@@ -83,8 +84,7 @@ class Source:
     def _dense(self) -> PreTrainedModel:
         model = load_dense(self.checkpoint, dtype=torch.float32)
         model.requires_grad_(False)
-        if torch.cuda.is_available():
-            nn.Module.to(model, torch.device("cuda"))
+        nn.Module.to(model, now().where)
         return model
 
     def in_source_order(self, neurons: Neurons) -> dict[int, Tensor]:

@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 
 from moefy.methods.base import Compensation
 from moefy.methods.compensations.residual import Residual
-from moefy.methods.routers.oracle import expert_norms
-from moefy.methods.selections.threshold import Threshold
+from moefy.methods.routers.baselines import expert_norms
+from moefy.methods.selections.thresholds import Threshold
 from moefy.models.mlp import DenseMlp
 
 ROUNDS = 4

@@ -13,43 +13,54 @@ Shapes: T tokens, D model width, N neurons, E experts, F = N / E neurons per exp
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moefy.errors import CheckpointError, RecipeError, unknown_choice
-from moefy.methods.partition.at_random import random
 from moefy.methods.partition.canonical import canonical_gauge, canonical_order
-from moefy.methods.partition.cmoe import cmoe
-from moefy.methods.partition.coactivation import coactivation
-from moefy.methods.partition.contiguous import contiguous
+from moefy.methods.partition.clusters import (
+    cmoe,
+    coactivation,
+    contiguous,
+    kmeans,
+    markers,
+    patterns,
+    random,
+)
 from moefy.methods.partition.contribution import contribution
-from moefy.methods.partition.kmeans import kmeans
-from moefy.methods.partition.markers import markers
-from moefy.methods.partition.patterns import patterns
 from moefy.methods.partition.shared import SHARED_BY as SHARED_BY
 from moefy.methods.partition.shared import shared_share, variation
 from moefy.models.mlp import DenseMlp
 
-Method = Callable[[DenseMlp, Tensor, int, int], Tensor]
+Run = Callable[..., Tensor]
 """`(mlp, x_TD, num_experts, seed) -> owner_N`, every expert owning exactly N / E neurons."""
 
+
+@dataclass(frozen=True)
+class Method:
+    """One way to split the neurons of a layer, and what it has to be given."""
+
+    run: Run
+    reads_tokens: bool = False
+    """Whether it needs a sample of inputs; the others take an empty one."""
+    sees_shared: bool = False
+    """Whether it is given all neurons, and as a fifth argument those that it is to split `[N]`."""
+    as_stored: bool = False
+    """Whether it sees the neurons in the order of the checkpoint, and so is not invariant to it."""
+
+
 METHODS: dict[str, Method] = {
-    "cmoe": cmoe,
-    "coactivation": coactivation,
-    "contiguous": contiguous,
-    "contribution": contribution,
-    "kmeans": kmeans,
-    "markers": markers,
-    "patterns": patterns,
-    "random": random,
+    "cmoe": Method(cmoe, reads_tokens=True, sees_shared=True),
+    "coactivation": Method(coactivation, reads_tokens=True),
+    "contiguous": Method(contiguous, as_stored=True),
+    "contribution": Method(contribution, reads_tokens=True),
+    "kmeans": Method(kmeans),
+    "markers": Method(markers, reads_tokens=True),
+    "patterns": Method(patterns, reads_tokens=True),
+    "random": Method(random),
 }
-
-AS_STORED = frozenset({"contiguous"})
-"""Methods that see the neurons in the order of the checkpoint, and so are not invariant to it."""
-
-READS_TOKENS = frozenset({"cmoe", "coactivation", "contribution", "markers", "patterns"})
-"""Shipped methods that need a sample of inputs; the others take an empty one."""
 
 EXPERT_SIZE = 32
 """Neurons per expert where a recipe says nothing: small experts lose least at a given density."""
@@ -106,9 +117,47 @@ def partition(
     Raises `RecipeError` for an unknown method, a count that does not divide, or too many shared
     experts, and `CheckpointError` for weights or inputs that are not finite.
     """
-    neurons = mlp.neurons
-    run = find_method(method)
-    expert_count(neurons, None, experts, where)
+    row, size = find_method(method), mlp.neurons // expert_count(mlp.neurons, None, experts, where)
+    _require_shared(shared, shared_by, experts, where)
+    _require_inputs(
+        mlp,
+        x_TD,
+        f"method '{method}' with {shared} shared experts",
+        where,
+        needed=bool(shared) or row.reads_tokens,
+    )
+    if size == 1 and shared == 0:
+        # Single neurons leave nothing to group: they keep the order of the checkpoint.
+        return Partition(owner_N=torch.arange(mlp.neurons), experts=experts, shared=0)
+    order_N = torch.arange(mlp.neurons) if row.as_stored else canonical_order(mlp)
+    mlp = canonical_gauge(mlp, order_N)
+    if shared is None:
+        wanted = round(shared_share(variation(mlp, x_TD, domain_T)) * experts)
+        shared = min(wanted, experts - 1, experts - 1 if most_shared is None else most_shared)
+    first_N = torch.arange(mlp.neurons)
+    if shared:
+        first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
+    routed_N = first_N[shared * size :].sort().values
+    found_N = order_N[routed_N].argsort().argsort()
+    if size > 1:
+        found_N = _split(row, mlp, x_TD, experts - shared, seed, routed_N)
+    _require_balanced(found_N, len(routed_N), experts - shared, method)
+    owner_N = torch.empty(mlp.neurons, dtype=torch.int64)
+    owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
+    owner_N[order_N[routed_N]] = shared + found_N
+    return Partition(owner_N=owner_N, experts=experts, shared=shared)
+
+
+def _split(
+    row: Method, mlp: DenseMlp, x_TD: Tensor, experts: int, seed: int, routed_N: Tensor
+) -> Tensor:
+    """The owner of each routed neuron."""
+    if row.sees_shared:
+        return row.run(mlp, x_TD, experts, seed, routed_N)
+    return row.run(mlp.take(routed_N) if len(routed_N) < mlp.neurons else mlp, x_TD, experts, seed)
+
+
+def _require_shared(shared: int | None, shared_by: str, experts: int, where: str) -> None:
     if shared_by not in SHARED_BY:
         raise RecipeError(unknown_choice("partition.shared_by", shared_by, SHARED_BY))
     if shared is not None and not 0 <= shared < experts:
@@ -116,36 +165,6 @@ def partition(
             f"{where}: got {shared} shared experts of {experts}; at least one must be routed, "
             f"so give 0 to {experts - 1}"
         )
-    if not len(x_TD) and (shared or method in READS_TOKENS):
-        raise RecipeError(
-            f"{where}: method '{method}' with {shared} shared experts needs a sample of inputs, "
-            "got 0 tokens; give a corpus"
-        )
-    _require_finite(mlp, x_TD, where)
-    size = neurons // experts
-    if size == 1 and shared == 0:
-        # Single neurons leave nothing to group: they keep the order of the checkpoint.
-        return Partition(owner_N=torch.arange(neurons), experts=experts, shared=0)
-    order_N = torch.arange(neurons) if method in AS_STORED else canonical_order(mlp)
-    mlp = canonical_gauge(mlp, order_N)
-    if shared is None:
-        wanted = round(shared_share(variation(mlp, x_TD, domain_T)) * experts)
-        shared = min(wanted, experts - 1, experts - 1 if most_shared is None else most_shared)
-    owner_N = torch.empty(neurons, dtype=torch.int64)
-    routed_N = torch.arange(neurons)
-    if shared:
-        first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
-        owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
-        routed_N = first_N[shared * size :].sort().values
-    if size == 1:
-        found_N = order_N[routed_N].argsort().argsort()
-    elif run is cmoe:
-        found_N = cmoe(mlp, x_TD, experts - shared, seed, routed_N)
-    else:
-        found_N = run(mlp.take(routed_N) if shared else mlp, x_TD, experts - shared, seed)
-    _require_balanced(found_N, len(routed_N), experts - shared, method)
-    owner_N[order_N[routed_N]] = shared + found_N
-    return Partition(owner_N=owner_N, experts=experts, shared=shared)
 
 
 def expert_count(neurons: int, expert_size: int | None, experts: int | None, where: str) -> int:
@@ -182,7 +201,7 @@ def _nearest(divisors: list[int], wanted: int) -> str:
 
 
 def find_method(name: str) -> Method:
-    """A shipped method, or the function that `package.module:function` names."""
+    """A shipped method, or the function (or `Method`) that `package.module:name` names."""
     if name in METHODS:
         return METHODS[name]
     module, colon, function = name.partition(":")
@@ -191,13 +210,15 @@ def find_method(name: str) -> Method:
             unknown_choice("partition method", name, METHODS) + ", or package.module:function"
         )
     try:
-        found: Method = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"partition method '{name}': {error}; check the dotted path") from None
-    return found
+    return found if isinstance(found, Method) else Method(found)
 
 
-def _require_finite(mlp: DenseMlp, x_TD: Tensor, where: str) -> None:
+def _require_inputs(mlp: DenseMlp, x_TD: Tensor, what: str, where: str, *, needed: bool) -> None:
+    if needed and not len(x_TD):
+        raise RecipeError(f"{where}: {what} needs a sample of inputs, got 0 tokens; give a corpus")
     for name, value in [*vars(mlp).items(), ("inputs", x_TD)]:
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(

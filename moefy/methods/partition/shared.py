@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import RecipeError
-from moefy.methods.partition.cmoe import marker_table
-from moefy.methods.partition.patterns import gate_activity
+from moefy.methods.partition.clusters import gate_activity, marker_table
 from moefy.methods.partition.signals import mean_contribution
 from moefy.models.mlp import DenseMlp
 

@@ -1,7 +1,7 @@
 """Low-bit gate: every neuron's gate, read from a copy of very few bits, predicts its contribution.
 
 The rows that decide (the gate, or up where there is none) are kept in `bits` bits with one scale per
-64 weights: rough, and good enough to rank neurons by (ours; `moefy.methods.routers.rough_gate` for the score).
+64 weights: rough, and good enough to rank neurons by (ours; `moefy.methods.routers.gates` for the score).
 What is read for a token is `bits / 16` of the deciding matrix in memory traffic, though all of its
 products are computed: `weights_read` counts the former, `products` the latter.
 
@@ -9,6 +9,7 @@ Shapes: T tokens, D width (padded to whole groups), N neurons, P bytes of a row,
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from moefy.errors import RecipeError
-from moefy.methods.routers.rough_gate import RoughGateRouter
+from moefy.methods.routers.gates import RoughGateRouter
 from moefy.models.mlp import DenseMlp
 
 GROUP = 64
@@ -31,13 +32,22 @@ ROWS = 4096
 class LowBitRouter(RoughGateRouter):
     """Scores from a copy of the gate in 1, 2 or 4 bits a weight."""
 
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(RoughGateRouter.Settings):
+        """`router.bits` of a recipe."""
+
+        bits: int = 2
+
+        def __post_init__(self) -> None:
+            """Refuse what does not fill bytes."""
+            if self.bits not in BITS:
+                raise RecipeError(f"router.bits: got {self.bits}, must be one of 1, 2, 4")
+
     codes_NP: Tensor
     scale_NG: Tensor
 
     def __init__(self, width: int, experts: int, neurons: int, bits: int) -> None:
         super().__init__(experts, neurons)
-        if bits not in BITS:
-            raise RecipeError(f"router.bits: got {bits}, must be one of 1, 2, 4")
         groups = -(-width // GROUP)
         self.width, self.bits = width, bits
         packed = groups * GROUP * bits // 8
@@ -46,10 +56,10 @@ class LowBitRouter(RoughGateRouter):
 
     @classmethod
     def make(
-        cls, width: int, experts: int, neurons: int, settings: Mapping[str, Any]
+        cls, width: int, experts: int, neurons: int, given: Mapping[str, Any]
     ) -> "LowBitRouter":
-        """A router of `settings["bits"]` bits a weight."""
-        return cls(width, experts, neurons, settings["bits"])
+        """A router of `bits` bits a weight."""
+        return cls(width, experts, neurons, **vars(cls.settings(given)))
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Quantise the rows and measure what their neurons carry on `x_TD`."""

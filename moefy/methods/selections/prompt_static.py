@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.methods.base import Context, Selection
-from moefy.methods.selections.topk import top_mask
+from moefy.methods.selections.ranked import top_mask
 from moefy.models.schema import Field, whole
 
 PROMPT_SHARE = 0.5

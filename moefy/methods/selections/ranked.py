@@ -1,9 +1,4 @@
-"""Top-k of an almost flat softmax: exactly what a stock top-k-softmax architecture computes.
-
-A stock mixture of experts weighs its experts by the softmax of the router; with the router scaled
-by a small `eps` the chosen weights are all `1/k` up to `eps`, so that experts cut from a dense MLP
-add up as they should. In fp32 such a softmax has ties, and its top-k is not always that of the
-scores: a model meant for export is therefore fitted and evaluated with this selection itself.
+"""Selections of the same number of experts for every token.
 
 Shapes: T tokens, E routed experts, K experts that run.
 """
@@ -14,8 +9,45 @@ import torch
 from torch import Tensor
 
 from moefy.methods.base import Context, Selection
-from moefy.methods.selections.topk import top_mask
 from moefy.models.schema import Field, number, whole
+
+
+class TopK(Selection):
+    """Static top-k: the same number of experts for every token.
+
+    The `k` experts of highest score.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    @classmethod
+    def declared(cls, experts: int) -> dict[str, Field]:
+        """What its settings may be."""
+        return {"k": whole(0, experts)}
+
+    @classmethod
+    def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopK":
+        """`active` rounded is `k`; the scores are not looked at."""
+        return cls(round(active) if most is None else min(round(active), most))
+
+    def __call__(self, scores_TE: Tensor, context: Context | None = None) -> Tensor:
+        """The mask `[T, E]` with exactly `k` experts a token."""
+        return top_mask(scores_TE, self.k)
+
+
+def top_mask(scores_TE: Tensor, k: int) -> Tensor:
+    """Mask `[T, E]` of the `k` highest scores of each token."""
+    ids_TK = scores_TE.topk(k, dim=-1).indices
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TK, True)
+
+
+def capped(mask_TE: Tensor, scores_TE: Tensor, most: int | None) -> Tensor:
+    """The mask with at most the `most` highest scores of each token on."""
+    if most is None or most >= mask_TE.shape[1]:
+        return mask_TE
+    return mask_TE & top_mask(scores_TE, most)
+
 
 _SPREAD = 2.0**-16
 """Spread of a token's scaled scores.
@@ -31,7 +63,15 @@ trained model sets in bf16 begin to suffer at 2**-17 (other sets than in fp32: 7
 
 
 class SoftmaxTopK(Selection):
-    """The `k` experts of highest `softmax(eps * score)` in fp32."""
+    """Top-k of an almost flat softmax: exactly what a stock top-k-softmax architecture computes.
+
+    A stock mixture of experts weighs its experts by the softmax of the router; with the router scaled
+    by a small `eps` the chosen weights are all `1/k` up to `eps`, so that experts cut from a dense MLP
+    add up as they should. In fp32 such a softmax has ties, and its top-k is not always that of the
+    scores: a model meant for export is therefore fitted and evaluated with this selection itself.
+
+    The `k` experts of highest `softmax(eps * score)` in fp32.
+    """
 
     def __init__(self, k: int, eps: float) -> None:
         self.k = k

@@ -1,4 +1,4 @@
-"""Whether a layer puts out what it should: how far rounding may take its output from the exact one.
+"""Whether an engine computes what it should: its layers, up to rounding, and its logits, beside those of fp32.
 
 The exact output is that of the same weights, on the same input and with the same experts, in fp64. An
 engine rounds a number to the dtype of the weights, unit roundoff `u`, where it stores it, and adds up
@@ -30,9 +30,9 @@ a layer makes of its own input `x`:
   than rounding.
 - It put out what these experts give for `x`, within the bound above.
 
-What is between the layers is judged by the logits (`fidelity`).
+What is between the layers is judged by the logits (`compare`; `levels.model` says how far they may be off).
 
-Shapes: T tokens, D width, N neurons, E experts, C neurons of a chunk.
+Shapes: T tokens, D width, N neurons, E experts, C neurons of a chunk or positions, B sequences, V vocabulary.
 """
 
 import copy
@@ -42,14 +42,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.benchmark.engines.base import Unavailable
+from moefy.evaluation.outputs import kl_of
 from moefy.experts.offload import present
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.models.mlp import DenseMlp, activation_function
+from moefy.run.memory import free_memory
 
 SLACK = 4.0
 """Times the expected error that is still rounding."""
@@ -217,8 +219,8 @@ def _seen(watch: _Watch) -> Seen:
 
 
 @contextmanager
-def watching(model: PreTrainedModel) -> Iterator[Watched]:
-    """Watch the layers as they run."""
+def recording(model: PreTrainedModel) -> Iterator[Watched]:
+    """Keep what the layers read, choose and put out as they run."""
     watches = {module: _Watch(module) for module in sparse_mlps(model).values()}
     # accelerate has put a forward of its own there, if any.
     own = {module: vars(module).pop("forward", None) for module in watches}
@@ -301,3 +303,75 @@ def _exact_scores(module: SparseMlp, x_TD: Tensor) -> Tensor:
         return router.scores(routed.deciding(wide_TD), routed)
     scores_TE: Tensor = router(wide_TD, routed)
     return scores_TE
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the logits of a run lie from, and how far."""
+
+    error: float
+    """Relative error of all logits."""
+    median: float
+    mean: float
+    largest: float
+    """KL in nats from the run in fp32, over tokens."""
+
+    def record(self) -> dict[str, float]:
+        """JSON values."""
+        return {"median": self.median, "mean": self.mean, "largest": self.largest}
+
+
+def compare(got: Tensor, want: Tensor) -> Fidelity:
+    """Logits `[1 + G, B, V]` beside those of fp32; raises `Unavailable` where they have another shape."""
+    if got.shape != want.shape:
+        raise Unavailable(
+            f"computes something else: logits of shape {tuple(got.shape)}, not {tuple(want.shape)}"
+        )
+    kl_C = torch.cat([kl_of(w.double(), g.double()) for g, w in zip(got, want, strict=True)])
+    kl_C = kl_C.clamp_min(0)  # which rounding alone takes below
+    return Fidelity(
+        relative_error(got, want), float(kl_C.quantile(0.5)), float(kl_C.mean()), float(kl_C.max())
+    )
+
+
+def judge(fidelity: Fidelity, allowed: float) -> None:
+    """Raise `Unavailable` where a run is further off than allowed; so is one that is no number."""
+    if not fidelity.median <= allowed:
+        raise Unavailable(
+            f"computes something else: KL {fidelity.median:.1e} nats to the reference (median), at most "
+            f"{allowed:.1e}; relative error {fidelity.error:.1e}"
+        )
+
+
+def no_copy(model: PreTrainedModel) -> str:
+    """Why the model cannot be had in fp32; empty where it can."""
+    if model.device.type == "meta":
+        return "its weights are offloaded"
+    more = sum(4 * value.numel() for value in _narrow(model))
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else free_memory()
+    if more > 0.8 * free:
+        return f"an fp32 copy takes {more / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return ""
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes in fp32; afterwards it has the tensors it had."""
+    held = {value: value.data for value in _narrow(model)}
+    config: Any = model.config
+    dtype = config.dtype
+    for value in held:
+        value.data = value.data.float()
+    config.dtype = torch.float32
+    try:
+        yield
+    finally:
+        config.dtype = dtype
+        for value, data in held.items():
+            value.data = data
+
+
+def _narrow(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of fewer bits than fp32."""
+    every = [*model.parameters(), *model.buffers()]
+    return [v for v in every if v.is_floating_point() and v.element_size() < 4]

@@ -1,0 +1,107 @@
+"""On what this process computes, as the caller of a verb asks: device, dtype, documents run together.
+
+    @asked
+    def inspect(model, *, device=None, dtype=None, batch_size=None): ...
+
+What is asked for holds for all that is loaded and run in the call (`computing`); what is not is the machine's
+choice: `experts.placement`, `data.make_batches` and `run.processes` look here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from moefy.errors import MoefyError, unknown_choice
+
+P = ParamSpec("P")
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ASKED = ("device", "dtype", "batch_size")
+
+
+@dataclass(frozen=True)
+class Computing:
+    """None is the machine's choice."""
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    batch_size: int | None = None
+    """Most documents that run together."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return torch.cuda.is_available() and self.where.type == "cuda"
+
+    @property
+    def where(self) -> torch.device:
+        """The device of what is not spread over several."""
+        return self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def record(self) -> list[str]:
+        """What was asked for, as JSON values; it decides the last bits of what comes out."""
+        return [f"{name}={value}" for name, value in vars(self).items() if value is not None]
+
+
+_MACHINE = Computing()
+_NOW: ContextVar[Computing] = ContextVar("computing", default=_MACHINE)
+
+
+def now() -> Computing:
+    """What has been asked for."""
+    return _NOW.get()
+
+
+@contextmanager
+def computing(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
+) -> Iterator[None]:
+    """Compute so in the block. Raises `MoefyError` for what this machine or torch does not have."""
+    given: dict[str, Any] = {
+        "device": None if device is None else _device(str(device)),
+        "dtype": _dtype(dtype) if isinstance(dtype, str) else dtype,
+        "batch_size": batch_size,
+    }
+    if batch_size is not None and batch_size < 1:
+        raise MoefyError(f"--batch-size {batch_size}: expected 1 or more documents")
+    token = _NOW.set(replace(now(), **{k: v for k, v in given.items() if v is not None}))
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
+
+
+def asked(run: Callable[P, T]) -> Callable[P, T]:
+    """A function whose arguments `device`, `dtype` and `batch_size`, as many as it has, are what it computes on."""
+
+    @wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        given: dict[str, Any] = {name: kwargs[name] for name in ASKED if name in kwargs}
+        with computing(**given):
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MoefyError(f"--device {name}: expected cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise MoefyError(f"--device {name}: this machine has {count or 'no'} GPU(s) for torch")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise MoefyError(unknown_choice("dtype", name, DTYPES))
+    return DTYPES[name]
