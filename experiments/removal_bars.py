@@ -22,9 +22,9 @@ from pages import fill
 import moefy
 from moefy.data.corpus import load_corpus
 from moefy.errors import MoefyError
-from moefy.inspection.removal.summary import MEANING, percent, ratio, way, with_interval
+from moefy.inspection.removal.summary import MEANING, ratio, way
 from moefy.run.provenance import machine
-from moefy.run.tables import markdown
+from moefy.run.tables import figure, markdown
 
 RECORDS = Path("benchmarks/records")
 PAGE, PICTURE = Path("docs/removal.md"), Path("docs/removal.png")
@@ -88,8 +88,8 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         found.append(
             [
                 name, f"{one['removed']['units']} of {one['removed']['of_units']}",
-                percent(at["removal"]["retain_loss"]), percent(at["removal"]["forget_loss"]),
-                with_interval(at["removal"]["forget_rise"]), with_interval(at["energy"]["forget_rise"]),
+                figure(at["removal"]["retain_loss"], ".1%"), figure(at["removal"]["forget_loss"], ".1%"),
+                figure(at["removal"]["forget_rise"]), figure(at["energy"]["forget_rise"]),
                 ratio(one), "yes" if one["against_energy"]["selective"] else "no",
                 way(one), f"{_steps(relearned, 'removal')} ({_steps(relearned, 'control')})",
                 again if again in MEANING else "-",

@@ -5,18 +5,15 @@ batch. Both axes are logarithmic, so that twice as fast and twice as slow lie eq
 """
 
 import math
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from moefy.benchmark.record import processor
 from moefy.errors import MoefyError
+from moefy.run.tables import COLOURS, GRID, INK, NO_PLOTS, SOFT, has_plots, pyplot
 
-INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 DENSE_LINES = (":", "-.", (0, (1, 3)))
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5fa8", "#a0522d")
-"""Told apart by colour-blind people: Okabe and Ito, https://jfly.uni-koeln.de/color."""
 MARKS = "osD^vPX*"
 WIDE, HIGH = 4.8, 3.5
 COLUMNS = 3
@@ -28,24 +25,19 @@ def check_plot(picture: Path) -> None:
     """Raise `MoefyError` where `draw_speed` could not write this file."""
     if picture.suffix.lower() != ".png":
         raise MoefyError(f"--plot {picture}: a picture is a .png file")
-    if find_spec("matplotlib") is None:
-        raise MoefyError("--plot needs matplotlib: pip install 'moefy[plots]'")
+    if not has_plots():
+        raise MoefyError(f"--plot: {NO_PLOTS}")
 
 
 def draw_speed(record: dict[str, Any], picture: Path) -> None:
     """Write a PNG of a record of `moefy bench`."""
     check_plot(picture)
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     cells = record["cells"]
     panels, styles, limits = _panels(cells), _styles(cells), _limits(cells)
     columns = 2 if len(panels) in (2, 4) else min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     size = (WIDE * columns, HIGH * rows + 1)
-    with plt.rc_context({"font.size": 9, "axes.edgecolor": SOFT, "text.color": INK}):
+    with pyplot() as plt:
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw(axis, panel, styles, limits)
@@ -68,7 +60,6 @@ def draw_speed(record: dict[str, Any], picture: Path) -> None:
         figure.tight_layout(rect=(0, (0.1 + 0.2 * lines) / size[1], 1, 1))
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(picture, dpi=150, facecolor="white")
-        plt.close(figure)
 
 
 def _panels(cells: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:

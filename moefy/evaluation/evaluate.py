@@ -48,9 +48,8 @@ from moefy.evaluation.router_quality import RouterQuality
 from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.moefied import of
-from moefy.experts.passes import inputs_of, observing
+from moefy.experts.passes import inputs_of, observing, short_logits
 from moefy.experts.sparse_mlp import all_experts
-from moefy.experts.trunk import short_logits
 from moefy.models.locate import sites
 from moefy.run.console import Reporter
 from moefy.run.provenance import machine

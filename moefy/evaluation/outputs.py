@@ -5,7 +5,7 @@
 
 The logits `[B, T, V]` of a batch, in fp32 and with what a comparison makes of them, would take more
 memory than many a model. A pass therefore keeps its last hidden states; logits are made of chunks of
-`LOGITS_BYTES`, and with a gradient made again in the backward pass (`moefy.experts.trunk`). In every pass they
+`LOGITS_BYTES`, and with a gradient made again in the backward pass (`moefy.experts.passes`). In every pass they
 are compared with logits that the model makes at once; where they differ, it is left to make them all.
 
 Judged are the positions that predict a token; without targets all tokens, or images. Models without
@@ -26,9 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch
-from moefy.experts.passes import inputs_of
+from moefy.experts.passes import SHOWN, Head, Trunk, inputs_of, short_logits
 from moefy.experts.points import say_once
-from moefy.experts.trunk import SHOWN, Head, Trunk, short_logits
 
 LOGITS_BYTES = 2**24
 """Memory of one chunk's logits in fp32; a comparison takes several times as much."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moefy.run.tables import markdown
+from moefy.run.tables import figure, markdown
 
 COLUMNS = {
     "bits_per_byte_dense": "bits/byte dense",
@@ -34,14 +34,7 @@ def cell_text(name: str, value: dict[str, Any]) -> str:
     """A figure as text, with its interval where one is shown."""
     if name not in _WITH_INTERVAL:
         return f"{value['mean']:.3f}"
-    return _interval(value)
-
-
-def _interval(value: dict[str, Any]) -> str:
-    if value["ci95"] is None:
-        return f"{value['mean']:.3f}"
-    low, high = value["ci95"]
-    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+    return figure(value)
 
 
 _GROUPS = {
@@ -80,7 +73,7 @@ def sceptic_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"KL tail: {values}; the worst 1 % of tokens hold {share:.0%} of all KL")
     if "bigram_skill" in total:
         skill, ce = total["bigram_skill"], total["ce_bigram"]["mean"]
-        value = "none, dense is no better" if skill is None else _interval(skill)
+        value = "none, dense is no better" if skill is None else figure(skill)
         lines.append(
             f"bigram skill: {value} (1 = dense, 0 = the bigram, whose CE is {ce:.3f}; fitted on "
             f"{record['bigram']['tokens']} other tokens)"

@@ -95,7 +95,7 @@ def run_with_cache(
     `names_filter` is a name, several, or a function of a name. None is every point but
     `hook_expert_out`, which takes the memory of E outputs and has to be asked for.
 
-    Raises `MoefyError` for a name that no point has, and for a point named that was not come by.
+    Raises `MoefyError` for a name that no point has, and for a named point that was not reached.
     """
     asked: list[Which]
     if names_filter is None:

@@ -64,19 +64,19 @@ def experts(
     the bundled corpus is measured once and remembered. `resample` needs batches of two documents
     or more (sequences that beam search makes of one document count as several).
 
-    Raises `MoefyError` for experts that are not there, that are asked for in two ways, and where
-    `mode` cannot be had.
+    Raises `MoefyError` for unknown experts, experts that are asked for in two ways, and a `mode`
+    that is not possible here.
     """
     if mode not in MODES:
         raise MoefyError(unknown_choice("mode", mode, MODES))
     modules = sparse_mlps(model)
-    gone = _gone(model, ablate, keep)
-    factors = _factors(model, scale or {}, gone)
-    constants = _constants(model, mode, means) if any(n.any() for n in gone) else {}
+    ablated = _ablated(model, ablate, keep)
+    factors = _factors(model, scale or {}, ablated)
+    constants = _constants(model, mode, means) if any(n.any() for n in ablated) else {}
     before = {layer: module.intervention for layer, module in modules.items()}
     try:
         for layer, module in modules.items():
-            own = [_Edit(gone[layer], constants[layer])] if gone[layer].any() else []
+            own = [_Edit(ablated[layer], constants[layer])] if ablated[layer].any() else []
             for edit in (*own, *([factors[layer]] if layer in factors else [])):
                 module.intervention = _after(module.intervention, edit)
         yield
@@ -107,7 +107,7 @@ def _after(first: Intervention | None, second: Intervention) -> Intervention:
 def neuron_mask(model: PreTrainedModel, pairs: Pairs) -> Tensor | list[Tensor]:
     """The neurons of these experts: bool `[L, N]`, or a list of `[N]` where layers differ in N.
 
-    Raises `MoefyError` for an expert that is not there.
+    Raises `MoefyError` for an unknown expert.
     """
     modules = sparse_mlps(model)
     masks = [torch.zeros(module.neurons, dtype=torch.bool) for module in modules.values()]
@@ -170,26 +170,26 @@ def _fitting(model: PreTrainedModel, masks: Masks, what: str) -> list[Tensor]:
     return [mask.cpu() for mask in found]
 
 
-def _gone(model: PreTrainedModel, ablate: Pairs | Masks, keep: Pairs | Masks) -> list[Tensor]:
+def _ablated(model: PreTrainedModel, ablate: Pairs | Masks, keep: Pairs | Masks) -> list[Tensor]:
     """The neurons `[N]` of every layer that are ablated."""
-    gone = []
+    ablated = []
     pairs = zip(_masks(model, ablate, "ablate"), _masks(model, keep, "keep"), strict=True)
     for layer, (ablate_N, keep_N) in enumerate(pairs):
         if (ablate_N & keep_N).any():
             raise MoefyError(f"layer {layer}: ablate and keep name the same neurons; leave out one")
-        gone.append(ablate_N | ~keep_N if keep_N.any() else ablate_N)
-    return gone
+        ablated.append(ablate_N | ~keep_N if keep_N.any() else ablate_N)
+    return ablated
 
 
 def _factors(
-    model: PreTrainedModel, scale: Mapping[tuple[int, int], float], gone: list[Tensor]
+    model: PreTrainedModel, scale: Mapping[tuple[int, int], float], ablated: list[Tensor]
 ) -> dict[int, _Edit]:
     """What scales the experts of a layer, by layer."""
     modules = sparse_mlps(model)
     scaled = _masks(model, scale, "scale")
     found = {}
     for layer, scaled_N in enumerate(scaled):
-        if (scaled_N & gone[layer]).any():
+        if (scaled_N & ablated[layer]).any():
             raise MoefyError(f"layer {layer}: an expert is both scaled and ablated; leave out one")
         if not scaled_N.any():
             continue

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.context import share_context
 from moefy.experts.entries import (
     build_compensation,
     build_router,
@@ -28,7 +27,7 @@ from moefy.experts.entries import (
 )
 from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
-from moefy.experts.moefied import NAME, Moefied, of
+from moefy.experts.moefied import NAME, Moefied, of, share_context
 from moefy.experts.offload import StoredMlp, offload, offloaded, stored_names
 from moefy.experts.placement import placement
 from moefy.experts.routed import Routed
@@ -100,7 +99,7 @@ def load(
     (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
     `device_map` offloads are read from disk whenever they run.
 
-    Raises `CheckpointError` for an artefact that is damaged or whose base is not to be had.
+    Raises `CheckpointError` for an artefact that is damaged or whose base is not available.
     """
     with allow_plugins(plugins):
         artefact, checkpoint = open_artefact(folder, base=base, verify=verify)

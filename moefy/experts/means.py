@@ -39,7 +39,7 @@ def statistics(
     the dense model; interventions in force are set aside. Memory does not grow with the text: `BINS`
     counts for each neuron.
 
-    Raises `MoefyError` where there is no batch.
+    Raises `MoefyError` without any batch.
     """
     modules = sparse_mlps(model)
     read = [b if isinstance(b, Batch) else Batch([], dict(b), None) for b in batches]

@@ -61,7 +61,7 @@ class Hooked(Routed):
         return any(self._hooks)
 
     @property
-    def heard(self) -> bool:
+    def watched(self) -> bool:
         """Whether somebody may listen: a hook, or a tracer, which takes the place of `forward`."""
         return any(self._hooks) or "forward" in self.__dict__
 

@@ -154,11 +154,11 @@ class SparseMlp(Hooked):
             y = self._decode(held, hidden)
             return y if residual is None else y + residual
         x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
-        heard = self.heard
-        if heard:
+        watched = self.watched
+        if watched:
             x_TD = self.show(IN, x_TD.clone(), shape)
-        mask_TE, weights = self._route(x_TD, shape if heard else None)
-        if heard:
+        mask_TE, weights = self._route(x_TD, shape if watched else None)
+        if watched:
             mask_TE = self.show(MASK, mask_TE.clone(), shape)
         self.context.previous_TD = x_TD
         if self.observer is not None:
@@ -173,7 +173,7 @@ class SparseMlp(Hooked):
             y_TD = self.compute(x_TD, mask_TE, weights)
             if extra_TD is not None:
                 y_TD = y_TD + extra_TD.to(y_TD.dtype)
-        if heard:
+        if watched:
             y_TD = self.show(OUT, y_TD, shape)
         y = y_TD.view(*shape, -1)
         return y if residual is None else y + residual
@@ -189,7 +189,7 @@ class SparseMlp(Hooked):
             or self.all_on
             or self.look_ahead
             or self.observer is not None
-            or self.heard
+            or self.watched
             or self.tells_all
             or self.compensation.adds
             or not self.router.reads_input_alone

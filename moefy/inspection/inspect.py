@@ -61,6 +61,11 @@ class Inspected(Inspection):
         super().save(folder)
         return Report(self).save(Path(folder) / REPORT, overwrite=True)
 
+    def saved(self, folder: str | Path) -> "Inspected":
+        """The same, written."""
+        self.save(folder)
+        return self
+
     def save_plots(self, folder: str | Path) -> list[Path]:
         """PNG plots for papers; needs matplotlib."""
         return Report(self).save_plots(folder)
@@ -111,8 +116,7 @@ def inspect(
     found = Inspected({}, {}, {})
     if run.processes.main:
         found = run.result(merged(parts), prompts, command)
-        if out is not None:
-            found.save(out)
+        found = found if out is None else found.saved(out)
     run.processes.wait()
     return found
 
@@ -227,21 +231,16 @@ class Inspecting:
                     self.model, self.reading, tables, seed=self.seed, report=self.report
                 ),
             )
-        tables["documents"] = documents_table(self.reading)
         shown = [prompt_record(self.model, self.reading.tokenizer, prompt) for prompt in prompts]
-        accounts = [prompt["account"] or {} for prompt in shown]
-        meta = {
+        about = {
             **_about(self.model, self.reading),
             "command": command,
             "settings": vars(self.settings),
             "seeds": {"seed": self.seed},
-            "vocabulary": vocabulary_of(self.reading, [*tables.values(), *accounts]),
             "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
             "peak_memory": peak_memory(),
-            "versions": versions(),
-            "machine": machine(),
         }
-        return Inspected(meta, judged, tables, texts_of(self.reading, tables), shown)
+        return inspected(self.reading, tables, about, judged, shown)
 
     def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
         return Pass(model, reading, self.seed, controls, self.report, self.processes)
@@ -252,6 +251,25 @@ class Inspecting:
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
+
+
+def inspected(
+    reading: Reading,
+    tables: dict[str, Table],
+    about: dict[str, Any],
+    quality: dict[str, Any] | None = None,
+    prompts: Sequence[dict[str, Any]] = (),
+) -> Inspected:
+    """Tables with all that they point at: documents, their texts, the names of tokens."""
+    tables["documents"] = documents_table(reading)
+    accounts = [prompt["account"] or {} for prompt in prompts]
+    meta = {
+        **about,
+        "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    return Inspected(meta, quality or {}, tables, texts_of(reading, tables), [*prompts])
 
 
 def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import rows
+from moefy.run.tables import number
 
 STRONGEST = 10
 CONTEXT = 12
@@ -77,17 +78,11 @@ def strongest(inspection: Inspection) -> Rows:
 def _ranged(value: Any, low: Any, high: Any) -> str:
     if value is None:
         return "not known"
-    if not isinstance(value, float):
-        return str(value)
-    shown = f"{value:.4g}"
-    return shown if low is None or high is None else f"{shown} [{low:.3g}, {high:.3g}]"
+    return number(value, (low, high), ".4g", ".3g") if isinstance(value, float) else str(value)
 
 
 def _percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    if value is None:
-        return ""
-    shown = f"{value:.1%}"
-    return shown if low is None or high is None else f"{shown} [{low:.1%}, {high:.1%}]"
+    return "" if value is None else number(value, (low, high), ".1%")
 
 
 def differences(inspection: Inspection) -> Rows:

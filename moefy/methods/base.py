@@ -56,7 +56,7 @@ class Router(nn.Module):
     """True where nothing is taken from gate and up rows, so that it can score attention heads."""
 
     reads_gate: ClassVar[bool] = False
-    """True where there is nothing to read in an MLP without a gate."""
+    """True if the router cannot score an MLP without a gate."""
 
     @classmethod
     def settings(cls, given: Mapping[str, Any]) -> Settings:
@@ -163,7 +163,7 @@ class Compensation(nn.Module):
     """
 
     adds: ClassVar[bool] = True
-    """False where there is nothing to add, whatever runs."""
+    """False if it never adds anything."""
     centres: ClassVar[bool] = False
     """Whether neurons that are off stand at a constant of their own, from which all is counted."""
 
@@ -193,7 +193,7 @@ class Compensation(nn.Module):
         """
 
     def forward(self, x_TD: Tensor, mask_TE: Tensor) -> Tensor | None:
-        """The compensation `[T, D]`, or None where there is none at all.
+        """The compensation `[T, D]`, or None if it adds nothing.
 
         The mask is bool, or, in training, a number per expert that carries a gradient.
         """

@@ -83,7 +83,7 @@ T = TypeVar("T")
 def choose(table: dict[str, T], what: str, name: str) -> T:
     """The entry called `name`, or what `package.module:Name` names.
 
-    Raises `RecipeError` naming the nearest entry where there is none.
+    Raises `RecipeError` with the nearest name if there is no such entry.
     """
     if name in table:
         return table[name]

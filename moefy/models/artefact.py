@@ -294,7 +294,7 @@ def open_artefact(
     """An artefact and the checkpoint that holds its weights: its own folder, or the base of an adapter.
 
     `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
-    the weights. Raises `CheckpointError` for a damaged artefact, and where the base is not to be had.
+    the weights. Raises `CheckpointError` for a damaged artefact, and for a base that is not available.
     """
     artefact = read_artefact(folder, verify=verify)
     if artefact.form != ADAPTER:

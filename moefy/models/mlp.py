@@ -30,7 +30,7 @@ class DenseMlp:
     """Weights of one MLP, neuron-major: row `j` of every matrix belongs to neuron `j`."""
 
     up_ND: Tensor
-    """Rows `u_j`, the up projection (the only input projection where there is no gate)."""
+    """Rows `u_j`, the up projection (the only input projection without a gate)."""
     down_ND: Tensor
     """Rows `d_j`: the down projection, transposed."""
     activation: str
@@ -54,7 +54,7 @@ class DenseMlp:
 
     @property
     def selecting_ND(self) -> Tensor:
-        """The rows that decide when a neuron is active: the gate, or up where there is none."""
+        """The rows that decide when a neuron is active: the gate, or up without one."""
         return self.up_ND if self.gate_ND is None else self.gate_ND
 
     @property

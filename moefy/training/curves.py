@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.run.job import Job
+from moefy.run.tables import NO_PLOTS, has_plots, pyplot
 
 PANELS = (
     ("loss", "loss", "held_out_loss", None),
@@ -19,8 +20,10 @@ PANELS = (
 def keep_log(job: Job) -> None:
     """Put the log and its picture beside the finished model."""
     shutil.copy(job.work / "log.jsonl", job.finished / "log.jsonl")
-    if not draw_curves(job.finished / "log.jsonl", job.finished / "curves.png"):
-        job.report.say("no picture of the curves: pip install moefy[plots]")
+    if has_plots():
+        draw_curves(job.finished / "log.jsonl", job.finished / "curves.png")
+    else:
+        job.report.say(f"no picture of the curves: {NO_PLOTS}")
 
 
 def stopped(training: dict[str, Any], job: Job, lower: str) -> str:
@@ -31,36 +34,35 @@ def stopped(training: dict[str, Any], job: Job, lower: str) -> str:
     )
 
 
-def draw_curves(log: Path, picture: Path) -> bool:
-    """Write a PNG of a `log.jsonl`; False where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return False
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw_curves(log: Path, picture: Path) -> None:
+    """Write a PNG of a `log.jsonl`."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     panels = [p for p in PANELS if _series(rows, p[1])[0] or _series(rows, p[2])[0]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (title, step, check, scale) in zip(axes[0], panels, strict=True):
-        for name, style in ((step, {"alpha": 0.5}), (check, {"marker": "o", "markersize": 3})):
-            x, y = _series(rows, name)
-            if x:
-                axis.plot(x, y, label=name.replace("_", " "), **style)  # type: ignore[union-attr]
-        if check == "density":
-            x, y = _series(rows, "effective_experts")
-            axis.plot(x, y, label="effective experts", marker="s", markersize=3)
-        axis.set_title(title)
-        axis.set_xlabel("tokens")
-        if scale:
-            axis.set_yscale(scale)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-    return True
+    with pyplot() as plt:
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+        for axis, panel in zip(axes[0], panels, strict=True):
+            _draw(axis, rows, panel)
+        figure.tight_layout()
+        figure.savefig(picture, dpi=110)
+
+
+def _draw(
+    axis: Any, rows: list[dict[str, Any]], panel: tuple[str, str | None, str | None, str | None]
+) -> None:
+    title, step, check, scale = panel
+    for name, style in ((step, {"alpha": 0.5}), (check, {"marker": "o", "markersize": 3})):
+        x, y = _series(rows, name)
+        if x:
+            axis.plot(x, y, label=str(name).replace("_", " "), **style)
+    if check == "density":
+        x, y = _series(rows, "effective_experts")
+        axis.plot(x, y, label="effective experts", marker="s", markersize=3)
+    axis.set_title(title)
+    axis.set_xlabel("tokens")
+    if scale:
+        axis.set_yscale(scale)
+    axis.grid()
+    axis.legend(fontsize=8)
 
 
 def _series(rows: list[dict[str, Any]], name: str | None) -> tuple[list[int], list[float]]:

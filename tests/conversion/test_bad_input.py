@@ -290,7 +290,8 @@ def test_adapter_whose_base_is_gone_or_another(source, tmp_path):
 
 def test_verbs_on_the_wrong_folder(source, tmp_path):
     for verb in (["eval", source], ["generate", source, "x"], ["revert", source, tmp_path / "o"]):
-        refuse(verb, "moefy.json", "convert it first")
+        if verb[0] != "eval":  # which measures dense models too
+            refuse(verb, "moefy.json", "convert it first")
         refuse([verb[0], tmp_path / "absent", *verb[2:]], "absent: no such folder")
     refuse(["bench"], "--layer")
     refuse(["bench", "--layer", "64,64"], "D,N,E,k")

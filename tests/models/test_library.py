@@ -42,7 +42,7 @@ from transformers.pytorch_utils import Conv1D
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.experts.context import share_context
+from moefy.experts.moefied import share_context
 from moefy.experts.offload import offloaded
 from moefy.experts.passes import listen
 from moefy.experts.sparse_mlp import sparse_mlps

@@ -163,6 +163,19 @@ def test_code_that_is_not_run_is_spoken_of(source, code):
     assert "converted as LlamaForCausalLM of transformers" in text and "another model" in text
 
 
+def test_a_type_that_only_code_of_the_folder_knows(source):
+    edit(source, model_type=["own"], auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    refuse(source, "model_type ['own']")
+    deep = "a.B"
+    for _ in range(400):
+        deep = [deep]
+    edit(source, model_type="own", auto_map=deep)
+    refuse(source, "auto_map: a)")
+    edit(source, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (source / "configuration_own.py").write_text("raise SystemExit('ran')")
+    refuse(source, "model_type 'own'", "auto_map: configuration_own", "no code of a folder is run")
+
+
 def test_a_router_that_reads_gates_needs_some(tmp_path):
     source = build("opt", tmp_path / "opt")
     refuse(source, "layer 0: router 'self_gating' reads the gate", options=("--recipe", "cats"))

@@ -75,7 +75,7 @@ if find_spec("triton") is not None:
 def named(name: str, request: Request) -> str:
     """The row called `name`, or the one that stands in for it where it does not serve.
 
-    Raises `MoefyError` where there is no such row.
+    Raises `MoefyError` if no row has that name.
     """
     if name not in BACKENDS:
         raise MoefyError(unknown_choice("backend", name, [*BACKENDS, "auto"]))

@@ -74,7 +74,7 @@ class Request(NamedTuple):
 
 
 def kernel_layer(x_TD: Tensor, weights: ExpertWeights, experts: int) -> Layer:
-    """What is left of a layer of so many experts, in the dtype of `x_TD`, as kernels count it."""
+    """What is left to compute of a layer with `experts` experts, in the dtype of `x_TD`, as kernels count it."""
     decided = isinstance(weights, DecidedMlp)
     mlp = weights.mlp if isinstance(weights, DecidedMlp) else weights
     assert isinstance(mlp, DenseMlp)

@@ -109,7 +109,7 @@ def _halves(fused: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
 
 
 def unknown(experts: Any) -> str | None:
-    """What of this layer no kernel computes; None where there is nothing."""
+    """What of this layer no kernel computes; None if kernels compute it all."""
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm behind every expert"
     if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:

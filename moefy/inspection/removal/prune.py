@@ -41,6 +41,7 @@ from moefy.run.console import Reporter
 from moefy.run.output import OutputFolder
 from moefy.run.provenance import machine, versions
 from moefy.run.stages import Stages, digest
+from moefy.run.tables import NO_PLOTS, has_plots
 
 TOKENS = 20_000
 """Tokens that are read for each part, of the domain to forget and the others together."""
@@ -235,5 +236,7 @@ class _Removal:
         record["neurons"] = self.source.write(self.first(count), folder, self.report)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / README).write_text(card(record), encoding="utf-8")
-        if not draw(record, folder / PICTURE):
-            self.report.say("no picture of the curve: pip install moefy[plots]")
+        if has_plots():
+            draw(record, folder / PICTURE)
+        else:
+            self.report.say(f"no picture of the curve: {NO_PLOTS}")

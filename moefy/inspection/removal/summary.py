@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.inspection.removal.controls import CONTROLS
-from moefy.run.tables import markdown
+from moefy.run.tables import COLOURS, INK, SOFT, figure, markdown, pyplot
 
 Rows = tuple[list[str], list[list[str]]]
 
@@ -40,7 +40,7 @@ def curve_rows(record: dict[str, Any]) -> Rows:
         rows.append(
             [
                 f"{row['share']:.1%}{mark}", f"{row['ce_forget']:.3f}", f"{row['ce_retain']:.3f}",
-                percent(row["forget_loss"]), percent(row["retain_loss"]),
+                figure(row["forget_loss"], ".1%"), figure(row["retain_loss"], ".1%"),
                 f"{row['accuracy_forget']:.3f}", f"{row['accuracy_retain']:.3f}",
             ]
         )  # fmt: skip
@@ -64,8 +64,8 @@ def control_rows(record: dict[str, Any]) -> Rows:
             label += f" ({row['draws']} draws)"
         rows.append(
             [
-                label, str(record["removed"]["neurons"]), with_interval(row["forget_rise"]),
-                percent(row["forget_loss"]), percent(row["retain_loss"]),
+                label, str(record["removed"]["neurons"]), figure(row["forget_rise"]),
+                figure(row["forget_loss"], ".1%"), figure(row["retain_loss"], ".1%"),
             ]
         )  # fmt: skip
     return header, rows
@@ -125,23 +125,10 @@ def ratio(record: dict[str, Any]) -> str:
     found = record["against_energy"]
     if found["ratio"] is None:
         return "none, they cost the domain nothing"
-    value = f"{found['ratio']['mean']:.1f}"
-    if found["ratio"]["ci95"] is None:
-        return f"{value} (no interval: their rise is within chance of 0)"
-    low, high = found["ratio"]["ci95"]
-    return f"{value} [{low:.1f}, {high:.1f}]"
-
-
-def with_interval(value: dict[str, Any]) -> str:
-    """`0.123 [0.100, 0.150]`."""
-    low, high = value["ci95"]
-    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def percent(value: dict[str, Any]) -> str:
-    """`1.2% [1.0%, 1.5%]`."""
-    low, high = value["ci95"]
-    return f"{value['mean']:.1%} [{low:.1%}, {high:.1%}]"
+    unsure = found["ratio"]["ci95"] is None
+    return figure(found["ratio"], ".1f") + (
+        " (no interval: their rise is within chance of 0)" if unsure else ""
+    )
 
 
 def card(record: dict[str, Any]) -> str:
@@ -167,29 +154,20 @@ def card(record: dict[str, Any]) -> str:
     )
 
 
-INK, SOFT = "#222222", "#6b6b6b"
-FORGET, RETAIN, RANDOM = "#d55e00", "#0072b2", "#009e73"
+RETAIN, FORGET, RANDOM = COLOURS[:3]
 
 
-def draw(record: dict[str, Any], picture: Path) -> bool:
-    """Write a PNG of the curve; False where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return False
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    _draw_curve(axes[0], record)
-    _draw_way(axes[1], record)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-    return True
+def draw(record: dict[str, Any], picture: Path) -> None:
+    """Write a PNG of the curve."""
+    with pyplot() as plt:
+        drawn, axes = plt.subplots(1, 2, figsize=(10, 4))
+        _draw_curve(axes[0], record)
+        _draw_way(axes[1], record)
+        for axis in axes:
+            axis.grid()
+            axis.legend(fontsize=8)
+        drawn.tight_layout()
+        drawn.savefig(picture, dpi=110)
 
 
 def _draw_curve(axis: Any, record: dict[str, Any]) -> None:

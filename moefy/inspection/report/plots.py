@@ -4,19 +4,17 @@ Colours are told apart by colour-blind people and in grey; text is what the tabl
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.errors import MoefyError, OutputError
+from moefy.errors import OutputError
 from moefy.inspection.record import Inspection
 from moefy.inspection.texts.table import rows
+from moefy.run.tables import GRID, INK, SOFT, pyplot
 
-INK, SOFT, GRID = "#1f2429", "#646b72", "#e7e4de"
 ABOVE, BELOW = "#1f6fb0", "#c8651b"
 SHARES = {
     "share_token": ("the token", "#2f6f9f"),
@@ -38,7 +36,7 @@ def save_plots(inspection: Inspection, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     found = []
     for name, draw in PLOTS.items():
-        with _figure() as plt:
+        with pyplot() as plt:
             figure = draw(inspection, plt)
             if figure is None:
                 continue
@@ -50,26 +48,6 @@ def save_plots(inspection: Inspection, folder: str | Path) -> list[Path]:
                 raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
             found.append(path)
     return found
-
-
-@contextmanager
-def _figure() -> Iterator[Any]:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MoefyError("plots need matplotlib: pip install 'moefy[plots]'") from None
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: Any = {
-        "font.size": 9, "text.color": INK, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT,
-        "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 10,
-        "text.parse_math": False,  # names of domains are no formulas
-    }  # fmt: skip
-    with plt.rc_context(style):
-        yield plt
-        plt.close("all")
 
 
 def _routing(inspection: Inspection, plt: Any) -> Any:

@@ -150,7 +150,8 @@ class _Chain:
         """`a` of the tokens."""
         self.mean_TE = np.broadcast_to(self.load_E, self.idle_TE.shape)
         """P(e runs) of the judged tokens, which may lie outside of 0 to 1."""
-        self.rest_TE = learnt_TE - (self.ran_VE / np.maximum(self.size_V1, 1))[self.token.index_T]
+        mean_VE = self.ran_VE / np.maximum(self.size_V1, 1)
+        self.rest_TE = np.asarray(learnt_TE - mean_VE[self.token.index_T], dtype=np.float32)
         """What the learnt tokens did beyond the means of what was added."""
         self.bits_TE = self._bits(self.mean_TE)
 
@@ -176,22 +177,7 @@ class _Chain:
         """Add a factor with the best of these weights `b`; returns it."""
         group, pair = self.frame.factors[factor]
         learnt, learnt_pair = group.take(self.learn_T), pair.take(self.learn_T)
-        size_VG = sparse.csr_array(
-            (
-                np.ones(len(learnt.index_T), dtype=np.float32),
-                (self.token.index_T, learnt.index_T),
-            ),
-            shape=(self.token.size, group.size),
-        )
-        effect_GE = _main_effects(size_VG, learnt.sums(self.rest_TE))
-        rest_TE = self.rest_TE - effect_GE[learnt.index_T]
-        of_token_VE = size_VG @ effect_GE
-        rest_TE += (of_token_VE / np.maximum(self.size_V1, 1))[self.token.index_T]
-        # What stands in for E[delta|v] is smoothed as P(e|v) is, so that rare ids fit together.
-        mean_E = (learnt.count_C @ effect_GE) / max(len(learnt.index_T), 1)
-        smooth_VE = (of_token_VE + self.weight * mean_E) / (self.size_V1 + self.weight)
-        main_TE = effect_GE[group.index_T[self.judge_T]]
-        main_TE = (main_TE - smooth_VE[self.judged_token_T]).astype(np.float32)
+        main_TE, rest_TE = self._main(group, learnt)
         sum_CE = learnt_pair.sums(rest_TE)
         size_C1 = learnt_pair.count_C[:, None].astype(np.float32)
         judged_pair_T = pair.index_T[self.judge_T]
@@ -214,6 +200,22 @@ class _Chain:
             rested_CE = sum_CE / (size_C1 + np.float32(weight))
             self.rest_TE = rest_TE - rested_CE[learnt_pair.index_T]
         return weight
+
+    def _main(self, group: Groups, learnt: Groups) -> tuple[Singles, Singles]:
+        """Main effects of a factor on the judged tokens, and what the learnt tokens did beyond them."""
+        ones_T = np.ones(len(learnt.index_T), dtype=np.float32)
+        size_VG = sparse.csr_array(
+            (ones_T, (self.token.index_T, learnt.index_T)), shape=(self.token.size, group.size)
+        )
+        effect_GE = _main_effects(size_VG, learnt.sums(self.rest_TE))
+        of_token_VE = size_VG @ effect_GE
+        rest_TE = self.rest_TE - effect_GE[learnt.index_T]
+        rest_TE += (of_token_VE / np.maximum(self.size_V1, 1))[self.token.index_T]
+        # What stands in for E[delta|v] is smoothed as P(e|v) is, so that rare ids fit together.
+        mean_E = (learnt.count_C @ effect_GE) / max(len(learnt.index_T), 1)
+        smooth_VE = (of_token_VE + self.weight * mean_E) / (self.size_V1 + self.weight)
+        main_TE = effect_GE[group.index_T[self.judge_T]] - smooth_VE[self.judged_token_T]
+        return main_TE.astype(np.float32), np.asarray(rest_TE, dtype=np.float32)
 
 
 def _least(trials: list[Singles]) -> int:

@@ -155,7 +155,7 @@ def one_level(points: int, clusters: int) -> bool:
 
 def _groups(points: int, clusters: int) -> int:
     """Clusters of the upper level: 1 where one level is small enough, else a divisor near the
-    square root of the count (1 again where there is none)."""
+    square root of the count (1 again without one)."""
     if one_level(points, clusters):
         return 1
     divisors = [d for d in range(2, clusters // 2 + 1) if clusters % d == 0]

@@ -71,7 +71,7 @@ def markers(mlp: DenseMlp, x_TD: Tensor, num_experts: int, seed: int) -> Tensor:
 
 
 def gate_activity(mlp: DenseMlp, x_TD: Tensor) -> Tensor:
-    """Activated gates `[T, N]`, or activations where there is no gate."""
+    """Activated gates `[T, N]`, or activations without a gate."""
     return activation_function(mlp.activation)(mlp.deciding(x_TD))
 
 

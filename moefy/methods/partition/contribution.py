@@ -14,7 +14,7 @@ grouped again around what a router would switch on. Each round predicts the ener
 (the squared contributions of its neurons, as a root) from the MLP's input by ridge regression,
 takes the top quarter of the experts for each token, and moves neurons, sizes held equal, to the
 expert that is on where their energy is. The partition that lost the least energy to its own router
-is kept. Where experts are so many that clusters are found in two levels, the first step is all.
+is kept. With too many experts for one level of clusters, only the first step is done.
 
 Shapes: T tokens, D model width, N neurons, E experts, K experts on per token, R features of inputs.
 """

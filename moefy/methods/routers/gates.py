@@ -123,7 +123,7 @@ class LargestInputsRouter(RoughGateRouter):
     def make(
         cls, width: int, experts: int, neurons: int, given: Mapping[str, Any]
     ) -> "LargestInputsRouter":
-        """A router that reads so many `inputs`."""
+        """A router that reads `inputs` inputs."""
         return cls(width, experts, neurons, **vars(cls.settings(given)))
 
     @property

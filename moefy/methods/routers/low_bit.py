@@ -1,6 +1,6 @@
 """Low-bit gate: every neuron's gate, read from a copy of very few bits, predicts its contribution.
 
-The rows that decide (the gate, or up where there is none) are kept in `bits` bits with one scale per
+The rows that decide (the gate, or up without one) are kept in `bits` bits with one scale per
 64 weights: rough, and good enough to rank neurons by (ours; `moefy.methods.routers.gates` for the score).
 What is read for a token is `bits / 16` of the deciding matrix in memory traffic, though all of its
 products are computed: `weights_read` counts the former, `products` the latter.

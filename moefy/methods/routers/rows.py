@@ -28,7 +28,7 @@ class CentroidRouter(Router):
         self.register_buffer("centroid", torch.zeros(experts, width))
 
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
-        """Take the centroids from the gate rows, or the up rows where there is no gate."""
+        """Take the centroids from the gate rows, or the up rows without a gate."""
         rows_ND = normalize(mlp.selecting_ND.float(), dim=-1)
         self.centroid.copy_(rows_ND.view(len(self.centroid), -1, mlp.width).mean(1))
 
@@ -40,7 +40,7 @@ class CentroidRouter(Router):
 class MeanGateRouter(Router):
     """Mean-gate router: each expert's mean gate vector, unfitted (ExpertWeaver, arXiv 2602.15521).
 
-    Scores `x . mean of the expert's gate rows`, the up rows where there is no gate.
+    Scores `x . mean of the expert's gate rows`, the up rows without a gate.
     """
 
     trainable = False
@@ -63,7 +63,7 @@ class RepresentativeRouter(Router):
     """Representative-neuron router: one real neuron speaks for each expert (CMoE, Pei et al. 2025).
 
     The representative is the neuron whose activation markers are nearest to the expert's mean markers.
-    Nothing is fitted: two rows per expert are copied, or one where there is no gate.
+    Nothing is fitted: two rows per expert are copied, or one without a gate.
 
     Scores `|act(g.x) (u.x)|` with the normalised rows of the representative neuron.
     """
