@@ -128,6 +128,7 @@ class LayerEntry(Entry):
         """What `router` holds besides its name."""
         return super().router_fields() | {
             "bits": whole(0, 64), "inputs": whole(0, self.width), "look_ahead": schema.flag(),
+            "settings": optional(schema.scalars()),
         }  # fmt: skip
 
     def contradiction(self) -> str | None:

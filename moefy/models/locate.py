@@ -27,6 +27,7 @@ from moefy.models import search as structure
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.families import FAMILIES, Family, config_value
 from moefy.models.mlp import DenseMlp
+from moefy.run.reading import reason
 
 _EXPERT_COUNTS = (
     "num_local_experts",
@@ -231,6 +232,19 @@ def permute(site: Site, name: str, tensor: Tensor, neurons: Tensor) -> Tensor:
     return others
 
 
+def _class_of(config: PreTrainedConfig, where: str) -> Any:
+    """The class that `meta_model` builds."""
+    names = config.architectures if isinstance(config.architectures, list | tuple) else ()
+    for name in names:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    if config.model_type not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
+    family = FAMILIES.get(config.model_type)
+    return getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `config` on the meta device: every module and shape, no memory.
 
@@ -238,15 +252,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     for the kind of model. Raises `UnsupportedModel` where transformers cannot build it.
     """
     where = f"config.json: transformers {transformers.__version__}"
-    for name in config.architectures or ():
-        kind: Any = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            break
-    else:
-        if config.model_type not in transformers.CONFIG_MAPPING:
-            raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
-        family = FAMILIES.get(config.model_type)
-        kind = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+    kind = _class_of(config, where)
     if issubclass(kind, PreTrainedModel):
         build = kind._from_config
     else:
@@ -254,18 +260,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        ArithmeticError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # whatever modeling code makes of sizes that contradict each other
         raise UnsupportedModel(
-            f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason}"
+            f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason(error)}"
         ) from error
     model.train(False)
     return model
@@ -367,7 +364,11 @@ def _site(
             )
         maps[role] = module
     activation = config_value(config, family.activation)
-    if activation not in ACT2FN or any(ACT2FN[activation].parameters()):
+    if (
+        not isinstance(activation, str)
+        or activation not in ACT2FN
+        or any(ACT2FN[activation].parameters())
+    ):
         raise UnsupportedModel(
             f"{config.model_type}: activation {activation!r} is not a function of one number "
             "from transformers' ACT2FN"

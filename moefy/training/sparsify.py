@@ -179,7 +179,7 @@ class _Sparsifying:
 def _activation_key(source: Checkpoint, found: list[Site]) -> str:
     """The key of config.json that names the activation."""
     key = found[0].family.activation
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = source.config
     if "." in key or key not in config:
         raise UnsupportedModel(
             f"{source.folder}: relu=true: the activation of model_type '{config.get('model_type')}' "
