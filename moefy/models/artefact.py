@@ -85,7 +85,7 @@ class Entry:
 
     def router_fields(self) -> dict[str, Field]:
         """What `router` holds besides its name."""
-        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.table())}
+        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.scalars())}
 
     def contradiction(self) -> str | None:
         """What does not go together, if anything."""
@@ -128,7 +128,6 @@ class LayerEntry(Entry):
         """What `router` holds besides its name."""
         return super().router_fields() | {
             "bits": whole(0, 64), "inputs": whole(0, self.width), "look_ahead": schema.flag(),
-            "settings": optional(schema.scalars()),
         }  # fmt: skip
 
     def contradiction(self) -> str | None:

@@ -393,6 +393,8 @@ def _checked_shape(
     first, second = maps["down"].weight.shape
     neurons, width = (first, second) if family.transposed else (second, first)
     rows = maps["up"].weight.shape[int(family.transposed)]
+    if not neurons or not width:
+        raise UnsupportedModel(f"{config.model_type}: {layer} has {neurons} neurons, width {width}")
     for what, got, rule in (("neurons", neurons, family.neurons), ("width", width, family.width)):
         expected = config_value(config, rule)
         if got != expected or rows != neurons * (2 if family.fused else 1):
