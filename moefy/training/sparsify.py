@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, load_corpus
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.errors import UnsupportedModel
 from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import Outputs, ce_per_token, run_outputs
@@ -31,11 +31,9 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.dense import train_dense
-from moefy.training.loop import Diverged, Outcome, disk_of
-from moefy.training.objectives import Activations, sparse
+from moefy.training.loop import Diverged, Outcome, Texts, disk_of, read_texts
+from moefy.training.objectives import Activations, sparse, train_dense
 from moefy.training.recipe import SparsifyRecipe
-from moefy.training.texts import Texts, read_texts
 
 
 @asked
@@ -65,29 +63,11 @@ def sparsify(
     job = Job(
         "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched()
     )
-    source, text = Checkpoint.open(model), load_corpus(corpus)
-    found = sites(meta_model(read_config(source)))
-    key = _activation_key(source, found) if recipe.relu else None
-    texts = read_texts(source, text, recipe, recipe.seed)
-    if texts.held[0].targets_BT is None:
-        raise UnsupportedModel(
-            f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
-        )
-    hashes = job.processes.once(source.hashes)
-    decided = [hashes, asdict(recipe), text.sha256, job.processes.count]
-    with job.running(decided, disk=disk_of(source), worthless=(Diverged,)):
-        figures = _Sparsifying(job, source, found, texts, recipe, key).run(control)
-        if not job.processes.main:
-            return {}
-        record = {
-            "kind": "sparsify",
-            "recipe": asdict(recipe),
-            "corpus": {"name": text.name, "sha256": text.sha256},
-            **figures,
-            "machine": machine(),
-        }
-        (job.finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
-        keep_log(job)
+    run = _Sparsifying.read(job, Checkpoint.open(model), load_corpus(corpus), recipe)
+    with job.running(run.decided(), disk=disk_of(run.source), worthless=(Diverged,)):
+        record = run.run(control)
+    if not job.processes.main:
+        return {}
     job.commit()
     if record["training"]["stopped"]:
         job.report.say(stopped(record["training"], job, "learning_rate or weight"))
@@ -101,13 +81,33 @@ class _Sparsifying:
     job: Job
     source: Checkpoint
     sites: list[Site]
+    corpus: Corpus
     texts: Texts
     recipe: SparsifyRecipe
     key: str | None
     """The key of config.json that is to name ReLU."""
 
+    @classmethod
+    def read(
+        cls, job: Job, source: Checkpoint, corpus: Corpus, recipe: SparsifyRecipe
+    ) -> "_Sparsifying":
+        """Raises `MoefyError` where it cannot be trained."""
+        mlps = sites(meta_model(read_config(source)))
+        key = _activation_key(source, mlps) if recipe.relu else None
+        texts = read_texts(source, corpus, recipe, recipe.seed)
+        if texts.held[0].targets_BT is None:
+            raise UnsupportedModel(
+                f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
+            )
+        return cls(job, source, mlps, corpus, texts, recipe, key)
+
+    def decided(self) -> list[Any]:
+        """All that decides the result, as JSON values."""
+        hashes = self.job.processes.once(self.source.hashes)
+        return [hashes, asdict(self.recipe), self.corpus.sha256, self.job.processes.count]
+
     def run(self, control: bool) -> dict[str, Any]:
-        """Train, write and measure; the figures."""
+        """Train, write and measure; the record."""
         job, recipe, state = self.job, self.recipe, PartialState()
         job.report.say(
             f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
@@ -131,12 +131,20 @@ class _Sparsifying:
         # What is written may be rounded to 16 bits: that is what is evaluated.
         again = load_dense(Checkpoint.open(job.finished), dtype=torch.float32)
         nn.Module.to(again, state.device)
-        figures = {
+        record = {
+            "kind": "sparsify",
+            "recipe": asdict(recipe),
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
             "training": vars(outcome),
             "before": before,
             "after": self._figures(again),
+            **({"control": self._control()} if control else {}),
+            "machine": machine(),
         }
-        return figures | ({"control": self._control()} if control else {})
+        if job.processes.main:
+            (job.finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
+            keep_log(job)
+        return record
 
     def _control(self) -> dict[str, Any]:
         """The unchanged model, trained on the same tokens without a penalty."""
