@@ -214,8 +214,8 @@ def _memory(
     if recipe.allocates or recipe.distil.steps:
         metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
         # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
-        kept = width * sum(6 * s.neurons + 9 * s.width for s in found)
-        stages.append(weights + metric + BACKWARD_TOKENS * kept + logits)
+        per_token = width * sum(6 * s.neurons + 9 * s.width for s in found)
+        stages.append(weights + metric + BACKWARD_TOKENS * per_token + logits)
     file = checkpoint.folder / "tokenizer.json"
     tokenizer = _TOKENIZER * file.stat().st_size if file.exists() else 0
     return FIXED + tokenizer + max(stages)

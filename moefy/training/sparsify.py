@@ -31,7 +31,7 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.loop import Diverged, Outcome, Texts, disk_of, read_texts
+from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts
 from moefy.training.objectives import Activations, sparse, train_dense
 from moefy.training.recipe import SparsifyRecipe
 
@@ -82,7 +82,7 @@ class _Sparsifying:
     source: Checkpoint
     sites: list[Site]
     corpus: Corpus
-    texts: Texts
+    texts: TrainingTexts
     recipe: SparsifyRecipe
     key: str | None
     """The key of config.json that is to name ReLU."""
