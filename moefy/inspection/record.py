@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moefy.errors import CheckpointError, MoefyError, unknown_choice
 from moefy.inspection.texts.table import Table, rows
 from moefy.run.output import write_whole
+from moefy.run.reading import reading
 
 FILE = "inspection.json"
 FORMAT = 1
@@ -115,12 +116,8 @@ class Inspection:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        try:
+        with reading(path, "inspect again"):
             values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: is damaged ({error}); inspect again") from None
         if not isinstance(values, dict) or values.get("kind") != "inspection":
             raise CheckpointError(f"{path}: is no inspection; give a file of `moefy inspect`")
         if values["format"] != FORMAT:
