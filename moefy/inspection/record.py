@@ -1,4 +1,4 @@
-"""An inspection: all that was found about the experts of one model, as tables and a page-one record.
+"""An inspection: all that was found about the experts of one model, as tables and a quality summary.
 
     found = moefy.inspect("out")
     found.expert(5, 12)["domains"]              # rows of one expert, table by table
@@ -33,7 +33,7 @@ class Inspection:
     meta: dict[str, Any]
     """What was inspected, with what: model, layers, texts, settings, seeds, versions, machine, seconds."""
     honesty: dict[str, Any]
-    """Page one: how good the model is and how much of what follows chance or tokens explain."""
+    """The quality summary: how good the model is and how much of what follows chance or tokens explain."""
     tables: dict[str, Table]
     texts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     """By document number, `text`, and `ends`: where in it every token ends; for examples in context."""
