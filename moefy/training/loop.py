@@ -112,69 +112,103 @@ def fine_tune(
     `groups` are the optimiser's parameter groups. Raises `Diverged` where the loss is not finite
     before there is a checkpoint to go back to.
     """
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    outcome = Outcome()
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = _schedule(optimizer, recipe.steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule, outcome)
-    parameters = [p for group in groups for p in group["params"]]
-    store = _Store(accelerator, folder)
-    if store.exists:
-        store.load()
-    else:
-        outcome.before = outcome.after = check()
-        store.save()
-    log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
-    failed = 0
-    steps = sampler(samples, recipe.batch_tokens, recipe.seed, least=processes)
-    remaining = islice(steps, outcome.steps, recipe.steps)
-    with report.progress(recipe.steps, what, outcome.steps) as progress:
-        for documents in remaining:
-            began = time.perf_counter()
-            counted = sum(map(_predicted, documents))
-            share = documents[rank::processes]
-            row = _backward(wrapped, objective, share, counted, recipe, accelerator)
-            norm = float(accelerator.clip_grad_norm_(parameters, CLIP))
-            row |= {"gradient_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
-            if not math.isfinite(row["loss"] + norm):
-                outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
-                break
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            outcome.steps += 1
-            outcome.tokens += counted
-            row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
-            if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
-                # All processes are to decide alike.
-                checked = broadcast_object_list([check()])[0]
-                row |= checked
-                good = _passes(checked, outcome.before)
-                outcome.after, failed = (checked, 0) if good else (outcome.after, failed + 1)
-            # Before the checkpoint: lines after the newest one are dropped when a run goes on.
-            log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
-            if "held_out_loss" in row and not failed:
-                store.save()
-            progress(_shown(row))
-            if failed == PATIENCE or (failed and outcome.steps == recipe.steps):
-                outcome.stopped = (
-                    f"the held-out loss rose to {checked['held_out_loss']:.4g} at step "
-                    f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
-                )
-                break
-    if outcome.stopped:
-        reason = outcome.stopped
-        store.load()
-        if not outcome.steps:
+    training = _Training(model, groups, objective, recipe, accelerator, check, folder)
+    training.run(samples, report, what)
+    if training.outcome.stopped:
+        training.go_back(what)
+    accelerator.unwrap_model(training.wrapped, keep_fp32_wrapper=False)
+    accelerator.wait_for_everyone()
+    return training.outcome
+
+
+class _Training:
+    """A training between two steps; made, it is at its first step or at that of its checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        objective: Objective,
+        recipe: TrainingRecipe,
+        accelerator: Accelerator,
+        check: Check,
+        folder: Path,
+    ) -> None:
+        self.objective, self.recipe, self.accelerator = objective, recipe, accelerator
+        self.check, self.outcome, self.failed = check, Outcome(), 0
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.schedule = _schedule(optimizer, recipe.steps)
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(self.schedule, self.outcome)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.store = _Store(accelerator, folder)
+        if self.store.exists:
+            self.store.load()
+        else:
+            self.outcome.before = self.outcome.after = check()
+            self.store.save()
+        main = accelerator.is_main_process
+        self.log = _Log(folder / "log.jsonl", self.outcome.steps, main)
+
+    def run(self, samples: list[Sample], report: Reporter, what: str) -> None:
+        """Take the steps that are left, or as many as go well."""
+        outcome, recipe = self.outcome, self.recipe
+        least = self.accelerator.num_processes
+        steps = sampler(samples, recipe.batch_tokens, recipe.seed, least=least)
+        with report.progress(recipe.steps, what, outcome.steps) as progress:
+            for documents in islice(steps, outcome.steps, recipe.steps):
+                row = self.step(documents)
+                if outcome.stopped:
+                    break
+                # Before the checkpoint: lines after the newest one are dropped when a run goes on.
+                self.log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
+                if "held_out_loss" in row and not self.failed:
+                    self.store.save()
+                progress(_shown(row))
+                if self.failed == PATIENCE or (self.failed and outcome.steps == recipe.steps):
+                    outcome.stopped = (
+                        f"the held-out loss rose to {row['held_out_loss']:.4g} at step "
+                        f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
+                    )
+                    break
+
+    def step(self, documents: list[Sample]) -> dict[str, Any]:
+        """One step, and a check where one is due: what the log says of it."""
+        outcome, recipe, accelerator = self.outcome, self.recipe, self.accelerator
+        began, counted = time.perf_counter(), sum(map(_predicted, documents))
+        share = documents[accelerator.process_index :: accelerator.num_processes]
+        row: dict[str, Any] = {
+            **_backward(self.wrapped, self.objective, share, counted, recipe, accelerator)
+        }
+        norm = float(accelerator.clip_grad_norm_(self.parameters, CLIP))
+        row |= {"gradient_norm": norm, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        if not math.isfinite(row["loss"] + norm):
+            outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
+            return row
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        outcome.steps += 1
+        outcome.tokens += counted
+        row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
+        if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
+            # All processes are to decide alike.
+            checked = broadcast_object_list([self.check()])[0]
+            row |= checked
+            good = _passes(checked, outcome.before)
+            outcome.after, self.failed = (checked, 0) if good else (outcome.after, self.failed + 1)
+        return row
+
+    def go_back(self, what: str) -> None:
+        """To the newest checkpoint, keeping why; `Diverged` where that is the beginning."""
+        reason = self.outcome.stopped
+        self.store.load()
+        if not self.outcome.steps:
             raise Diverged(
                 f"{what}: {reason}, before there was a checkpoint to go back to; lower "
                 "learning_rate"
             )
-        outcome.stopped = reason
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.wait_for_everyone()
-    return outcome
+        self.outcome.stopped = reason
 
 
 def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:

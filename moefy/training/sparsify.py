@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, load_corpus
+from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.errors import UnsupportedModel
 from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import Outputs, ce_per_token, run_outputs
@@ -76,18 +76,9 @@ def sparsify(
     hashes = job.processes.once(source.hashes)
     decided = [hashes, asdict(recipe), text.sha256, job.processes.count]
     with job.running(decided, disk=disk_of(source), worthless=(Diverged,)):
-        figures = _Sparsifying(job, source, found, texts, recipe, key).run(control)
-        if not job.processes.main:
-            return {}
-        record = {
-            "kind": "sparsify",
-            "recipe": asdict(recipe),
-            "corpus": {"name": text.name, "sha256": text.sha256},
-            **figures,
-            "machine": machine(),
-        }
-        (job.finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
-        keep_log(job)
+        record = _Sparsifying(job, source, found, text, texts, recipe, key).run(control)
+    if not job.processes.main:
+        return {}
     job.commit()
     if record["training"]["stopped"]:
         job.report.say(stopped(record["training"], job, "learning_rate or weight"))
@@ -101,13 +92,14 @@ class _Sparsifying:
     job: Job
     source: Checkpoint
     sites: list[Site]
+    corpus: Corpus
     texts: Texts
     recipe: SparsifyRecipe
     key: str | None
     """The key of config.json that is to name ReLU."""
 
     def run(self, control: bool) -> dict[str, Any]:
-        """Train, write and measure; the figures."""
+        """Train, write and measure; the record, or nothing in processes that have only helped."""
         job, recipe, state = self.job, self.recipe, PartialState()
         job.report.say(
             f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
@@ -131,12 +123,25 @@ class _Sparsifying:
         # What is written may be rounded to 16 bits: that is what is evaluated.
         again = load_dense(Checkpoint.open(job.finished), dtype=torch.float32)
         nn.Module.to(again, state.device)
-        figures = {
+        record: dict[str, Any] = {
+            "kind": "sparsify",
+            "recipe": asdict(recipe),
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
             "training": vars(outcome),
             "before": before,
             "after": self._figures(again),
         }
-        return figures | ({"control": self._control()} if control else {})
+        if control:
+            record["control"] = self._control()
+        return self._finish(record) if job.processes.main else {}
+
+    def _finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record, log and curves beside the weights."""
+        record["machine"] = machine()
+        text = json.dumps(record, indent=1) + "\n"
+        (self.job.finished / "sparsify.json").write_text(text, encoding="utf-8")
+        keep_log(self.job)
+        return record
 
     def _control(self) -> dict[str, Any]:
         """The unchanged model, trained on the same tokens without a penalty."""
