@@ -194,9 +194,9 @@ def recover(
     Example: moefy recover ./llama-moefied ./llama-recovered --train-tokens 2000000 --corpus ./text
     """
     from moefy import recipe as recipes
+    from moefy.training.curves import recovery_rows
     from moefy.training.recipe import RecoverRecipe
     from moefy.training.recover import recover as run
-    from moefy.training.tables import recovery_rows
 
     given = training_settings(
         dtype, tokens=train_tokens, train=train, lora_rank=lora_rank, seed=seed
@@ -231,9 +231,9 @@ def sparsify(
     Example: moefy sparsify ./llama ./llama-relu --relu --train-tokens 2000000 --corpus ./text
     """
     from moefy import recipe as recipes
+    from moefy.training.curves import sparsify_rows
     from moefy.training.recipe import SparsifyRecipe
     from moefy.training.sparsify import sparsify as run
-    from moefy.training.tables import sparsify_rows
 
     given = training_settings(
         dtype, relu=relu or None, penalty=penalty, weight=weight, tokens=train_tokens, seed=seed

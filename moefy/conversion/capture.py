@@ -10,8 +10,9 @@ Shapes: B documents, T tokens, D model width.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -76,59 +77,95 @@ def capture(
 
     Raises `MoefyError` where an activation is not finite.
     """
-    sides = sorted({side_of(site) for site in found})
-    sizes = {side: _sizes(model, found, batches, side) for side in sides}
-    keep = {side: drawn(sizes[side], limit, seed) for side in sides}
-    before = {side: _before(keep[side]) for side in sides}
+    writer = _Writer.of(model, found, batches, into, limit, seed)
     if processes.main:
         for site in found:
-            (into.folder / f"{into.name}-{site.index}.bin").touch()
+            writer.file(site).touch()
     processes.wait()
-    files = {s.index: (into.folder / f"{into.name}-{s.index}.bin").open("r+b") for s in found}
-    current: list[int] = []
+    handles = listen(model, found, writer.hear)
+    mine = processes.mine(range(len(batches)))
+    try:
+        for number in report.track(mine, f"measure for {into.name}"):
+            writer.number = number
+            walk(model, batches[number])
+    finally:
+        for handle in handles:
+            handle.remove()
+        writer.close()
+    processes.wait()
+    if processes.main:
+        write_whole(into._index, json.dumps(writer.index(found, model.dtype)))
+    processes.wait()
 
-    def heard(site: Place, x_TD: Tensor) -> None:
-        number, side = current[0], side_of(site)
-        batch, chosen_T = batches[number], keep[side][number]
+
+@dataclass
+class _Writer:
+    """Writes what places see of one batch after the other."""
+
+    batches: list[Batch]
+    into: Captured
+    sizes: dict[str, list[int]]
+    """Tokens of every batch by side, padding left out."""
+    keep: dict[str, list[Tensor]]
+    """Which of them are kept `[T]`."""
+    before: dict[str, list[int]]
+    """How many are kept before each batch, and in all."""
+    files: dict[int, BinaryIO] = field(default_factory=dict)
+    number: int = 0
+    """The batch under way."""
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        found: Sequence[Place],
+        batches: list[Batch],
+        into: Captured,
+        limit: int,
+        seed: int,
+    ) -> "_Writer":
+        sides = sorted({side_of(site) for site in found})
+        sizes = {side: _sizes(model, found, batches, side) for side in sides}
+        keep = {side: drawn(sizes[side], limit, seed) for side in sides}
+        counts = {side: [int(chosen_T.sum()) for chosen_T in keep[side]] for side in sides}
+        before = {side: [0, *np.cumsum(counts[side]).tolist()] for side in sides}
+        return cls(batches, into, sizes, keep, before)
+
+    def file(self, site: Place) -> Path:
+        return self.into.folder / f"{self.into.name}-{site.index}.bin"
+
+    def hear(self, site: Place, x_TD: Tensor) -> None:
+        """Write the rows of one place that are kept, where one process would have put them."""
+        side, batch = side_of(site), self.batches[self.number]
         mask = batch.mask(side)
         if mask is not None:
             x_TD = x_TD[mask.flatten().to(x_TD.device)]
-        kept_TD = x_TD[chosen_T.to(x_TD.device)].cpu().contiguous()
+        kept_TD = x_TD[self.keep[side][self.number].to(x_TD.device)].cpu().contiguous()
         if not kept_TD.isfinite().all():
             raise MoefyError(
                 f"{site.layer}: the input of {site.module} is not finite for document "
                 f"'{batch.samples[0].document.source_id}' or one batched with it; the weights hold "
                 f"NaN, or {kept_TD.dtype} overflows"
             )
-        file = files[site.index]
-        file.seek(before[side][number] * site.width * kept_TD.itemsize)
+        if site.index not in self.files:
+            self.files[site.index] = self.file(site).open("r+b")
+        file = self.files[site.index]
+        file.seek(self.before[side][self.number] * site.width * kept_TD.itemsize)
         file.write(kept_TD.flatten().view(torch.uint8).numpy().tobytes())
 
-    handles = listen(model, found, heard)
-    mine = processes.mine(range(len(batches)))
-    try:
-        for number in report.track(mine, f"measure for {into.name}"):
-            current[:] = [number]
-            walk(model, batches[number])
-    finally:
-        for handle in handles:
-            handle.remove()
-        for file in files.values():
+    def close(self) -> None:
+        for file in self.files.values():
             file.close()
-    processes.wait()
-    if processes.main:
-        index = {
-            "tokens": [before[side_of(site)][-1] for site in found],
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "domains": {s: domains_of(batches, s, sizes[s], keep[s]) for s in sides},
+
+    def index(self, found: Sequence[Place], dtype: torch.dtype) -> dict[str, Any]:
+        """What `Captured` reads of a sample that is complete."""
+        return {
+            "tokens": [self.before[side_of(site)][-1] for site in found],
+            "dtype": str(dtype).removeprefix("torch."),
+            "domains": {
+                s: domains_of(self.batches, s, self.sizes[s], self.keep[s]) for s in self.keep
+            },
         }
-        write_whole(into._index, json.dumps(index))
-    processes.wait()
-
-
-def _before(chosen: list[Tensor]) -> list[int]:
-    """How many tokens are kept before each batch, and in all."""
-    return [0, *np.cumsum([int(chosen_T.sum()) for chosen_T in chosen]).tolist()]
 
 
 def domains_of(

@@ -87,18 +87,14 @@ def convert(
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     job = Job("convert", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched())
-    map_large_blocks()
     with _on_disk(model, adapter) as folder:
         task = _planned(job, folder, recipe, load_corpus(corpus), adapter, stream)
-        with job.running(
-            [recipes.to_dict(recipe), task.source, task.corpus, adapter, stream],
-            disk=streamed.disk(task) if stream else task.todo.disk,
-        ):
+        disk = streamed.disk(task) if stream else task.todo.disk
+        with job.running([*task.decided, stream], disk=disk):
             made = streamed.stream(task) if stream else _in_memory(task)
-            if made is None:
-                return {}
-            records = _sealed(task, made, stream)
-    job.commit()
+            records = {} if made is None else _sealed(task, made, stream)
+    if job.processes.main:
+        job.commit()
     job.processes.wait()
     return records
 
@@ -110,6 +106,7 @@ def _planned(
 
     Raises what `plan` raises, and `MoefyError` where it cannot be done in this way.
     """
+    map_large_blocks()
     with job.clock.stage("plan"):
         checkpoint = Checkpoint.open(folder)
         task = Conversion.planned(
@@ -134,7 +131,6 @@ def _in_memory(task: Conversion) -> Converted | None:
     """Every stage on the whole model, one after the other; None in processes that have only helped."""
     made = fitted(task)
     if not task.processes.main:
-        task.processes.wait()
         return None
     with task.clock.stage("write"):
         _write(task, made.artefact)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from moefy.conversion.fit import Tokens
@@ -111,25 +113,10 @@ def _train(
     All of `whole` but the routers and compensations of `modules` is frozen meanwhile: its gradients
     would take as much time and memory as those that are wanted.
     """
-    groups = [
-        *scaled_groups((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
-        *scaled_groups((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
-    ]  # fmt: skip
-    parameters = [p for group in groups for p in group["params"]]
-    if not parameters:
-        raise MoefyError(
-            "distillation found nothing to train: neither the router nor the compensation has "
-            "parameters; choose others or set distil.steps=0"
-        )
-    for module in modules:
-        if not module.selection.by_score:
-            raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
-        module.straight_through = True
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in groups], total_steps=recipe.steps + 1, pct_start=WARMUP
-    )
+    optimizer, schedule, parameters = _optimiser(modules, recipe)
     history: list[float] = []
+    for module in modules:
+        module.straight_through = True
     try:
         with torch.enable_grad(), only_training(whole, parameters):
             for _ in report.track(range(recipe.steps), "distil"):
@@ -152,6 +139,30 @@ def _train(
             module.straight_through = False
             module.scores_TE = None
     return history
+
+
+def _optimiser(
+    modules: list[SparseMlp], recipe: DistilRecipe
+) -> tuple[Optimizer, LRScheduler, list[nn.Parameter]]:
+    """AdamW with warm-up and cosine, and what it trains; raises `MoefyError` if nothing can be."""
+    groups = [
+        *scaled_groups((p for m in modules for p in m.router.parameters()), ROUTER_RATE * recipe.learning_rate),
+        *scaled_groups((p for m in modules for p in m.compensation.parameters()), recipe.learning_rate),
+    ]  # fmt: skip
+    parameters = [p for group in groups for p in group["params"]]
+    if not parameters:
+        raise MoefyError(
+            "distillation found nothing to train: neither the router nor the compensation has "
+            "parameters; choose others or set distil.steps=0"
+        )
+    for module in modules:
+        if not module.selection.by_score:
+            raise MoefyError("distillation needs a selection by scores; choose topk or threshold")
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in groups], total_steps=recipe.steps + 1, pct_start=WARMUP
+    )
+    return optimizer, schedule, parameters
 
 
 def scaled_groups(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:

@@ -121,6 +121,29 @@ def fit_router(
     if not router.trainable or k == experts:
         return _Quality(mlp, held.some(MEASURED), experts, k).of(router, 0)
     quality = _Quality(mlp, held, experts, k)
+    best, best_state, waited = quality.of(router, 0), _copy(router), 0
+    passes = _passes(router, mlp, tokens, experts, k, recipe, seed)
+    for epoch, _ in enumerate(passes, 1):
+        fit = quality.of(router, epoch)
+        waited += 1
+        if fit.captured > best.captured:
+            best, best_state, waited = fit, _copy(router), 0
+        if waited == _PATIENCE:
+            break
+    router.load_state_dict(best_state)
+    return best
+
+
+def _passes(
+    router: Router,
+    mlp: DenseMlp,
+    tokens: Tokens,
+    experts: int,
+    k: int,
+    recipe: RouterRecipe,
+    seed: int,
+) -> Iterator[None]:
+    """Fit `router` in place, one pass over the tokens at a time."""
     target = choose(TARGETS, "router.target", recipe.target)
     loss_of = choose(LOSSES, "router.loss", recipe.loss)
     target_TE = predicted(target, mlp, tokens, experts)
@@ -135,8 +158,7 @@ def fit_router(
         optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(seed)
-    best, best_state, waited = quality.of(router, 0), _copy(router), 0
-    for epoch in range(1, recipe.epochs + 1):
+    for _ in range(recipe.epochs):
         order = torch.randperm(len(x_TD), generator=generator)
         for rows in order.split(recipe.batch_size):
             with torch.enable_grad():
@@ -146,14 +168,7 @@ def fit_router(
                 loss.backward()
             optimizer.step()
             schedule.step()
-        fit = quality.of(router, epoch)
-        waited += 1
-        if fit.captured > best.captured:
-            best, best_state, waited = fit, _copy(router), 0
-        if waited == _PATIENCE:
-            break
-    router.load_state_dict(best_state)
-    return best
+        yield
 
 
 class _Quality:

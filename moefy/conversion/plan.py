@@ -63,6 +63,40 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
 
     Raises `UnsupportedModel` or `RecipeError` where the model and the recipe do not go together.
     """
+    _require_possible(recipe)
+    model, mlps = _model(checkpoint)
+    layers = _layers(mlps, recipe)
+    blocks = [] if recipe.attention.density is None else head_sites(model)
+    heads = [_head_plan(site, recipe) for site in blocks]
+    total = _size(model)
+    width = (getattr(model.config, "dtype", None) or torch.float32).itemsize
+    sample = recipe.partition.tokens + recipe.router.tokens
+    other = sum(file.stat().st_size for file in checkpoint.other_files)
+    seen = sum(s.width for s in mlps) + sum(s.width + s.neurons for s in blocks)
+    return Plan(
+        source=str(checkpoint.folder),
+        model_class=type(model).__name__,
+        kind=mlps[0].family.kind,
+        sites=mlps,
+        layers=[entry for entry, _ in layers],
+        k=[k for _, k in layers],
+        head_sites=blocks,
+        heads=[entry for entry, _ in heads],
+        head_k=[k for _, k in heads],
+        parameters=total,
+        mlp_parameters=sum(_parameters(s) for s in mlps),
+        layer_parameters=max(_size(model.get_submodule(site.layer)) for site in mlps),
+        weights=total * width,
+        disk=sample * seen * width + (0 if adapter else total * width + other),
+        other=other,
+        memory=_memory(checkpoint, model, mlps, recipe, total * width, width),
+        corpus=corpus,
+        notes=refusals.notes(checkpoint.config, model),
+    )
+
+
+def _require_possible(recipe: Recipe) -> None:
+    """Raise `RecipeError` for what no model can be converted by."""
     if recipe.baseline is not None:
         raise RecipeError(
             f"recipe with baseline '{recipe.baseline}': it serves evaluation only "
@@ -86,51 +120,21 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
             f"router '{recipe.router.name}' reads what it should predict, it serves evaluation "
             "only (moefy eval --router oracle); choose another to convert with"
         )
-    model, found = _model(checkpoint)
-    config = model.config
-    layers, active = [], []
-    sides: set[str] = set()
-    for site in found:
-        # The first MLP of encoder and decoder has none before it.
-        first = side_of(site) not in sides
-        sides.add(side_of(site))
-        entry, k = layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and not first)
-        layers.append(entry)
-        active.append(k)
-    blocks = [] if recipe.attention.density is None else head_sites(model)
-    heads = [_head_plan(site, recipe) for site in blocks]
-    total = _size(model)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    width = dtype.itemsize
-    sample = recipe.partition.tokens + recipe.router.tokens
-    other = sum(file.stat().st_size for file in checkpoint.other_files)
-    seen = sum(s.width for s in found) + sum(s.width + s.neurons for s in blocks)
-    return Plan(
-        source=str(checkpoint.folder),
-        model_class=type(model).__name__,
-        kind=found[0].family.kind,
-        sites=found,
-        layers=layers,
-        k=active,
-        head_sites=blocks,
-        heads=[entry for entry, _ in heads],
-        head_k=[k for _, k in heads],
-        parameters=total,
-        mlp_parameters=sum(_parameters(s) for s in found),
-        layer_parameters=max(_size(model.get_submodule(site.layer)) for site in found),
-        weights=total * width,
-        disk=sample * seen * width + (0 if adapter else total * width + other),
-        other=other,
-        memory=_memory(checkpoint, model, found, recipe, total * width, width),
-        corpus=corpus,
-        notes=refusals.notes(checkpoint.config, model),
-    )
+
+
+def _layers(mlps: list[Site], recipe: Recipe) -> list[tuple[LayerEntry, int]]:
+    """`layer_plan` of every MLP; the first of encoder and decoder has none before it to look at."""
+    sides = [side_of(site) for site in mlps]
+    ahead = [side in sides[:number] for number, side in enumerate(sides)]
+    return [
+        layer_plan(site, recipe, look_ahead=recipe.router.look_ahead and has_one)
+        for site, has_one in zip(mlps, ahead, strict=True)
+    ]
 
 
 def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
     """The model on the meta device and its MLPs; refuses what would not stay what it is."""
     folder, tensors = checkpoint.folder, checkpoint.tensors if checkpoint.has_weights else {}
-    refusals.refuse_quantized(folder, checkpoint.config, tensors)
     model = meta_model(read_config(checkpoint))
     found = sites(model)
     refusals.refuse_outputs(model, [site.layer for site in found])
@@ -187,7 +191,7 @@ _COMPARED = 7
 
 def _memory(
     checkpoint: Checkpoint,
-    model: nn.Module,
+    model: PreTrainedModel,
     found: list[Site],
     recipe: Recipe,
     weights: int,
@@ -198,7 +202,7 @@ def _memory(
     Checked against measurements by experiments/memory_bars.py.
     """
     neurons, hidden = max(s.neurons for s in found), max(s.width for s in found)
-    classes = getattr(model.config.get_text_config(), "vocab_size", 0)  # type: ignore[operator,union-attr]
+    classes = getattr(model.config.get_text_config(), "vocab_size", 0)
     logits = _COMPARED * min(LOGITS_BYTES, 4 * classes * BATCH_TOKENS)
     forward = BATCH_TOKENS * width * (4 * neurons + 8 * hidden)
     layer = 3 * neurons * hidden * 4

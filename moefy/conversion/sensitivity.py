@@ -31,8 +31,8 @@ from moefy.run.memory import give_back
 def sensitivities(
     model: PreTrainedModel, found: list[Site], batches: list[Batch], *, seed: int = 0
 ) -> tuple[list[Tensor], list[Outputs]]:
-    """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on; and what that says of
-    each batch."""
+    """`G / 2` of every MLP `[D, D]` in fp32, of the model with every expert on; and what that puts
+    out for each batch."""
     modules = list(sparse_mlps(model).values())
     sums = [torch.zeros(site.width, site.width) for site in found]
     tokens = [0] * len(found)
@@ -51,16 +51,14 @@ def sensitivities(
     try:
         for batch in batches:
             with torch.enable_grad(), all_experts(model), only_training(model, []):
-                said = run_outputs(model, batch)
-                said.rows_JD.backward(_gradient(said, generator))
-            dense.append(said.detach())
-            del said
+                got = run_outputs(model, batch)
+                got.rows_JD.backward(_gradient(got, generator))
+            dense.append(got.detach())
+            del got
             for index, site in enumerate(found):
                 gradient = outputs[index].grad
                 assert gradient is not None
-                mask = batch.mask(side_of(site))
-                g_TD = gradient.reshape(-1, site.width)
-                g_TD = g_TD if mask is None else g_TD[mask.flatten().to(g_TD.device)]
+                g_TD = _unpadded(gradient, batch.mask(side_of(site)))
                 sums[index] += (g_TD.T @ g_TD).float().cpu()
                 tokens[index] += len(g_TD)
             outputs.clear()
@@ -96,10 +94,13 @@ def stream_metric(model: PreTrainedModel, found: list[Site], batches: list[Batch
 
 def squared_norms(hidden: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Squared norm of every real token's hidden state `[T]`."""
-    rows_TD = hidden.detach().reshape(-1, hidden.shape[-1]).float()
-    if mask_BT is not None:
-        rows_TD = rows_TD[mask_BT.flatten().to(rows_TD.device)]
-    return rows_TD.square().sum(1).cpu()
+    return _unpadded(hidden.detach().float(), mask_BT).square().sum(1).cpu()
+
+
+def _unpadded(values_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The rows `[T, D]` of real tokens."""
+    rows_TD = values_BTD.reshape(-1, values_BTD.shape[-1])
+    return rows_TD if mask_BT is None else rows_TD[mask_BT.flatten().to(rows_TD.device)]
 
 
 def inverse_power(power_T: Tensor) -> Tensor:
@@ -107,12 +108,12 @@ def inverse_power(power_T: Tensor) -> Tensor:
     return 1 / power_T.median().clamp_min(1e-30)
 
 
-def _gradient(said: Outputs, generator: torch.Generator) -> Tensor:
-    """The gradient of `_objective` at the rows of `said` `[J, D]`, a chunk of logits at a time."""
+def _gradient(outputs: Outputs, generator: torch.Generator) -> Tensor:
+    """The gradient of `_objective` at the rows of `outputs` `[J, D]`, a chunk of logits at a time."""
     found = []
-    for at in said.chunks():
-        rows_CD = said.rows_JD[at].detach().requires_grad_()
-        value = _objective(said.logits(rows_CD), said.classes, generator)
+    for at in outputs.chunks():
+        rows_CD = outputs.rows_JD[at].detach().requires_grad_()
+        value = _objective(outputs.logits(rows_CD), outputs.classes, generator)
         found.append(torch.autograd.grad(value, rows_CD)[0])
     return torch.cat(found)
 

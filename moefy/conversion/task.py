@@ -87,6 +87,11 @@ class Conversion:
         )  # fmt: skip
 
     @property
+    def decided(self) -> list[Any]:
+        """All that decides the result, as JSON values."""
+        return [recipes.to_dict(self.recipe), self.source, self.corpus, self.adapter]
+
+    @property
     def finished(self) -> Path:
         """Where the result is put together."""
         return self.work / "model"

@@ -10,7 +10,6 @@ It knows nothing of experts. Shapes: B documents of a batch, T tokens, D model w
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,11 @@ from torch import Tensor
 
 from moefy.data.pixels import PICTURES, STACKS, read_picture, read_stacks
 from moefy.data.records import (
+    PIECE_BYTES,
     RECORDS,
     Records,
     checked,
+    cut_text,
     json_lines,
     kind_of,
     read_records,
@@ -37,7 +38,6 @@ from moefy.errors import CorpusError
 from moefy.run.computing import now
 
 SEPARATOR = "<|endoftext|>"
-PIECE_BYTES = 2000
 MANY_SOURCES = 20
 BATCH_TOKENS = 4096
 """Positions of a batch, about."""
@@ -209,7 +209,7 @@ def _file(path: Path, domain: str) -> list[Document]:
         return [Document(domain, str(i), image=image.float()) for i, image in enumerate(images)]
     if kind in RECORDS:
         return _documents(read_records(path), str(path), domain)
-    pieces = [piece for part in read_text(path).split(SEPARATOR) for piece in _cut(part)]
+    pieces = [piece for part in read_text(path).split(SEPARATOR) for piece in cut_text(part)]
     return [Document(domain, path.name, piece) for piece in pieces]
 
 
@@ -231,7 +231,7 @@ def _record(row: Any, domain: str, source: str) -> list[Document]:
     domain, source, text, ids = checked(row, domain, source)
     if ids or len(text.encode()) <= PIECE_BYTES:
         return [Document(domain, source, text, ids)] if ids or text.strip() else []
-    return [Document(domain, source, piece) for piece in _cut(text)]
+    return [Document(domain, source, piece) for piece in cut_text(text)]
 
 
 def _dataset(name: str) -> list[Document]:
@@ -266,23 +266,6 @@ def _in_memory(index: int, item: Any) -> list[Document]:
             f"corpus in memory: item {index} is not a document ({error}); give texts, lists of token "
             "ids, records or images [C, H, W]"
         ) from None
-
-
-def _cut(text: str) -> list[str]:
-    """Pieces of at most `PIECE_BYTES`, cut at line ends where there are any."""
-    pieces, piece = [], ""
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text.strip("\n")):
-        raw, at = line.encode(), 0
-        while len(raw) - at > PIECE_BYTES:
-            head = raw[at : at + PIECE_BYTES].decode(errors="ignore")
-            pieces += [piece, head]
-            piece, at = "", at + len(head.encode())
-        line = raw[at:].decode()
-        if len((piece + line).encode()) > PIECE_BYTES:
-            pieces.append(piece)
-            piece = ""
-        piece += line
-    return [p for p in [*pieces, piece] if p.strip()]
 
 
 def _sample(doc: Document, tokenizer: Any, kind: str, context: int) -> Sample | None:

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 from moefy.errors import CorpusError
 
+PIECE_BYTES = 2000
+"""UTF-8 bytes of the longest document; longer texts are cut."""
 Records = Iterator[tuple[str, Any]]
 
 UNPACK = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
@@ -204,3 +207,20 @@ def _said(value: Any) -> str:
     """A value as JSON calls it, cut short."""
     kinds = {type(None): "null", list: "a list", dict: "an object", bool: "a truth value"}
     return kinds.get(type(value), repr(value)[:40])
+
+
+def cut_text(text: str) -> list[str]:
+    """Pieces of at most `PIECE_BYTES`, cut at line ends where there are any."""
+    pieces, piece = [], ""
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text.strip("\n")):
+        raw, at = line.encode(), 0
+        while len(raw) - at > PIECE_BYTES:
+            head = raw[at : at + PIECE_BYTES].decode(errors="ignore")
+            pieces += [piece, head]
+            piece, at = "", at + len(head.encode())
+        line = raw[at:].decode()
+        if len((piece + line).encode()) > PIECE_BYTES:
+            pieces.append(piece)
+            piece = ""
+        piece += line
+    return [p for p in [*pieces, piece] if p.strip()]

@@ -65,31 +65,34 @@ def evaluate(
             raise MoefyError(f"{folder}: a dense model, without experts; {option} needs them")
         return _evaluate_dense(folder, load_corpus(corpus), documents, seed, quiet)
     model = open_model(folder, verify=True, dense=False)
+    dense = None if against is None else open_model(against, dense=True)
+    return _evaluate_moefied(model, dense, load_corpus(corpus), documents, router, seed, quiet)
+
+
+def _evaluate_moefied(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    text: Corpus,
+    documents: int,
+    router: str | None,
+    seed: int,
+    quiet: bool,
+) -> dict[str, Any]:
     moefied = of(model)
     artefact, weights, kind = moefied.artefact, moefied.checkpoint, moefied.kind
-    recipe = from_dict(artefact.recipe)
-    texts = _texts(load_corpus(corpus), artefact)
+    context = from_dict(artefact.recipe).context
+    texts = _texts(text, artefact)
     evaluated = texts.evaluated.take(documents)
-    batches = read_batches(weights, kind, evaluated, recipe.context)
-    bigram, why = None, "only language models have one"
-    if batches[0].targets_BT is not None:
-        try:
-            read = read_batches(weights, kind, texts.bigram, recipe.context, BIGRAM_TOKENS)
-            bigram = Bigram(read, model.config.get_text_config().vocab_size)
-        except CorpusError as error:
-            why = str(error)
+    batches = read_batches(weights, kind, evaluated, context)
+    bigram, of_bigram = _bigram(model, batches, texts.bigram, context)
     if router is not None:
         _replace_routers(model, router, batches)
-    dense = None if against is None else open_model(against, dense=True)
     record = evaluate_batches(
         model, batches, against=dense, bigram=bigram, report=Reporter(quiet=quiet), seed=seed
     )
-    if bigram is None:
-        record["bigram"] = {"tokens": 0, "why": why}
-    else:
-        record["bigram"]["corpus"] = texts.bigram.name
     return {
         **record,
+        "bigram": record.get("bigram", {}) | of_bigram,
         "overlap": evaluated.overlap(texts.not_evaluated),
         "overlap_with": texts.compared,
         "model": artefact.source["name"],
@@ -98,6 +101,20 @@ def evaluate(
         "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,
     }
+
+
+def _bigram(
+    model: PreTrainedModel, batches: list[Batch], corpus: Corpus, context: int
+) -> tuple[Bigram | None, dict[str, Any]]:
+    """A bigram of this text for these batches, and its corpus or why there is none."""
+    if batches[0].targets_BT is None:
+        return None, {"tokens": 0, "why": "only language models have one"}
+    moefied = of(model)
+    try:
+        text = read_batches(moefied.checkpoint, moefied.kind, corpus, context, BIGRAM_TOKENS)
+    except CorpusError as error:
+        return None, {"tokens": 0, "why": str(error)}
+    return Bigram(text, model.config.get_text_config().vocab_size), {"corpus": corpus.name}
 
 
 def _evaluate_dense(

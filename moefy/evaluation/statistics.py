@@ -23,7 +23,7 @@ from moefy.data.documents import Documents, Ints
 
 RESAMPLES = 2000
 FEW = 100
-"""Below so many units the percentile interval is corrected for bias and skewness."""
+"""Below this many units the percentile interval is corrected for bias and skewness."""
 LEVEL = 0.95
 _CELLS = 512
 
@@ -32,8 +32,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """Estimates and 95 % intervals `[C]`; NaN where there is nothing to divide by, and for the interval
-    where there is one unit alone."""
+    """Estimates and 95 % intervals `[C]`; NaN where nothing is divided by, and for the interval
+    of one unit alone."""
 
     mean_C: Floats
     low_C: Floats
@@ -67,7 +67,7 @@ def units_of(domains: Sequence[str], sources: Sequence[Hashable]) -> Ints:
 
 
 def domains_by_source(domains: Sequence[str], sources: Sequence[Hashable]) -> set[str]:
-    """The domains that have so many sources that these are the units."""
+    """The domains whose sources are the units."""
     by_domain: dict[str, set[Hashable]] = {}
     for domain, source in zip(domains, sources, strict=True):
         by_domain.setdefault(domain, set()).add(source)
@@ -121,10 +121,10 @@ def ratios(
 ) -> dict[str, dict[str, Any] | None]:
     """`sum(top) / sum(bottom)` of every pair of sums by document `[Q]` as a record has it: its `mean`
     and `ci95`, which is None for one unit alone; None where the bottom is zero."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(sums)
+    record: dict[str, dict[str, Any] | None] = dict.fromkeys(sums)
     known = {name: pair for name, pair in sums.items() if np.sum(pair[1])}
     if not known:
-        return found
+        return record
     tops, bottoms = (
         np.stack([np.asarray(pair[i], dtype=float) for pair in known.values()], axis=1)
         for i in (0, 1)
@@ -133,8 +133,8 @@ def ratios(
     for cell, name in enumerate(known):
         low, high = float(interval.low_C[cell]), float(interval.high_C[cell])
         mean = float(tops[:, cell].sum() / bottoms[:, cell].sum())
-        found[name] = {"mean": mean, "ci95": None if np.isnan(low) else [low, high]}
-    return found
+        record[name] = {"mean": mean, "ci95": None if np.isnan(low) else [low, high]}
+    return record
 
 
 def ratio_interval(
@@ -154,7 +154,7 @@ def ratio_interval(
     units_ = np.unique(unit[used], return_inverse=True)[1]
     groups, cells = int(units_.max(initial=-1)) + 1, top.shape[1]
     top_GC, bottom_GC = (_summed(values[used], units_, groups) for values in (top, bottom))
-    found = np.full((3, cells), np.nan)
+    ends_3C = np.full((3, cells), np.nan)
     # Cells that have the same units share their resamples.
     patterns = np.packbits(bottom_GC != 0, axis=0)
     _, kind_C = np.unique(patterns, axis=1, return_inverse=True)
@@ -166,14 +166,14 @@ def ratio_interval(
         times_RG = resamples(int(has_G.sum()), seed)
         for first in range(0, len(same_C), _CELLS):
             at = same_C[first : first + _CELLS]
-            found[:, at] = _interval(top_GC[has_G][:, at], bottom_GC[has_G][:, at], times_RG)
-    return Interval(*found)
+            ends_3C[:, at] = _interval(top_GC[has_G][:, at], bottom_GC[has_G][:, at], times_RG)
+    return Interval(*ends_3C)
 
 
 def _summed(values_QC: Floats, unit_Q: Ints, groups: int) -> Floats:
-    found = np.zeros((groups, values_QC.shape[1]))
-    np.add.at(found, unit_Q, values_QC)
-    return found
+    sums_GC = np.zeros((groups, values_QC.shape[1]))
+    np.add.at(sums_GC, unit_Q, values_QC)
+    return sums_GC
 
 
 def _interval(top_GC: Floats, bottom_GC: Floats, times_RG: Floats) -> Floats:
@@ -208,8 +208,8 @@ def null_z(observed_C: ArrayLike, null_RC: ArrayLike) -> Floats:
     observed, null = np.asarray(observed_C, dtype=float), np.asarray(null_RC, dtype=float)
     away, spread = observed - null.mean(0), null.std(0, ddof=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.where(spread > 0, away / spread, np.where(away == 0, 0.0, np.nan))
-    return np.asarray(found, dtype=float)
+        z_C = np.where(spread > 0, away / spread, np.where(away == 0, 0.0, np.nan))
+    return np.asarray(z_C, dtype=float)
 
 
 def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
@@ -221,8 +221,8 @@ def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
 def q_values(p_C: ArrayLike) -> Floats:
     """Benjamini and Hochberg's adjusted p over all cells of any shape; NaN stays NaN."""
     p = np.asarray(p_C, dtype=float)
-    found = np.full(p.shape, np.nan)
+    q = np.full(p.shape, np.nan)
     known = ~np.isnan(p)
     if known.any():
-        found[known] = stats.false_discovery_control(p[known], method="bh")
-    return found
+        q[known] = stats.false_discovery_control(p[known], method="bh")
+    return q

@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from moefy.data.documents import HELD_OUT
 from moefy.data.inputs import load_tokenizer
-from moefy.data.shards import SELECT_SHARE
+from moefy.data.shards import CONTEXT, SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, token_losses
-from moefy.inspection.inspect import Inspected
+from moefy.inspection.inspect import Inspected, inspected
 from moefy.inspection.routing.statistics import router_saturation, routing_sample
-from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
-from moefy.inspection.texts.reading import read_texts
+from moefy.inspection.texts.reading import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
-from moefy.models.checkpoint import Checkpoint
-from moefy.recipe import Recipe
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
 
 
 @asked
@@ -54,43 +51,44 @@ def diff(
 
     Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
     """
-    report = Reporter(quiet=quiet)
-    opened = [open_folder(name, verify=False) for name in (base, other)]
-    artefacts, weights = [one for one, _ in opened], [one for _, one in opened]
-    _require_one_tokenizer(weights)
-    fitted = next((artefact for artefact in artefacts if artefact is not None), None)
-    reading = read_texts(
-        weights[0], "decoder", Recipe().context, fitted, corpora,
-        tokens=round(tokens / (1 - SELECT_SHARE)),
-    )  # fmt: skip
-    models = [open_model(name, verify=True) for name in (base, other)]
-    for model, name in zip(models, (base, other), strict=True):
-        if not model.can_generate():
-            raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
+    reading, shared = _read(base, other, corpora, tokens)
+    models, report = [_language_model(name) for name in (base, other)], Reporter(quiet=quiet)
     tables = token_losses(models[0], models[1], reading, tokens=tokens, report=report)
-    if same_experts(*artefacts):
+    if shared:
         first, second = (routing_sample(model, reading, tokens, report) for model in models)
         tables["saturation"] = router_saturation(first, second)
-    tables["documents"] = documents_table(reading)
-    compared = reading.documents.of_shard(HELD_OUT)
-    meta: dict[str, Any] = {
+    about: dict[str, Any] = {
         "model": f"{Path(base).name} and {Path(other).name}",
         "base": str(base),
         "other": str(other),
-        "layers": [],
         "command": command,
         "settings": {"tokens": tokens},
-        "seeds": {},
         "corpora": reading.corpora,
-        "documents": int(compared.sum()),
-        "vocabulary": vocabulary_of(reading, tables.values()),
-        "versions": versions(),
-        "machine": machine(),
+        "documents": int(reading.documents.of_shard(HELD_OUT).sum()),
     }
-    found = Inspected(meta, {}, tables, texts_of(reading, tables))
-    if out is not None:
-        found.save(out)
-    return found
+    return inspected(reading, tables, about, out=out)
+
+
+def _read(base: str | Path, other: str | Path, corpora: Any, tokens: int) -> tuple[Reading, bool]:
+    """Texts that neither was fitted on, and whether both have the same experts."""
+    artefacts, weights = zip(*(open_folder(n, verify=False) for n in (base, other)), strict=True)
+    first, second = (load_tokenizer(checkpoint.folder) for checkpoint in weights)
+    if first is not None and second is not None and first.get_vocab() != second.get_vocab():
+        raise CheckpointError(
+            f"{weights[0].folder} and {weights[1].folder}: have different tokenizers; only models with "
+            "one tokenizer can be compared token by token"
+        )
+    fitted = next((artefact for artefact in artefacts if artefact is not None), None)
+    enough = round(tokens / (1 - SELECT_SHARE))
+    reading = read_texts(weights[0], "decoder", CONTEXT, fitted, corpora, tokens=enough)
+    return reading, same_experts(*artefacts)
+
+
+def _language_model(name: str | Path) -> PreTrainedModel:
+    model = open_model(name, verify=True)
+    if not model.can_generate():
+        raise MoefyError(f"{name}: a {type(model).__name__} gives no next-token probabilities")
+    return model
 
 
 def same_experts(first: Artefact | None, second: Artefact | None) -> bool:
@@ -102,12 +100,3 @@ def same_experts(first: Artefact | None, second: Artefact | None) -> bool:
         and torch.equal(first.permutation(index), second.permutation(index))
         for index, (one, other) in enumerate(zip(first.layers, second.layers, strict=True))
     )
-
-
-def _require_one_tokenizer(weights: list[Checkpoint]) -> None:
-    first, second = (load_tokenizer(checkpoint.folder) for checkpoint in weights)
-    if first is not None and second is not None and first.get_vocab() != second.get_vocab():
-        raise CheckpointError(
-            f"{weights[0].folder} and {weights[1].folder}: have different tokenizers; only models with "
-            "one tokenizer can be compared token by token"
-        )

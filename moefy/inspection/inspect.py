@@ -110,9 +110,7 @@ def inspect(
     parts = [run.described(), *run.controlled(), *run.ablated()]
     found = Inspected({}, {}, {})
     if run.processes.main:
-        found = run.result(merged(parts), prompts, command)
-        if out is not None:
-            found.save(out)
+        found = run.result(merged(parts), prompts, command, out)
     run.processes.wait()
     return found
 
@@ -216,7 +214,11 @@ class Inspecting:
             )  # fmt: skip
 
     def result(
-        self, tables: dict[str, Table], prompts: Sequence[str], command: str | None
+        self,
+        tables: dict[str, Table],
+        prompts: Sequence[str],
+        command: str | None,
+        out: str | Path | None,
     ) -> Inspected:
         """What the first process gives: the tables, page one, texts, and prompts."""
         with self._clock("page one"):
@@ -227,21 +229,16 @@ class Inspecting:
                     self.model, self.reading, tables, seed=self.seed, report=self.report
                 ),
             )
-        tables["documents"] = documents_table(self.reading)
         shown = [prompt_record(self.model, self.reading.tokenizer, prompt) for prompt in prompts]
-        accounts = [prompt["account"] or {} for prompt in shown]
-        meta = {
+        about = {
             **_about(self.model, self.reading),
             "command": command,
             "settings": vars(self.settings),
             "seeds": {"seed": self.seed},
-            "vocabulary": vocabulary_of(self.reading, [*tables.values(), *accounts]),
             "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
             "peak_memory": peak_memory(),
-            "versions": versions(),
-            "machine": machine(),
         }
-        return Inspected(meta, judged, tables, texts_of(self.reading, tables), shown)
+        return inspected(self.reading, tables, about, judged, shown, out)
 
     def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
         return Pass(model, reading, self.seed, controls, self.report, self.processes)
@@ -252,6 +249,31 @@ class Inspecting:
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
+
+
+def inspected(
+    reading: Reading,
+    tables: dict[str, Table],
+    about: dict[str, Any],
+    quality: dict[str, Any] | None = None,
+    prompts: Sequence[dict[str, Any]] = (),
+    out: str | Path | None = None,
+) -> Inspected:
+    """Tables with all that they point at: documents, their texts, the names of tokens; written to `out`."""
+    tables["documents"] = documents_table(reading)
+    accounts = [prompt["account"] or {} for prompt in prompts]
+    meta = {
+        "layers": [],
+        "seeds": {},
+        **about,
+        "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    found = Inspected(meta, quality or {}, tables, texts_of(reading, tables), [*prompts])
+    if out is not None:
+        found.save(out)
+    return found
 
 
 def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:
@@ -291,7 +313,7 @@ def _about(model: PreTrainedModel, reading: Reading) -> dict[str, Any]:
         "recipe": artefact.recipe,
         "corpora": reading.corpora,
         "documents": len(reading.documents),
-        "tokens": int(reading.tokens_D.sum()),
+        "tokens": int(reading.tokens_Q.sum()),
         "kind": reading.kind,
         "hashes": {"model": artefact.source["sha256"], "corpora": reading.corpora},
     }

@@ -5,13 +5,13 @@ tell. Every refusal names the folder, what was found there and the remedy.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.models.families import FAMILIES
@@ -112,25 +112,42 @@ def refuse_codes(folder: Path, stored: Mapping[str, str], wanted: Iterable[str])
             )
 
 
+def refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedModel` for a type of model that only code of the folder knows."""
+    kind = config.get("model_type")
+    if config.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise UnsupportedModel(
+            f"{folder}: model_type {kind!r} is one that only the folder's own code knows (auto_map: "
+            f"{_code(config)}), and no code of a folder is run; give a model that transformers has"
+        )
+
+
 def notes(config: Mapping[str, Any], model: PreTrainedModel) -> list[str]:
     """What a plan should say of a folder that is converted all the same."""
-    found = config.get("auto_map")
-    if not found:
+    if not config.get("auto_map"):
         return []
-    files = sorted({str(v).split("--")[-1].split(".")[0] for v in _values(found)})
     return [
-        f"note: the folder brings code of its own (auto_map: {', '.join(files)[:200]}), which is not run; "
+        f"note: the folder brings code of its own (auto_map: {_code(config)}), which is not run; "
         f"it is converted as {type(model).__name__} of transformers, and where that code computes "
         "anything else, such as another activation, the result is another model"
     ]
 
 
-def _values(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [one for part in value for one in _values(part)]
-    return [] if value is None else [value]
+def _code(config: Mapping[str, Any]) -> str:
+    """The files of code that a config names, without their endings."""
+    names = {str(v).split("--")[-1].split(".")[0] for v in _values(config["auto_map"])}
+    return ", ".join(sorted(names))[:200]
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """All values of nested JSON that are neither list, table nor null."""
+    open_ = [value]
+    while open_:
+        one = open_.pop()
+        if isinstance(one, dict | list):
+            open_ += one.values() if isinstance(one, dict) else one
+        elif one is not None:
+            yield one
 
 
 def refuse_outputs(model: PreTrainedModel, layers: Iterable[str]) -> None:

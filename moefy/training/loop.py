@@ -29,10 +29,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from moefy.conversion.distil import CLIP
-from moefy.data.corpus import IGNORED, Sample, make_batches, sampler
-from moefy.errors import CheckpointError, MoefyError
+from moefy.data.corpus import IGNORED, Batch, Corpus, Sample, make_batches, sample_length, sampler
+from moefy.data.inputs import read_batches
+from moefy.data.shards import EVALUATED_DOCUMENTS, HELD_OUT_TOKENS, by_role
+from moefy.errors import CheckpointError, CorpusError, MoefyError
 from moefy.evaluation.outputs import Objective
 from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+from moefy.models.locate import meta_model, sites
 from moefy.run.computing import now
 from moefy.run.console import Reporter
 from moefy.run.output import put_in_place, write_whole
@@ -107,108 +111,44 @@ def fine_tune(
     report: Reporter,
     what: str,
 ) -> Outcome:
-    """Train `model` in place, or go on from the checkpoint in `folder`.
+    """Train `model` in place, by parameter groups, or go on from the checkpoint in `folder`.
 
-    `groups` are the optimiser's parameter groups. Raises `Diverged` where the loss is not finite
-    before there is a checkpoint to go back to.
+    Raises `Diverged` where the loss is not finite before there is a checkpoint to go back to.
     """
-    training = _Training(model, groups, objective, recipe, accelerator, check, folder)
-    training.run(samples, report, what)
-    if training.outcome.stopped:
-        training.go_back(what)
-    accelerator.unwrap_model(training.wrapped, keep_fp32_wrapper=False)
-    accelerator.wait_for_everyone()
-    return training.outcome
-
-
-class _Training:
-    """A training between two steps; made, it is at its first step or at that of its checkpoint."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: list[dict[str, Any]],
-        objective: Objective,
-        recipe: TrainingRecipe,
-        accelerator: Accelerator,
-        check: Check,
-        folder: Path,
-    ) -> None:
-        self.objective, self.recipe, self.accelerator = objective, recipe, accelerator
-        self.check, self.outcome, self.failed = check, Outcome(), 0
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        self.schedule = _schedule(optimizer, recipe.steps)
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.schedule, self.outcome)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.store = _Store(accelerator, folder)
-        if self.store.exists:
-            self.store.load()
-        else:
-            self.outcome.before = self.outcome.after = check()
-            self.store.save()
-        main = accelerator.is_main_process
-        self.log = _Log(folder / "log.jsonl", self.outcome.steps, main)
-
-    def run(self, samples: list[Sample], report: Reporter, what: str) -> None:
-        """Take the steps that are left, or as many as go well."""
-        outcome, recipe = self.outcome, self.recipe
-        least = self.accelerator.num_processes
-        steps = sampler(samples, recipe.batch_tokens, recipe.seed, least=least)
-        with report.progress(recipe.steps, what, outcome.steps) as progress:
-            for documents in islice(steps, outcome.steps, recipe.steps):
-                row = self.step(documents)
-                if outcome.stopped:
-                    break
+    steps = _Steps.prepared(model, groups, objective, recipe, accelerator)
+    outcome, store = steps.outcome, _Store(accelerator, folder)
+    if store.exists:
+        store.load()
+    else:
+        outcome.before = outcome.after = check()
+        store.save()
+    log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
+    drawn = sampler(samples, recipe.batch_tokens, recipe.seed, least=accelerator.num_processes)
+    with report.progress(recipe.steps, what, outcome.steps) as progress:
+        for documents in islice(drawn, outcome.steps, recipe.steps):
+            if (row := steps.take(documents, check)) is not None:
                 # Before the checkpoint: lines after the newest one are dropped when a run goes on.
-                self.log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
-                if "held_out_loss" in row and not self.failed:
-                    self.store.save()
+                log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
+                if "held_out_loss" in row and not steps.failed:
+                    store.save()
                 progress(_shown(row))
-                if self.failed == PATIENCE or (self.failed and outcome.steps == recipe.steps):
-                    outcome.stopped = (
-                        f"the held-out loss rose to {row['held_out_loss']:.4g} at step "
-                        f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
-                    )
-                    break
+            if outcome.stopped:
+                _go_back(outcome, store, what)
+                break
+    accelerator.unwrap_model(steps.wrapped, keep_fp32_wrapper=False)
+    accelerator.wait_for_everyone()
+    return outcome
 
-    def step(self, documents: list[Sample]) -> dict[str, Any]:
-        """One step, and a check where one is due: what the log says of it."""
-        outcome, recipe, accelerator = self.outcome, self.recipe, self.accelerator
-        began, counted = time.perf_counter(), sum(map(_predicted, documents))
-        share = documents[accelerator.process_index :: accelerator.num_processes]
-        row: dict[str, Any] = {
-            **_backward(self.wrapped, self.objective, share, counted, recipe, accelerator)
-        }
-        norm = float(accelerator.clip_grad_norm_(self.parameters, CLIP))
-        row |= {"gradient_norm": norm, "learning_rate": float(self.schedule.get_last_lr()[0])}
-        if not math.isfinite(row["loss"] + norm):
-            outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
-            return row
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        outcome.steps += 1
-        outcome.tokens += counted
-        row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
-        if outcome.steps % recipe.check_every == 0 or outcome.steps == recipe.steps:
-            # All processes are to decide alike.
-            checked = broadcast_object_list([self.check()])[0]
-            row |= checked
-            good = _passes(checked, outcome.before)
-            outcome.after, self.failed = (checked, 0) if good else (outcome.after, self.failed + 1)
-        return row
 
-    def go_back(self, what: str) -> None:
-        """To the newest checkpoint, keeping why; `Diverged` where that is the beginning."""
-        reason = self.outcome.stopped
-        self.store.load()
-        if not self.outcome.steps:
-            raise Diverged(
-                f"{what}: {reason}, before there was a checkpoint to go back to; lower "
-                "learning_rate"
-            )
-        self.outcome.stopped = reason
+def _go_back(outcome: Outcome, store: "_Store", what: str) -> None:
+    """To the last checkpoint that was good; raises `Diverged` if there is none."""
+    reason = outcome.stopped
+    store.load()
+    if not outcome.steps:
+        raise Diverged(
+            f"{what}: {reason}, before there was a checkpoint to go back to; lower learning_rate"
+        )
+    outcome.stopped = reason
 
 
 def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -221,27 +161,132 @@ def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
     return found
 
 
-def _backward(
-    wrapped: nn.Module,
-    objective: Objective,
-    documents: list[Sample],
-    counted: int,
-    recipe: TrainingRecipe,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
-    sums: dict[str, Tensor] = {}
-    batches = make_batches(documents, tokens=recipe.micro_tokens)
-    for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                found = objective(wrapped, batch)
-            # Processes average their gradients; the mean is to be over tokens.
-            accelerator.backward(found["loss"] * accelerator.num_processes / counted)
-        for name, value in found.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-    return _means(accelerator, sums, counted)
+@dataclass
+class _Steps:
+    """What takes the steps of a training, and says whether it goes well."""
+
+    wrapped: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    schedule: LambdaLR
+    objective: Objective
+    recipe: TrainingRecipe
+    accelerator: Accelerator
+    outcome: Outcome
+    failed: int = 0
+    """Checks in a row that did not pass."""
+
+    @classmethod
+    def prepared(
+        cls,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        objective: Objective,
+        recipe: TrainingRecipe,
+        accelerator: Accelerator,
+    ) -> "_Steps":
+        """With an optimiser of its own; what it keeps is part of checkpoints."""
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        schedule, outcome = _schedule(optimizer, recipe.steps), Outcome()
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(schedule, outcome)
+        parameters = [p for group in groups for p in group["params"]]
+        return cls(
+            wrapped, parameters, optimizer, schedule, objective, recipe, accelerator, outcome
+        )
+
+    def take(self, documents: list[Sample], check: Check) -> dict[str, Any] | None:
+        """One step on all processes' documents, and a check where one is due; what is logged of them.
+
+        None if the step could not be taken. `outcome` says why training is to stop.
+        """
+        began, accelerator, outcome = time.perf_counter(), self.accelerator, self.outcome
+        counted = sum(map(_predicted, documents))
+        share = documents[accelerator.process_index :: accelerator.num_processes]
+        row: dict[str, Any] = self._backward(share, counted)
+        norm = float(accelerator.clip_grad_norm_(self.parameters, CLIP))
+        row |= {"gradient_norm": norm, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        if not math.isfinite(row["loss"] + norm):
+            outcome.stopped = f"the loss was not finite at step {outcome.steps + 1}"
+            return None
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        outcome.steps += 1
+        outcome.tokens += counted
+        row |= {"tokens_per_second": counted / (time.perf_counter() - began)}
+        if outcome.steps % self.recipe.check_every == 0 or outcome.steps == self.recipe.steps:
+            # All processes are to decide alike.
+            row |= self._judged(broadcast_object_list([check()])[0])
+        return row
+
+    def _judged(self, checked: dict[str, Any]) -> dict[str, Any]:
+        """A check taken in; too many that do not pass, or the last one, end the training."""
+        outcome = self.outcome
+        if _passes(checked, outcome.before):
+            outcome.after, self.failed = checked, 0
+            return checked
+        self.failed += 1
+        if self.failed == PATIENCE or outcome.steps == self.recipe.steps:
+            outcome.stopped = (
+                f"the held-out loss rose to {checked['held_out_loss']:.4g} at step "
+                f"{outcome.steps}, from {outcome.before['held_out_loss']:.4g} before training"
+            )
+        return checked
+
+    def _backward(self, documents: list[Sample], counted: int) -> dict[str, float]:
+        """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
+        accelerator = self.accelerator
+        sums: dict[str, Tensor] = {}
+        batches = make_batches(documents, tokens=self.recipe.micro_tokens)
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                with accelerator.autocast():
+                    figures = self.objective(self.wrapped, batch)
+                # Processes average their gradients; the mean is to be over tokens.
+                accelerator.backward(figures["loss"] * accelerator.num_processes / counted)
+            for name, value in figures.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+        names = sorted(sums)
+        total = torch.stack([sums[name] for name in names]).to(accelerator.device)
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")
+        return dict(zip(names, (total / counted).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What training reads: documents to train on, to check on and to evaluate on, none of them twice."""
+
+    train: list[Sample]
+    held: list[Batch]
+    """For the checks while it trains."""
+    evaluated: list[Batch]
+    """For the figures before and after."""
+
+
+def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: int) -> Texts:
+    """Split a corpus as conversion with this seed splits it: training reads what that fits on.
+
+    Raises `CorpusError` where that is less than one step.
+    """
+    texts = by_role(text, seed)
+    kind = sites(meta_model(read_config(source)))[0].family.kind
+    read = read_batches(source, kind, texts["training"], recipe.context)
+    samples = [sample for batch in read for sample in batch.samples]
+    tokens = sum(map(sample_length, samples))
+    if tokens < recipe.batch_tokens:
+        raise CorpusError(
+            f"corpus {text.name}: {tokens} tokens to train on, one step takes "
+            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
+        )
+    evaluated = texts["evaluation"].take(EVALUATED_DOCUMENTS)
+    return Texts(
+        samples,
+        read_batches(source, kind, texts["held-out"], recipe.context, HELD_OUT_TOKENS),
+        read_batches(source, kind, evaluated, recipe.context),
+    )
 
 
 def disk_of(source: Checkpoint) -> int:
@@ -319,14 +364,6 @@ def _predicted(sample: Sample) -> int:
     if "pixel_values" in sample.inputs:
         return 1
     return max(len(value) for value in sample.inputs.values())
-
-
-def _means(accelerator: Accelerator, sums: dict[str, Tensor], counted: int) -> dict[str, float]:
-    names = sorted(sums)
-    total = torch.stack([sums[name] for name in names]).to(accelerator.device)
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total, "sum")
-    return dict(zip(names, (total / counted).tolist(), strict=True))
 
 
 def _passes(checked: dict[str, Any], before: dict[str, Any]) -> bool:

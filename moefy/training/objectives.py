@@ -1,4 +1,4 @@
-"""What training minimises, as sums over the tokens of a batch.
+"""What training minimises, as sums over the tokens of a batch; and training a dense model by it.
 
 `towards` distils: `w KL(dense || moefied) + (1 - w) cross-entropy` (Hinton et al. 2015, temperature 1).
 `language` is the cross-entropy alone, `sparse` adds a penalty on the activations of a dense model:
@@ -11,12 +11,16 @@ Shapes: B documents, T tokens, V vocabulary, N neurons.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch
+from moefy.conversion.distil import scaled_groups
+from moefy.data.corpus import Batch, Sample
+from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import (
     Objective,
     ce_of,
@@ -27,6 +31,10 @@ from moefy.evaluation.outputs import (
     run_outputs,
 )
 from moefy.models.locate import Site, side_of
+from moefy.run.console import Reporter
+from moefy.training.loop import Outcome, fine_tune, make_accelerator
+from moefy.training.parts import in_training
+from moefy.training.recipe import TrainingRecipe
 
 TINY = 1e-12
 
@@ -131,3 +139,38 @@ def sparse(plain: PreTrainedModel, activations: Activations, weight: float) -> O
         }
 
     return objective
+
+
+def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Mean cross-entropy of the predicted tokens, in nats."""
+    return judge(partial(run_outputs, model), batches).mean("ce")
+
+
+def train_dense(
+    model: PreTrainedModel,
+    objective: Objective,
+    train: list[Sample],
+    held: list[Batch],
+    recipe: TrainingRecipe,
+    *,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train all parameters of `model` in place."""
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(recipe)
+    nn.Module.to(model, accelerator.device)
+    in_training(model, recipe.gradient_checkpointing)
+    model.requires_grad_(True)
+
+    def check() -> dict[str, Any]:
+        return {"held_out_loss": cross_entropy(model, held)}
+
+    outcome = fine_tune(
+        model, scaled_groups(model.parameters(), recipe.learning_rate), objective, train, recipe,
+        accelerator=accelerator, check=check, folder=folder, report=report, what=what,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    accelerator.free_memory()
+    return outcome

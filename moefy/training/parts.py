@@ -143,7 +143,7 @@ def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
         )
 
 
-def in_training(model: nn.Module, checkpointing: bool) -> None:
+def in_training(model: PreTrainedModel, checkpointing: bool) -> None:
     """Dropout stays off: steps are to be the same when a run goes on. Layers may be recomputed.
 
     Raises `MoefyError` where recomputing a layer would not give what it gave.
@@ -162,7 +162,7 @@ def in_training(model: nn.Module, checkpointing: bool) -> None:
         )
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             # The layer alone is put into training: that is what makes it recompute.

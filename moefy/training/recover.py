@@ -34,13 +34,19 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.dense import cross_entropy, train_dense
 from moefy.training.held_out import RecoveryCheck
-from moefy.training.loop import Diverged, Outcome, disk_of, fine_tune, make_accelerator
-from moefy.training.objectives import towards
+from moefy.training.loop import (
+    Diverged,
+    Outcome,
+    Texts,
+    disk_of,
+    fine_tune,
+    make_accelerator,
+    read_texts,
+)
+from moefy.training.objectives import cross_entropy, towards, train_dense
 from moefy.training.parts import in_training, trained
 from moefy.training.recipe import RecoverRecipe
-from moefy.training.texts import Texts, read_texts
 
 
 @asked

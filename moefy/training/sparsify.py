@@ -31,11 +31,9 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.dense import train_dense
-from moefy.training.loop import Diverged, Outcome, disk_of
-from moefy.training.objectives import Activations, sparse
+from moefy.training.loop import Diverged, Outcome, Texts, disk_of, read_texts
+from moefy.training.objectives import Activations, sparse, train_dense
 from moefy.training.recipe import SparsifyRecipe
-from moefy.training.texts import Texts, read_texts
 
 
 @asked
@@ -65,18 +63,9 @@ def sparsify(
     job = Job(
         "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched()
     )
-    source, text = Checkpoint.open(model), load_corpus(corpus)
-    found = sites(meta_model(read_config(source)))
-    key = _activation_key(source, found) if recipe.relu else None
-    texts = read_texts(source, text, recipe, recipe.seed)
-    if texts.held[0].targets_BT is None:
-        raise UnsupportedModel(
-            f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
-        )
-    hashes = job.processes.once(source.hashes)
-    decided = [hashes, asdict(recipe), text.sha256, job.processes.count]
-    with job.running(decided, disk=disk_of(source), worthless=(Diverged,)):
-        record = _Sparsifying(job, source, found, text, texts, recipe, key).run(control)
+    run = _Sparsifying.read(job, Checkpoint.open(model), load_corpus(corpus), recipe)
+    with job.running(run.decided(), disk=disk_of(run.source), worthless=(Diverged,)):
+        record = run.run(control)
     if not job.processes.main:
         return {}
     job.commit()
@@ -98,8 +87,27 @@ class _Sparsifying:
     key: str | None
     """The key of config.json that is to name ReLU."""
 
+    @classmethod
+    def read(
+        cls, job: Job, source: Checkpoint, corpus: Corpus, recipe: SparsifyRecipe
+    ) -> "_Sparsifying":
+        """Raises `MoefyError` where it cannot be trained."""
+        mlps = sites(meta_model(read_config(source)))
+        key = _activation_key(source, mlps) if recipe.relu else None
+        texts = read_texts(source, corpus, recipe, recipe.seed)
+        if texts.held[0].targets_BT is None:
+            raise UnsupportedModel(
+                f"{source.folder}: predicts no tokens, so there is no cross-entropy to train on"
+            )
+        return cls(job, source, mlps, corpus, texts, recipe, key)
+
+    def decided(self) -> list[Any]:
+        """All that decides the result, as JSON values."""
+        hashes = self.job.processes.once(self.source.hashes)
+        return [hashes, asdict(self.recipe), self.corpus.sha256, self.job.processes.count]
+
     def run(self, control: bool) -> dict[str, Any]:
-        """Train, write and measure; the record, or nothing in processes that have only helped."""
+        """Train, write and measure; the record."""
         job, recipe, state = self.job, self.recipe, PartialState()
         job.report.say(
             f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
@@ -123,24 +131,19 @@ class _Sparsifying:
         # What is written may be rounded to 16 bits: that is what is evaluated.
         again = load_dense(Checkpoint.open(job.finished), dtype=torch.float32)
         nn.Module.to(again, state.device)
-        record: dict[str, Any] = {
+        record = {
             "kind": "sparsify",
             "recipe": asdict(recipe),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
             "training": vars(outcome),
             "before": before,
             "after": self._figures(again),
+            **({"control": self._control()} if control else {}),
+            "machine": machine(),
         }
-        if control:
-            record["control"] = self._control()
-        return self._finish(record) if job.processes.main else {}
-
-    def _finish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record, log and curves beside the weights."""
-        record["machine"] = machine()
-        text = json.dumps(record, indent=1) + "\n"
-        (self.job.finished / "sparsify.json").write_text(text, encoding="utf-8")
-        keep_log(self.job)
+        if job.processes.main:
+            (job.finished / "sparsify.json").write_text(json.dumps(record, indent=1) + "\n")
+            keep_log(job)
         return record
 
     def _control(self) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
 from moefy.inspection.controls import random_partition
 from moefy.inspection.controls.corpora import replication, texts
-from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
-from moefy.inspection.controls.random_weights import compared, random_weights, randomise
+from moefy.inspection.controls.random_weights import balanced, compared, random_weights, randomise
 from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
 from moefy.inspection.routing import RoutingSample
@@ -134,11 +133,11 @@ def test_figures_of_the_real_experts_are_those_of_a_loop_over_tokens(converted, 
     monkeypatch.setattr(random_partition, "LEAST_COUNT", 3)
     model, reading = converted
     _, heard, tables = drawn(model, reading, draws=3)
-    tokens = reading.tokens_D.sum()
+    tokens = reading.tokens_Q.sum()
     assert tables["layers"]["oracle_tokens"] == [tokens] * 2
     for layer in (0, 1):
         ledgers = [ledger for ledger in heard.ledgers if ledger.layer == layer]
-        want = naive(ledgers, reading.documents.domain_D, random_partition.LEAST_COUNT)
+        want = naive(ledgers, reading.documents.domain_Q, random_partition.LEAST_COUNT)
         experts = [row for row in rows(tables["experts"]) if row["layer"] == layer]
         assert [row["oracle_energy"] for row in experts[:1]] == [None]  # shared: not routed
         for name in random_partition.EXPERT_FIGURES:

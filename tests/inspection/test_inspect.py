@@ -17,8 +17,8 @@ from moefy.data.corpus import load_corpus
 from moefy.data.documents import HELD_OUT, SELECT
 from moefy.data.shards import split_shards
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
-from moefy.inspection import FILE, Inspection
 from moefy.inspection.account.prompt import prompt_record
+from moefy.inspection.record import FILE, Inspection
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 

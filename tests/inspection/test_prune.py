@@ -22,14 +22,6 @@ from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.controls import (
-    CONTROLS,
-    Control,
-    Drawn,
-    Removal,
-    energy_matched,
-    random_neurons,
-)
 from moefy.inspection.removal.figures import (
     TIMES,
     Point,
@@ -40,8 +32,19 @@ from moefy.inspection.removal.figures import (
     rises,
 )
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
-from moefy.inspection.removal.rankings import RANKINGS, importance, ranked, relative
 from moefy.inspection.removal.relearning import verdict
+from moefy.inspection.removal.sets import (
+    CONTROLS,
+    RANKINGS,
+    Control,
+    Drawn,
+    Removal,
+    energy_matched,
+    importance,
+    random_neurons,
+    ranked,
+    relative,
+)
 from moefy.inspection.removal.source import (
     EXPERT,
     NEURON,
@@ -73,7 +76,7 @@ def two_domains(documents: int = 40) -> Corpus:
 
 def parts_of(source: Source, corpus: Corpus, forget: str, tokens: int = 2000) -> Parts:
     domains = choose_domains(corpus, forget, None)
-    return read_parts(source.checkpoint, corpus, domains, tokens, split=0, seed=0)
+    return read_parts(source, corpus, domains, tokens, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +487,7 @@ def test_the_parts_share_no_document() -> None:
     source = open_source(Path(moefy.__file__).parent / "demo" / "opt", NEURON)
     corpus = load_corpus().take(11 * 40)
     domains = choose_domains(corpus, "novels", None)
-    parts = read_parts(source.checkpoint, corpus, domains, 3000, split=0, seed=0)
+    parts = read_parts(source, corpus, domains, 3000, seed=0)
     seen: set[str] = set()
     for part in (parts.rank, parts.decide, parts.measure):
         for texts in (part.forget, part.retain):

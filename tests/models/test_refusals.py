@@ -114,6 +114,13 @@ def test_codes_are_not_fitted_on(source, settings, words):
     refuse(source, "its weights are quantized", words)
 
 
+def test_codes_are_not_run_on_either(source):
+    edit(source, quantization_config={"quant_method": "awq", "bits": 4})
+    for verb in (["eval"], ["compare"], ["sparsify", str(source.parent / "out")]):
+        done = CliRunner().invoke(app, [verb[0], str(source), *verb[1:]])
+        assert done.exit_code == 1 and "(awq, 4 bits)" in done.stderr, (verb, done.output)
+
+
 def test_codes_that_no_config_speaks_of(source):
     for name in ("quant_config.json", "quantize_config.json"):
         (source / name).write_text('{"w_bit": 4}')
@@ -161,6 +168,19 @@ def test_code_that_is_not_run_is_spoken_of(source, code):
     text = " ".join(dry_run(source).split())
     assert "code of its own (auto_map: modeling_own), which is not run" in text
     assert "converted as LlamaForCausalLM of transformers" in text and "another model" in text
+
+
+def test_a_type_that_only_code_of_the_folder_knows(source):
+    edit(source, model_type=["own"], auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    refuse(source, "model_type ['own']")
+    deep = "a.B"
+    for _ in range(400):
+        deep = [deep]
+    edit(source, model_type="own", auto_map=deep)
+    refuse(source, "auto_map: a)")
+    edit(source, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (source / "configuration_own.py").write_text("raise SystemExit('ran')")
+    refuse(source, "model_type 'own'", "auto_map: configuration_own", "no code of a folder is run")
 
 
 def test_a_router_that_reads_gates_needs_some(tmp_path):

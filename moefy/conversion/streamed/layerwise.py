@@ -132,7 +132,7 @@ class LayerwiseModel:
             if written.bias is not None:
                 bias = self.checkpoint.read(self.stored(f"{owners[written]}.bias"))
                 bias = bias.to(self.device, self.dtype)
-            written.forward = partial(self._sliced, stored, bias)  # type: ignore[method-assign]
+            vars(written)["forward"] = partial(self._sliced, stored, bias)
         for path, module in self.model.named_modules():
             if id(module) in skip or f"{path}.".startswith(below):
                 continue

@@ -8,6 +8,7 @@ Shapes: B documents, T tokens, D width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from moefy.experts.placement import running_dtype
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
+from moefy.models.locate import Site
 
 
 class SecondPass:
@@ -103,13 +105,12 @@ class SecondPass:
         """The dense states behind a layer; sinks are looked for on the way."""
         site = self.layerwise.sites[index]
         for number, (batch, hidden) in enumerate(self.dense.before(index)):
-            read: list[Tensor] = []
-            handles = listen(self.layerwise.model, [site], lambda _, x_TD, r=read: r.append(x_TD))  # type: ignore[misc]
-            found = self.layerwise.run(index, batch, hidden)
+            sinks = self.sinks[number]
+            handles = listen(self.layerwise.model, [site], partial(_see, sinks))
+            behind = self.layerwise.run(index, batch, hidden)
             handles[0].remove()
-            for values in (*read, found):
-                self.sinks[number].see(values)
-            yield found
+            sinks.see(behind)
+            yield behind
 
     def _heard(self, index: int) -> Iterator[Tensor]:
         """The sparse states behind a layer; what ran is counted."""
@@ -153,6 +154,10 @@ class SecondPass:
         every = judged(self._left(self.routed), _singles(batches), self._left(self.dense), figures)
         documents, kl = document_sums(every, sinks_BT, None)
         return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
+
+
+def _see(sinks: Sinks, _: Site, x_TD: Tensor) -> None:
+    sinks.see(x_TD)
 
 
 def _singles(batches: list[Batch]) -> list[Batch]:

@@ -12,7 +12,7 @@ same.
 Shapes: T tokens, D width, E experts, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,7 +27,6 @@ from moefy.data.corpus import IGNORED, Batch, Document, Sample
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import first_choices, per_position, run_outputs
-from moefy.evaluation.statistics import Floats
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account import Ledger
@@ -42,6 +40,10 @@ from moefy.models.library import hidden_of
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest gap of the account, as a share of the largest logit; ledgers are in fp32."""
 _TOLERANCE_16 = 5e-2
+_TOKEN = ("logit", "embedding", "constant", "total")
+"""Terms of a token that are of no layer, and what they come to."""
+_TERMS = ("attention", "bias", "error")
+"""Terms of a token and layer, beside those of the experts."""
 
 
 @torch.no_grad()
@@ -58,41 +60,41 @@ def ledger_of_prompt(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Ta
         raise MoefyError(
             f"prompt of {len(ids)} token ids: give two or more, each from 0 to {vocabulary - 1}"
         )
-    ids_T = torch.tensor(list(ids))
-    kind = of(model).kind
-    unembedding = find_unembedding(model, ids_T) if kind == "decoder" else None
-    kept = _Ledgers()
-    reading = _reading(ids_T, vocabulary)
+    ids_T, kept = torch.tensor(list(ids)), _Ledgers()
+    reading, decoder = _reading(ids_T, vocabulary), of(model).kind == "decoder"
+    unembedding = find_unembedding(model, ids_T) if decoder else None
     with _stream(model, unembedding) as stream:
         observe(model, reading, [kept], unembedding=unembedding)
+    batch = reading.batches[0]
+    outputs = run_outputs(model, batch, keep_BT=batch.mask())
     target_T = torch.cat([ids_T[1:], ids_T[:1]])
-    said = run_outputs(model, reading.batches[0], keep_BT=reading.batches[0].mask())
-    if said.is_logits:
-        target_T[-1] = first_choices(said)[-1].cpu()
-    reason = stream.refused
-    if unembedding is None:
-        reason = f"a model of kind '{kind}' whose logits are no linear map behind a final norm"
-    account = None
-    if unembedding is not None and reason is None:
-        logit_T = per_position(partial(_centred, target_T), said)[0].cpu()
-        account = _account(model, unembedding, stream, kept, target_T, logit_T)
-        if account.gap > account.tolerance:
-            reason = (
-                f"the terms miss the model's logit by {account.gap:.2g} of the largest, at most "
-                f"{account.tolerance:.2g} is rounding; this model adds to its stream in another way"
-            )
-            account = None
-    return _tables(ids_T, target_T, kept, account, reason)
+    if outputs.is_logits:
+        target_T[-1] = first_choices(outputs)[-1].cpu()
+    if unembedding is None or stream.refused is not None:
+        return _tables(ids_T, target_T, kept, None, stream.refused)
+    logit_T = per_position(partial(_centred, target_T), outputs)[0].cpu()
+    account = _account(model, unembedding, stream, kept, target_T, logit_T)
+    if account.gap <= account.tolerance:
+        return _tables(ids_T, target_T, kept, account, None)
+    reason = (
+        f"the terms miss the model's logit by {account.gap:.2g} of the largest, at most "
+        f"{account.tolerance:.2g} is rounding; this model adds to its stream in another way"
+    )
+    return _tables(ids_T, target_T, kept, None, reason)
 
 
 @dataclass
 class _Ledgers:
     """Keeps the ledgers of a short text."""
 
-    of: dict[int, list[Ledger]] = field(default_factory=dict)
+    by_layer: dict[int, list[Ledger]] = field(default_factory=dict)
 
     def hear(self, ledger: Ledger) -> None:
-        self.of.setdefault(ledger.layer, []).append(ledger)
+        self.by_layer.setdefault(ledger.layer, []).append(ledger)
+
+    def joined(self, layer: int, figure: Callable[[Ledger], Tensor]) -> Tensor:
+        """A figure of all tokens, on the CPU."""
+        return torch.cat([figure(ledger).cpu() for ledger in self.by_layer[layer]])
 
 
 @dataclass
@@ -101,8 +103,8 @@ class _Stream:
 
     enters: dict[int, Tensor] = field(default_factory=dict)
     """Input of every block `[T, D]`."""
-    leaves: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    """What attention adds in it."""
     refused: str | None = None
 
 
@@ -110,22 +112,17 @@ class _Stream:
 class _Account:
     """Terms of the logit of each token's target, mean over the vocabulary taken off."""
 
-    logit_T: Tensor
-    """What the model gives."""
-    embedding_T: Tensor
-    constant_T: Tensor
-    attention_LT: Tensor
-    bias_LT: Tensor
-    error_LT: Tensor
-    expert_LTE: list[Tensor]
-    total_T: Tensor
+    terms: dict[str, Tensor]
+    """`[T]`: `logit` (what the model gives), `embedding`, `constant`, and `total` of all terms."""
+    layers: list[dict[str, Tensor]]
+    """`attention`, `bias`, `error` `[T]`, and `effect` of experts `[T, E]`."""
     tolerance: float
 
     @property
     def gap(self) -> float:
         """Largest difference from the model's logit, as a share of the largest."""
-        largest = float(self.logit_T.abs().max()) or 1.0
-        return float((self.total_T - self.logit_T).abs().max()) / largest
+        logit_T, total_T = self.terms["logit"], self.terms["total"]
+        return float((total_T - logit_T).abs().max()) / (float(logit_T.abs().max()) or 1.0)
 
 
 def _reading(ids_T: Tensor, vocabulary: int) -> Reading:
@@ -146,47 +143,54 @@ def _stream(model: PreTrainedModel, unembedding: Unembedding | None) -> Iterator
     """Records the residual stream of the pass that is run meanwhile."""
     stream, handles = _Stream(), []
     paths = {index: site.layer for index, site in enumerate(of(model).sites)}
-
-    def enters(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            stream.enters[index] = _flat(hidden_of(args, given))
-
-        return hook
-
-    def leaves(store: dict[int, Tensor], index: int) -> Any:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:
-            store[index] = _flat(out[0] if isinstance(out, tuple) else out)
-
-        return hook
-
-    if len(set(paths.values())) < len(paths):
+    if unembedding is None:
+        kind = of(model).kind
+        stream.refused = (
+            f"a model of kind '{kind}' whose logits are no linear map behind a final norm"
+        )
+    elif len(set(paths.values())) < len(paths):
         stream.refused = "a block of this model holds several MLPs"
-    elif unembedding is not None:
+    else:
         try:
             projections = {site.block: site.projection for site in head_sites(model)}
         except UnsupportedModel as error:
             projections, stream.refused = {}, str(error)
         for index, path in paths.items():
+            enters = partial(_keep_input, stream.enters, index)
             block = model.get_submodule(path)
-            handles.append(block.register_forward_pre_hook(enters(index), with_kwargs=True))
-            handles.append(block.register_forward_hook(leaves(stream.leaves, index)))
+            handles.append(block.register_forward_pre_hook(enters, with_kwargs=True))
             for place, projection in projections.items():
                 if place.startswith(f"{path}."):
+                    leaves = partial(_keep_output, stream.attention, index)
                     output = model.get_submodule(projection)
-                    handles.append(output.register_forward_hook(leaves(stream.attention, index)))
+                    handles.append(output.register_forward_hook(leaves))
     try:
         yield stream
     finally:
         for handle in handles:
             handle.remove()
-    if stream.refused is None and unembedding is not None:
-        missing = [path for index, path in paths.items() if index not in stream.attention]
-        if missing:
-            stream.refused = f"{missing[0]}: no attention block is known here"
+    missing = [path for index, path in paths.items() if index not in stream.attention]
+    if stream.refused is None and missing:
+        stream.refused = f"{missing[0]}: no attention block is known here"
+
+
+def _keep_input(
+    store: dict[int, Tensor], index: int, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    store[index] = _flat(hidden_of(args, named))
+
+
+def _keep_output(store: dict[int, Tensor], index: int, _: nn.Module, __: Any, out: Any) -> None:
+    store[index] = _flat(out[0] if isinstance(out, tuple) else out)
 
 
 def _flat(values: Tensor) -> Tensor:
     return values.detach().reshape(-1, values.shape[-1]).float().cpu()
+
+
+def _scale(ledger: Ledger) -> Tensor:
+    assert ledger.scale_T is not None
+    return ledger.scale_T
 
 
 def _account(
@@ -199,42 +203,35 @@ def _account(
 ) -> _Account:
     """Every term of the logits of these tokens, which are `logit_T` less their mean."""
     direction_TD = unembedding.directions(target_T.to(unembedding.weight_VD.device)).cpu()
-    first = kept.of[0][0].scale_T
-    assert first is not None
-    scale_T = torch.cat([part.scale_T.cpu() for part in kept.of[0] if part.scale_T is not None])
+    scale_T = kept.joined(0, _scale)
 
     def effect(vector_TD: Tensor) -> Tensor:
         return (vector_TD.double() * direction_TD.double()).sum(1) / scale_T.double()
 
-    attention, biases, errors, experts = [], [], [], []
-    modules = sparse_mlps(model)
-    for layer, parts in kept.of.items():
-        bias = modules[layer].weights.down_bias_D
-        zero_TD = torch.zeros_like(stream.attention[layer])
-        biases.append(effect(zero_TD if bias is None else zero_TD + bias.detach().float().cpu()))
-        attention.append(effect(stream.attention[layer]))
-        errors.append(-effect(torch.cat([part.error_TD.cpu() for part in parts])))
-        at, inner = 0, []
-        for part in parts:
-            here_TD = direction_TD[at : at + len(part.x_TD)].to(part.x_TD.device)
-            inner.append(part.inner(here_TD).cpu().double())
-            at += len(part.x_TD)
-        experts.append(torch.cat(inner) / scale_T.double()[:, None])
-    embedding_T, constant_T = effect(stream.enters[0]), _constant(model, unembedding, target_T)
-    lists = (attention, biases, errors, [e.sum(1) for e in experts])
-    total_T = embedding_T + constant_T + sum(torch.stack(terms).sum(0) for terms in lists)
-    tolerance = TOLERANCE.get(model.dtype, _TOLERANCE_16)
-    return _Account(
-        logit_T,
-        embedding_T,
-        constant_T,
-        torch.stack(attention),
-        torch.stack(biases),
-        torch.stack(errors),
-        experts,
-        total_T,
-        tolerance,
-    )
+    def inner(part: Ledger) -> Tensor:
+        return part.inner(direction_TD[part.tokens.position_T].to(part.x_TD.device)).double()
+
+    layers = []
+    for layer, module in sparse_mlps(model).items():
+        bias, added_TD = module.weights.down_bias_D, stream.attention[layer]
+        bias_D = torch.zeros(1) if bias is None else _flat(bias)
+        layers.append(
+            {
+                "attention": effect(added_TD),
+                "bias": effect(bias_D.expand_as(added_TD)),
+                "error": -effect(kept.joined(layer, lambda part: part.error_TD)),
+                "effect": kept.joined(layer, inner) / scale_T.double()[:, None],
+            }
+        )
+    own = {
+        "embedding": effect(stream.enters[0]),
+        "constant": _constant(model, unembedding, target_T),
+    }
+    sums = [torch.stack([terms[name] for terms in layers]).sum(0) for name in _TERMS]
+    sums.append(torch.stack([terms["effect"].sum(1) for terms in layers]).sum(0))
+    total_T = own["embedding"] + own["constant"] + sum(sums)
+    terms = {"logit": logit_T, **own, "total": total_T}
+    return _Account(terms, layers, TOLERANCE.get(model.dtype, _TOLERANCE_16))
 
 
 def _centred(target_T: Tensor, at: slice, logits_CV: Tensor) -> tuple[Tensor, ...]:
@@ -261,38 +258,34 @@ def _constant(model: PreTrainedModel, unembedding: Unembedding, target_T: Tensor
 def _tables(
     ids_T: Tensor, target_T: Tensor, kept: _Ledgers, account: _Account | None, reason: str | None
 ) -> dict[str, Table]:
-    count = len(ids_T)
-    columns: dict[str, Any] = {
-        "position": list(range(count)),
-        "token": ids_T.tolist(),
-        "target": target_T.tolist(),
-    }
-    for name in ("logit", "embedding", "constant", "total"):
-        columns[name] = _column(None if account is None else getattr(account, f"{name}_T"), count)
+    positions = list(range(len(ids_T)))
+    none_T = torch.full((len(ids_T),), torch.nan, dtype=torch.float64)
+    terms = dict.fromkeys(_TOKEN, none_T) if account is None else account.terms
+    tokens = {"position": positions, "token": ids_T.tolist(), "target": target_T.tolist()}
     layers, share_gap = [], 0.0
-    for index, (layer, parts) in enumerate(kept.of.items()):
-        share_TE = torch.cat([part.share_TE.cpu().double() for part in parts])
+    for index, layer in enumerate(kept.by_layer):
+        effects = dict.fromkeys(_TERMS, none_T) if account is None else account.layers[index]
+        share_TE = kept.joined(layer, lambda part: part.share_TE.double())
         share_gap = max(share_gap, float((share_TE.sum(1) - 1).abs().max()))
-        rows: dict[str, Any] = {"layer": [layer] * count, "position": list(range(count))}
-        for name in ("attention", "bias", "error"):
-            terms = None if account is None else getattr(account, f"{name}_LT")[index]
-            rows[name] = _column(terms, count)
-        rows["error_share"] = torch.cat([_error_share(part) for part in parts]).numpy()
-        rows["share"] = _lists(share_TE)
-        rows["norm"] = _lists(torch.cat([part.norm_TE.cpu() for part in parts]))
-        rows["ran"] = torch.cat([part.mask_TE.cpu() for part in parts]).tolist()
-        experts = None if account is None else account.expert_LTE[index]
-        rows["effect"] = [None] * count if experts is None else _lists(experts)
-        layers.append(table(rows))
+        columns: dict[str, Any] = {"layer": [layer] * len(positions), "position": positions}
+        columns |= {name: effects[name].numpy() for name in _TERMS}
+        columns["error_share"] = kept.joined(layer, _error_share).numpy()
+        columns["share"] = _lists(share_TE)
+        columns["norm"] = _lists(kept.joined(layer, lambda part: part.norm_TE))
+        columns["ran"] = kept.joined(layer, lambda part: part.mask_TE).tolist()
+        columns["effect"] = (
+            [None] * len(positions) if account is None else _lists(effects["effect"])
+        )
+        layers.append(table(columns))
     summary = {
         "accounted": [account is not None],
         "reason": [reason],
-        "largest_gap": _column(None if account is None else [account.gap], 1),
-        "tolerance": _column(None if account is None else [account.tolerance], 1),
+        "largest_gap": np.array([np.nan if account is None else account.gap]),
+        "tolerance": np.array([np.nan if account is None else account.tolerance]),
         "share_sum_error": np.array([share_gap]),
     }
     return {
-        "prompt": table(columns),
+        "prompt": table({**tokens, **{name: terms[name].numpy() for name in _TOKEN}}),
         "prompt_layers": joined(layers),
         "prompt_account": table(summary),
     }
@@ -303,10 +296,6 @@ def _error_share(ledger: Ledger) -> Tensor:
     energy_T = ledger.y_TD.square().sum(1)
     along_T = (ledger.error_TD * ledger.y_TD).sum(1)
     return torch.where(energy_T > 0, along_T / energy_T, 0).cpu()
-
-
-def _column(values: ArrayLike | None, count: int) -> Floats:
-    return np.full(count, np.nan) if values is None else np.asarray(values, dtype=float)
 
 
 def _lists(values_TE: Tensor) -> list[list[float | None]]:
@@ -331,33 +320,26 @@ def prompt_record(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[s
     by_layer: dict[int, list[dict[str, Any]]] = {}
     for row in rows(found["prompt_layers"]):
         by_layer.setdefault(row["layer"], []).append(row)
+    columns = {"share": "share", "ran": "ran", "error": "error_share"}
     layers = [
-        {
-            "layer": layer,
-            "share": [row["share"] for row in given],
-            "ran": [row["ran"] for row in given],
-            "error": [row["error_share"] for row in given],
-        }
-        for layer, given in by_layer.items()
+        {"layer": layer, **{name: [row[c] for row in of_layer] for name, c in columns.items()}}
+        for layer, of_layer in by_layer.items()
     ]
     summary = rows(found["prompt_account"])[0]
-    account = _account_record(found, summary["accounted"])
+    account = _account_record(found["prompt"], by_layer) if summary["accounted"] else None
     return {**shown, "layers": layers, "account": account, **summary}
 
 
-def _account_record(found: dict[str, Table], accounted: bool) -> Table | None:
+def _account_record(tokens: Table, by_layer: dict[int, list[dict[str, Any]]]) -> Table:
     """Where the logit of the next token comes from, a row for every position."""
-    if not accounted:
-        return None
-    tokens = found["prompt"]
-    sums: dict[str, list[float]] = {
+    sums = {
         name: [0.0] * len(tokens["position"]) for name in ("attention", "experts", "bias", "error")
     }
-    for row in rows(found["prompt_layers"]):
-        at = row["position"]
-        for name in ("attention", "bias", "error"):
-            sums[name][at] += row[name]
-        sums["experts"][at] += sum(row["effect"])
+    for of_layer in by_layer.values():
+        for at, row in enumerate(of_layer):
+            for name in _TERMS:
+                sums[name][at] += row[name]
+            sums["experts"][at] += sum(row["effect"])
     first = {name: tokens[name] for name in ("position", "token", "target", "embedding")}
     last = {name: tokens[name] for name in ("constant", "total", "logit")}
     return {**first, **sums, **last}

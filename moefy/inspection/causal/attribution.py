@@ -78,15 +78,15 @@ def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
 
 
 def attribution_table(
-    engine: Engine, attribution_SQ: Floats, texts: Texts, found: Matrix, *, seed: int = 0
+    engine: Engine, attribution_SQ: Floats, texts: Texts, square: Matrix, *, seed: int = 0
 ) -> Table:
     """Table `screen`: A beside M where M was computed, and how their ranks agree in every domain."""
     domains, pairs = texts.documents.domains, engine.experts
-    attribution_SC = means(attribution_SQ, texts.documents.domain_D, len(domains))
+    attribution_SC = means(attribution_SQ, texts.documents.domain_Q, len(domains))
     place = {pair: row for row, pair in enumerate(pairs)}
-    rows = [place[pair] for pair in found.experts]
+    rows = [place[pair] for pair in square.experts]
     true_SC = np.full(attribution_SC.shape, np.nan)
-    true_SC[rows] = found.ce.mean_C
+    true_SC[rows] = square.ce.mean_C
     rank_C = [
         _spearman(attribution_SC[rows, c], true_SC[rows, c], seed) for c in range(len(domains))
     ]

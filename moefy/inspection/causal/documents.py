@@ -1,9 +1,9 @@
 """Which documents effects are measured on: the same number of every domain, cut to their first tokens.
 
 The unit is the document, so that many short documents tell more than a few long ones: they are cut
-until every domain has `MIN_DOCUMENTS`, where it has so many.
+until every domain has `MIN_DOCUMENTS`, if it has that many.
 
-Shapes: D documents.
+Shapes: Q documents.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from moefy.evaluation.statistics import Floats
 from moefy.inspection.texts.reading import Reading
 
 MIN_DOCUMENTS = 30
-"""Below so many documents of a domain a figure is shown greyed out."""
+"""Below this many documents of a domain a figure is shown greyed out."""
 LEAST = 16
 """Tokens that a document keeps at least."""
 BATCH_TOKENS = 1024
@@ -30,7 +30,7 @@ _DOCUMENTS = 63
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents `[D]`, numbered in the order of the batches."""
+    """Documents `[Q]`, numbered in the order of the batches."""
 
     batches: list[Batch]
     documents: Documents
@@ -47,7 +47,7 @@ class Texts:
     def even_Q(self, counts_Q: Ints) -> Floats:
         """The weight of a token of every document with which each domain counts alike, whatever its
         tokens, of which the documents have `counts_Q`; over all tokens 1."""
-        domain_Q = self.documents.domain_D
+        domain_Q = self.documents.domain_Q
         per_C = 1 / np.bincount(domain_Q, counts_Q) / len(self.documents.domains)
         return np.asarray(per_C[domain_Q])
 
@@ -115,17 +115,17 @@ def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:
 
 def _queues(documents: Documents, chosen_Q: np.ndarray, seed: int) -> list[list[int]]:
     """The documents of every domain in random order, those of one source as far apart as can be."""
-    random, found = np.random.default_rng([seed, 11]), []
+    random, queues = np.random.default_rng([seed, 11]), []
     for domain in range(len(documents.domains)):
-        numbers = random.permutation(np.flatnonzero(chosen_Q & (documents.domain_D == domain)))
+        numbers = random.permutation(np.flatnonzero(chosen_Q & (documents.domain_Q == domain)))
         before: dict[Hashable, int] = defaultdict(int)
         turns: list[tuple[int, int, int]] = []
         for number in numbers.tolist():
             source = documents.sources[number]
             turns.append((before[source], len(turns), number))
             before[source] += 1
-        found.append([number for _, _, number in sorted(turns)])
-    return [queue for queue in found if queue]
+        queues.append([number for _, _, number in sorted(turns)])
+    return [queue for queue in queues if queue]
 
 
 def _groups(order: list[int], samples: list[Sample], length: int, limit: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ corrected for bias and skewness (BCa, Efron 1987) below 100 units. Its test perm
 documents; CSI is divided by its standard error first, so that it holds where one domain varies more than
 another (Chung and Romano 2013).
 
-Shapes: E experts that were run, S (random) sets, C domains, D documents, G units of a domain, R resamples,
+Shapes: E experts that were run, S (random) sets, C domains, Q documents, G units of a domain, R resamples,
 P permutations.
 """
 
@@ -64,7 +64,7 @@ class Matrix:
 
 def intervals(values_SQ: Floats, texts: Texts, *, seed: int = 0) -> Interval:
     """Mean over the documents of every domain with its interval `[S, C]`, flattened."""
-    domain_Q, domains = texts.documents.domain_D, len(texts.documents.domains)
+    domain_Q, domains = texts.documents.domain_Q, len(texts.documents.domains)
     member_QC = np.eye(domains)[domain_Q]
     top_QX = (values_SQ.T[:, :, None] * member_QC[:, None]).reshape(len(domain_Q), -1)
     bottom_QX = np.tile(member_QC, (1, len(values_SQ)))
@@ -76,7 +76,7 @@ def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tupl
     expert and domain by domain, without `q`, which is over all that is shown."""
     experts = [expert for part in measured for expert in part.experts]
     effects = Effects.join(part.effects for part in measured)
-    domain_Q, domains = texts.documents.domain_D, texts.documents.domains
+    domain_Q, domains = texts.documents.domain_Q, texts.documents.domains
     shape = (len(experts), len(domains))
     ce = intervals(effects.ce_SQ, texts, seed=seed)
     csi = selectivity(effects.ce_SQ, domain_Q, units(texts.documents), seed=seed)
@@ -109,7 +109,7 @@ def _null_columns(
     """Where every expert stands among the random sets of its bin; NaN without random sets."""
     names = ("z_random", "percentile", "p", "null_sets", "null_energy_low", "null_energy_high",
              "null_slope", "null_slope_error")  # fmt: skip
-    found = {name: np.full(shape, np.nan) for name in names}
+    columns = {name: np.full(shape, np.nan) for name in names}
     parts: list[AgainstNull] = []
     first = 0
     for part in measured:
@@ -119,41 +119,47 @@ def _null_columns(
             continue
         against = against_null(part.effects.by_domain(texts), part.null.by_domain(texts), part.sets)
         parts.append(against)
-        found["z_random"][at], found["percentile"][at] = against.z_EC, against.percentile_EC
-        found["null_slope"][at], found["null_slope_error"][at] = against.slope, against.slope_error
+        columns["z_random"][at], columns["percentile"][at] = against.z_EC, against.percentile_EC
+        columns["null_slope"][at], columns["null_slope_error"][at] = (
+            against.slope,
+            against.slope_error,
+        )
         for row, (number, energy) in enumerate(
             zip(part.sets.bin_E, part.sets.energy_E, strict=True), start=at.start
         ):
             ratio = part.sets.energy_S[part.sets.bin_S == number] / max(energy, 1e-300)
-            found["null_sets"][row] = len(ratio)
-            found["null_energy_low"][row], found["null_energy_high"][row] = ratio.min(), ratio.max()
+            columns["null_sets"][row] = len(ratio)
+            columns["null_energy_low"][row], columns["null_energy_high"][row] = (
+                ratio.min(),
+                ratio.max(),
+            )
     if parts:
         null = np.concatenate([part.null_z_SC.ravel() for part in parts])
-        found["p"] = pooled_p(found["z_random"], null[np.isfinite(null)])
-    return found
+        columns["p"] = pooled_p(columns["z_random"], null[np.isfinite(null)])
+    return columns
 
 
-def labelled(given: Table, *, which: str, mode: str, how: str) -> Table:
+def labelled(rows: Table, *, which: str, mode: str, how: str) -> Table:
     """The same rows with what they were made by."""
-    count = len(given["layer"])
-    front = {name: given[name] for name in ("layer", "expert", "domain")}
-    rest = {name: values for name, values in given.items() if name not in front}
+    count = len(rows["layer"])
+    front = {name: rows[name] for name in ("layer", "expert", "domain")}
+    rest = {name: values for name, values in rows.items() if name not in front}
     made = {"model": [which] * count, "mode": [mode] * count, "how": [how] * count}
     return front | made | rest
 
 
-def with_q(given: Table) -> Table:
+def with_q(rows: Table) -> Table:
     """The same rows with `q` and `csi_q`, over all of them."""
-    found = dict(given)
+    shown = dict(rows)
     for p, q in (("p", "q"), ("csi_p", "csi_q")):
-        values = np.array([np.nan if v is None else v for v in given[p]], dtype=float)
-        found[q] = table({q: q_values(values)})[q]
-    return found
+        values = np.array([np.nan if v is None else v for v in rows[p]], dtype=float)
+        shown[q] = table({q: q_values(values)})[q]
+    return shown
 
 
-def strongest(found: Matrix, count: int) -> NDArray[np.int64]:
+def strongest(square: Matrix, count: int) -> NDArray[np.int64]:
     """Rows of the experts with the largest selectivity in any domain, the largest first."""
-    top_E = np.where(np.isnan(found.csi.mean_C), found.ce.mean_C, found.csi.mean_C).max(1)
+    top_E = np.where(np.isnan(square.csi.mean_C), square.ce.mean_C, square.csi.mean_C).max(1)
     return np.argsort(-top_E, kind="stable")[:count]
 
 
@@ -253,5 +259,5 @@ def _studentised(values_SQ: Floats, labels_PQ: NDArray[np.int64], domains: int) 
     rest = (error_SPC.sum(-1, keepdims=True) - error_SPC) / (domains - 1) ** 2
     spread_SPC = np.sqrt(error_SPC + rest)
     top_SPC = contrast(mean_SPC)
-    found = np.where(spread_SPC > 1e-9, top_SPC / np.maximum(spread_SPC, 1e-9), 0.0)
-    return np.asarray(found.transpose(1, 0, 2))
+    ratio_SPC = np.where(spread_SPC > 1e-9, top_SPC / np.maximum(spread_SPC, 1e-9), 0.0)
+    return np.asarray(ratio_SPC.transpose(1, 0, 2))

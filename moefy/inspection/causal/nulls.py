@@ -1,15 +1,15 @@
 """Random sets of neurons to compare experts with: of the same size and of the same energy.
 
 The energy of a set is that of what its replacement takes away, `E ||sum_{j in S} (c_j - v_j) d_j||^2`:
-a big expert does more damage than a small one whatever it does. Experts of a layer are cut into `BINS`
+a big expert raises the loss more than a small one, whatever it does. Experts of a layer are cut into `BINS`
 bins at equal widths of log energy, `WIDTH` from end to end, counted down from the strongest; the last
 holds all that are weaker. Each bin has its own random sets, matched to its experts, weakest to
 strongest, to within `TOLERANCE`: neurons are drawn at random, then swapped for others until the energy
-fits. For the difference that is left inside a bin the damage of a set is corrected:
+fits. For the difference that is left inside a bin the loss increase of a set is corrected:
 
     M_r (E_e / E_r)^s
 
-where s is how damage grows with energy among the layer's own random sets.
+where s is how the increase grows with energy among the layer's own random sets.
 
 All draws are made in the canonical order of neurons (`moefy.methods.partition.canonical`), so that neither their
 order nor a rescale decides them.
@@ -78,7 +78,7 @@ class RandomSets:
     """The bin of every set."""
     energy_S: Floats
     bin_E: Ints
-    """The bin of every expert that was given."""
+    """The bin of every expert."""
     energy_E: Floats
 
 
@@ -113,7 +113,7 @@ def matches(energy_E: Floats, count: int) -> tuple[Ints, Ints]:
 def matched(
     energy_NN: Floats, target: float, size: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """A random set of so many neurons whose energy is near the target, or as near as swaps come."""
+    """A random set of `size` neurons whose energy is near the target, or as near as swaps come."""
     neurons = len(energy_NN)
     chosen = random.choice(neurons, size, replace=False)
     if size == neurons:
@@ -144,11 +144,11 @@ def matched(
 
 
 def energy_slope(increase_S: Floats, energy_S: Floats) -> tuple[float, float]:
-    """How damage grows with energy, `damage ~ energy^s`: s between 0 and 1, and its standard error.
+    """How the loss increase grows with energy, `increase ~ energy^s`: s between 0 and 1, and its standard error.
 
-    The median of the slopes of log damage between all pairs of sets, weighted by how far their log
+    The median of the slopes of log increase between all pairs of sets, weighted by how far their log
     energies lie apart (Jaeckel 1972; Sievers 1978): what a few sets do does not move it. A set that
-    does no harm counts as less than any other: the slope to it has no end, which a median bears.
+    raises no loss counts as less than any other: the slope to it has no end, which a median bears.
     The error is half of what the middle 68 % of the resamples of sets span. Without two
     sets to compare s is 1, and the error NaN.
     """
@@ -167,10 +167,10 @@ def energy_slope(increase_S: Floats, energy_S: Floats) -> tuple[float, float]:
         reached_P = (wide * times_S[i] * times_S[j]).cumsum()
         return float(slope[np.searchsorted(reached_P, reached_P[-1] / 2).clip(max=len(slope) - 1)])
 
-    found = median(np.ones(len(x_S)))
+    estimate = median(np.ones(len(x_S)))
     drawn_R = np.clip([median(times_S) for times_S in resamples(len(x_S), 16)], -1e9, 1e9)
-    low, high = ends(found, drawn_R, level=0.68)
-    return min(max(found, 0.0), 1.0), float((high - low) / 2)
+    low, high = ends(estimate, drawn_R, level=0.68)
+    return min(max(estimate, 0.0), 1.0), float((high - low) / 2)
 
 
 @dataclass(frozen=True)

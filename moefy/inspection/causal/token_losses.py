@@ -8,7 +8,7 @@ every domain, classes of tokens, and the share of all losses that the worst 1 % 
 
 Memory: 40 bytes a token, and the logits of two runs of one batch.
 
-Shapes: B documents, P positions, V vocabulary, J judged tokens, D documents, C cells.
+Shapes: B documents of a batch, P positions, V vocabulary, J judged tokens, Q documents, C cells.
 """
 
 import math
@@ -41,7 +41,7 @@ from moefy.run.processes import ALONE, Processes
 Logits = Callable[[Batch], Tensor | Outputs]
 """From a batch to logits `[B, P, V]`, or to what stands for them."""
 TOKENS = 50_000
-"""Tokens that are compared where nothing else is said."""
+"""Tokens that are compared by default."""
 SHOWN = 50
 _ROUNDING = 1e-6
 """Nats that runs in fp32 differ by where nothing differs."""
@@ -71,11 +71,11 @@ def differences(
     """Run both on held-out documents: all batches, or as many, evenly spaced, as hold about `tokens`.
     `processes`, all of which call this, share them out.
 
-    Raises `MoefyError` where there is no next token to judge by, or the vocabularies differ.
+    Raises `MoefyError` if there is no next token to judge by, or the vocabularies differ.
     """
     if reading.kind != "decoder":
-        raise MoefyError("the hunt compares next-token probabilities; encoders give none")
-    first, second = _said(base), _said(other)
+        raise MoefyError("token losses compare next-token probabilities; encoders give none")
+    first, second = _outputs(base), _outputs(other)
     report = report or Reporter(quiet=True)
     own: list[tuple[int, tuple[Tokens, list[Floats]]]] = []
     for batch, at in report.track(processes.mine(_spaced(reading, tokens)), "compare two models"):
@@ -92,9 +92,9 @@ def differences(
         keep_J = judged_positions(batch)[mask].numpy()
         values = [v.double().cpu().numpy() for v in (delta_J, reference.target_log_p(), kl_J)]
         own.append((at, (tokens_of(batch, at).take(keep_J), values)))
-    heard, every = zip(*processes.in_order(own), strict=True)
+    read, every = zip(*processes.in_order(own), strict=True)
     columns = (np.concatenate(column) for column in zip(*every, strict=True))
-    return Differences(Tokens.join(list(heard)), *columns)
+    return Differences(Tokens.join(list(read)), *columns)
 
 
 def token_losses(
@@ -108,19 +108,19 @@ def token_losses(
     processes: Processes = ALONE,
 ) -> dict[str, Table]:
     """Tables `hunt` (both tails), `hunt_domains`, `hunt_classes` and `hunt_summary`."""
-    found = differences(base, other, reading, tokens=tokens, report=report, processes=processes)
+    losses = differences(base, other, reading, tokens=tokens, report=report, processes=processes)
     classes = token_classes(reading.tokenizer, reading.vocabulary)
-    classes_JC = classes_of(found.tokens.target_T, classes).T
+    classes_JC = classes_of(losses.tokens.target_T, classes).T
     domains = reading.documents.domains
     domain_JC = np.eye(len(domains), dtype=bool)[
-        reading.documents.domain_D[found.tokens.document_T]
+        reading.documents.domain_Q[losses.tokens.document_T]
     ]
-    every_J1 = np.ones((len(found.tokens), 1), dtype=bool)
+    every_J1 = np.ones((len(losses.tokens), 1), dtype=bool)
     tables = {
-        "hunt": _tails(found, reading, shown),
-        "hunt_domains": {"domain": domains} | _means(found, domain_JC, reading),
-        "hunt_classes": {"class": [*classes]} | _means(found, classes_JC, reading),
-        "hunt_summary": _means(found, every_J1, reading) | _concentration(found),
+        "hunt": _tails(losses, reading, shown),
+        "hunt_domains": {"domain": domains} | _means(losses, domain_JC, reading),
+        "hunt_classes": {"class": [*classes]} | _means(losses, classes_JC, reading),
+        "hunt_summary": _means(losses, every_J1, reading) | _concentration(losses),
     }
     return tables if classes else {n: t for n, t in tables.items() if n != "hunt_classes"}
 
@@ -133,7 +133,7 @@ def dense_against_moefied(
     report: Reporter | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Table]:
-    """The hunt between the dense model and what `moefy.load` gave."""
+    """`token_losses` of what `moefy.load` gave, beside the dense model."""
 
     def dense(batch: Batch) -> Outputs:
         with all_experts(model):
@@ -150,34 +150,34 @@ def _spaced(reading: Reading, tokens: int) -> list[tuple[Batch, int]]:
     return every[:: max(1, round(held / tokens))]
 
 
-def _said(given: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
-    if isinstance(given, PreTrainedModel):
-        return lambda batch: output(given, batch)
+def _outputs(which: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
+    if isinstance(which, PreTrainedModel):
+        return lambda batch: output(which, batch)
 
     def call(batch: Batch) -> Outputs:
-        found = given(batch)
-        return found if isinstance(found, Outputs) else outputs_of(batch, found)
+        outputs = which(batch)
+        return outputs if isinstance(outputs, Outputs) else outputs_of(batch, outputs)
 
     return call
 
 
-def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
+def _means(losses: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
     """Mean difference and KL over the tokens of every cell, with intervals over documents."""
     documents = len(reading.documents)
-    tokens_QC = _by_document(mark_JC.astype(float), found.tokens.document_T, documents)
+    tokens_QC = _by_document(mark_JC.astype(float), losses.tokens.document_T, documents)
     unit_Q = units(reading.documents, tokens_QC.sum(1) > 0)
 
     def interval(values_J: Floats) -> Interval:
-        top_QC = _by_document(mark_JC * values_J[:, None], found.tokens.document_T, documents)
+        top_QC = _by_document(mark_JC * values_J[:, None], losses.tokens.document_T, documents)
         return ratio_interval(top_QC, tokens_QC, unit_Q)
 
-    losses_C = (mark_JC * found.delta_J.clip(0)[:, None]).sum(0)
+    losses_C = (mark_JC * losses.delta_J.clip(0)[:, None]).sum(0)
     in_documents = (tokens_QC > 0).sum(0)
     return table(
         {
-            **interval(found.delta_J).columns("delta"),
-            **interval(found.kl_J).columns("kl"),
-            "share_of_losses": losses_C / max(found.delta_J.clip(0).sum(), 1e-300),
+            **interval(losses.delta_J).columns("delta"),
+            **interval(losses.kl_J).columns("kl"),
+            "share_of_losses": losses_C / max(losses.delta_J.clip(0).sum(), 1e-300),
             "share_of_tokens": mark_JC.mean(0),
             "documents": in_documents,
             "tokens": tokens_QC.sum(0).astype(int),
@@ -187,49 +187,49 @@ def _means(found: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> 
 
 
 def _by_document(values_JC: Floats, document_J: NDArray[np.int64], documents: int) -> Floats:
-    found = np.zeros((documents, values_JC.shape[1]))
-    np.add.at(found, document_J, values_JC)
-    return found
+    sums_QC = np.zeros((documents, values_JC.shape[1]))
+    np.add.at(sums_QC, document_J, values_JC)
+    return sums_QC
 
 
-def _tails(found: Differences, reading: Reading, shown: int) -> Table:
+def _tails(losses: Differences, reading: Reading, shown: int) -> Table:
     """The tokens that lose most and those that gain most, one of each document."""
     columns: dict[str, list[Any]] = {
         name: []
         for name in ("tail", "rank", "document", "domain", "position", "token", "next", "delta",
                      "p_base", "p_other", "kl")
     }  # fmt: skip
-    tokens = found.tokens
+    tokens = losses.tokens
     for name, sign in (("loses", -1.0), ("gains", 1.0)):
-        order_J = np.argsort(sign * found.delta_J, kind="stable")
+        order_J = np.argsort(sign * losses.delta_J, kind="stable")
         _, first = np.unique(tokens.document_T[order_J], return_index=True)
         for rank, j in enumerate(order_J[np.sort(first)[:shown]].tolist()):
-            if sign * found.delta_J[j] >= -_ROUNDING:
+            if sign * losses.delta_J[j] >= -_ROUNDING:
                 break
             number = int(tokens.document_T[j])
             row = (
                 name, rank, number, reading.documents.documents[number].domain,
                 int(tokens.position_T[j]), int(tokens.ids_T[j]), int(tokens.target_T[j]),
-                float(found.delta_J[j]), math.exp(found.log_p_J[j]),
-                math.exp(min(0.0, found.log_p_J[j] - found.delta_J[j])), float(found.kl_J[j]),
+                float(losses.delta_J[j]), math.exp(losses.log_p_J[j]),
+                math.exp(min(0.0, losses.log_p_J[j] - losses.delta_J[j])), float(losses.kl_J[j]),
             )  # fmt: skip
             for column, value in zip(columns.values(), row, strict=True):
                 column.append(value)
     return table(columns)
 
 
-def _concentration(found: Differences) -> Table:
+def _concentration(measured: Differences) -> Table:
     """How few tokens hold the losses."""
-    losses, kl = tail(found.delta_J.clip(0)), tail(found.kl_J)
+    losses, kl = tail(measured.delta_J.clip(0)), tail(measured.kl_J)
     return table(
         {
             "top_share_of_tokens": [TOP],
             "concentration": [losses["top_1_percent_share"]],
             "kl_concentration": [kl["top_1_percent_share"]],
-            "delta_p99": [float(np.quantile(found.delta_J, 0.99))],
-            "delta_p1": [float(np.quantile(found.delta_J, 0.01))],
+            "delta_p99": [float(np.quantile(measured.delta_J, 0.99))],
+            "delta_p1": [float(np.quantile(measured.delta_J, 0.01))],
             "kl_p99": [kl["p99"]],
             "kl_max": [kl["max"]],
-            "worse_share": [float((found.delta_J > _ROUNDING).mean())],
+            "worse_share": [float((measured.delta_J > _ROUNDING).mean())],
         }
     )

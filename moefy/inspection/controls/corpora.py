@@ -4,7 +4,7 @@ A figure replicates where the order of the experts of a layer by it is much the 
 or, with one corpus, on two halves of its sources. On one corpus alone many a thing looks monosemantic
 (the BERT illusion, Bolukbasi et al. 2021).
 
-Shapes: T tokens, D documents, E experts.
+Shapes: T tokens, Q documents, E experts.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
     order_G = np.random.default_rng(seed).permutation(int(unit_Q.max()) + 1)
     first_Q = np.zeros(len(documents), dtype=bool)
     for domain in range(len(documents.domains)):
-        here_Q = documents.domain_D == domain
+        here_Q = documents.domain_Q == domain
         mine_G = order_G[np.isin(order_G, unit_Q[here_Q])]
         first_Q |= here_Q & np.isin(unit_Q, mine_G[::2])
     name = names[0]
@@ -114,7 +114,7 @@ def _correlations(
         row |= {"text_a": of[0], "text_b": of[1], "correlation": np.nan, "p": np.nan}
         varied = known.sum() >= LEAST_EXPERTS and all(len(set(v[known])) > 1 for v in (a, b))
         if varied:
-            found = stats.spearmanr(a[known], b[known], alternative="greater")
-            row |= {"correlation": float(found.statistic), "p": float(found.pvalue)}
+            rank = stats.spearmanr(a[known], b[known], alternative="greater")
+            row |= {"correlation": float(rank.statistic), "p": float(rank.pvalue)}
         rows.append(row)
     return rows

@@ -80,12 +80,12 @@ class RandomPartitions(PassPart[State]):
         super().__init__(work)
         reading, seed = work.reading, work.seed
         self.modules, self.draws, self.seed = work.modules, draws, seed
-        self.domain_Q = reading.documents.domain_D
+        self.domain_Q = reading.documents.domain_Q
         width = max(module.weights.width for module in self.modules.values())
         neurons = max(module.weights.neurons for module in self.modules.values())
         limit = min(tokens, ENTRIES // neurons, INPUTS // (width * len(self.modules)))
-        self.chosen_Q = drawn_documents(reading.tokens_D, limit, seed)
-        size = int(reading.tokens_D[self.chosen_Q].sum())
+        self.chosen_Q = drawn_documents(reading.tokens_Q, limit, seed)
+        size = int(reading.tokens_Q[self.chosen_Q].sum())
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this listener
         shape = (len(self.modules), size, width)
         self.x_LTD = np.memmap(self.file, dtype=np.float32, mode="w+", shape=shape)
@@ -126,10 +126,10 @@ class RandomPartitions(PassPart[State]):
                     mine = (layer, *inputs)
             if mine is not None:
                 rows.append((mine[0], self._layer(*mine, ways)))
-        found = processes.in_order(rows)
+        made = processes.in_order(rows)
         return {
-            "experts": joined(experts for experts, _ in found),
-            "layers": joined(layers for _, layers in found),
+            "experts": joined(experts for experts, _ in made),
+            "layers": joined(layers for _, layers in made),
         }
 
     def _inputs(
@@ -294,11 +294,11 @@ class _Held:
         neuron-major and in chunks that stay in cache: three times as fast."""
         down_EFD = self.down_ND[neurons_N].view(self.experts, -1, self.down_ND.shape[1])
         gram_EFF = down_EFD @ down_EFD.mT
-        found = []
+        parts = []
         for h_NT in self.parts:
             h_EFT = h_NT[neurons_N].view(self.experts, -1, h_NT.shape[1])
-            found.append((gram_EFF @ h_EFT).mul_(h_EFT).sum(1))
-        return torch.cat(found, dim=1).clamp_min_(0).T.contiguous().cpu()
+            parts.append((gram_EFF @ h_EFT).mul_(h_EFT).sum(1))
+        return torch.cat(parts, dim=1).clamp_min_(0).T.contiguous().cpu()
 
     def _captured(self, neurons_N: Tensor, on_SE: Tensor) -> float:
         off_ES = (~on_SE).T.to(self.down_ND.device)

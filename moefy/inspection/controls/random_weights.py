@@ -6,34 +6,35 @@ Two controls, each converted by the same recipe from the same text, clustered an
     reinitialised   drawn anew from a normal distribution of the same mean and standard deviation
 
 Embeddings, attention and norms stay as they were trained. Entries are mixed in a balanced gauge
-(`gauge.balanced`), so that the control belongs to the function and not to how it was stored. A figure
+(`balanced`), so that the control belongs to the function and not to how it was stored. A figure
 that is the same for trained and for random weights is no evidence of anything learnt.
 
 Shapes: N neurons, D width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.conversion.convert import convert
-from moefy.data.corpus import load_corpus
+from moefy.conversion.in_memory import in_memory
+from moefy.conversion.task import Conversion
+from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import CorpusError
-from moefy.experts.loading import load, load_dense
+from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
-from moefy.experts.placement import placement
+from moefy.experts.placement import running_dtype
 from moefy.inspection.controls.corpora import figures
-from moefy.inspection.controls.gauge import balanced
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, rows, table
-from moefy.models.artefact import META, SIDE
-from moefy.models.checkpoint import copy_folder
+from moefy.methods.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_order
+from moefy.models.artefact import Artefact
+from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import from_dict
@@ -69,74 +70,114 @@ def random_weights(
 
     Raises `CorpusError` where a corpus is given and is not that of the conversion.
     """
-    artefact = of(model).artefact
-    report = report or Reporter(quiet=True)
-    text = load_corpus(corpus)
-    if text.sha256 != artefact.corpus["sha256"]:
-        reason = (
-            f"random weights: the model was converted with corpus '{artefact.corpus['name']}', which "
-            f"'{text.name}' is not"
-        )
-        if corpus is not None:
-            raise CorpusError(f"{reason}; give that one")
-        report.say(f"{reason}: this control is left out")
+    report, stages = report or Reporter(quiet=True), stages or Stages(None, None)
+    text = _text_of_conversion(of(model).artefact, corpus, report)
+    if text is None:
         return {}
-    checkpoint = of(model).checkpoint
-    stages = stages or Stages(None, None)
+    decided = _decided(model, reading, describe, text, seed)
     made: dict[str, Mapping[str, Table]] = {}
     for control in CONTROLS:
-        settings = {
-            "control": control,
-            "checkpoint": checkpoint.hashes(),
-            "recipe": artefact.recipe,
-            "corpus": text.sha256,
-            "reading": [doc.sha256 for doc in reading.documents.documents],
-            "describe": getattr(describe, "__qualname__", type(describe).__qualname__),
-            "versions": versions(),
-            "seed": seed,
-        }
 
         def describe_control(control: str = control) -> dict[str, Any]:
-            with converted(model, control, text, seed, report, stages) as moefied:
-                return dict(describe(moefied, reading))
+            moefied = converted(model, control, text, seed, report, stages)
+            return dict(describe(moefied, reading))
 
-        made[control] = stages.run(f"random-weights-{control}", settings, describe_control)
+        name, settings = f"random-weights-{control}", {"control": control, **decided}
+        made[control] = stages.run(name, settings, describe_control)
     if not stages.processes.main:
         return {}
     return {"random_weights": compared(trained["layers"], {n: made[n]["layers"] for n in CONTROLS})}
 
 
-@contextmanager
+def _decided(
+    model: PreTrainedModel, reading: Reading, describe: Describe, text: Corpus, seed: int
+) -> dict[str, Any]:
+    """What decides the tables of a control."""
+    return {
+        "checkpoint": of(model).checkpoint.hashes(),
+        "recipe": of(model).artefact.recipe,
+        "corpus": text.sha256,
+        "reading": [doc.sha256 for doc in reading.documents.documents],
+        "describe": getattr(describe, "__qualname__", type(describe).__qualname__),
+        "versions": versions(),
+        "seed": seed,
+    }
+
+
+def _text_of_conversion(artefact: Artefact, corpus: Any, report: Reporter) -> Corpus | None:
+    """What the model was converted with; None where nobody gave it and it is not the bundled one."""
+    text = load_corpus(corpus)
+    if text.sha256 == artefact.corpus["sha256"]:
+        return text
+    reason = (
+        f"random weights: the model was converted with corpus '{artefact.corpus['name']}', which "
+        f"'{text.name}' is not"
+    )
+    if corpus is not None:
+        raise CorpusError(f"{reason}; give that one")
+    report.say(f"{reason}: this control is left out")
+    return None
+
+
 def converted(
     model: PreTrainedModel,
     control: str,
-    corpus: Any,
+    corpus: Corpus,
     seed: int,
     report: Reporter,
     stages: Stages,
-) -> Iterator[PreTrainedModel]:
-    """The control of a moefied model, converted by the same recipe; its folder, made in that of the
-    stages, is gone afterwards. Their processes convert it together."""
-    artefact = of(model).artefact
-    checkpoint = of(model).checkpoint
-    where, processes = stages.folder, stages.processes
-    if where is not None:
-        where.mkdir(parents=True, exist_ok=True)
-    with processes.folder(where) as folder:
-        source, out = folder / "source", folder / "moefied"
+) -> PreTrainedModel:
+    """The control of a moefied model, converted in memory by the same recipe; the processes of the
+    stages convert it together, in a folder that is gone afterwards."""
+    artefact, checkpoint = of(model).artefact, of(model).checkpoint
+    report.say(f"random weights: {control}")
+    if stages.folder is not None:
+        stages.folder.mkdir(parents=True, exist_ok=True)
+    with stages.processes.folder(stages.folder) as folder:
+        task = Conversion.planned(
+            checkpoint, from_dict(artefact.recipe), corpus, folder, report=report,
+            processes=stages.processes, dense=partial(random_model, checkpoint, control, seed),
+        )  # fmt: skip
+        return in_memory(task)[0]
 
-        def write() -> None:
-            source.mkdir()
-            copy_folder(checkpoint.folder, source, skip={META, SIDE, *checkpoint.weights})
-            dense = load_dense(checkpoint, dtype="auto")
-            randomise(dense, control, seed)
-            dense.save_pretrained(source)
 
-        processes.once(write)
-        report.say(f"random weights: {control}")
-        quiet = report.console.quiet
-        convert(source, out, recipe=from_dict(artefact.recipe), corpus=corpus, quiet=quiet)
-        yield load(out, verify=False, plugins=True, **placement())
+def random_model(checkpoint: Checkpoint, control: str, seed: int) -> PreTrainedModel:
+    """The dense model, its MLPs random in one of the two ways, where and as this machine runs it."""
+    model = load_dense(checkpoint, dtype="auto")
+    randomise(model, control, seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = running_dtype(checkpoint)
+    return nn.Module.to(model, device=device, dtype=dtype)
+
+
+def balanced(mlp: DenseMlp) -> DenseMlp:
+    """The MLP in fp32 and canonical order, what is free in each neuron's scale shared out evenly.
+
+    Where the scale of a neuron's up row `u_j` is free (a gated MLP, or a homogeneous activation), it is
+    set so that `||u_j|| = ||d_j||`, biases included in `u_j`; its sign is that of `canonical_gauge`.
+    """
+    mlp = mlp.on_cpu()
+    same = canonical_gauge(mlp, canonical_order(mlp))
+    degree = 1 if mlp.gate_ND is not None else HOMOGENEOUS.get(mlp.activation, 0)
+    if not degree:
+        return same
+    square_N = same.up_ND.square().sum(1)
+    if same.up_bias_N is not None:
+        square_N = square_N + same.up_bias_N.square()
+    up_N, down_N = square_N.sqrt(), same.down_ND.norm(dim=1)
+    scale_N = (down_N / up_N).pow(1 / (1 + degree))
+    # A neuron that reads or writes nothing stays as it is.
+    scale_N = torch.where((up_N > 0) & (down_N > 0), scale_N, torch.ones_like(scale_N))
+    bias_N = None if same.up_bias_N is None else same.up_bias_N * scale_N
+    return DenseMlp(
+        up_ND=same.up_ND * scale_N[:, None],
+        down_ND=same.down_ND / scale_N[:, None] ** degree,
+        activation=same.activation,
+        gate_ND=same.gate_ND,
+        up_bias_N=bias_N,
+        gate_bias_N=same.gate_bias_N,
+        down_bias_D=same.down_bias_D,
+    )
 
 
 @torch.no_grad()
@@ -171,15 +212,15 @@ def compared(trained: Table, random: Mapping[str, Table]) -> Table:
     controls' (Wilcoxon's signed ranks, p < .05), the same verdict for every layer; None below six
     layers, which cannot say so.
     """
-    given = {"trained": trained, **random}
-    by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in given.items()}
-    names = [name for name in figures(trained) if all(name in t for t in given.values())]
-    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *given, "separates")}
+    every = {"trained": trained, **random}
+    by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in every.items()}
+    names = [name for name in figures(trained) if all(name in t for t in every.values())]
+    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *every, "separates")}
     for name in names:
-        all_ = {who: [row[name] for row in found.values()] for who, found in by_layer.items()}
+        all_ = {who: [row[name] for row in layers.values()] for who, layers in by_layer.items()}
         over_layers = _ordered(all_)
         for layer in by_layer["trained"]:
-            here = {who: found[layer] for who, found in by_layer.items()}
+            here = {who: layers[layer] for who, layers in by_layer.items()}
             columns["layer"].append(layer)
             columns["figure"].append(name)
             for who, row in here.items():
@@ -201,10 +242,10 @@ def _apart(here: dict[str, dict[str, Any]], name: str) -> bool | None:
 
 def _ordered(values: dict[str, list[Any]]) -> bool | None:
     """Whether the trained figures differ from both controls' in one direction over layers."""
-    kept = {who: np.array(v, dtype=float) for who, v in values.items()}
+    arrays = {who: np.array(v, dtype=float) for who, v in values.items()}
     signs = set()
-    for who, control in kept.items():
-        away = kept["trained"] - control
+    for who, control in arrays.items():
+        away = arrays["trained"] - control
         away = away[~np.isnan(away)]
         if who == "trained":
             continue

@@ -14,13 +14,13 @@ Shapes: T tokens, D width, N neurons, E experts, P partitions.
 
 from collections.abc import Iterable
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.conversion.capture import Captured, capture
@@ -28,7 +28,7 @@ from moefy.data.corpus import Batch, make_batches
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.texts.table import Table, joined, of_experts, table
 from moefy.methods.partition.partition import partition
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
@@ -78,10 +78,10 @@ def seeds(
                     )  # fmt: skip
         for layer in report.track(processes.mine(list(modules)), "partitions again"):
             rows.append((layer, _layer(model, layer, modules[layer], samples, count, seed)))
-        found = processes.in_order(rows)
+        tables = processes.in_order(rows)
     return {
-        "experts": joined(experts for experts, _ in found),
-        "layers": joined(layers for _, layers in found),
+        "experts": joined(experts for experts, _ in tables),
+        "layers": joined(layers for _, layers in tables),
     }
 
 
@@ -89,7 +89,7 @@ def halves(reading: Reading, seed: int) -> list[list[Batch]]:
     """The documents in two disjoint sets, each with half of every domain."""
     samples = [sample for batch in reading.batches for sample in batch.samples]
     order = np.random.default_rng(seed).permutation(len(samples))
-    order = order[np.argsort(reading.documents.domain_D[order], kind="stable")]
+    order = order[np.argsort(reading.documents.domain_Q[order], kind="stable")]
     return [make_batches([samples[i] for i in order[part::SHARDS]]) for part in range(SHARDS)]
 
 
@@ -101,46 +101,58 @@ def _layer(
     count: int,
     seed: int,
 ) -> tuple[Table, Table]:
-    artefact = of(model).artefact
-    site = of(model).sites[layer]
-    columns: dict[str, Any] = {"layer": [layer] * module.experts}
-    columns["expert"] = list(range(module.experts))
     if module.expert_size == 1:
-        columns |= dict.fromkeys(("stability", "stability_chance"), [None] * module.experts)
-        none: dict[str, Any] = {key: [None] for key in _NAMES}
-        return table(columns), table({"layer": [layer], **none})
-    recipe = from_dict(artefact.recipe).partition
+        nothing = dict.fromkeys(("stability", "stability_chance"), [None] * module.experts)
+        return of_experts(layer, nothing), table({"layer": [layer], **{n: [None] for n in _NAMES}})
     # In the order of the source, which is what methods that are not invariant go by.
-    source_N = artefact.permutation(layer).argsort()
-    mlp = module.weights.on_cpu().take(source_N).to(torch.float32)
+    source_N = of(model).artefact.permutation(layer).argsort()
     own_N = (source_N // module.expert_size).numpy()
-
-    def split(sample: Captured, number: int) -> Ints:
-        found = partition(
-            mlp, sample.inputs(site).float(), experts=module.experts, method=recipe.method,
-            shared=module.shared, shared_by=recipe.shared_by, domain_T=sample.domains(site),
-            seed=seed + 1 + number, where=f"layer {layer}",
-        )  # fmt: skip
-        return found.owner_N.numpy()
-
-    found = {(shard, 0): split(sample, 0) for shard, sample in enumerate(samples)}
-    found[0, 1] = split(samples[0], 1)
-    varies = adjusted_rand_score(found[0, 0], found[0, 1]) < 1
-    for shard, sample in enumerate(samples):
-        for number in range(1, count if varies else 1):
-            if (shard, number) not in found:
-                found[shard, number] = split(sample, number)
-    if not varies:
-        del found[0, 1]
-    read = min(len(sample.inputs(site)) for sample in samples)
-    jaccard_PE = np.stack([matched(own_N, other_N) for other_N in found.values()])
+    partitions = _partitions(model, layer, module, source_N, samples, count, seed)
+    jaccard_PE = np.stack([matched(own_N, other_N) for other_N in partitions.values()])
     draw = np.random.default_rng([seed, layer])
     # From the sizes alone, so that the order of neurons decides no draw.
     sized_N = np.sort(own_N)
     chance_PE = np.stack([matched(sized_N, draw.permutation(sized_N)) for _ in range(CHANCE)])
-    columns["stability"] = jaccard_PE.mean(0)
-    columns["stability_chance"] = np.full(module.experts, chance_PE.mean())
-    return table(columns), table({"layer": [layer], **_agreement(found, own_N, read)})
+    columns = {
+        "stability": jaccard_PE.mean(0),
+        "stability_chance": np.full(module.experts, chance_PE.mean()),
+    }
+    read = min(len(sample.inputs(of(model).sites[layer])) for sample in samples)
+    agreement = _agreement(partitions, own_N, read)
+    return of_experts(layer, columns), table({"layer": [layer], **agreement})
+
+
+def _partitions(
+    model: PreTrainedModel,
+    layer: int,
+    module: SparseMlp,
+    source_N: Tensor,
+    samples: list[Captured],
+    count: int,
+    seed: int,
+) -> dict[tuple[int, int], Ints]:
+    """The layer split anew: the expert of every neuron `[N]` by shard and number of the seed."""
+    recipe, site = from_dict(of(model).artefact.recipe).partition, of(model).sites[layer]
+    mlp = module.weights.on_cpu().take(source_N).to(torch.float32)
+
+    def split(shard: int, number: int) -> Ints:
+        sample = samples[shard]
+        owner_N = partition(
+            mlp, sample.inputs(site).float(), experts=module.experts, method=recipe.method,
+            shared=module.shared, shared_by=recipe.shared_by, domain_T=sample.domains(site),
+            seed=seed + 1 + number, where=f"layer {layer}",
+        ).owner_N  # fmt: skip
+        return np.asarray(owner_N.numpy())
+
+    split_anew = {(shard, 0): split(shard, 0) for shard in range(len(samples))}
+    other_seed_N = split(0, 1)
+    if adjusted_rand_score(split_anew[0, 0], other_seed_N) < 1:
+        split_anew[0, 1] = other_seed_N
+        for shard in range(len(samples)):
+            for number in range(1, count):
+                if (shard, number) not in split_anew:
+                    split_anew[shard, number] = split(shard, number)
+    return split_anew
 
 
 _NAMES = (
@@ -151,21 +163,23 @@ _NAMES = (
 
 
 def _agreement(
-    found: dict[tuple[int, int], Ints], own_N: Ints, tokens: int
+    partitions: dict[tuple[int, int], Ints], own_N: Ints, tokens: int
 ) -> dict[str, list[float]]:
     """`_NAMES` of one layer; partitions by shard and seed."""
-    pairs = list(combinations(found, 2))
-    ari = {pair: float(adjusted_rand_score(found[pair[0]], found[pair[1]])) for pair in pairs}
-    ami = [adjusted_mutual_info_score(found[a], found[b]) for a, b in pairs]
+    pairs = list(combinations(partitions, 2))
+    ari = {
+        pair: float(adjusted_rand_score(partitions[pair[0]], partitions[pair[1]])) for pair in pairs
+    }
+    ami = [adjusted_mutual_info_score(partitions[a], partitions[b]) for a, b in pairs]
     values = (
         _mean(ari.values()),
         min(ari.values()),
         max(ari.values()),
-        _mean(float(adjusted_rand_score(own_N, other_N)) for other_N in found.values()),
+        _mean(float(adjusted_rand_score(own_N, other_N)) for other_N in partitions.values()),
         _mean(value for (a, b), value in ari.items() if a[1] == b[1]),
         _mean(value for (a, b), value in ari.items() if a[0] == b[0]),
         _mean(ami),
-        len(found),
+        len(partitions),
         tokens,
     )
     return {name: [value] for name, value in zip(_NAMES, values, strict=True)}
@@ -173,8 +187,8 @@ def _agreement(
 
 def _mean(values: Iterable[float]) -> float:
     """NaN of nothing: a method that does not depend on the seed has no pairs of seeds."""
-    given = list(values)
-    return sum(given) / len(given) if given else float("nan")
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def matched(own_N: Ints, other_N: Ints) -> NDArray[np.float64]:
@@ -188,6 +202,6 @@ def matched(own_N: Ints, other_N: Ints) -> NDArray[np.float64]:
     union_EE = common_EE.sum(1)[:, None] + common_EE.sum(0)[None] - common_EE
     jaccard_EE = common_EE / union_EE
     row, column = linear_sum_assignment(jaccard_EE, maximize=True)
-    found_E = np.zeros(experts)
-    found_E[row] = jaccard_EE[row, column]
-    return found_E
+    matched_E = np.zeros(experts)
+    matched_E[row] = jaccard_EE[row, column]
+    return matched_E

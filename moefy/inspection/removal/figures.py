@@ -47,7 +47,7 @@ class Point:
 
 def by_domain(values_Q: Floats, texts: Texts) -> Floats:
     """Mean over the tokens of every domain `[C]` of sums over documents."""
-    domain_Q = texts.documents.domain_D
+    domain_Q = texts.documents.domain_Q
     return np.bincount(domain_Q, values_Q) / np.bincount(domain_Q, texts.tokens_Q)
 
 
@@ -95,20 +95,20 @@ def rises(point: Point, base: Point, texts: Texts) -> dict[str, Any]:
 
 def row(pair: Pair, base: Pair, part: Part) -> dict[str, Any]:
     """All figures of one removal."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, point, before, texts in zip(
         ("forget", "retain"), pair, base, (part.forget, part.retain), strict=True
     ):
-        found[f"ce_{name}"] = point.ce(texts)
-        found[f"accuracy_{name}"] = point.accuracy(texts)
-        found |= {f"{name}_{what}": v for what, v in rises(point, before, texts).items()}
+        figures[f"ce_{name}"] = point.ce(texts)
+        figures[f"accuracy_{name}"] = point.accuracy(texts)
+        figures |= {f"{name}_{what}": v for what, v in rises(point, before, texts).items()}
     retain = pair[1]
     ce_C, right_C = (by_domain(v, part.retain) for v in (retain.ce_Q, retain.right_Q))
-    found["domains"] = {
+    figures["domains"] = {
         name: {"ce": float(ce), "accuracy": float(right)}
         for name, ce, right in zip(part.retain.documents.domains, ce_C, right_C, strict=True)
     }
-    return found
+    return figures
 
 
 def mean_row(pairs: Sequence[Pair], base: Pair, part: Part) -> dict[str, Any]:
@@ -155,16 +155,16 @@ def against(point: Point, base: Point, others: Sequence[Point], texts: Texts) ->
         "rise_of_others": (theirs_Q, tokens_Q),
         "difference": (ours_Q - theirs_Q, tokens_Q),
     }
-    found: dict[str, Any] = dict(ratios(sums, units(texts.documents)))
+    figures: dict[str, Any] = dict(ratios(sums, units(texts.documents)))
     theirs, difference = (
-        found[name]["ci95"] or (-np.inf, np.inf) for name in ("rise_of_others", "difference")
+        figures[name]["ci95"] or (-np.inf, np.inf) for name in ("rise_of_others", "difference")
     )
     if not theirs_Q.sum() > 0:
-        found["ratio"] = None
+        figures["ratio"] = None
     elif not theirs[0] > 0:
-        found["ratio"]["ci95"] = None
+        figures["ratio"]["ci95"] = None
     selective = ours_Q.sum() > TIMES * theirs_Q.sum() and difference[0] > 0
-    return found | {"selective": bool(selective)}
+    return figures | {"selective": bool(selective)}
 
 
 PRECISION = 0.02

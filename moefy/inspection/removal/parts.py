@@ -17,9 +17,11 @@ from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
+from moefy.inspection.removal.source import Source
 from moefy.inspection.texts.reading import Reading
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.recipe import from_dict
 
 RANK, DECIDE, RELEARN, MEASURE = "rank", "decide", "relearn", "measure"
 FORGET_SHARE = 0.25
@@ -97,13 +99,15 @@ def choose_domains(corpus: Corpus, forget: str, retain: list[str] | None) -> Dom
 
 
 def read_parts(
-    checkpoint: Checkpoint, corpus: Corpus, domains: Domains, tokens: int, *, split: int, seed: int
+    source: Source, corpus: Corpus, domains: Domains, tokens: int, *, seed: int
 ) -> Parts:
-    """About `tokens` tokens for each part. `split` is the seed of the conversion.
+    """About `tokens` tokens for each part, in the shards of the conversion; of a dense checkpoint in
+    those of `seed`.
 
     Raises `CorpusError` where a domain has too few documents.
     """
-    texts = by_role(corpus, split)
+    recipe, checkpoint = source.artefact.recipe, source.checkpoint
+    texts = by_role(corpus, from_dict(recipe).seed if recipe else seed)
     _require_enough(corpus, texts, domains)
     share = round(FORGET_SHARE * tokens)
     parts = {}

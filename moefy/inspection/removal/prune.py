@@ -20,11 +20,10 @@ from torch import Tensor
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.controls import CONTROLS, ENERGY, Removal
 from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
-from moefy.inspection.removal.rankings import ranked
 from moefy.inspection.removal.relearning import relearning
+from moefy.inspection.removal.sets import CONTROLS, ENERGY, Removal, ranked
 from moefy.inspection.removal.source import (
     EXPERT,
     NEURON,
@@ -35,12 +34,10 @@ from moefy.inspection.removal.source import (
     units_of,
 )
 from moefy.inspection.removal.summary import card, draw
-from moefy.recipe import from_dict
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
-from moefy.run.provenance import machine, versions
-from moefy.run.stages import Stages, digest
+from moefy.run.job import Job
+from moefy.run.provenance import machine
 from moefy.run.tables import NO_PLOTS, has_plots
 
 TOKENS = 20_000
@@ -81,26 +78,16 @@ def prune(
     the user's to mend; `out` then is as it was.
     """
     allowed = _allowed(share, retain_loss)
+    job = Job("prune", out, resume=resume, overwrite=overwrite, quiet=quiet)
     source, text = open_source(model, unit), load_corpus(corpus)
     domains = choose_domains(text, forget, None if retain is None else list(retain))
-    split = from_dict(source.artefact.recipe).seed if source.artefact.recipe else seed
-    parts = read_parts(source.checkpoint, text, domains, tokens, split=split, seed=seed)
-    output, report = OutputFolder(Path(out)), Reporter(quiet=quiet)
-    decided = [source.checkpoint.hashes(), source.artefact.sha256, forget, domains.retain, unit, allowed,
-               tokens, seed, text.sha256, versions()]  # fmt: skip
-    output.begin(digest(decided), resume=resume, overwrite=overwrite)
-    output.need(source.checkpoint.bytes)
-    with output.full_disk():
-        removal = _Removal.of(source, parts, unit, seed, report, Stages(output.work / "points"))
-        try:
-            count = removal.count(allowed)
-        except MoefyError:
-            output.discard()
-            raise
-        about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
-        record = removal.record(count, text, about)
-        removal.write(record, count, output.work / "model")
-    output.commit(output.work / "model")
+    parts = read_parts(source, text, domains, tokens, seed=seed)
+    about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
+    decided = [source.decided, text.sha256, about, tokens, seed]
+    with job.running(decided, disk=source.checkpoint.bytes, worthless=(MoefyError,)):
+        removal = _Removal.of(source, parts, unit, seed, job)
+        record = removal.written(removal.count(allowed), text, about, job.finished)
+    job.commit()
     return record
 
 
@@ -132,12 +119,10 @@ class _Removal:
     """Numbers of the units, those to go first in front."""
 
     @classmethod
-    def of(
-        cls, source: Source, parts: Parts, unit: str, seed: int, report: Reporter, stages: Stages
-    ) -> "_Removal":
+    def of(cls, source: Source, parts: Parts, unit: str, seed: int, job: Job) -> "_Removal":
         engine = source.engine()
-        order = ranked(engine, parts.rank, unit, report)
-        return cls(source, parts, Judge(engine, stages), unit, seed, report, order)
+        order = ranked(engine, parts.rank, unit, job.report)
+        return cls(source, parts, Judge(engine, job.stages), unit, seed, job.report, order)
 
     def first(self, count: int) -> Neurons:
         """The neurons of the first units."""
@@ -165,19 +150,28 @@ class _Removal:
             )
         return count
 
-    def record(self, count: int, text: Corpus, about: dict[str, Any]) -> dict[str, Any]:
-        """All that is recorded of removing `count` units but which neurons those are."""
-        checkpoint = self.source.checkpoint
-        return {
+    def written(
+        self, count: int, text: Corpus, about: dict[str, Any], folder: Path
+    ) -> dict[str, Any]:
+        """Remove `count` units: the checkpoint, its record, a card and a picture; returns the record."""
+        record = {
             "kind": "removal",
-            "source": {"name": self.source.name, "sha256": checkpoint.hashes()},
+            "source": {"name": self.source.name, "sha256": self.source.checkpoint.hashes()},
             "corpus": {"name": text.name, "sha256": text.sha256},
             **about,
             "seed": self.seed,
             "parts": self.parts.counts(),
             **self.figures(count),
             "machine": machine(),
+            "neurons": self.source.write(self.first(count), folder, self.report),
         }
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / README).write_text(card(record), encoding="utf-8")
+        if has_plots():
+            draw(record, folder / PICTURE)
+        else:
+            self.report.say(f"no picture of the curve: {NO_PLOTS}")
+        return record
 
     def figures(self, count: int) -> dict[str, Any]:
         """The curve, the removal of `count` units beside its controls, and relearning."""
@@ -189,8 +183,8 @@ class _Removal:
         base, chosen = (self.judge.pair(n, g, part) for n, g in (("base", {}), ("chosen", removed)))
         curve = self.curve({0: base, count: chosen})
         drawn = {name: control.draw(removal) for name, control in CONTROLS.items()}
-        pairs = {name: self.pairs(name, found.sets) for name, found in drawn.items() if found.sets}
-        at = {name: mean_row(found, base, part) for name, found in pairs.items()}
+        pairs = {name: self.pairs(name, some.sets) for name, some in drawn.items() if some.sets}
+        at = {name: mean_row(some, base, part) for name, some in pairs.items()}
         others = [pair[0] for pair in pairs[ENERGY]]
         self.report.say("relearn")
         return {
@@ -224,19 +218,9 @@ class _Removal:
         ]
 
     def relearned(self, removed: Neurons) -> dict[str, Any]:
-        """What the relearning test found, kept when it is done."""
+        """What the relearning test says, kept when it is done."""
         stages = self.judge.stages
         if not stages.has("relearning"):
-            found = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
-            stages.keep("relearning", found)
+            record = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
+            stages.keep("relearning", record)
         return dict(stages.read("relearning"))
-
-    def write(self, record: dict[str, Any], count: int, folder: Path) -> None:
-        """The checkpoint, the record that now names the neurons, a card and a picture."""
-        record["neurons"] = self.source.write(self.first(count), folder, self.report)
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / README).write_text(card(record), encoding="utf-8")
-        if has_plots():
-            draw(record, folder / PICTURE)
-        else:
-            self.report.say(f"no picture of the curve: {NO_PLOTS}")

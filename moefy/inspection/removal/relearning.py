@@ -17,9 +17,9 @@ from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.controls import random_neurons
 from moefy.inspection.removal.figures import Judge, largest, measured
 from moefy.inspection.removal.parts import Parts
+from moefy.inspection.removal.sets import random_neurons
 from moefy.inspection.removal.source import NEURON, Source, units_of
 
 STEPS = 40
@@ -72,24 +72,24 @@ def relearning(
     data, measure = parts.relearn, parts.measure.forget
     whole = judge("base-measure-forget", {}, measure).ce(measure)
     lost = judge("chosen-measure-forget", removed, measure).ce(measure) - whole
-    found: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(data), "rate": RATE}
-    found |= {"removal": None, "control": None}
+    record: dict[str, Any] = {"steps_tried": STEPS, "tokens": _tokens(data), "rate": RATE}
+    record |= {"removal": None, "control": None}
     if lost <= 0:
-        return found | {"verdict": "nothing was lost to be relearned"}
-    found["removal"] = relearn(source, removed, data, measure, whole + HALF * lost)
+        return record | {"verdict": "nothing was lost to be relearned"}
+    record["removal"] = relearn(source, removed, data, measure, whole + HALF * lost)
     count = _as_costly(judge, removed, parts.decide.forget, seed)
     if count is not None:
         control = random_neurons(judge.engine, count, seed)
         cost = judge("control-measure-forget", control, measure).ce(measure) - whole
         if cost > 0:
             steps = relearn(source, control, data, measure, whole + HALF * cost)
-            found["control"] = {"neurons": count, "ce_lost": cost, **steps}
+            record["control"] = {"neurons": count, "ce_lost": cost, **steps}
     # Whether the data alone teach, with nothing lost.
-    most = found["removal"]["steps"] or STEPS
+    most = record["removal"]["steps"] or STEPS
     untouched = relearn(source, {}, data, measure, -1.0, most)["ce"]
-    found["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": most}
-    found["lost"] = lost
-    return found | {"verdict": verdict(found)}
+    record["whole_model"] = {"ce": untouched, "gain": whole - untouched[-1], "steps": most}
+    record["lost"] = lost
+    return record | {"verdict": verdict(record)}
 
 
 def _as_costly(judge: Judge, removed: Neurons, decide: Texts, seed: int) -> int | None:
@@ -109,11 +109,11 @@ def _tokens(data: list[Batch]) -> int:
     return sum(int(judged_positions(batch).sum()) for batch in data)
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(record: dict[str, Any]) -> str:
     """What the steps say, in a word: `hiding`, `removal`, `no difference`, or why nothing can be said."""
-    removal, control = found["removal"], found["control"]
-    if found["whole_model"]["gain"] >= HALF * found["lost"]:
-        return "the lesson teaches the whole model as much: nothing can be told"
+    removal, control = record["removal"], record["control"]
+    if record["whole_model"]["gain"] >= HALF * record["lost"]:
+        return "the same data teach the whole model as much: nothing can be told"
     if control is None:
         return "no random removal costs the domain as much: nothing to compare with"
     first, second = removal["steps"], control["steps"]

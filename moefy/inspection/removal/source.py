@@ -4,7 +4,7 @@ down projections.
 To remove a neuron is to put zeros in the place of its row `d_j` of the down projection. It is measured by
 the causal engine, which replaces `h_j` by zero: the very same function.
 
-Shapes: N neurons of a layer, in expert order where nothing else is said.
+Shapes: N neurons of a layer, in expert order unless said otherwise.
 """
 
 import shutil
@@ -58,6 +58,11 @@ class Source:
         return str(self.artefact.source["name"])
 
     @property
+    def decided(self) -> list[dict[str, str]]:
+        """What tells it from other sources."""
+        return [self.checkpoint.hashes(), self.artefact.sha256]
+
+    @property
     def sites(self) -> list[Site]:
         """Its MLPs."""
         return sites(meta_model(read_config(self.checkpoint)))
@@ -101,22 +106,22 @@ class Source:
         All other bytes of every tensor are the source's. One tensor is in memory at a time.
         """
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoint, removed, found = self.checkpoint, self.in_source_order(neurons), self.sites
+        checkpoint, removed, mlps = self.checkpoint, self.in_source_order(neurons), self.sites
         if self.in_expert_order:
             skip = {META, SIDE, "records.json", README, *checkpoint.weights}
             copy_folder(checkpoint.folder, folder, skip=skip)
-            reorder(checkpoint, folder, found, self.artefact, report, inverse=True)
+            reorder(checkpoint, folder, mlps, self.artefact, report, inverse=True)
         else:
             copy_folder(checkpoint.folder, folder)
             if (folder / README).exists():
                 (folder / README).replace(folder / SOURCE_README)
-        _put_zeros(Checkpoint.open(folder), found, removed)
+        _put_zeros(Checkpoint.open(folder), mlps, removed)
         none = torch.zeros(0, dtype=torch.bool)
-        return [removed.get(s.index, none).nonzero().flatten().tolist() for s in found]
+        return [removed.get(s.index, none).nonzero().flatten().tolist() for s in mlps]
 
 
-def _put_zeros(written: Checkpoint, found: list[Site], removed: dict[int, Tensor]) -> None:
-    downs = {f"{site.path('down')}.weight": site for site in found}
+def _put_zeros(written: Checkpoint, mlps: list[Site], removed: dict[int, Tensor]) -> None:
+    downs = {f"{site.path('down')}.weight": site for site in mlps}
     for disk, name in disk_names(meta_model(read_config(written)), written.tensors).items():
         site = downs.get(name)
         if site is not None and site.index in removed:
@@ -153,16 +158,16 @@ def open_source(model: str | Path, unit: str) -> Source:
 
 
 def _one_expert_a_layer(checkpoint: Checkpoint) -> Artefact:
-    found = sites(meta_model(read_config(checkpoint)))
+    mlps = sites(meta_model(read_config(checkpoint)))
     layers = [
         LayerEntry(
             layer=site.layer, width=site.width, neurons=site.neurons, experts=1, shared=0,
             router={"name": "oracle", "hidden": 0, "bits": None, "inputs": None, "look_ahead": False},
             selection={"name": "topk", "k": 1}, compensation={"name": "none", "rank": 0},
         )
-        for site in found
+        for site in mlps
     ]  # fmt: skip
-    tensors = {f"layers.{site.index}.permutation": torch.arange(site.neurons) for site in found}
+    tensors = {f"layers.{site.index}.permutation": torch.arange(site.neurons) for site in mlps}
     source = {"name": str(checkpoint.folder), "sha256": checkpoint.hashes()}
     return Artefact(
         form=ADAPTER, source=source, recipe={}, corpus={}, layers=layers, tensors=tensors

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moefy.inspection.removal.controls import CONTROLS
+from moefy.inspection.removal.sets import CONTROLS
 from moefy.run.tables import COLOURS, INK, SOFT, figure, markdown, pyplot
 
 Rows = tuple[list[str], list[list[str]]]
@@ -73,7 +73,7 @@ def control_rows(record: dict[str, Any]) -> Rows:
 
 def lines(record: dict[str, Any]) -> list[str]:
     """What the tables cannot say, a line each."""
-    found = [
+    text = [
         f"area under the way of accuracies: {way(record)} (1 = unselective, lower = separable)",
         f"forget rise over that of energy-matched random neurons: {ratio(record)}; "
         + ("selective" if record["against_energy"]["selective"] else "not selective")
@@ -81,52 +81,52 @@ def lines(record: dict[str, Any]) -> list[str]:
     ]
     if not record["energy"]["close"]:
         off = max(record["energy"]["ratio"], key=lambda value: abs(value - 1))
-        found.append(
+        text.append(
             f"WARNING: the random sets do not reach the energy that was removed; of the layers the "
             f"furthest has {off:.2f} of it"
         )
-    return [*found, relearned(record["relearning"])]
+    return [*text, relearned(record["relearning"])]
 
 
-def relearned(found: dict[str, Any]) -> str:
+def relearned(test: dict[str, Any]) -> str:
     """The relearning test in a sentence."""
-    if found["removal"] is None:
-        return f"relearning: {found['verdict']}"
+    if test["removal"] is None:
+        return f"relearning: {test['verdict']}"
 
     def steps(run: dict[str, Any] | None) -> str:
         if run is None:
             return "none"
-        return f"over {found['steps_tried']}" if run["steps"] is None else str(run["steps"])
+        return f"over {test['steps_tried']}" if run["steps"] is None else str(run["steps"])
 
     return (
-        f"relearning half of what was lost from {found['tokens']} tokens: {steps(found['removal'])} steps; "
-        f"after random damage of the same cost: {steps(found['control'])}. {MEANING[found['verdict']]}"
-        if found["verdict"] in MEANING
-        else f"relearning: {steps(found['removal'])} steps; {found['verdict']}"
+        f"relearning half of what was lost from {test['tokens']} tokens: {steps(test['removal'])} steps; "
+        f"after random removal of the same cost: {steps(test['control'])}. {MEANING[test['verdict']]}"
+        if test["verdict"] in MEANING
+        else f"relearning: {steps(test['removal'])} steps; {test['verdict']}"
     )
 
 
 MEANING = {
-    "hiding": "It comes back sooner than after random damage: what went was hidden rather than removed.",
-    "removal": "It comes back later than after random damage, which speaks for removal; that it is "
+    "hiding": "It comes back sooner than after random removal: what went was hidden rather than removed.",
+    "removal": "It comes back later than after random removal, which speaks for removal; that it is "
     "nowhere else in the weights this cannot say.",
-    "no difference": "It comes back as after random damage: no sign of hiding, none of removal beyond "
-    "damage.",
+    "no difference": "It comes back as after random removal: no sign of hiding, none of removal beyond "
+    "the loss.",
 }
 
 
 def way(record: dict[str, Any]) -> str:
-    """The area, where there is one."""
+    """The area, if any."""
     return "none" if record["area"] is None else f"{record['area']:.2f}"
 
 
 def ratio(record: dict[str, Any]) -> str:
     """The ratio of rises with its interval, or why there is none."""
-    found = record["against_energy"]
-    if found["ratio"] is None:
+    against = record["against_energy"]
+    if against["ratio"] is None:
         return "none, they cost the domain nothing"
-    unsure = found["ratio"]["ci95"] is None
-    return figure(found["ratio"], ".1f") + (
+    unsure = against["ratio"]["ci95"] is None
+    return figure(against["ratio"], ".1f") + (
         " (no interval: their rise is within chance of 0)" if unsure else ""
     )
 

@@ -41,56 +41,54 @@ def export_neuronpedia(
     if not inspection.tables.get("examples") or not inspection.texts:
         raise MoefyError("this inspection has no examples in context; run moefy inspect again")
     model = _identifier(str(inspection.meta.get("model", "model")))
-    layers = inspection.meta["layers"]
-    examples, logits = (_by_expert(inspection, name) for name in ("examples", "logits"))
-    figures = _by_expert(inspection, "experts")
-    root = Path(folder) / model
-    for layer, described in enumerate(layers):
+    examples, logits, figures = (
+        _by_expert(inspection, name) for name in ("examples", "logits", "experts")
+    )
+    for layer, described in enumerate(inspection.meta["layers"]):
         source = f"{layer}-{release}"
         features, activations = [], []
         for expert in range(described["experts"]):
             place = {"modelId": model, "layer": source, "index": str(expert), "creatorId": creator}
-            own = figures[layer, expert][0] if figures[layer, expert] else {}
-            shown = list(
-                _activations(inspection, examples[layer, expert], place, own.get("norm_max"))
-            )
+            key = layer, expert
+            own = figures[key][0] if figures[key] else {}
+            shown = list(_activations(inspection, examples[key], place, own.get("norm_max")))
             activations += shown
-            features.append(_feature(inspection, place, own, logits[layer, expert], shown, release))
-        common = {"creatorId": creator, "createdAt": _DATE, "visibility": "PRIVATE"}
-        files: dict[str, list[dict[str, Any]]] = {
-            "release.jsonl": [
-                {
-                    **common, "name": release, "creatorName": creator,
-                    "description": f"Experts of {model}, by moefy {moefy.__version__}", "urls": [],
-                }
-            ],
-            "model.jsonl": [
-                {
-                    **common, "id": model, "displayName": model, "displayNameShort": model,
-                    "instruct": False, "layers": len(layers), "owner": creator, "updatedAt": _DATE,
-                    "neuronsPerLayer": max(len(one.get("owner", ())) for one in layers),
-                }
-            ],
-            "sourceset.jsonl": [
-                {
-                    **common, "modelId": model, "name": release, "creatorName": creator, "urls": [],
-                    "releaseName": release, "type": "experts", "hasDashboards": True,
-                    "description": "Experts of the MLPs; the activation is the contribution norm",
-                }
-            ],
-            "source.jsonl": [
-                {
-                    **common, "id": source, "modelId": model, "setName": release,
-                    "hasDashboards": True, "num_prompts": len(inspection.texts),
-                    "dataset": ", ".join(inspection.meta.get("corpora", ())) or None,
-                }
-            ],
-            "features/batch-0.jsonl.gz": features,
-            "activations/batch-0.jsonl.gz": activations,
-        }  # fmt: skip
+            features.append(_feature(inspection, place, own, logits[key], shown, release))
+        files = _catalogue(inspection, model, source, creator, release)
+        files["features/batch-0.jsonl.gz"] = features
+        files["activations/batch-0.jsonl.gz"] = activations
         for name, lines in files.items():
-            _write(root / source / name, lines)
-    return root
+            _write(Path(folder) / model / source / name, lines)
+    return Path(folder) / model
+
+
+def _catalogue(
+    inspection: Inspection, model: str, source: str, creator: str, release: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The files that say what a layer's features belong to."""
+    layers = inspection.meta["layers"]
+    common: dict[str, Any] = {"creatorId": creator, "createdAt": _DATE, "visibility": "PRIVATE"}
+    of_release = {
+        **common, "name": release, "creatorName": creator,
+        "description": f"Experts of {model}, by moefy {moefy.__version__}", "urls": [],
+    }  # fmt: skip
+    of_model = {
+        **common, "id": model, "displayName": model, "displayNameShort": model,
+        "instruct": False, "layers": len(layers), "owner": creator, "updatedAt": _DATE,
+        "neuronsPerLayer": max(len(one.get("owner", ())) for one in layers),
+    }  # fmt: skip
+    of_set = {
+        **common, "modelId": model, "name": release, "creatorName": creator, "urls": [],
+        "releaseName": release, "type": "experts", "hasDashboards": True,
+        "description": "Experts of the MLPs; the activation is the contribution norm",
+    }  # fmt: skip
+    of_source = {
+        **common, "id": source, "modelId": model, "setName": release,
+        "hasDashboards": True, "num_prompts": len(inspection.texts),
+        "dataset": ", ".join(inspection.meta.get("corpora", ())) or None,
+    }  # fmt: skip
+    rows_of = {"release": of_release, "model": of_model, "sourceset": of_set, "source": of_source}
+    return {f"{name}.jsonl": [row] for name, row in rows_of.items()}
 
 
 def _by_expert(inspection: Inspection, name: str) -> dict[tuple[int, int], list[dict[str, Any]]]:

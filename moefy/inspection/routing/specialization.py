@@ -13,6 +13,7 @@ Shapes: T tokens, Q documents, V token types, E routed experts, G units, C domai
 document, R permutations, K jackknife groups.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from moefy.evaluation.statistics import LEVEL, ratio_interval
 from moefy.inspection.routing.explained import cross_fitted
 from moefy.inspection.routing.frame import (
     MIN_COUNT,
+    Bools,
     Doubles,
     Groups,
     Routed,
@@ -37,7 +39,13 @@ Columns = dict[str, Any]
 
 SHOWN = 20
 """Tokens listed at each end for every expert and kind."""
-KINDS = ("current", "previous", "target", "predicted")
+KINDS = {
+    "current": "ids_T",
+    "previous": "previous_T",
+    "target": "target_T",
+    "predicted": "predicted_T",
+}
+"""Which token of a place is listed, and where `Tokens` holds it."""
 SHUFFLES = 10
 JACKKNIFE = 20
 """Groups of units that are left out in turn for the interval of vocabulary specialization."""
@@ -47,10 +55,10 @@ _AT_ONCE = 200
 
 def load(frame: RoutingFrame, routed: Routed) -> dict[str, Columns]:
     """Columns of `experts` and `layers`, and the tables `dead` and `positions` of one layer."""
-    ran_DE = frame.by_document(routed.mask_TE)
-    interval = ratio_interval(ran_DE, frame.tokens_D, frame.unit_D, seed=frame.seed)
-    documents_E, tokens_E = (ran_DE > 0).sum(0), ran_DE.sum(0)
-    whole = len(frame), len(frame.tokens_D)
+    ran_QE = frame.by_document(routed.mask_TE)
+    interval = ratio_interval(ran_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
+    documents_E, tokens_E = (ran_QE > 0).sum(0), ran_QE.sum(0)
+    whole = len(frame), len(frame.tokens_Q)
     experts: Columns = {
         name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
     }
@@ -128,68 +136,75 @@ def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
     unseen_T = fitted.seen_C[fitted.cell.index_T] == 0
     mean_TE = fitted.mean_CE.astype(np.float32)[fitted.cell.index_T]
     lex_TE = np.where(unseen_T[:, None], routed.mask_TE, mean_TE)
-    ran_DE, lex_DE = frame.by_document(routed.mask_TE), frame.by_document(lex_TE)
-    unseen_D = frame.by_document(unseen_T[:, None].astype(np.float64))[:, 0]
-    p_MX = _permuted(frame, np.concatenate([ran_DE, ran_DE - lex_DE], axis=1))
-    experts = routed.experts
-    parts = []
-    for number, domain in enumerate(frame.domains):
-        here_D = frame.domain_D == number
-        figures: Columns = {}
-        pieces = {"ds": ran_DE, "ds_lex": lex_DE, "ds_adj": ran_DE - lex_DE}
-        tokens_D = frame.tokens_D[here_D]
-        for name, top_DE in pieces.items():
-            interval = ratio_interval(
-                top_DE[here_D], tokens_D, frame.unit_D[here_D], seed=frame.seed
-            )
-            figures |= interval.columns(name)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for end in ("", "_low", "_high"):
-                figures["lift" + end] = np.log2(figures["ds" + end] / routed.load_E)
-        parts.append(
-            {
-                "layer": [routed.layer] * experts,
-                "expert": np.arange(experts) + routed.shared,
-                "domain": [domain] * experts,
-                **figures,
-                "p": p_MX[number, :experts],
-                "p_adj": p_MX[number, experts:],
-                "documents": (ran_DE[here_D] > 0).sum(0),
-                "tokens": ran_DE[here_D].sum(0).astype(np.int64),
-                "domain_documents": [int(here_D.sum())] * experts,
-                "domain_tokens": [int(tokens_D.sum())] * experts,
-                "unseen": [float(unseen_D[here_D].sum() / tokens_D.sum())] * experts,
-            }
-        )
+    ran_QE, lex_QE = frame.by_document(routed.mask_TE), frame.by_document(lex_TE)
+    unseen_Q = frame.by_document(unseen_T[:, None].astype(np.float64))[:, 0]
+    p_CX = _permuted(frame, np.concatenate([ran_QE, ran_QE - lex_QE], axis=1))
+    parts = [
+        _of_domain(frame, routed, number, (ran_QE, lex_QE, unseen_Q), p_X)
+        for number, p_X in enumerate(p_CX)
+    ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _permuted(frame: RoutingFrame, sums_DX: Doubles) -> Doubles:
-    """Two-sided p `[M, X]` of each domain's rate against domains permuted between units."""
-    unit = Groups(frame.unit_D, frame.units)
-    size_G1 = unit.sums(frame.tokens_D[:, None].astype(np.float64))
-    sums_GX = unit.sums(sums_DX)
+def _of_domain(
+    frame: RoutingFrame,
+    routed: Routed,
+    number: int,
+    sums: tuple[Doubles, Doubles, Doubles],
+    p_X: Doubles,
+) -> Columns:
+    here_Q = frame.domain_Q == number
+    ran_QE, lex_QE, unseen_Q = (values[here_Q] for values in sums)
+    tokens_Q, unit_Q = frame.tokens_Q[here_Q], frame.unit_Q[here_Q]
+    pieces = {"ds": ran_QE, "ds_lex": lex_QE, "ds_adj": ran_QE - lex_QE}
+    figures: Columns = {}
+    for name, top_QE in pieces.items():
+        figures |= ratio_interval(top_QE, tokens_Q, unit_Q, seed=frame.seed).columns(name)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for end in ("", "_low", "_high"):
+            figures["lift" + end] = np.log2(figures["ds" + end] / routed.load_E)
+    experts = routed.experts
+    return {
+        "layer": [routed.layer] * experts,
+        "expert": np.arange(experts) + routed.shared,
+        "domain": [frame.domains[number]] * experts,
+        **figures,
+        "p": p_X[:experts],
+        "p_adj": p_X[experts:],
+        "documents": (ran_QE > 0).sum(0),
+        "tokens": ran_QE.sum(0).astype(np.int64),
+        "domain_documents": [int(here_Q.sum())] * experts,
+        "domain_tokens": [int(tokens_Q.sum())] * experts,
+        "unseen": [float(unseen_Q.sum() / tokens_Q.sum())] * experts,
+    }
+
+
+def _permuted(frame: RoutingFrame, sums_QX: Doubles) -> Doubles:
+    """Two-sided p `[C, X]` of each domain's rate against domains permuted between units."""
+    unit = Groups(frame.unit_Q, frame.units)
+    size_G1 = unit.sums(frame.tokens_Q[:, None].astype(np.float64))
+    sums_GX = unit.sums(sums_QX)
     # What is left after the rate of all documents: a domain's mean of it is 0 where it is like all.
     away_GX = sums_GX - sums_GX.sum(0) / size_G1.sum() * size_G1
     values_GX = np.concatenate([away_GX, size_G1], axis=1).astype(np.float32)
     domains = len(frame.domains)
     random = np.random.default_rng(frame.seed)
-    more_MX = np.zeros((domains, sums_GX.shape[1]))
+    more_CX = np.zeros((domains, sums_GX.shape[1]))
 
-    def rates(domain_PG: Ints) -> Singles:
-        of_PMG = domain_PG[:, None, :] == np.arange(domains)[None, :, None]
-        sums = of_PMG.reshape(-1, frame.units).astype(np.float32) @ values_GX
+    def rates(domain_RG: Ints) -> Singles:
+        of_RCG = domain_RG[:, None, :] == np.arange(domains)[None, :, None]
+        sums = of_RCG.reshape(-1, frame.units).astype(np.float32) @ values_GX
         rate = np.abs(sums[:, :-1] / np.maximum(sums[:, -1:], 1))
-        return np.asarray(rate.reshape(len(domain_PG), domains, -1), dtype=np.float32)
+        return np.asarray(rate.reshape(len(domain_RG), domains, -1), dtype=np.float32)
 
-    observed_MX = rates(frame.domain_G[None])[0]
+    observed_CX = rates(frame.domain_G[None])[0]
     # Sums in another order differ in the last bits; an equal rate must count as no less.
-    least_MX = observed_MX * (1 - 1e-4) - 1e-7
+    least_CX = observed_CX * (1 - 1e-4) - 1e-7
     for first in range(0, PERMUTATIONS, _AT_ONCE):
         count = min(_AT_ONCE, PERMUTATIONS - first)
-        drawn_PG = random.permuted(np.tile(frame.domain_G, (count, 1)), axis=1)
-        more_MX += (rates(drawn_PG) >= least_MX).sum(0)
-    return np.asarray((1 + more_MX) / (1 + PERMUTATIONS))
+        drawn_RG = random.permuted(np.tile(frame.domain_G, (count, 1)), axis=1)
+        more_CX += (rates(drawn_RG) >= least_CX).sum(0)
+    return np.asarray((1 + more_CX) / (1 + PERMUTATIONS))
 
 
 def log_odds(ran_VE: Doubles, all_V1: Doubles) -> Doubles:
@@ -220,19 +235,12 @@ def token_lists(frame: RoutingFrame, routed: Routed, shown: int = SHOWN) -> Colu
 
 
 def _of_kind(frame: RoutingFrame, routed: Routed, kind: str, shown: int) -> Columns:
-    tokens = frame.sample.tokens
-    ids_T = {
-        "current": tokens.ids_T,
-        "previous": tokens.previous_T,
-        "target": tokens.target_T,
-        "predicted": tokens.predicted_T,
-    }[kind]
+    ids_T = getattr(frame.sample.tokens, KINDS[kind])
     known_T = ids_T != NONE
     types, index_T = np.unique(ids_T[known_T], return_inverse=True)
-    mask_TE = routed.mask_TE[known_T]
     # Counts by type and document first: what is listed says in how many documents it was seen.
     pairs = Groups.of(index_T, frame.document.index_T[known_T])
-    ran_CE = pairs.sums(mask_TE)
+    ran_CE = pairs.sums(routed.mask_TE[known_T])
     by_type = Groups(pairs.first(index_T), len(types))
     ran_VE = by_type.sums(ran_CE).astype(np.float64)
     documents_VE = by_type.sums((ran_CE > 0).astype(np.float32))
@@ -241,9 +249,8 @@ def _of_kind(frame: RoutingFrame, routed: Routed, kind: str, shown: int) -> Colu
     z_VE = log_odds(ran_VE, all_V1)[often_V]
     moves_E = np.flatnonzero((routed.load_E > 0) & (routed.load_E < 1))
     at_NE, end_N = _ends(z_VE[:, moves_E], shown)
-    v = often_V[at_NE].T.ravel()
-    e = np.repeat(moves_E, len(end_N))
-    precision = ran_VE[v, e] / all_V1[v, 0]
+    v, e = often_V[at_NE].T.ravel(), np.repeat(moves_E, len(end_N))
+    ran, precision = ran_VE[v, e], ran_VE[v, e] / all_V1[v, 0]
     load_E = ran_VE.sum(0) / max(all_V1.sum(), 1)
     with np.errstate(divide="ignore"):
         lift = np.log2(precision / load_E[e])
@@ -253,10 +260,10 @@ def _of_kind(frame: RoutingFrame, routed: Routed, kind: str, shown: int) -> Colu
         "kind": np.full(len(v), kind),
         "end": np.tile(end_N, len(moves_E)),
         "token": types[v],
-        "count": ran_VE[v, e].astype(np.int64),
+        "count": ran.astype(np.int64),
         "total": all_V1[v, 0].astype(np.int64),
         "documents": documents_VE[v, e].astype(np.int64),
-        "recall": ran_VE[v, e] / ran_VE.sum(0)[e],
+        "recall": ran / ran_VE.sum(0)[e],
         "precision": precision,
         "lift": lift,
         "z": z_VE[at_NE, moves_E].T.ravel(),
@@ -280,49 +287,63 @@ def vocabulary_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
     routing among tokens within (document, position bin): `(VS - null) / (1 - null)`. The interval is
     a delete-one-group jackknife over 20 groups of units, shuffles included.
     """
-    often_T = frame.token.count_C[frame.token.index_T] >= MIN_COUNT
     random = np.random.default_rng([frame.seed, routed.layer])
-    groups = min(JACKKNIFE, frame.units)
-    group_G = random.permutation(frame.units) % groups
-    group_T = group_G[frame.unit_D[frame.document.index_T]]
-    cells = Groups.of(frame.token.index_T[often_T], group_T[often_T])
-    type_C, group_C = cells.first(frame.token.index_T[often_T]), cells.first(group_T[often_T])
-    types, type_C = np.unique(type_C, return_inverse=True)
-    if not len(types) or not routed.experts:
-        return {name: np.array([np.nan]) for name in ("vs", "vs_null", "vs_adj")} | {
-            "vs_adj_low": np.array([np.nan]),
-            "vs_adj_high": np.array([np.nan]),
-            "vs_types": [0],
-        }
-
-    def mean_of_largest(places_T: Ints) -> Doubles:
-        """VS without each group `[J]`, then with all."""
-        ran_CE, size_C = cells.sums(routed.mask_TE[places_T][often_T]), cells.count_C
-        by_type = Groups(type_C, len(types))
-        all_VE, all_V = by_type.sums(ran_CE), np.bincount(type_C, size_C)
-        found = []
-        for group in range(groups + 1):
-            here_C = group_C == group
-            left_VE, left_V = all_VE.copy(), all_V.copy()
-            left_VE[type_C[here_C]] -= ran_CE[here_C]
-            left_V[type_C[here_C]] -= size_C[here_C]
-            has_V = left_V > 0
-            found.append(float((left_VE[has_V].max(1) / left_V[has_V]).mean(dtype=np.float64)))
-        return np.array(found)
-
-    vs_J = mean_of_largest(np.arange(len(frame)))
-    nulls = [mean_of_largest(frame.shuffled(frame.stratum, random)) for _ in range(SHUFFLES)]
-    null_J = np.mean(nulls, axis=0)
+    cells = _Cells.of(frame, random)
+    if not cells.types or not routed.experts:
+        names = ("vs", "vs_null", "vs_adj", "vs_adj_low", "vs_adj_high")
+        return {name: np.array([np.nan]) for name in names} | {"vs_types": [0]}
+    vs_K = cells.largest(routed.mask_TE)
+    shuffles = (frame.shuffled(frame.stratum, random) for _ in range(SHUFFLES))
+    null_K = np.mean([cells.largest(routed.mask_TE[places_T]) for places_T in shuffles], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        adj_J = (vs_J - null_J) / (1 - null_J)
-    left_J, whole = adj_J[:-1], adj_J[-1]
-    error = np.sqrt((groups - 1) / groups * ((left_J - left_J.mean()) ** 2).sum())
+        adj_K = (vs_K - null_K) / (1 - null_K)
+    left_K, whole, groups = adj_K[:-1], adj_K[-1], cells.groups
+    error = np.sqrt((groups - 1) / groups * ((left_K - left_K.mean()) ** 2).sum())
     reach = stats.t.ppf((1 + LEVEL) / 2, groups - 1) * error
     return {
-        "vs": vs_J[-1:],
-        "vs_null": null_J[-1:],
+        "vs": vs_K[-1:],
+        "vs_null": null_K[-1:],
         "vs_adj": np.array([whole]),
         "vs_adj_low": np.array([whole - reach]),
         "vs_adj_high": np.array([whole + reach]),
-        "vs_types": [len(types)],
+        "vs_types": [cells.types],
     }
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Tokens of frequent types, by type and group of the jackknife."""
+
+    often_T: Bools
+    cell: Groups
+    type_C: Ints
+    group_C: Ints
+    types: int
+    groups: int
+
+    @classmethod
+    def of(cls, frame: RoutingFrame, random: np.random.Generator) -> "_Cells":
+        """The groups are dealt at random."""
+        often_T = frame.token.count_C[frame.token.index_T] >= MIN_COUNT
+        groups = min(JACKKNIFE, frame.units)
+        group_G = random.permutation(frame.units) % groups
+        group_T = group_G[frame.unit_Q[frame.document.index_T]][often_T]
+        id_T = frame.token.index_T[often_T]
+        cell = Groups.of(id_T, group_T)
+        types, type_C = np.unique(cell.first(id_T), return_inverse=True)
+        return cls(often_T, cell, type_C, cell.first(group_T), len(types), groups)
+
+    def largest(self, mask_TE: Singles) -> Doubles:
+        """VS of a mask without each group `[K]`, then with all."""
+        ran_CE, size_C = self.cell.sums(mask_TE[self.often_T]), self.cell.count_C
+        all_VE = Groups(self.type_C, self.types).sums(ran_CE)
+        all_V = np.bincount(self.type_C, size_C)
+        found = []
+        for group in range(self.groups + 1):
+            here_C = self.group_C == group
+            left_VE, left_V = all_VE.copy(), all_V.copy()
+            left_VE[self.type_C[here_C]] -= ran_CE[here_C]
+            left_V[self.type_C[here_C]] -= size_C[here_C]
+            has_V = left_V > 0
+            found.append(float((left_VE[has_V].max(1) / left_V[has_V]).mean(dtype=np.float64)))
+        return np.array(found)

@@ -108,26 +108,17 @@ def partition(
 ) -> Partition:
     """Split the neurons of one MLP into `experts` equal experts.
 
-    `x_TD` is a sample of the MLP's inputs; methods that read weights alone take an empty one when
-    `shared` is 0. The first `shared` experts hold the neurons that the ranking `shared_by` puts
-    first, the method splits the others; `shared=None` lets ExpertWeaver's rule say how many, at most
-    `most_shared`. `domain_T` are the domains of the sample's tokens, for rankings that compare them.
-    `where` names the layer in errors. Computes in fp32.
-
-    Raises `RecipeError` for an unknown method, a count that does not divide, or too many shared
-    experts, and `CheckpointError` for weights or inputs that are not finite.
+    `x_TD` is a sample of the MLP's inputs, which may be empty if neither the method nor `shared` needs
+    one; `domain_T` are the domains of its tokens. The first `shared` experts hold the neurons that the
+    ranking `shared_by` puts first; None lets ExpertWeaver's rule say how many, at most `most_shared`.
+    `where` names the layer in errors. Computes in fp32. Raises `RecipeError` for an unknown method, a count
+    that does not divide, too many shared experts; `CheckpointError` for numbers that are not finite.
     """
     row, size = find_method(method), mlp.neurons // expert_count(mlp.neurons, None, experts, where)
     _require_shared(shared, shared_by, experts, where)
-    _require_inputs(
-        mlp,
-        x_TD,
-        f"method '{method}' with {shared} shared experts",
-        where,
-        needed=bool(shared) or row.reads_tokens,
-    )
+    what = f"method '{method}' with {shared} shared experts"
+    _require_inputs(mlp, x_TD, what, where, needed=bool(shared) or row.reads_tokens)
     if size == 1 and shared == 0:
-        # Single neurons leave nothing to group: they keep the order of the checkpoint.
         return Partition(owner_N=torch.arange(mlp.neurons), experts=experts, shared=0)
     order_N = torch.arange(mlp.neurons) if row.as_stored else canonical_order(mlp)
     mlp = canonical_gauge(mlp, order_N)
@@ -137,24 +128,33 @@ def partition(
     first_N = torch.arange(mlp.neurons)
     if shared:
         first_N = SHARED_BY[shared_by](mlp, x_TD, domain_T).argsort(descending=True, stable=True)
-    routed_N = first_N[shared * size :].sort().values
-    found_N = order_N[routed_N].argsort().argsort()
-    if size > 1:
-        found_N = _split(row, mlp, x_TD, experts - shared, seed, routed_N)
-    _require_balanced(found_N, len(routed_N), experts - shared, method)
-    owner_N = torch.empty(mlp.neurons, dtype=torch.int64)
+    owner_N, routed_N = torch.empty_like(order_N), first_N[shared * size :].sort().values
     owner_N[order_N[first_N[: shared * size]]] = torch.arange(shared * size) // size
-    owner_N[order_N[routed_N]] = shared + found_N
+    split_N = _split(method, mlp, x_TD, experts - shared, seed, routed_N, order_N)
+    owner_N[order_N[routed_N]] = shared + split_N
     return Partition(owner_N=owner_N, experts=experts, shared=shared)
 
 
 def _split(
-    row: Method, mlp: DenseMlp, x_TD: Tensor, experts: int, seed: int, routed_N: Tensor
+    method: str,
+    mlp: DenseMlp,
+    x_TD: Tensor,
+    experts: int,
+    seed: int,
+    routed_N: Tensor,
+    order_N: Tensor,
 ) -> Tensor:
-    """The owner of each routed neuron."""
-    if row.sees_shared:
-        return row.run(mlp, x_TD, experts, seed, routed_N)
-    return row.run(mlp.take(routed_N) if len(routed_N) < mlp.neurons else mlp, x_TD, experts, seed)
+    """The owner of each routed neuron; single neurons keep the order of the checkpoint, `order_N`."""
+    row = find_method(method)
+    if len(routed_N) == experts:
+        owner_N = order_N[routed_N].argsort().argsort()
+    elif row.sees_shared:
+        owner_N = row.run(mlp, x_TD, experts, seed, routed_N)
+    else:
+        mine = mlp if len(routed_N) == mlp.neurons else mlp.take(routed_N)
+        owner_N = row.run(mine, x_TD, experts, seed)
+    _require_balanced(owner_N, len(routed_N), experts, method)
+    return owner_N
 
 
 def _require_shared(shared: int | None, shared_by: str, experts: int, where: str) -> None:
