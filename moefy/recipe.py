@@ -141,7 +141,7 @@ class AttentionRecipe:
     """Rank of the low-rank residual; other compensations have none."""
 
     def __post_init__(self) -> None:
-        """Refuse a density outside (0, 1] and groups that there are not."""
+        """Refuse a density outside (0, 1] and unknown groups."""
         if self.density is not None and not 0 < self.density <= 1:
             raise RecipeError(
                 f"attention.density: got {self.density}, must be above 0 and at most 1, or null"
@@ -162,7 +162,7 @@ class BudgetRecipe:
     """KL to dense (nats per token) to reach with the least density; `density` is then not used."""
 
     def __post_init__(self) -> None:
-        """Refuse budgets that there are not."""
+        """Refuse unknown budgets."""
         if self.name not in BUDGETS:
             raise RecipeError(unknown_choice("budget.name", self.name, BUDGETS))
         if self.target_kl is not None and not self.target_kl > 0:
@@ -187,7 +187,7 @@ class DistilRecipe:
     """`model` (KL of the logits), `layer` (output error), or `auto`: whichever fits in memory."""
 
     def __post_init__(self) -> None:
-        """Refuse scopes that there are not."""
+        """Refuse unknown scopes."""
         if self.scope not in ("auto", "model", "layer"):
             raise RecipeError(
                 unknown_choice("distil.scope", self.scope, ("auto", "model", "layer"))
