@@ -112,23 +112,6 @@ def refuse_codes(folder: Path, stored: Mapping[str, str], wanted: Iterable[str])
             )
 
 
-def refuse_shapes(
-    folder: Path, stored: Mapping[str, tuple[int, ...]], names: Mapping[str, str], model: nn.Module
-) -> None:
-    """Raise `CheckpointError` where a tensor on disk has not the shape that `config.json` gives it.
-
-    `names` says which tensor of `model`, on the meta device, each one on disk is loaded into.
-    """
-    state = model.state_dict()
-    for disk, name in names.items():
-        wanted = tuple(state[name].shape)
-        if stored[disk] != wanted:
-            raise CheckpointError(
-                f"{folder}: {disk} is stored as {list(stored[disk])}, config.json makes it "
-                f"{list(wanted)}; the two are not of one model: copy or download both again"
-            )
-
-
 def refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise `UnsupportedModel` for a type of model that only code of the folder knows."""
     kind = config.get("model_type")
