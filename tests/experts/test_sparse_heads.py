@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, DynamicCache
 
 import moefy
-from moefy.conversion.fit import MEASURED, Tokens, fit_router
+from moefy.conversion.fit import MEASURED, LayerTokens, fit_router
 from moefy.conversion.plan import describe, plan
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
@@ -412,7 +412,7 @@ def test_a_router_learns_which_heads_a_token_needs():
         router = ROUTERS[name].make(16, 4, 0, {"hidden": 0})
         router.initialise(HeadOutputs.behind(output, z), x, heads)
         fit = fit_router(
-            router, heads, Tokens(x[:1536], x[:1536], z[:1536]), Tokens(x[1536:], x[1536:], z[1536:]),
+            router, heads, LayerTokens(x[:1536], x[:1536], z[:1536]), LayerTokens(x[1536:], x[1536:], z[1536:]),
             experts=4, k=1, recipe=RouterRecipe(batch_size=256), seed=0,
         )  # fmt: skip
         captured[name] = fit.captured
@@ -430,7 +430,7 @@ def test_a_router_that_is_not_fitted_is_measured_on_every_so_many_held_out_token
         fit_router(
             router, heads, held, held, experts=4, k=2, recipe=RouterRecipe(), seed=0
         )
-        for held in (Tokens(x, x, z), Tokens(x[::3], x[::3], z[::3]))
+        for held in (LayerTokens(x, x, z), LayerTokens(x[::3], x[::3], z[::3]))
     ]  # fmt: skip
     assert fits[0] == fits[1] and fits[0].epochs == 0
 
