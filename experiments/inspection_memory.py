@@ -71,7 +71,7 @@ def one(folder: Path, tokens: int) -> dict[str, Any]:
     began = time.perf_counter()
     describe(Pass(model, reading))
     return {
-        "tokens": int(reading.tokens_D.sum()),
+        "tokens": int(reading.tokens_Q.sum()),
         "documents": len(reading.documents),
         "before_reading": before,
         "after_reading": after,

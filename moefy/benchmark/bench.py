@@ -58,21 +58,20 @@ def bench(
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.
 
-    `level` is `kernel`, `layer` (if left out, of a shape) or `model` (of a folder); engines are as in
-    `engines.choose`. With `calibrated` those that `auto` chooses among are timed first, for some seconds, if
-    nothing is known of such layers on this machine. Raises `MoefyError` for settings that are wrong.
+    `level` is `kernel`, `layer` (if left out, of a shape) or `model` (of a folder), engines as in `choose`. With
+    `calibrated`, layers new to this machine are timed first for `auto`. Raises `MoefyError` for wrong settings.
     """
-    asked = Settings(
+    settings = Settings(
         model=None if model is None else Path(model), layer=layer, dtype=dtype, against=against,
         level=level or (LAYER if model is None else MODEL), prompt=prompt_tokens, generated=generated,
     )  # fmt: skip
     sweep = Sweep(
         engines=choose(engines, compiled=compiled, linears=linears, experts=experts, gguf=gguf),
-        batches=_numbers("--batches", batches or BATCHES[asked.level], int, "1,2,4,8,16"),
+        batches=_numbers("--batches", batches or BATCHES[settings.level], int, "1,2,4,8,16"),
         densities=_numbers("--densities", densities or (), float, ".1,.25,.5"),
-        samples=SAMPLES[asked.level] if samples is None else samples, report=Reporter(quiet=quiet),
+        samples=SAMPLES[settings.level] if samples is None else samples, report=Reporter(quiet=quiet),
     )  # fmt: skip
-    run, modules = _load(asked, sweep)
+    run, modules = _load(settings, sweep)
     if calibrated and AUTO in {engine.backend for engine in sweep.engines}:
         calibrate_unknown(modules, sweep.report)
     return run()
@@ -90,8 +89,8 @@ def calibrate_machine(
     Raises `MoefyError` for settings that are wrong, and on a GPU.
     """
     folder = None if model is None else Path(model)
-    asked = Settings(model=folder, layer=layer, level=KERNEL, dtype=dtype)
-    return calibrate(_layers(asked, CALIBRATED), report=Reporter(quiet=quiet))
+    settings = Settings(model=folder, layer=layer, level=KERNEL, dtype=dtype)
+    return calibrate(_layers(settings, CALIBRATED), report=Reporter(quiet=quiet))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,59 +132,59 @@ class Settings:
 
 
 def _numbers(
-    name: str, given: str | Sequence[Number], kind: type[Number], example: str
+    name: str, values: str | Sequence[Number], kind: type[Number], example: str
 ) -> list[Number]:
     """Numbers, or a text of them by comma."""
     try:
-        parts = given.split(",") if isinstance(given, str) else given
+        parts = values.split(",") if isinstance(values, str) else values
         return [kind(part) for part in parts]
     except ValueError:
-        raise MoefyError(f"{name} {given}: expected numbers by comma, such as {example}") from None
+        raise MoefyError(f"{name} {values}: expected numbers by comma, such as {example}") from None
 
 
-def _load(asked: Settings, sweep: Sweep) -> tuple[Callable[[], dict[str, Any]], list[SparseMlp]]:
+def _load(settings: Settings, sweep: Sweep) -> tuple[Callable[[], dict[str, Any]], list[SparseMlp]]:
     """What times layers or models of the settings, loaded, and the layers among which `auto` chooses."""
-    if asked.level != MODEL:
-        layers = _layers(asked, max(sweep.batches))
-        level = bench_kernel if asked.level == KERNEL else bench_layer
+    if settings.level != MODEL:
+        layers = _layers(settings, max(sweep.batches))
+        level = bench_kernel if settings.level == KERNEL else bench_layer
         return partial(level, layers, sweep), layers.modules
     if sweep.densities:
         raise MoefyError("--densities does not go with --level model; use --level kernel or layer")
-    models, weights, what = _models(asked)
-    tokens = asked.prompt + asked.generated
-    vocabulary = _vocabulary(models.sparse, asked)
-    given = prompt(weights.folder, vocabulary, max(sweep.batches), tokens)
-    run = partial(bench_model, models, given, sweep, what=what, generated=asked.generated)
+    models, weights, what = _models(settings)
+    tokens = settings.prompt + settings.generated
+    vocabulary = _vocabulary(models.sparse, settings)
+    ids = prompt(weights.folder, vocabulary, max(sweep.batches), tokens)
+    run = partial(bench_model, models, ids, sweep, what=what, generated=settings.generated)
     return run, [*sparse_mlps(models.sparse).values()]
 
 
-def _layers(asked: Settings, tokens: int) -> Layers:
+def _layers(settings: Settings, tokens: int) -> Layers:
     """Layers of the folder with their inputs, or synthetic ones."""
-    if asked.model is None:
-        shape = Shape.parse(asked.layer or "")
-        return synthetic(shape, dtype=DTYPES[asked.dtype or "float32"], tokens=tokens)
-    model = open_model(asked.model, dtype=asked.torch_dtype, dense=False)
+    if settings.model is None:
+        shape = Shape.parse(settings.layer or "")
+        return synthetic(shape, dtype=DTYPES[settings.dtype or "float32"], tokens=tokens)
+    model = open_model(settings.model, dtype=settings.torch_dtype, dense=False)
     weights, artefact = of(model).checkpoint, of(model).artefact
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH)
     length = min(LENGTH, positions)
-    given = prompt(weights.folder, _vocabulary(model, asked), -(-tokens // length), length)
-    return own_layers(model, str(artefact.source["name"]), given, tokens=tokens)
+    ids = prompt(weights.folder, _vocabulary(model, settings), -(-tokens // length), length)
+    return own_layers(model, str(artefact.source["name"]), ids, tokens=tokens)
 
 
-def _models(asked: Settings) -> tuple[Models, Checkpoint, str]:
+def _models(settings: Settings) -> tuple[Models, Checkpoint, str]:
     """The folder and the stock model of the same weights or another one; its weights; both in words."""
-    assert asked.model is not None
-    sparse = open_model(asked.model, dtype=asked.torch_dtype, dense=False)
+    assert settings.model is not None
+    sparse = open_model(settings.model, dtype=settings.torch_dtype, dense=False)
     weights, what = of(sparse).checkpoint, str(of(sparse).artefact.source["name"])
-    dense = open_model(asked.against or asked.model, dtype=sparse.dtype, dense=True)
-    what += "" if asked.against is None else f" against {asked.against}"
-    return Models(dense, sparse, asked.placed(weights)), weights, what
+    dense = open_model(settings.against or settings.model, dtype=sparse.dtype, dense=True)
+    what += "" if settings.against is None else f" against {settings.against}"
+    return Models(dense, sparse, settings.placed(weights)), weights, what
 
 
-def _vocabulary(model: PreTrainedModel, asked: Settings) -> int:
+def _vocabulary(model: PreTrainedModel, settings: Settings) -> int:
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if size is None:
         raise MoefyError(
-            f"{asked.model}: {type(model).__name__} reads no text; use --layer D,N,E,k"
+            f"{settings.model}: {type(model).__name__} reads no text; use --layer D,N,E,k"
         )
     return int(size)

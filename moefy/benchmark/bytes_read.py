@@ -1,4 +1,4 @@
-"""Bytes that a layer or a model has to move, and parameters that a token uses, counted from masks.
+"""Bytes that a layer or a model has to read and write, and parameters that a token uses, counted from masks.
 
 Bytes are the least there is to move: the weights of every expert that any token of the batch runs, what
 routes them, the input and the output. Copies that an engine makes on the way are its own loss.
@@ -43,9 +43,9 @@ def expert_tensors(module: SparseMlp, share: float, *, routed: bool) -> list[tup
     computed = mlp.selecting_ND if routed and module.computes_gate else None
     rows = (mlp.up_ND, mlp.gate_ND, mlp.down_ND, mlp.up_bias_N, mlp.gate_bias_N)
     read = [v for v in rows if v is not None and v is not computed]
-    found = [(share * value.numel(), value.element_size()) for value in read]
+    tensors = [(share * value.numel(), value.element_size()) for value in read]
     bias = mlp.down_bias_D
-    return found if bias is None else [*found, (bias.numel(), bias.element_size())]
+    return tensors if bias is None else [*tensors, (bias.numel(), bias.element_size())]
 
 
 def dense_parameters(module: SparseMlp) -> float:
@@ -72,9 +72,9 @@ def layer_bytes(module: SparseMlp, mask_TE: Tensor, *, whole: bool, routed: bool
 
     `whole` is for engines that compute every neuron; `routed` adds router and compensation.
     """
-    read = expert_tensors(module, 1 if whole else union(mask_TE), routed=routed)
-    moved = _bytes(read) + 2 * len(mask_TE) * module.width * module.dtype.itemsize
-    return moved + routing_bytes(module, mask_TE) if routed else moved
+    tensors = expert_tensors(module, 1 if whole else union(mask_TE), routed=routed)
+    ends = 2 * len(mask_TE) * module.width * module.dtype.itemsize
+    return _bytes(tensors) + ends + (routing_bytes(module, mask_TE) if routed else 0)
 
 
 def active_parameters(module: SparseMlp, mask_TE: Tensor, *, routed: bool) -> float:
@@ -91,10 +91,10 @@ def model_bytes(model: PreTrainedModel, tokens: int, masks: Sequence[Tensor] = (
     Of a table of embeddings only the rows looked up, unless it is the output projection too.
     """
     head: Any = model.get_output_embeddings()
-    kept = None if head is None else head.weight
+    output = None if head is None else head.weight
     total = float(sum(value.nbytes for value in _others(model)))
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is not kept:
+        if isinstance(module, nn.Embedding) and module.weight is not output:
             unread = max(0, module.num_embeddings - tokens)
             total -= unread * module.embedding_dim * module.weight.element_size()
     for layer, mask_TE in zip(sparse_mlps(model).values(), masks, strict=True):

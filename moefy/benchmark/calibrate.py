@@ -110,7 +110,7 @@ def _times(paths: list[str], layers: Layers, grid: Grid, report: Reporter) -> Se
 
 
 def calibrate_unknown(modules: Sequence[SparseMlp], report: Reporter) -> dict[str, Any] | None:
-    """Calibrate coarsely for layers of which nothing is known here, and say so; gives what was kept, if any.
+    """Calibrate coarsely for layers of which nothing is known here, and say so; returns the record, if any.
 
     Layers that no CPU path but `masked` computes, and those on a GPU, need none.
     """

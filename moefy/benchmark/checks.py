@@ -150,7 +150,7 @@ def checked(got_TD: Tensor, want: Exact) -> float:
 
 
 MOST = 64
-"""Tokens of a pass whose outputs are compared: all, or so many spread over it."""
+"""Tokens of a pass whose outputs are compared: all, or as many spread over it."""
 TIMES = 8.0
 """Times the largest error of a router's own scores, against fp64, that reordered sums may be off by."""
 

@@ -123,7 +123,7 @@ def synthetic(
 ) -> Layers:
     """Random SwiGLU layers (speed only, they say nothing of quality), and inputs of `tokens` tokens.
 
-    On the GPU where there is one. Fewer than `COPIES` where memory does not hold so many.
+    On the GPU, if any. Fewer than `COPIES` if memory does not hold as many.
     """
     device = now().where
     one = 3 * shape.width * shape.neurons * dtype.itemsize

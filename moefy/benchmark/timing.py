@@ -16,13 +16,13 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moefy.evaluation.statistics import ends, resampled
 from moefy.run.memory import free_memory
@@ -140,42 +140,20 @@ def read_bandwidth(device: torch.device) -> dict[str, Any]:
 
     Buffers are smaller where memory is short.
     """
-    size = BYTES
+    passes: list[list[Callable[[], object]]]
     if device.type == "cuda":
-        return _copied(device, size)
-    size = max(4 * WIDTH, min(size, free_memory() // (2 * BUFFERS)))
-    buffers = [torch.ones(size // (4 * WIDTH), WIDTH) for _ in range(BUFFERS)]
-    vector = torch.ones(WIDTH)
-    best = min(_seconds(buffers, None), _seconds(buffers, vector))
-    read = sum(buffer.nbytes for buffer in buffers)
-    how = (
-        f"{torch.get_num_threads()} threads read {BUFFERS} buffers of {buffers[0].nbytes >> 20} MB in "
-        "turn: the best of sums and products with a vector"
-    )
-    return {"bytes_per_second": read / best, "how": how}
-
-
-def _seconds(buffers: list[Tensor], vector: Tensor | None) -> float:
-    """Seconds to read all buffers: the best of some rounds."""
-    best = float("inf")
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        for buffer in buffers:
-            torch.sum(buffer) if vector is None else torch.mv(buffer, vector)
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
-def _copied(device: torch.device, size: int) -> dict[str, Any]:
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
-    how = f"a copy of {size >> 20} MB of device memory, read and written bytes"
-    return {"bytes_per_second": 2 * size / best, "how": how}
+        source = torch.empty(BYTES, dtype=torch.uint8, device=device)
+        passes, size = [[partial(torch.empty_like(source).copy_, source)]], 2 * source.nbytes
+        how = f"a copy of {BYTES >> 20} MB of device memory, read and written bytes"
+    else:
+        rows = max(1, min(BYTES, free_memory() // (2 * BUFFERS)) // (4 * WIDTH))
+        buffers, vector = [torch.ones(rows, WIDTH) for _ in range(BUFFERS)], torch.ones(WIDTH)
+        passes = [[partial(torch.sum, buffer) for buffer in buffers]]
+        passes += [[partial(torch.mv, buffer, vector) for buffer in buffers]]
+        size = sum(buffer.nbytes for buffer in buffers)
+        how = (
+            f"{torch.get_num_threads()} threads read {BUFFERS} buffers of {buffers[0].nbytes >> 20} MB in "
+            "turn: the best of sums and products with a vector"
+        )
+    best = min(sum(_timed(calls)) for calls in passes for _ in range(ROUNDS))
+    return {"bytes_per_second": size / best, "how": how}

@@ -40,6 +40,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
@@ -63,6 +64,7 @@ class Comparison:
         report: Reporter | None = None,
     ) -> None:
         self.checkpoint = Checkpoint.open(model)
+        read_config(self.checkpoint)  # what no recipe can convert is refused here, not in every row
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seed, self.report = seed, report or Reporter(quiet=True)

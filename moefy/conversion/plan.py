@@ -135,8 +135,6 @@ def _layers(mlps: list[Site], recipe: Recipe) -> list[tuple[LayerEntry, int]]:
 def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
     """The model on the meta device and its MLPs; refuses what would not stay what it is."""
     folder, tensors = checkpoint.folder, checkpoint.tensors if checkpoint.has_weights else {}
-    refusals.refuse_foreign(folder, checkpoint.config)
-    refusals.refuse_quantized(folder, checkpoint.config, tensors)
     model = meta_model(read_config(checkpoint))
     found = sites(model)
     refusals.refuse_outputs(model, [site.layer for site in found])

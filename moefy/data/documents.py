@@ -33,11 +33,11 @@ class Documents:
 
     @property
     def domains(self) -> list[str]:
-        """Names of the domains, sorted; `domain_D` counts in this order."""
+        """Names of the domains, sorted; `domain_Q` counts in this order."""
         return sorted({doc.domain for doc in self.documents})
 
     @property
-    def domain_D(self) -> Ints:
+    def domain_Q(self) -> Ints:
         """Number of every document's domain `[D]`."""
         number = {name: index for index, name in enumerate(self.domains)}
         return np.array([number[doc.domain] for doc in self.documents], dtype=np.int64)

@@ -61,15 +61,12 @@ def diff(
         "model": f"{Path(base).name} and {Path(other).name}",
         "base": str(base),
         "other": str(other),
-        "layers": [],
         "command": command,
         "settings": {"tokens": tokens},
-        "seeds": {},
         "corpora": reading.corpora,
         "documents": int(reading.documents.of_shard(HELD_OUT).sum()),
     }
-    found = inspected(reading, tables, about)
-    return found if out is None else found.saved(out)
+    return inspected(reading, tables, about, out=out)
 
 
 def _read(base: str | Path, other: str | Path, corpora: Any, tokens: int) -> tuple[Reading, bool]:

@@ -61,11 +61,6 @@ class Inspected(Inspection):
         super().save(folder)
         return Report(self).save(Path(folder) / REPORT, overwrite=True)
 
-    def saved(self, folder: str | Path) -> "Inspected":
-        """The same, written."""
-        self.save(folder)
-        return self
-
     def save_plots(self, folder: str | Path) -> list[Path]:
         """PNG plots for papers; needs matplotlib."""
         return Report(self).save_plots(folder)
@@ -115,8 +110,7 @@ def inspect(
     parts = [run.described(), *run.controlled(), *run.ablated()]
     found = Inspected({}, {}, {})
     if run.processes.main:
-        found = run.result(merged(parts), prompts, command)
-        found = found if out is None else found.saved(out)
+        found = run.result(merged(parts), prompts, command, out)
     run.processes.wait()
     return found
 
@@ -220,7 +214,11 @@ class Inspecting:
             )  # fmt: skip
 
     def result(
-        self, tables: dict[str, Table], prompts: Sequence[str], command: str | None
+        self,
+        tables: dict[str, Table],
+        prompts: Sequence[str],
+        command: str | None,
+        out: str | Path | None,
     ) -> Inspected:
         """What the first process gives: the tables, page one, texts, and prompts."""
         with self._clock("page one"):
@@ -240,7 +238,7 @@ class Inspecting:
             "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
             "peak_memory": peak_memory(),
         }
-        return inspected(self.reading, tables, about, judged, shown)
+        return inspected(self.reading, tables, about, judged, shown, out)
 
     def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
         return Pass(model, reading, self.seed, controls, self.report, self.processes)
@@ -259,17 +257,23 @@ def inspected(
     about: dict[str, Any],
     quality: dict[str, Any] | None = None,
     prompts: Sequence[dict[str, Any]] = (),
+    out: str | Path | None = None,
 ) -> Inspected:
-    """Tables with all that they point at: documents, their texts, the names of tokens."""
+    """Tables with all that they point at: documents, their texts, the names of tokens; written to `out`."""
     tables["documents"] = documents_table(reading)
     accounts = [prompt["account"] or {} for prompt in prompts]
     meta = {
+        "layers": [],
+        "seeds": {},
         **about,
         "vocabulary": vocabulary_of(reading, [*tables.values(), *accounts]),
         "versions": versions(),
         "machine": machine(),
     }
-    return Inspected(meta, quality or {}, tables, texts_of(reading, tables), [*prompts])
+    found = Inspected(meta, quality or {}, tables, texts_of(reading, tables), [*prompts])
+    if out is not None:
+        found.save(out)
+    return found
 
 
 def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str, Any]:
@@ -309,7 +313,7 @@ def _about(model: PreTrainedModel, reading: Reading) -> dict[str, Any]:
         "recipe": artefact.recipe,
         "corpora": reading.corpora,
         "documents": len(reading.documents),
-        "tokens": int(reading.tokens_D.sum()),
+        "tokens": int(reading.tokens_Q.sum()),
         "kind": reading.kind,
         "hashes": {"model": artefact.source["sha256"], "corpora": reading.corpora},
     }

@@ -251,7 +251,7 @@ class Blocks:
     """Which block every document belongs to; a block is of one domain."""
 
     def __init__(self, documents: Documents, most: int = BLOCKS) -> None:
-        unit_Q, domain_Q = units(documents), documents.domain_D
+        unit_Q, domain_Q = units(documents), documents.domain_Q
         each = max(1, most // max(1, len(documents.domains)))
         self.block_Q = np.zeros(len(documents), dtype=np.int64)
         domains: list[int] = []

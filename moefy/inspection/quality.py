@@ -130,9 +130,9 @@ def quality_summary(
 
 def _drawn(reading: Reading, tokens: int, seed: int) -> list[Batch]:
     samples = [sample for batch in reading.of_shard(HELD_OUT) for sample in batch.samples]
-    size_D = reading.tokens_D[reading.documents.of_shard(HELD_OUT)]
-    chosen_D = drawn_documents(size_D, tokens, seed)
-    return make_batches([s for s, chosen in zip(samples, chosen_D, strict=True) if chosen])
+    size_Q = reading.tokens_Q[reading.documents.of_shard(HELD_OUT)]
+    chosen_Q = drawn_documents(size_Q, tokens, seed)
+    return make_batches([s for s, chosen in zip(samples, chosen_Q, strict=True) if chosen])
 
 
 def fit_bigram(model: PreTrainedModel, reading: Reading) -> Bigram | None:
@@ -363,7 +363,7 @@ def late_tokens(
     documents, and of how many documents; None where no two are so long."""
     unit_Q = units(reading.documents)
     samples = [sample for batch in reading.batches for sample in batch.samples]
-    long_Q = np.flatnonzero(reading.tokens_D > LATE + LEAST_LATE)
+    long_Q = np.flatnonzero(reading.tokens_Q > LATE + LEAST_LATE)
     order = np.random.default_rng(seed).permutation(len(long_Q))[:LATE_DOCUMENTS]
     chosen = long_Q[np.sort(order)]
     if len(chosen) < 2:

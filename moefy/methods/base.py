@@ -225,7 +225,7 @@ def off(mask_TE: Tensor) -> Tensor:
 
 
 class NoCompensation(Compensation):
-    """Adds nothing."""
+    """None: nothing stands in for experts that are off."""
 
     adds = False
 

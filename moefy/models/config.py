@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from moefy.errors import CheckpointError
 from moefy.models.checkpoint import Checkpoint
+from moefy.models.refusals import refuse_foreign, refuse_quantized
 from moefy.models.schema import LARGEST
 from moefy.run.reading import reading
 
@@ -21,9 +22,12 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 def read_config(checkpoint: Checkpoint) -> Any:
     """The transformers configuration.
 
-    Raises `CheckpointError` where transformers has no such type, where sizes are absurd, and where the
-    file names code to be fetched; none is run.
+    Raises `CheckpointError` where transformers has no such type, where sizes are absurd, where the
+    weights are codes, and where the file names code to be fetched; none is run.
     """
+    refuse_foreign(checkpoint.folder, checkpoint.config)
+    tensors = checkpoint.tensors if checkpoint.has_weights else ()
+    refuse_quantized(checkpoint.folder, checkpoint.config, tensors)
     file = checkpoint.folder / "config.json"
     for key, value in _leaves(checkpoint.config):
         last = key.rpartition(".")[2]

@@ -80,7 +80,7 @@ class _Map:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Seen:
     """What went through a module, once."""
 
     taken: Tensor
@@ -88,14 +88,14 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _LayerRun:
     """One run of a module of a layer; "" is the layer itself."""
 
     module: str
     x: Tensor
     residual: Tensor
     output: Any
-    calls: dict[str, _Call]
+    calls: dict[str, _Seen]
 
 
 class _Probe(nn.Module):
@@ -178,7 +178,9 @@ def _probed_copy(layer: nn.Module, maps: dict[str, _Map], generator: torch.Gener
     return probed
 
 
-def _runs(probed: nn.Module, maps: dict[str, _Map], generator: torch.Generator) -> Iterator[_Run]:
+def _runs(
+    probed: nn.Module, maps: dict[str, _Map], generator: torch.Generator
+) -> Iterator[_LayerRun]:
     """Runs of every module of a layer that holds two linear maps or more, innermost first; last
     the layer's own MLP method, where it has one as BERT's does, and the layer itself."""
     chunk = getattr(probed, "feed_forward_chunk", None)
@@ -205,18 +207,18 @@ def _runs(probed: nn.Module, maps: dict[str, _Map], generator: torch.Generator) 
             arguments = [x, *[second] * (len(needed) - 1)]
             output, through = _record(probed, partial(call, *arguments))
             if through:
-                yield _Run(name, x, residual, output, through)
+                yield _LayerRun(name, x, residual, output, through)
 
 
-def _record(probed: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, _Call]]:
+def _record(probed: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, _Seen]]:
     """The output of a run, and what went through each module without children that it used once;
     nothing where the run fails."""
-    seen: dict[str, list[_Call]] = {}
+    seen: dict[str, list[_Seen]] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, taken: tuple[Any, ...], given: Any) -> None:
             if taken and isinstance(taken[0], Tensor) and isinstance(given, Tensor):
-                seen.setdefault(name, []).append(_Call(taken[0], given))
+                seen.setdefault(name, []).append(_Seen(taken[0], given))
 
         return hook
 
@@ -247,7 +249,7 @@ def _run(run: Callable[[], Any]) -> tuple[Any, bool]:
 
 
 def _mlps(
-    calls: dict[str, _Call], maps: dict[str, _Map], model: PreTrainedModel
+    calls: dict[str, _Seen], maps: dict[str, _Map], model: PreTrainedModel
 ) -> Iterator[Family]:
     """Rows, without container or splice, of all MLPs seen in a run."""
     acts = _activations(model.config)
@@ -279,7 +281,7 @@ def _few(tensor: Tensor) -> Tensor:
 
 
 def _products(
-    up: str, u: Tensor, h: Tensor, probes: dict[str, _Call]
+    up: str, u: Tensor, h: Tensor, probes: dict[str, _Seen]
 ) -> Iterator[tuple[str | None, bool, tuple[Tensor, Tensor]]]:
     """Ways in which `u` may become `h`: gate, whether fused, and the `g` and `f` of `act(g) * f`."""
     if u.shape[:-1] != h.shape[:-1]:
@@ -320,7 +322,7 @@ def _row(
     )
 
 
-def _with_container(row: Family, run: _Run) -> Family | None:
+def _with_container(row: Family, run: _LayerRun) -> Family | None:
     """The row, if the module that was run is the MLP and nothing else."""
     inside = all(name.startswith(f"{run.module}.") for name in (row.up, row.down) if run.module)
     if not run.module or not inside or not isinstance(run.output, Tensor):
@@ -335,7 +337,7 @@ def _with_container(row: Family, run: _Run) -> Family | None:
     return None
 
 
-def _with_splice(row: Family, run: _Run) -> Family | None:
+def _with_splice(row: Family, run: _LayerRun) -> Family | None:
     """The row, if a module of its own computes the activation between `up` and `down`."""
     if row.gate is not None or row.fused:
         return None

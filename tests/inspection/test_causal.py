@@ -238,7 +238,7 @@ def test_states_that_did_not_change_are_no_increase_and_none_is_negative():
 def test_texts_are_drawn_evenly_from_one_shard(made):
     _, reading, _ = made("llama")
     texts, select = (draw(reading, shard, 300, seed=1) for shard in (HELD_OUT, SELECT))
-    counts = np.bincount(texts.documents.domain_D)
+    counts = np.bincount(texts.documents.domain_Q)
     assert counts.max() - counts.min() <= 1
     assert set(texts.documents.shards) == {HELD_OUT}
     hashes = [{d.sha256 for d in t.documents.documents} for t in (texts, select)]
@@ -327,8 +327,8 @@ def test_pairs_and_kept_experts_are_those_of_whole_runs(made):
             found += ((ce[1] - ce[0]) / (targets != IGNORED).sum(1)).tolist()
         return np.array(found)
 
-    domain_Q, experts = texts.documents.domain_D, engine.experts
-    mean_SC = np.stack([guess[:, select.documents.domain_D == c].mean(1) for c in range(3)], 1)
+    domain_Q, experts = texts.documents.domain_Q, engine.experts
+    mean_SC = np.stack([guess[:, select.documents.domain_Q == c].mean(1) for c in range(3)], 1)
     for row in rows(table):
         domain = int(row["domain"][1])
         keep = []
@@ -455,7 +455,7 @@ def test_documents_come_from_the_source_and_their_numbers_are_those_of_the_readi
     assert len(few.documents) < 0.5 * len(everything.documents)
     alone, found = (causal(model, few, source=s, tokens=600, nulls=0) for s in (None, everything))
     behind = [min(t["causal"]["documents"]) for t in (alone, found)]
-    assert behind[1] == np.bincount(draw(everything, HELD_OUT, 600).documents.domain_D).min()
+    assert behind[1] == np.bincount(draw(everything, HELD_OUT, 600).documents.domain_Q).min()
     assert behind[1] > behind[0]
     assert found["hunt"] == alone["hunt"]
     for row in rows(found["hunt"]):

@@ -279,7 +279,7 @@ def test_matrix_is_the_mean_over_documents_of_means_over_tokens():
 
     texts = Counted(texts.batches, texts.documents, texts.number_Q, 2)
     found, table = matrix([Measured([(0, e) for e in range(4)], effects)], texts)
-    domain_Q = texts.documents.domain_D
+    domain_Q = texts.documents.domain_Q
     names = texts.documents.domains
     for row in rows(table):
         here = domain_Q == names.index(row["domain"])
@@ -343,7 +343,7 @@ def test_planted_experts_are_selective_for_their_domain_alone(planted):
     model = moefy.load(folder)
     reading = read(model, corpus)
     texts = draw(reading, HELD_OUT, 1500)
-    assert np.bincount(texts.documents.domain_D).min() >= 30
+    assert np.bincount(texts.documents.domain_Q).min() >= 30
     engine = Engine(model, mode="zero")
     pairs = [(layer, e) for layer in (0, 1) for e in range(8)]
     sets = [of_layer(engine, layer, neurons_of(engine, layer, e)) for layer, e in pairs]

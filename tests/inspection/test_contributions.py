@@ -114,11 +114,11 @@ def test_contributions_are_those_of_every_output_formed(case):
 def test_energy_is_given_by_domain_and_for_the_error(case):
     model, reading, want = case
     table = heard_by(model, reading, Contributions).tables()["energy"]
-    domain_D = torch.from_numpy(reading.documents.domain_D)
+    domain_Q = torch.from_numpy(reading.documents.domain_Q)
     found = {(r["layer"], r["expert"], r["domain"]): r for r in rows(table)}
     for layer, w in want.items():
         for number, domain in enumerate(reading.documents.domains):
-            keep = domain_D[w.document_T] == number
+            keep = domain_Q[w.document_T] == number
             values = w.norm_TE[keep].square().mean(0).tolist()
             for expert, value in enumerate(values):
                 assert found[layer, expert, domain]["energy"] == pytest.approx(value, rel=1e-4)
@@ -126,7 +126,7 @@ def test_energy_is_given_by_domain_and_for_the_error(case):
             error = w.error_TD[keep].square().sum(1).mean()
             assert row["energy"] == pytest.approx(float(error), rel=1e-3)
             assert row["energy_low"] < row["energy"] < row["energy_high"]
-            assert row["documents"] == int((domain_D == number).sum())
+            assert row["documents"] == int((domain_Q == number).sum())
 
 
 def test_router_quality_of_each_expert_is_that_of_a_loop(case):
@@ -171,7 +171,7 @@ def test_router_quality_of_each_expert_is_that_of_a_loop(case):
 
 def test_a_share_of_the_tokens_stands_for_all(case):
     model, reading, _ = case
-    tokens = int(reading.tokens_D.sum())
+    tokens = int(reading.tokens_Q.sum())
     half = partial(RouterQualityOfExperts, tokens=tokens // 2)
     sums = heard_by(model, reading, half).layers[0].sums.all_GX
     whole = heard_by(model, reading, RouterQualityOfExperts).layers[0].sums.all_GX

@@ -133,11 +133,11 @@ def test_figures_of_the_real_experts_are_those_of_a_loop_over_tokens(converted, 
     monkeypatch.setattr(random_partition, "LEAST_COUNT", 3)
     model, reading = converted
     _, heard, tables = drawn(model, reading, draws=3)
-    tokens = reading.tokens_D.sum()
+    tokens = reading.tokens_Q.sum()
     assert tables["layers"]["oracle_tokens"] == [tokens] * 2
     for layer in (0, 1):
         ledgers = [ledger for ledger in heard.ledgers if ledger.layer == layer]
-        want = naive(ledgers, reading.documents.domain_D, random_partition.LEAST_COUNT)
+        want = naive(ledgers, reading.documents.domain_Q, random_partition.LEAST_COUNT)
         experts = [row for row in rows(tables["experts"]) if row["layer"] == layer]
         assert [row["oracle_energy"] for row in experts[:1]] == [None]  # shared: not routed
         for name in random_partition.EXPERT_FIGURES:

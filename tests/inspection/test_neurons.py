@@ -49,11 +49,11 @@ def reading(model, tmp_path):
 @pytest.mark.parametrize("shard", [SELECT, HELD_OUT])
 def test_predictivity_is_the_auroc_of_contribution_norms(model, reading, shard):
     found = heard_by(model, reading, Predictivity)
-    domain_D = torch.from_numpy(reading.documents.domain_D)
+    domain_Q = torch.from_numpy(reading.documents.domain_Q)
     here_D = torch.from_numpy(reading.documents.of_shard(shard))
     for layer, w in naive(model, reading).items():
         keep = (w.position_T > 0) & here_D[w.document_T]
-        label = (domain_D[w.document_T[keep]] == 1).numpy()
+        label = (domain_Q[w.document_T[keep]] == 1).numpy()
         norms_N = sparse_mlps(model)[layer].down_ND.detach().double().norm(dim=1)
         score_TN = (w.h_TN.abs() * norms_N)[keep].numpy()
         got = found.layers[layer].auroc(shard)[1]

@@ -61,7 +61,7 @@ def bits_beyond_token(sample):
 
 def test_the_plant_is_what_it_is_said_to_be(made):
     model, reading, sample = made["domain"]
-    domain_T = reading.documents.domain_D[sample.tokens.document_T]
+    domain_T = reading.documents.domain_Q[sample.tokens.document_T]
     assert (sample.mask(0) == (domain_T[:, None] == np.arange(planted.DOMAINS))).all()
     _, _, by_token = made["token"]
     ids_T = by_token.tokens.ids_T

@@ -22,14 +22,6 @@ from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.controls import (
-    CONTROLS,
-    Control,
-    Drawn,
-    Removal,
-    energy_matched,
-    random_neurons,
-)
 from moefy.inspection.removal.figures import (
     TIMES,
     Point,
@@ -40,8 +32,19 @@ from moefy.inspection.removal.figures import (
     rises,
 )
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
-from moefy.inspection.removal.rankings import RANKINGS, importance, ranked, relative
 from moefy.inspection.removal.relearning import verdict
+from moefy.inspection.removal.sets import (
+    CONTROLS,
+    RANKINGS,
+    Control,
+    Drawn,
+    Removal,
+    energy_matched,
+    importance,
+    random_neurons,
+    ranked,
+    relative,
+)
 from moefy.inspection.removal.source import (
     EXPERT,
     NEURON,

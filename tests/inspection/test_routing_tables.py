@@ -40,7 +40,7 @@ def frame_of(sample, layer=0, seed=0):
 def shares(sample, seed=0):
     """What explains routing, as one row."""
     frame, routed = frame_of(sample, seed=seed)
-    found = explained(frame, routed).totals(frame.tokens_D.astype(float))
+    found = explained(frame, routed).totals(frame.tokens_Q.astype(float))
     return {name: float(values[0]) for name, values in ratio_columns(frame, found).items()}
 
 
@@ -183,7 +183,7 @@ def test_a_router_that_is_a_table_of_tokens_is_explained_whole():
 
 def closed_form(world, p_MVE):
     """Shares of token, then of domain, of a router of chances `p` by domain and token."""
-    joint_MV = np.bincount(world.domain_D)[:, None] / len(world.domain_D) * world.p_MV
+    joint_MV = np.bincount(world.domain_Q)[:, None] / len(world.domain_Q) * world.p_MV
     load_E = np.einsum("mv,mve->e", joint_MV, p_MVE)
     token_VE = np.einsum("mv,mve->ve", joint_MV, p_MVE) / joint_MV.sum(0)[:, None]
     bits = entropy(load_E).sum()

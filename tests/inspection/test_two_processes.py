@@ -116,7 +116,7 @@ class Taken(Processes):
 
 def heard(model, reading, batches, seed=0):
     """The parts of a process that has heard these batches, by name."""
-    chosen_Q = drawn_documents(reading.tokens_D, 6000, seed)
+    chosen_Q = drawn_documents(reading.tokens_Q, 6000, seed)
     sampler = partial(RoutingSampler, chosen_Q=chosen_Q)
     makers = PARTS | {"routing": sampler}
     numbers = list(range(len(reading.batches)) if batches is None else batches)

@@ -114,6 +114,13 @@ def test_codes_are_not_fitted_on(source, settings, words):
     refuse(source, "its weights are quantized", words)
 
 
+def test_codes_are_not_run_on_either(source):
+    edit(source, quantization_config={"quant_method": "awq", "bits": 4})
+    for verb in (["eval"], ["compare"], ["sparsify", str(source.parent / "out")]):
+        done = CliRunner().invoke(app, [verb[0], str(source), *verb[1:]])
+        assert done.exit_code == 1 and "(awq, 4 bits)" in done.stderr, (verb, done.output)
+
+
 def test_codes_that_no_config_speaks_of(source):
     for name in ("quant_config.json", "quantize_config.json"):
         (source / name).write_text('{"w_bit": 4}')

@@ -8,14 +8,14 @@ from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.tokens import NONE, Tokens
 
 
-def sample_of(masks, ids_T, domain_D, length, shared=0):
+def sample_of(masks, ids_T, domain_Q, length, shared=0):
     """A sample of documents of `length` tokens; `masks` `[T, E]` of every layer, shared ones first."""
-    count = len(domain_D)
+    count = len(domain_Q)
     assert len(ids_T) == count * length
     ids_BT = np.asarray(ids_T, dtype=np.int64).reshape(count, length)
     documents = [
         Document(f"domain{d}", str(i), ids=tuple(ids_BT[i].tolist()))
-        for i, d in enumerate(domain_D)
+        for i, d in enumerate(domain_Q)
     ]
     none = np.full((count, 1), NONE)
     previous_BT = np.concatenate([none, ids_BT[:, :-1]], axis=1)
@@ -44,13 +44,13 @@ class World:
     def __init__(self, *, documents=120, length=200, domains=4, types=60, seed=0, own=1.5):
         self.random = np.random.default_rng(seed)
         self.length, self.types = length, types
-        self.domain_D = np.arange(documents) % domains
+        self.domain_Q = np.arange(documents) % domains
         weight_V = 1 / (1 + np.arange(types))
         self.p_MV = weight_V * np.exp(own * self.random.normal(size=(domains, types)))
         self.p_MV /= self.p_MV.sum(1, keepdims=True)
-        self.domain_T = np.repeat(self.domain_D, length)
+        self.domain_T = np.repeat(self.domain_Q, length)
         self.ids_T = np.concatenate(
-            [self.random.choice(types, size=length, p=self.p_MV[d]) for d in self.domain_D]
+            [self.random.choice(types, size=length, p=self.p_MV[d]) for d in self.domain_Q]
         )
         self.position_T = np.tile(np.arange(length), documents)
 
@@ -60,7 +60,7 @@ class World:
 
     def sample(self, *masks, shared=0):
         """These masks on the world's tokens."""
-        return sample_of(masks, self.ids_T, self.domain_D, self.length, shared)
+        return sample_of(masks, self.ids_T, self.domain_Q, self.length, shared)
 
 
 def entropy(p):

@@ -73,7 +73,7 @@ class Engine:
     name: str
     layers: Callable[["Engine", Case], list[Call]] | None = None
     session: Callable[["Engine", Models, Tensor, int], Session] | None = None
-    """From ids `[B, T]`, the first so many of which are the prompt."""
+    """From ids `[B, T]` and how many of them are the prompt."""
     dense: bool = False
     """Whether it is a baseline."""
     backend: str = ""
@@ -191,6 +191,6 @@ class TransformersSession:
 
 
 def keeping(model: PreTrainedModel, logits: int) -> dict[str, int]:
-    """The option that computes only so many last logits, of models that have it."""
+    """The option that computes only the last n logits, of models that have it."""
     takes = inspect.signature(model.forward).parameters
     return {"logits_to_keep": logits} if "logits_to_keep" in takes else {}

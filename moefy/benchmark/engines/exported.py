@@ -47,38 +47,28 @@ def stock_layers(implementation: str, engine: Engine, case: Case) -> list[Call]:
         if reason is not None:
             raise Unavailable(f"not as a stock mixture of experts: {reason}")
         if implementation == "batched_mm":
-            _fits(int(mask_TE.sum()) * module.expert_size, module.weights)
+            _check_fits(int(mask_TE.sum()) * module.expert_size, module.weights)
     register_experts()
+
+    def compute(
+        experts: Any, module: SparseMlp, x_TD: Tensor, ones_TK: Tensor, index_TK: Tensor | None
+    ) -> Tensor:
+        if index_TK is None:  # as the block of a stock mixture of experts chooses
+            scores_TE = module.router(x_TD, module.routed).float()
+            eps = getattr(module.selection, "eps", 1.0)
+            index_TK = torch.softmax(scores_TE * eps, dim=-1).topk(ones_TK.shape[1], dim=-1).indices
+        experts.config._experts_implementation = implementation
+        y_TD: Tensor = experts(x_TD, index_TK, ones_TK)
+        return y_TD
+
     calls: list[Call] = []
     for experts, module, x_TD, mask_TE in zip(
         case.layers.experts, case.layers.modules, case.inputs, case.masks, strict=True
     ):
         k = int(mask_TE[0].sum())
-        weight_TK = x_TD.new_ones(len(x_TD), k)
-        if case.routed:
-            calls.append(partial(_block, implementation, experts, module, x_TD, weight_TK))
-        else:
-            index_TK = mask_TE.int().topk(k, dim=1).indices.sort(1).values
-            calls.append(partial(_experts, implementation, experts, x_TD, index_TK, weight_TK))
+        index_TK = None if case.routed else mask_TE.int().topk(k, dim=1).indices.sort(1).values
+        calls.append(partial(compute, experts, module, x_TD, x_TD.new_ones(len(x_TD), k), index_TK))
     return calls
-
-
-def _block(
-    implementation: str, experts: Any, module: SparseMlp, x_TD: Tensor, ones_TK: Tensor
-) -> Tensor:
-    """Scores, softmax, top-k, experts: what the block of a stock mixture of experts does."""
-    scores_TE = module.router(x_TD, module.routed).float()
-    eps = getattr(module.selection, "eps", 1.0)
-    index_TK = torch.softmax(scores_TE * eps, dim=-1).topk(ones_TK.shape[1], dim=-1).indices
-    return _experts(implementation, experts, x_TD, index_TK, ones_TK)
-
-
-def _experts(
-    implementation: str, experts: Any, x_TD: Tensor, index_TK: Tensor, ones_TK: Tensor
-) -> Tensor:
-    experts.config._experts_implementation = implementation
-    y_TD: Tensor = experts(x_TD, index_TK, ones_TK)
-    return y_TD
 
 
 def _not_stock(module: SparseMlp, routed: bool) -> str | None:
@@ -101,8 +91,8 @@ def _not_stock(module: SparseMlp, routed: bool) -> str | None:
     return None
 
 
-def _fits(rows: int, mlp: DenseMlp) -> None:
-    """Whether a copy of so many rows of every matrix leaves memory for the rest."""
+def _check_fits(rows: int, mlp: DenseMlp) -> None:
+    """Raise `Unavailable` if a copy of `rows` rows of every matrix leaves no memory for the rest."""
     copied = rows * mlp.matrices * mlp.width * mlp.up_ND.element_size()
     free = torch.cuda.mem_get_info()[0] if mlp.up_ND.is_cuda else free_memory()
     if copied > free / 2:
@@ -210,6 +200,6 @@ class LlamaCpp:
     def _run(self, ids: list[int]) -> Tensor:
         self.model.eval(ids)
         # The context keeps the logits of the last token alone; asking for them waits for it.
-        found = self.library.llama_get_logits_ith(self.model.ctx, -1)
-        logits_V = np.ctypeslib.as_array(found, shape=(self.model.n_vocab(),))
+        pointer = self.library.llama_get_logits_ith(self.model.ctx, -1)
+        logits_V = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab(),))
         return torch.from_numpy(logits_V.copy())[None]

@@ -53,7 +53,7 @@ class Sweep:
             )
         if self.samples < LEAST_SAMPLES:
             raise MoefyError(
-                f"--samples {self.samples}: from fewer than {LEAST_SAMPLES} no noise can be told"
+                f"--samples {self.samples}: fewer than {LEAST_SAMPLES} say nothing of noise"
             )
 
 
@@ -178,7 +178,7 @@ def _cell(level: str, case: Case, sweep: Sweep, bandwidth: float) -> dict[str, A
         "least_bytes": fmean(map(read, modules, case.masks)),
         "router": None if router is None else percentiles(router),
     }
-    facts = {name: found for name, (_, found) in admitted.items()}
+    facts = {name: known for name, (_, known) in admitted.items()}
     return cell(place, seconds, facts, refused, bandwidth)
 
 

@@ -3,14 +3,14 @@
 Ids are given, not chosen, so that all engines do the same work. A sample is the prompt and then every
 token behind it, each timed by itself.
 
-How far an engine's logits may be off is measured. Where a router cuts, rounding changes which experts run, and so the logits, whatever the engine. No bound
-follows from dtype and shapes; but how much it is can be measured: by the dense model in its own dtype
-against itself in fp32, and by the moefied one, computed by `masked`. Another engine rounds elsewhere and
-as much. So its median KL may be `TIMES` the larger of both: the KL grows as the square of the error, so
-that is not three times the error, and the median of a few tokens with heavy tails varies by that much.
-Below `LEAST` there is nothing to tell apart: a conversion costs a hundred times more.
+How far an engine's logits may be off is measured. Where a router cuts, rounding changes which experts run, and
+so the logits, whatever the engine. No bound follows from dtype and shapes; but how much it is can be measured:
+by the dense model in its own dtype against itself in fp32, and by the moefied one, computed by `masked`. Another
+engine rounds elsewhere and as much. So its median KL may be `TIMES` the larger of both: the KL grows as the
+square of the error, so that is not three times the error, and the median of a few tokens with heavy tails varies
+by that much. Below `LEAST` there is nothing to tell apart: a conversion costs a hundred times more.
 
-An fp32 copy has to fit into memory. Where it does not, the model in its own dtype stands for it, nothing
+An fp32 copy has to fit into memory. If it does not, the model in its own dtype stands for it, nothing
 is known of rounding, and only what is off by more than `ELSEWHERE` is refused.
 
 Shapes: B sequences, T tokens, E experts, V vocabulary, C positions, G generated tokens.
@@ -65,7 +65,7 @@ TIMES = 8.0
 LEAST = 1e-4
 """Nats that are nothing in any dtype."""
 ELSEWHERE = 0.1
-"""Nats of files with rounded or quantised weights, and of any engine where there is no fp32 run."""
+"""Nats of files with rounded or quantised weights, and of any engine without an fp32 run."""
 NEARER = 0.5
 """Files of experts choose for themselves; theirs may be this share of what other experts would cost."""
 PREFILL, DECODE = "prefill", "decode"
@@ -177,7 +177,7 @@ def _cells(
     models: Models, ids_BT: Tensor, length: int, sweep: Sweep, bandwidth: float
 ) -> list[dict[str, Any]]:
     """The records of prefill and decode for one batch."""
-    # Graphs of other shapes would have to be told from these in every call.
+    # Graphs of other shapes would be guards of every call.
     torch.compiler.reset()
     steps = range(length, ids_BT.shape[1])
     wanted = reference(models, ids_BT, length)

@@ -82,7 +82,7 @@ def write_gguf(
     writer.add_type("model")
     writer.add_name(name or checkpoint.folder.resolve().name)
     add_metadata(writer, architecture, config)
-    cautions = [*warnings(config), *_rounded(planned, gain), *_kept(planned, quantize)]
+    cautions = [*warnings(config), *_rounded(planned, gain), *_unrounded(planned, quantize)]
     cautions += add_vocabulary(writer, checkpoint.folder, config.vocab_size, config)
     mostly = Counter(types[tensor.name] for tensor in planned if len(tensor.shape) > 1)
     writer.add_file_type(_FILE_TYPES[mostly.most_common(1)[0][0]])
@@ -109,14 +109,14 @@ def _rounded(planned: list[Planned], gain: float) -> list[str]:
     ]
 
 
-def _kept(planned: list[Planned], quantize: str | None) -> list[str]:
+def _unrounded(planned: list[Planned], quantize: str | None) -> list[str]:
     """Matrices that no block of 8-bit numbers fits."""
-    kept = [t for t in planned if len(t.shape) > 1 and t.shape[-1] % 32 and not _is_router(t)]
-    if not kept or quantize is None:
+    odd = [t for t in planned if len(t.shape) > 1 and t.shape[-1] % 32 and not _is_router(t)]
+    if not odd or quantize is None:
         return []
     return [
-        f"{len(kept)} matrices have rows that are no multiple of 32 and keep their dtype, first "
-        f"{kept[0].name} {list(kept[0].shape)}"
+        f"{len(odd)} matrices have rows that are no multiple of 32 and keep their dtype, first "
+        f"{odd[0].name} {list(odd[0].shape)}"
     ]
 
 

@@ -69,16 +69,16 @@ def _sources(
         match = _EXPERT.fullmatch(name)
         whole = f"{match[1]}.{match[3]}" if match else name
         numbered.setdefault(whole, {})[int(match[2]) if match else 0] = name
-    found = {whole: [parts[n] for n in sorted(parts)] for whole, parts in numbered.items()}
+    names = {whole: [parts[n] for n in sorted(parts)] for whole, parts in numbered.items()}
 
     tied = bool(config.tie_word_embeddings)
-    if HEAD not in found and not tied:
+    if HEAD not in names and not tied:
         raise CheckpointError(f"{checkpoint.folder}: no tensor on disk is {HEAD}")
-    if HEAD in found and tied and torch.equal(checkpoint.map(HEAD), checkpoint.map(EMBEDDING)):
-        del found[HEAD]
-    if HEAD not in found and architecture.own_output:
-        found[HEAD] = [EMBEDDING]
-    return found
+    if HEAD in names and tied and torch.equal(checkpoint.map(HEAD), checkpoint.map(EMBEDDING)):
+        del names[HEAD]
+    if HEAD not in names and architecture.own_output:
+        names[HEAD] = [EMBEDDING]
+    return names
 
 
 def _planned(

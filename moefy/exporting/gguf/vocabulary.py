@@ -55,11 +55,11 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, config: An
         raise _unsupported(folder, f"a {spec['model']['type']} model")
     steps = list(_flat(spec["pre_tokenizer"], "pretokenizers"))
     if any(step["type"] == "ByteLevel" for step in steps):
-        found = _add_bpe(writer, folder, spec, steps, vocab_size)
+        cautions = _add_bpe(writer, folder, spec, steps, vocab_size)
     else:
-        found = _add_pieces(writer, folder, spec, steps, vocab_size)
+        cautions = _add_pieces(writer, folder, spec, steps, vocab_size)
     _add_special(writer, tokenizer, config)
-    return found
+    return cautions
 
 
 def _unsupported(folder: Path, what: str) -> UnsupportedModel:
@@ -194,14 +194,14 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
     """Tokens with a meaning, whether text gets one in front or behind, and the chat template."""
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "unk", "pad"):
-        found = getattr(tokenizer, f"{kind}_token_id", None)
-        if found is None:
-            found = getattr(config, f"{kind}_token_id", None)
-        if isinstance(found, list):
-            found = found[0]
-        if found is not None:
-            ids[kind] = found
-            getattr(writer, f"add_{kind}_token_id")(found)
+        token = getattr(tokenizer, f"{kind}_token_id", None)
+        if token is None:
+            token = getattr(config, f"{kind}_token_id", None)
+        if isinstance(token, list):
+            token = token[0]
+        if token is not None:
+            ids[kind] = token
+            getattr(writer, f"add_{kind}_token_id")(token)
     probe = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(len(probe) > 1 and probe[0] == ids.get("bos"))
     writer.add_add_eos_token(len(probe) > 1 and probe[-1] == ids.get("eos"))

@@ -188,6 +188,11 @@ def _flat(values: Tensor) -> Tensor:
     return values.detach().reshape(-1, values.shape[-1]).float().cpu()
 
 
+def _scale(ledger: Ledger) -> Tensor:
+    assert ledger.scale_T is not None
+    return ledger.scale_T
+
+
 def _account(
     model: PreTrainedModel,
     unembedding: Unembedding,
@@ -198,9 +203,7 @@ def _account(
 ) -> _Account:
     """Every term of the logits of these tokens, which are `logit_T` less their mean."""
     direction_TD = unembedding.directions(target_T.to(unembedding.weight_VD.device)).cpu()
-    scale_T = torch.cat(
-        [part.scale_T.cpu() for part in kept.by_layer[0] if part.scale_T is not None]
-    )
+    scale_T = kept.joined(0, _scale)
 
     def effect(vector_TD: Tensor) -> Tensor:
         return (vector_TD.double() * direction_TD.double()).sum(1) / scale_T.double()
@@ -211,11 +214,11 @@ def _account(
     layers = []
     for layer, module in sparse_mlps(model).items():
         bias, added_TD = module.weights.down_bias_D, stream.attention[layer]
-        none_D = torch.zeros_like(added_TD[0])
+        bias_D = torch.zeros(1) if bias is None else _flat(bias)
         layers.append(
             {
                 "attention": effect(added_TD),
-                "bias": effect((none_D if bias is None else _flat(bias)).expand_as(added_TD)),
+                "bias": effect(bias_D.expand_as(added_TD)),
                 "error": -effect(kept.joined(layer, lambda part: part.error_TD)),
                 "effect": kept.joined(layer, inner) / scale_T.double()[:, None],
             }

@@ -82,7 +82,7 @@ def attribution_table(
 ) -> Table:
     """Table `screen`: A beside M where M was computed, and how their ranks agree in every domain."""
     domains, pairs = texts.documents.domains, engine.experts
-    attribution_SC = means(attribution_SQ, texts.documents.domain_D, len(domains))
+    attribution_SC = means(attribution_SQ, texts.documents.domain_Q, len(domains))
     place = {pair: row for row, pair in enumerate(pairs)}
     rows = [place[pair] for pair in square.experts]
     true_SC = np.full(attribution_SC.shape, np.nan)

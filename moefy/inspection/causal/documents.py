@@ -47,7 +47,7 @@ class Texts:
     def even_Q(self, counts_Q: Ints) -> Floats:
         """The weight of a token of every document with which each domain counts alike, whatever its
         tokens, of which the documents have `counts_Q`; over all tokens 1."""
-        domain_Q = self.documents.domain_D
+        domain_Q = self.documents.domain_Q
         per_C = 1 / np.bincount(domain_Q, counts_Q) / len(self.documents.domains)
         return np.asarray(per_C[domain_Q])
 
@@ -117,7 +117,7 @@ def _queues(documents: Documents, chosen_Q: np.ndarray, seed: int) -> list[list[
     """The documents of every domain in random order, those of one source as far apart as can be."""
     random, queues = np.random.default_rng([seed, 11]), []
     for domain in range(len(documents.domains)):
-        numbers = random.permutation(np.flatnonzero(chosen_Q & (documents.domain_D == domain)))
+        numbers = random.permutation(np.flatnonzero(chosen_Q & (documents.domain_Q == domain)))
         before: dict[Hashable, int] = defaultdict(int)
         turns: list[tuple[int, int, int]] = []
         for number in numbers.tolist():

@@ -41,7 +41,7 @@ class Effects:
 
     def by_domain(self, texts: Texts) -> Floats:
         """Mean loss increase over the documents of every domain `[S, C]`."""
-        return means(self.ce_SQ, texts.documents.domain_D, len(texts.documents.domains))
+        return means(self.ce_SQ, texts.documents.domain_Q, len(texts.documents.domains))
 
 
 def means(values_SQ: Floats, domain_Q: NDArray[np.int64], domains: int) -> Floats:
@@ -96,7 +96,7 @@ def of_sets(
 def _summed(ce_SJ: NDArray[np.float32], kl_SJ: NDArray[np.float32], texts: Texts) -> Effects:
     tokens_Q, domains = texts.tokens_Q, len(texts.documents.domains)
     starts_Q = np.concatenate([[0], np.cumsum(tokens_Q)[:-1]])
-    domain_J = np.repeat(texts.documents.domain_D, tokens_Q)
+    domain_J = np.repeat(texts.documents.domain_Q, tokens_Q)
     ce_SQ, kl_SQ = (
         np.add.reduceat(values.astype(np.float64), starts_Q, axis=1) / tokens_Q
         for values in (ce_SJ, kl_SJ)

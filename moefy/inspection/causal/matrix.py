@@ -64,7 +64,7 @@ class Matrix:
 
 def intervals(values_SQ: Floats, texts: Texts, *, seed: int = 0) -> Interval:
     """Mean over the documents of every domain with its interval `[S, C]`, flattened."""
-    domain_Q, domains = texts.documents.domain_D, len(texts.documents.domains)
+    domain_Q, domains = texts.documents.domain_Q, len(texts.documents.domains)
     member_QC = np.eye(domains)[domain_Q]
     top_QX = (values_SQ.T[:, :, None] * member_QC[:, None]).reshape(len(domain_Q), -1)
     bottom_QX = np.tile(member_QC, (1, len(values_SQ)))
@@ -76,7 +76,7 @@ def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tupl
     expert and domain by domain, without `q`, which is over all that is shown."""
     experts = [expert for part in measured for expert in part.experts]
     effects = Effects.join(part.effects for part in measured)
-    domain_Q, domains = texts.documents.domain_D, texts.documents.domains
+    domain_Q, domains = texts.documents.domain_Q, texts.documents.domains
     shape = (len(experts), len(domains))
     ce = intervals(effects.ce_SQ, texts, seed=seed)
     csi = selectivity(effects.ce_SQ, domain_Q, units(texts.documents), seed=seed)

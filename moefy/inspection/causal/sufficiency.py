@@ -41,7 +41,7 @@ def sufficiency(
     """Table `keep_only`: for every domain and share the loss increase with its own experts kept, with
     those of the other domains, and with random ones."""
     domains, known = texts.documents.domains, select.documents.domains
-    rank_SC = means(attribution_SQ, select.documents.domain_D, len(known))
+    rank_SC = means(attribution_SQ, select.documents.domain_Q, len(known))
     counts = [module.experts for module in engine.modules.values()]
     random = np.random.default_rng([seed, 14])
     parts = []
@@ -75,7 +75,7 @@ def _rows(
     ce_XQ: Floats, texts: Texts, share: float, own: list[NDArray[np.bool_]], draws: int
 ) -> Table:
     """Rows of one share: the first sets are those of the domains, the rest are random."""
-    domains, domain_Q = texts.documents.domains, texts.documents.domain_D
+    domains, domain_Q = texts.documents.domains, texts.documents.domain_Q
     count = len(domains)
     ce = intervals(ce_XQ, texts)
     mean_XC = ce.mean_C.reshape(-1, count)

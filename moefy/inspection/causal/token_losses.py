@@ -113,7 +113,7 @@ def token_losses(
     classes_JC = classes_of(losses.tokens.target_T, classes).T
     domains = reading.documents.domains
     domain_JC = np.eye(len(domains), dtype=bool)[
-        reading.documents.domain_D[losses.tokens.document_T]
+        reading.documents.domain_Q[losses.tokens.document_T]
     ]
     every_J1 = np.ones((len(losses.tokens), 1), dtype=bool)
     tables = {

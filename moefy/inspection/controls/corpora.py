@@ -75,7 +75,7 @@ def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
     order_G = np.random.default_rng(seed).permutation(int(unit_Q.max()) + 1)
     first_Q = np.zeros(len(documents), dtype=bool)
     for domain in range(len(documents.domains)):
-        here_Q = documents.domain_D == domain
+        here_Q = documents.domain_Q == domain
         mine_G = order_G[np.isin(order_G, unit_Q[here_Q])]
         first_Q |= here_Q & np.isin(unit_Q, mine_G[::2])
     name = names[0]

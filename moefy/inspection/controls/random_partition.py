@@ -80,12 +80,12 @@ class RandomPartitions(PassPart[State]):
         super().__init__(work)
         reading, seed = work.reading, work.seed
         self.modules, self.draws, self.seed = work.modules, draws, seed
-        self.domain_Q = reading.documents.domain_D
+        self.domain_Q = reading.documents.domain_Q
         width = max(module.weights.width for module in self.modules.values())
         neurons = max(module.weights.neurons for module in self.modules.values())
         limit = min(tokens, ENTRIES // neurons, INPUTS // (width * len(self.modules)))
-        self.chosen_Q = drawn_documents(reading.tokens_D, limit, seed)
-        size = int(reading.tokens_D[self.chosen_Q].sum())
+        self.chosen_Q = drawn_documents(reading.tokens_Q, limit, seed)
+        size = int(reading.tokens_Q[self.chosen_Q].sum())
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this listener
         shape = (len(self.modules), size, width)
         self.x_LTD = np.memmap(self.file, dtype=np.float32, mode="w+", shape=shape)

@@ -89,7 +89,7 @@ def halves(reading: Reading, seed: int) -> list[list[Batch]]:
     """The documents in two disjoint sets, each with half of every domain."""
     samples = [sample for batch in reading.batches for sample in batch.samples]
     order = np.random.default_rng(seed).permutation(len(samples))
-    order = order[np.argsort(reading.documents.domain_D[order], kind="stable")]
+    order = order[np.argsort(reading.documents.domain_Q[order], kind="stable")]
     return [make_batches([samples[i] for i in order[part::SHARDS]]) for part in range(SHARDS)]
 
 

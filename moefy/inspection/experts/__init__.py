@@ -142,7 +142,7 @@ class Contributions(PassPart[_ContributionSums]):
                 "expert": [*range(state.experts), ERROR],
                 "domain": [domain] * count,
             }
-            documents = int((self.documents.domain_D == number).sum())
+            documents = int((self.documents.domain_Q == number).sum())
             parts.append(table({**keys, **columns, "documents": [documents] * count}))
         return joined(parts)
 
@@ -168,7 +168,7 @@ class RouterQualityOfExperts(PassPart[_RouterSums]):
     def __init__(self, work: Pass, *, tokens: int = ORACLE_TOKENS) -> None:
         super().__init__(work)
         self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
-        self.share = tokens / max(1, int(work.reading.tokens_D.sum()))
+        self.share = tokens / max(1, int(work.reading.tokens_Q.sum()))
 
     def begin(self, ledger: Ledger) -> _RouterSums:
         """No sums yet."""

@@ -103,13 +103,13 @@ class Predictivity(PassPart[Counts]):
         super().__init__(work)
         reading, documents = work.reading, work.reading.documents
         self.classes = token_classes(reading.tokenizer, reading.vocabulary)
-        self.domain_Q, self.seed = documents.domain_D, work.seed
+        self.domain_Q, self.seed = documents.domain_Q, work.seed
         self.names = [*documents.domains, *self.classes]
         self.kinds = ["domain"] * len(documents.domains) + ["class"] * len(self.classes)
         self.domains = len(documents.domains)
         self.shard_Q = {shard: documents.of_shard(shard) for shard in (SELECT, HELD_OUT)}
         self.share = {
-            shard: tokens / max(1, int(reading.tokens_D[here].sum()))
+            shard: tokens / max(1, int(reading.tokens_Q[here].sum()))
             for shard, here in self.shard_Q.items()
         }
         # The draw may give some tokens more than was asked for, never twice as many.

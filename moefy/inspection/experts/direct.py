@@ -145,7 +145,7 @@ class DirectEffects(PassPart[_Effects]):
         self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.spectrum, self.depth = work.part(Spectrum), len(work.modules)
         self.unembedding = work.unembedding
-        self.share = tokens / max(1, int(work.reading.tokens_D.sum()))
+        self.share = tokens / max(1, int(work.reading.tokens_Q.sum()))
 
     def begin(self, ledger: Ledger) -> _Effects | None:
         """Nothing where sigma or the map to logits is not known."""

@@ -354,7 +354,7 @@ class Examples(PassPart[_Panels]):
 
     def _quantiles(self, layer: int) -> Table:
         found: list[list[Any]] = []
-        domain_D, domains = self.documents.domain_D, self.documents.domains
+        domain_Q, domains = self.documents.domain_Q, self.documents.domains
         panels = self.layers[layer].panels
         for ran, panel in ((True, "routed"), (False, "spectrum")):
             shards = [panels[panel, shard].records for shard in (SELECT, HELD_OUT)]
@@ -368,7 +368,7 @@ class Examples(PassPart[_Panels]):
             keep = (key >= np.maximum(*full)[:, None]) & (on == ran)
             for expert in range(len(key)):
                 at = np.flatnonzero(keep[expert])
-                of_N = domain_D[document[expert, at]]
+                of_N = domain_Q[document[expert, at]]
                 groups = [(None, at), *((d, at[of_N == i]) for i, d in enumerate(domains))]
                 for domain, chosen in groups:
                     if len(chosen) >= LEAST:

@@ -47,7 +47,7 @@ class Point:
 
 def by_domain(values_Q: Floats, texts: Texts) -> Floats:
     """Mean over the tokens of every domain `[C]` of sums over documents."""
-    domain_Q = texts.documents.domain_D
+    domain_Q = texts.documents.domain_Q
     return np.bincount(domain_Q, values_Q) / np.bincount(domain_Q, texts.tokens_Q)
 
 

@@ -20,11 +20,10 @@ from torch import Tensor
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.controls import CONTROLS, ENERGY, Removal
 from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
 from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
-from moefy.inspection.removal.rankings import ranked
 from moefy.inspection.removal.relearning import relearning
+from moefy.inspection.removal.sets import CONTROLS, ENERGY, Removal, ranked
 from moefy.inspection.removal.source import (
     EXPERT,
     NEURON,
@@ -87,9 +86,7 @@ def prune(
     decided = [source.decided, text.sha256, about, tokens, seed]
     with job.running(decided, disk=source.checkpoint.bytes, worthless=(MoefyError,)):
         removal = _Removal.of(source, parts, unit, seed, job)
-        count = removal.count(allowed)
-        record = removal.record(count, text, about)
-        removal.write(record, count, job.finished)
+        record = removal.written(removal.count(allowed), text, about, job.finished)
     job.commit()
     return record
 
@@ -153,19 +150,28 @@ class _Removal:
             )
         return count
 
-    def record(self, count: int, text: Corpus, about: dict[str, Any]) -> dict[str, Any]:
-        """All that is recorded of removing `count` units but which neurons those are."""
-        checkpoint = self.source.checkpoint
-        return {
+    def written(
+        self, count: int, text: Corpus, about: dict[str, Any], folder: Path
+    ) -> dict[str, Any]:
+        """Remove `count` units: the checkpoint, its record, a card and a picture; returns the record."""
+        record = {
             "kind": "removal",
-            "source": {"name": self.source.name, "sha256": checkpoint.hashes()},
+            "source": {"name": self.source.name, "sha256": self.source.checkpoint.hashes()},
             "corpus": {"name": text.name, "sha256": text.sha256},
             **about,
             "seed": self.seed,
             "parts": self.parts.counts(),
             **self.figures(count),
             "machine": machine(),
+            "neurons": self.source.write(self.first(count), folder, self.report),
         }
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / README).write_text(card(record), encoding="utf-8")
+        if has_plots():
+            draw(record, folder / PICTURE)
+        else:
+            self.report.say(f"no picture of the curve: {NO_PLOTS}")
+        return record
 
     def figures(self, count: int) -> dict[str, Any]:
         """The curve, the removal of `count` units beside its controls, and relearning."""
@@ -212,19 +218,9 @@ class _Removal:
         ]
 
     def relearned(self, removed: Neurons) -> dict[str, Any]:
-        """What the relearning test record, kept when it is done."""
+        """What the relearning test says, kept when it is done."""
         stages = self.judge.stages
         if not stages.has("relearning"):
             record = relearning(self.source, self.judge, removed, self.parts, seed=self.seed)
             stages.keep("relearning", record)
         return dict(stages.read("relearning"))
-
-    def write(self, record: dict[str, Any], count: int, folder: Path) -> None:
-        """The checkpoint, the record that now names the neurons, a card and a picture."""
-        record["neurons"] = self.source.write(self.first(count), folder, self.report)
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / README).write_text(card(record), encoding="utf-8")
-        if has_plots():
-            draw(record, folder / PICTURE)
-        else:
-            self.report.say(f"no picture of the curve: {NO_PLOTS}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moefy.inspection.removal.controls import CONTROLS
+from moefy.inspection.removal.sets import CONTROLS
 from moefy.run.tables import COLOURS, INK, SOFT, figure, markdown, pyplot
 
 Rows = tuple[list[str], list[list[str]]]

@@ -68,7 +68,7 @@ class RoutingSampler(PassPart[_Masks]):
         super().__init__(work)
         self.documents = work.reading.documents
         if chosen_Q is None:
-            chosen_Q = drawn_documents(work.reading.tokens_D, TOKENS, work.seed)
+            chosen_Q = drawn_documents(work.reading.tokens_Q, TOKENS, work.seed)
         self.chosen_Q = chosen_Q
 
     def begin(self, ledger: Ledger) -> _Masks:
@@ -100,14 +100,14 @@ class RoutingSampler(PassPart[_Masks]):
         return found.take(np.argsort(document_T, kind="stable"))
 
 
-def drawn_documents(tokens_D: Ints, limit: int, seed: int, among_D: Bools | None = None) -> Bools:
-    """Documents `[D]` drawn at random until they hold `limit` tokens, at least one; all where they hold
-    fewer. `among_D` says which may be drawn; left out, any."""
-    order_D = np.random.default_rng(seed).permutation(len(tokens_D))
-    if among_D is not None:
-        order_D = order_D[among_D[order_D]]
-    within_D = np.cumsum(tokens_D[order_D]) <= limit
-    within_D[:1] = True
-    chosen_D = np.zeros(len(tokens_D), dtype=bool)
-    chosen_D[order_D[within_D]] = True
-    return chosen_D
+def drawn_documents(tokens_Q: Ints, limit: int, seed: int, among_Q: Bools | None = None) -> Bools:
+    """Documents `[Q]` drawn at random until they hold `limit` tokens, at least one; all where they hold
+    fewer. `among_Q` says which may be drawn; left out, any."""
+    order_Q = np.random.default_rng(seed).permutation(len(tokens_Q))
+    if among_Q is not None:
+        order_Q = order_Q[among_Q[order_Q]]
+    within_Q = np.cumsum(tokens_Q[order_Q]) <= limit
+    within_Q[:1] = True
+    chosen_Q = np.zeros(len(tokens_Q), dtype=bool)
+    chosen_Q[order_Q[within_Q]] = True
+    return chosen_Q

@@ -68,7 +68,7 @@ def within_layer(frame: RoutingFrame, routed: Routed) -> Pairs:
     mask_TE = routed.mask_TE
     together_EE = (mask_TE.T @ mask_TE).astype(np.float64)
     load_E = routed.load_E
-    unit = Groups(frame.unit_D[frame.document.index_T], frame.units)
+    unit = Groups(frame.unit_Q[frame.document.index_T], frame.units)
     error_EE = _error_by_unit(mask_TE - load_E.astype(np.float32), unit) / _spread(load_E, load_E)
     null_EE, null_error_EE = traded_phi(frame, mask_TE)
     phi_EE = phi(together_EE, load_E, load_E, len(frame))
@@ -168,7 +168,7 @@ def _permuted(frame: RoutingFrame, one_TE: Singles, other_TF: Singles) -> tuple[
     variance_EF = vary_SE.T @ (vary_SF / np.maximum(size_S - 1, 1)[:, None])
     # Sums over units of what goes beyond the strata.
     one_TE = one_TE - (one_SE / size_S[:, None]).astype(np.float32)[frame.stratum.index_T]
-    unit_T = frame.unit_D[frame.document.index_T]
+    unit_T = frame.unit_Q[frame.document.index_T]
     order_T = np.argsort(unit_T, kind="stable")
     count_G = np.bincount(unit_T, minlength=frame.units)
     squares_EF, total_EF = np.zeros_like(mean_EF), np.zeros_like(mean_EF)

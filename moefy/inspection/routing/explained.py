@@ -76,31 +76,31 @@ FLOOR = 2e-3
 
 @dataclass(frozen=True)
 class Explained:
-    """Bits of every document and expert `[D, E]`, and by name the bits that are saved."""
+    """Bits of every document and expert `[Q, E]`, and by name the bits that are saved."""
 
-    bits_DE: Doubles
-    saved_DE: dict[str, Doubles]
+    bits_QE: Doubles
+    saved_QE: dict[str, Doubles]
 
-    def totals(self, tokens_D: Doubles) -> Totals:
+    def totals(self, tokens_Q: Doubles) -> Totals:
         """`bits_entropy` per token, and every share of it, over the experts together."""
-        bits_D = self.bits_DE.sum(1)
-        found = {f"share_{name}": (s_DE.sum(1), bits_D) for name, s_DE in self.saved_DE.items()}
-        saved_D = np.sum([self.saved_DE[name].sum(1) for name in SHARES], axis=0)
+        bits_Q = self.bits_QE.sum(1)
+        found = {f"share_{name}": (s_QE.sum(1), bits_Q) for name, s_QE in self.saved_QE.items()}
+        saved_Q = np.sum([self.saved_QE[name].sum(1) for name in SHARES], axis=0)
         return {
-            "bits_entropy": (bits_D, tokens_D),
+            "bits_entropy": (bits_Q, tokens_Q),
             **found,
-            "share_rest": (bits_D - saved_D, bits_D),
+            "share_rest": (bits_Q - saved_Q, bits_Q),
         }
 
     def experts(self, frame: RoutingFrame, routed: Routed) -> dict[str, Doubles]:
         """The same of single experts; None for those that always or never run."""
         moves_E = (routed.load_E > 0) & (routed.load_E < 1)
         found = {}
-        bits = ratio_interval(self.bits_DE, frame.tokens_D, frame.unit_D, seed=frame.seed)
+        bits = ratio_interval(self.bits_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
         pieces = {"bits_entropy": bits}
         for name in SHARES:
             pieces[f"share_{name}"] = ratio_interval(
-                self.saved_DE[name], self.bits_DE, frame.unit_D, seed=frame.seed
+                self.saved_QE[name], self.bits_QE, frame.unit_Q, seed=frame.seed
             )
         for name, interval in pieces.items():
             for key, values_E in interval.columns(name).items():
@@ -111,26 +111,26 @@ class Explained:
 def explained(frame: RoutingFrame, routed: Routed) -> Explained:
     """Bits on held-out documents of one layer: every fold is judged once."""
     names = ["token", *(name for path in PATHS for name in path.values())]
-    bits_DE = np.zeros((len(frame.tokens_D), routed.experts))
-    saved_DE = {name: np.zeros_like(bits_DE) for name in names}
+    bits_QE = np.zeros((len(frame.tokens_Q), routed.experts))
+    saved_QE = {name: np.zeros_like(bits_QE) for name in names}
     for fold in range(frame.folds):
         judge_T, choose_T = frame.fold_T == fold, frame.fold_T == (fold + 1) % frame.folds
         document = frame.document.take(judge_T)
         every = -(-int(choose_T.sum()) // CHOOSING)
         trial = _Chain(frame, routed, ~(judge_T | choose_T), np.flatnonzero(choose_T)[::every])
         final = _Chain(frame, routed, ~judge_T, judge_T)
-        bits_DE += document.sums(final.bits_TE.astype(np.float64))
+        bits_QE += document.sums(final.bits_TE.astype(np.float64))
         before_TE = final.bits_TE
         final.add_token((trial.add_token(TOKEN_WEIGHTS),))
-        saved_DE["token"] += document.sums((before_TE - final.bits_TE).astype(np.float64))
+        saved_QE["token"] += document.sums((before_TE - final.bits_TE).astype(np.float64))
         for path in PATHS:
             trying, judged = copy.copy(trial), copy.copy(final)
             for factor, name in path.items():
                 before_TE = judged.bits_TE
                 judged.add(factor, (trying.add(factor, FACTOR_WEIGHTS),))
                 saved_TE = (before_TE - judged.bits_TE).astype(np.float64)
-                saved_DE[name] += document.sums(saved_TE)
-    return Explained(bits_DE, saved_DE)
+                saved_QE[name] += document.sums(saved_TE)
+    return Explained(bits_QE, saved_QE)
 
 
 class _Chain:
@@ -305,9 +305,9 @@ def lexical_router(frame: RoutingFrame, routed: Routed) -> Totals:
         "chance_recall": routed.active_T**2 / max(routed.experts, 1),
     }
     recall_TX = np.stack([hits_T / k_T for hits_T in found_T.values()], axis=1)
-    top_DX = frame.by_document(recall_TX * runs_T[:, None])
-    bottom_D = frame.by_document(runs_T[:, None].astype(np.float64))[:, 0]
-    return {name: (top_DX[:, index], bottom_D) for index, name in enumerate(found_T)}
+    top_QX = frame.by_document(recall_TX * runs_T[:, None])
+    bottom_Q = frame.by_document(runs_T[:, None].astype(np.float64))[:, 0]
+    return {name: (top_QX[:, index], bottom_Q) for index, name in enumerate(found_T)}
 
 
 def _rank(score_CE: Doubles) -> Ints:

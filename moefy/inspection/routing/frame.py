@@ -5,7 +5,7 @@ units (documents, or sources where a domain has many), so that what is fitted on
 never seen the work that it is judged on. Figures of a layer are sums over documents, so that those of the
 whole model are their totals.
 
-Shapes: T tokens, D documents with tokens, G units, E routed experts, C groups of tokens.
+Shapes: T tokens, Q documents with tokens, G units, E routed experts, C groups of tokens.
 """
 
 from collections.abc import Iterable
@@ -121,26 +121,26 @@ class RoutingFrame:
         """
         self.sample, self.seed = _within(sample, seed), seed
         tokens = self.sample.tokens
-        present_D, document_T = np.unique(tokens.document_T, return_inverse=True)
+        present_Q, document_T = np.unique(tokens.document_T, return_inverse=True)
         documents = self.sample.documents
         chosen = np.zeros(len(documents), dtype=bool)
-        chosen[present_D] = True
-        self.unit_D = units(documents, chosen)[present_D]
-        self.domains = sorted({documents.documents[d].domain for d in present_D})
+        chosen[present_Q] = True
+        self.unit_Q = units(documents, chosen)[present_Q]
+        self.domains = sorted({documents.documents[d].domain for d in present_Q})
         number = {name: index for index, name in enumerate(self.domains)}
-        self.domain_D = np.array([number[documents.documents[d].domain] for d in present_D])
-        self.document = Groups(document_T.astype(np.int64), len(present_D))
-        self.units = int(self.unit_D.max(initial=-1)) + 1
+        self.domain_Q = np.array([number[documents.documents[d].domain] for d in present_Q])
+        self.document = Groups(document_T.astype(np.int64), len(present_Q))
+        self.units = int(self.unit_Q.max(initial=-1)) + 1
         if self.units < LEAST_UNITS:
             raise CorpusError(
                 f"statistics of routing: {self.units} document(s) in the sample; what explains "
                 f"routing is judged on other documents, give {LEAST_UNITS} or more"
             )
         self.domain_G = np.zeros(self.units, dtype=np.int64)
-        self.domain_G[self.unit_D] = self.domain_D
+        self.domain_G[self.unit_Q] = self.domain_Q
         self.folds = min(FOLDS, self.units)
-        self.fold_T = self._fold_D()[document_T]
-        self.domain = Groups(self.domain_D[document_T], len(self.domains))
+        self.fold_T = self._fold_Q()[document_T]
+        self.domain = Groups(self.domain_Q[document_T], len(self.domains))
         self.token = Groups.of(tokens.ids_T)
         self.previous = Groups.of(tokens.previous_T)
         bin_T = position_bin(tokens.position_T)
@@ -158,7 +158,7 @@ class RoutingFrame:
         return {name: (g, Groups.of(token_T, g.index_T)) for name, g in groups.items()}
 
     @property
-    def tokens_D(self) -> Ints:
+    def tokens_Q(self) -> Ints:
         """Tokens of every document."""
         return self.document.count_C
 
@@ -169,7 +169,7 @@ class RoutingFrame:
         return Routed(layer, shared, mask_TE)
 
     def by_document(self, values_TX: NDArray[np.floating]) -> Doubles:
-        """Sums over the tokens of every document `[D, X]`, in fp64."""
+        """Sums over the tokens of every document `[Q, X]`, in fp64."""
         return np.asarray(self.document.sums(values_TX.astype(np.float64)))
 
     def shuffled(self, strata: Groups, random: np.random.Generator) -> Ints:
@@ -180,12 +180,12 @@ class RoutingFrame:
         found[order_T] = drawn_T
         return found
 
-    def _fold_D(self) -> Ints:
+    def _fold_Q(self) -> Ints:
         """Units are dealt to the folds domain by domain, so that each fold has of every domain."""
         drawn_G = np.random.default_rng(self.seed).random(self.units)
         fold_G = np.empty(self.units, dtype=np.int64)
         fold_G[np.lexsort((drawn_G, self.domain_G))] = np.arange(self.units) % self.folds
-        return fold_G[self.unit_D]
+        return fold_G[self.unit_Q]
 
 
 def position_bin(position_T: Ints) -> Ints:
@@ -216,7 +216,7 @@ def _routed(sample: RoutingSample) -> Iterable[int]:
 
 
 Totals = dict[str, tuple[Doubles, Doubles]]
-"""By name, what stands above and below the fraction line, for every document `[D]`."""
+"""By name, what stands above and below the fraction line, for every document `[Q]`."""
 
 
 def added(parts: list[Totals]) -> Totals:
@@ -230,9 +230,9 @@ def added(parts: list[Totals]) -> Totals:
 
 def ratio_columns(frame: RoutingFrame, totals: Totals) -> dict[str, Doubles]:
     """One row: every figure with its interval over documents."""
-    top_DX = np.stack([top for top, _ in totals.values()], axis=1)
-    bottom_DX = np.stack([bottom for _, bottom in totals.values()], axis=1)
-    interval = ratio_interval(top_DX, bottom_DX, frame.unit_D, seed=frame.seed)
+    top_QX = np.stack([top for top, _ in totals.values()], axis=1)
+    bottom_QX = np.stack([bottom for _, bottom in totals.values()], axis=1)
+    interval = ratio_interval(top_QX, bottom_QX, frame.unit_Q, seed=frame.seed)
     return {
         key: values[index : index + 1]
         for index, name in enumerate(totals)

@@ -55,10 +55,10 @@ _AT_ONCE = 200
 
 def load(frame: RoutingFrame, routed: Routed) -> dict[str, Columns]:
     """Columns of `experts` and `layers`, and the tables `dead` and `positions` of one layer."""
-    ran_DE = frame.by_document(routed.mask_TE)
-    interval = ratio_interval(ran_DE, frame.tokens_D, frame.unit_D, seed=frame.seed)
-    documents_E, tokens_E = (ran_DE > 0).sum(0), ran_DE.sum(0)
-    whole = len(frame), len(frame.tokens_D)
+    ran_QE = frame.by_document(routed.mask_TE)
+    interval = ratio_interval(ran_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
+    documents_E, tokens_E = (ran_QE > 0).sum(0), ran_QE.sum(0)
+    whole = len(frame), len(frame.tokens_Q)
     experts: Columns = {
         name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
     }
@@ -136,12 +136,12 @@ def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
     unseen_T = fitted.seen_C[fitted.cell.index_T] == 0
     mean_TE = fitted.mean_CE.astype(np.float32)[fitted.cell.index_T]
     lex_TE = np.where(unseen_T[:, None], routed.mask_TE, mean_TE)
-    ran_DE, lex_DE = frame.by_document(routed.mask_TE), frame.by_document(lex_TE)
-    unseen_D = frame.by_document(unseen_T[:, None].astype(np.float64))[:, 0]
-    p_MX = _permuted(frame, np.concatenate([ran_DE, ran_DE - lex_DE], axis=1))
+    ran_QE, lex_QE = frame.by_document(routed.mask_TE), frame.by_document(lex_TE)
+    unseen_Q = frame.by_document(unseen_T[:, None].astype(np.float64))[:, 0]
+    p_CX = _permuted(frame, np.concatenate([ran_QE, ran_QE - lex_QE], axis=1))
     parts = [
-        _of_domain(frame, routed, number, (ran_DE, lex_DE, unseen_D), p_X)
-        for number, p_X in enumerate(p_MX)
+        _of_domain(frame, routed, number, (ran_QE, lex_QE, unseen_Q), p_X)
+        for number, p_X in enumerate(p_CX)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -153,13 +153,13 @@ def _of_domain(
     sums: tuple[Doubles, Doubles, Doubles],
     p_X: Doubles,
 ) -> Columns:
-    here_D = frame.domain_D == number
-    ran_DE, lex_DE, unseen_D = (values[here_D] for values in sums)
-    tokens_D, unit_D = frame.tokens_D[here_D], frame.unit_D[here_D]
-    pieces = {"ds": ran_DE, "ds_lex": lex_DE, "ds_adj": ran_DE - lex_DE}
+    here_Q = frame.domain_Q == number
+    ran_QE, lex_QE, unseen_Q = (values[here_Q] for values in sums)
+    tokens_Q, unit_Q = frame.tokens_Q[here_Q], frame.unit_Q[here_Q]
+    pieces = {"ds": ran_QE, "ds_lex": lex_QE, "ds_adj": ran_QE - lex_QE}
     figures: Columns = {}
-    for name, top_DE in pieces.items():
-        figures |= ratio_interval(top_DE, tokens_D, unit_D, seed=frame.seed).columns(name)
+    for name, top_QE in pieces.items():
+        figures |= ratio_interval(top_QE, tokens_Q, unit_Q, seed=frame.seed).columns(name)
     with np.errstate(divide="ignore", invalid="ignore"):
         for end in ("", "_low", "_high"):
             figures["lift" + end] = np.log2(figures["ds" + end] / routed.load_E)
@@ -171,40 +171,40 @@ def _of_domain(
         **figures,
         "p": p_X[:experts],
         "p_adj": p_X[experts:],
-        "documents": (ran_DE > 0).sum(0),
-        "tokens": ran_DE.sum(0).astype(np.int64),
-        "domain_documents": [int(here_D.sum())] * experts,
-        "domain_tokens": [int(tokens_D.sum())] * experts,
-        "unseen": [float(unseen_D.sum() / tokens_D.sum())] * experts,
+        "documents": (ran_QE > 0).sum(0),
+        "tokens": ran_QE.sum(0).astype(np.int64),
+        "domain_documents": [int(here_Q.sum())] * experts,
+        "domain_tokens": [int(tokens_Q.sum())] * experts,
+        "unseen": [float(unseen_Q.sum() / tokens_Q.sum())] * experts,
     }
 
 
-def _permuted(frame: RoutingFrame, sums_DX: Doubles) -> Doubles:
-    """Two-sided p `[M, X]` of each domain's rate against domains permuted between units."""
-    unit = Groups(frame.unit_D, frame.units)
-    size_G1 = unit.sums(frame.tokens_D[:, None].astype(np.float64))
-    sums_GX = unit.sums(sums_DX)
+def _permuted(frame: RoutingFrame, sums_QX: Doubles) -> Doubles:
+    """Two-sided p `[C, X]` of each domain's rate against domains permuted between units."""
+    unit = Groups(frame.unit_Q, frame.units)
+    size_G1 = unit.sums(frame.tokens_Q[:, None].astype(np.float64))
+    sums_GX = unit.sums(sums_QX)
     # What is left after the rate of all documents: a domain's mean of it is 0 where it is like all.
     away_GX = sums_GX - sums_GX.sum(0) / size_G1.sum() * size_G1
     values_GX = np.concatenate([away_GX, size_G1], axis=1).astype(np.float32)
     domains = len(frame.domains)
     random = np.random.default_rng(frame.seed)
-    more_MX = np.zeros((domains, sums_GX.shape[1]))
+    more_CX = np.zeros((domains, sums_GX.shape[1]))
 
-    def rates(domain_PG: Ints) -> Singles:
-        of_PMG = domain_PG[:, None, :] == np.arange(domains)[None, :, None]
-        sums = of_PMG.reshape(-1, frame.units).astype(np.float32) @ values_GX
+    def rates(domain_RG: Ints) -> Singles:
+        of_RCG = domain_RG[:, None, :] == np.arange(domains)[None, :, None]
+        sums = of_RCG.reshape(-1, frame.units).astype(np.float32) @ values_GX
         rate = np.abs(sums[:, :-1] / np.maximum(sums[:, -1:], 1))
-        return np.asarray(rate.reshape(len(domain_PG), domains, -1), dtype=np.float32)
+        return np.asarray(rate.reshape(len(domain_RG), domains, -1), dtype=np.float32)
 
-    observed_MX = rates(frame.domain_G[None])[0]
+    observed_CX = rates(frame.domain_G[None])[0]
     # Sums in another order differ in the last bits; an equal rate must count as no less.
-    least_MX = observed_MX * (1 - 1e-4) - 1e-7
+    least_CX = observed_CX * (1 - 1e-4) - 1e-7
     for first in range(0, PERMUTATIONS, _AT_ONCE):
         count = min(_AT_ONCE, PERMUTATIONS - first)
-        drawn_PG = random.permuted(np.tile(frame.domain_G, (count, 1)), axis=1)
-        more_MX += (rates(drawn_PG) >= least_MX).sum(0)
-    return np.asarray((1 + more_MX) / (1 + PERMUTATIONS))
+        drawn_RG = random.permuted(np.tile(frame.domain_G, (count, 1)), axis=1)
+        more_CX += (rates(drawn_RG) >= least_CX).sum(0)
+    return np.asarray((1 + more_CX) / (1 + PERMUTATIONS))
 
 
 def log_odds(ran_VE: Doubles, all_V1: Doubles) -> Doubles:
@@ -327,7 +327,7 @@ class _Cells:
         often_T = frame.token.count_C[frame.token.index_T] >= MIN_COUNT
         groups = min(JACKKNIFE, frame.units)
         group_G = random.permutation(frame.units) % groups
-        group_T = group_G[frame.unit_D[frame.document.index_T]][often_T]
+        group_T = group_G[frame.unit_Q[frame.document.index_T]][often_T]
         id_T = frame.token.index_T[often_T]
         cell = Groups.of(id_T, group_T)
         types, type_C = np.unique(cell.first(id_T), return_inverse=True)

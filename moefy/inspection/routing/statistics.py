@@ -120,7 +120,7 @@ class _Found:
         parts = load(frame, routed)
         layer, experts = parts.pop("layers"), parts.pop("experts")
         bits = explained(frame, routed)
-        totals = bits.totals(frame.tokens_D.astype(np.float64)) | lexical_router(frame, routed)
+        totals = bits.totals(frame.tokens_Q.astype(np.float64)) | lexical_router(frame, routed)
         self.totals.append(totals)
         layer |= ratio_columns(frame, totals) | vocabulary_specialization(frame, routed)
         experts |= bits.experts(frame, routed)
@@ -163,7 +163,7 @@ class _Found:
             pairs, counts = pair_tables(self.pairs)
             found |= {name: table(columns) for name, columns in pairs.items()}
             found["layer_pairs"] = self._layer_pairs(counts)
-        totals = {"tokens": [len(self.frame)], "documents": [len(self.frame.tokens_D)]}
+        totals = {"tokens": [len(self.frame)], "documents": [len(self.frame.tokens_Q)]}
         figures = ratio_columns(self.frame, added(self.totals))
         return found | {"routing": table(totals | {"units": [self.frame.units]} | figures)}
 
@@ -198,12 +198,12 @@ def routing_sample(
 
     Two models of one tokenizer and one `seed` get the same documents, as `router_saturation` needs.
     """
-    held_D = reading.documents.of_shard(HELD_OUT)
-    chosen_D = drawn_documents(reading.tokens_D, tokens, seed, held_D)
-    sampler = RoutingSampler(Pass(model, reading, seed), chosen_D)
+    held_Q = reading.documents.of_shard(HELD_OUT)
+    chosen_Q = drawn_documents(reading.tokens_Q, tokens, seed, held_Q)
+    sampler = RoutingSampler(Pass(model, reading, seed), chosen_Q)
     sizes = [len(batch.samples) for batch in reading.batches]
     firsts = enumerate(zip(reading.first_B, sizes, strict=True))
-    batches = [number for number, (at, size) in firsts if chosen_D[at : at + size].any()]
+    batches = [number for number, (at, size) in firsts if chosen_Q[at : at + size].any()]
     observe(model, reading, [sampler], batches=batches, report=report, what="routing")
     return sampler.sample()
 
@@ -229,11 +229,11 @@ def router_saturation(first: RoutingSample, second: RoutingSample, *, seed: int 
             "saturation_chance": one.active_T * other.active_T / max(one.experts, 1),
             "saturation_load": other.mask_TE @ one.load_E,
         }
-        top_DX = frame.by_document(
+        top_QX = frame.by_document(
             np.stack([runs_T * values_T / k_T for values_T in shared_T.values()], axis=1)
         )
-        bottom_D = frame.by_document(runs_T[:, None])[:, 0]
-        totals: Totals = {name: (top_DX[:, at], bottom_D) for at, name in enumerate(shared_T)}
+        bottom_Q = frame.by_document(runs_T[:, None])[:, 0]
+        totals: Totals = {name: (top_QX[:, at], bottom_Q) for at, name in enumerate(shared_T)}
         parts.append(table({"layer": [layer], **ratio_columns(frame, totals)}))
     return joined(parts)
 

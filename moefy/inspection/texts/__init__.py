@@ -95,7 +95,7 @@ def documents_table(reading: Reading) -> Table:
             "source": [doc.source_id for doc in documents.documents],
             "corpus": documents.corpora,
             "shard": documents.shards,
-            "tokens": reading.tokens_D,
+            "tokens": reading.tokens_Q,
             "sha256": [doc.sha256 for doc in documents.documents],
         }
     )

@@ -4,7 +4,7 @@ Examples are chosen from the shard `select`, and every claim is checked on `held
 been seen by the partition or the router where the text is that of the conversion; other texts are
 split by a hash of each document.
 
-Shapes: D documents.
+Shapes: Q documents.
 """
 
 from collections.abc import Mapping
@@ -52,8 +52,8 @@ class Reading:
         return [0, *np.cumsum(sizes).tolist()][:-1]
 
     @cached_property
-    def tokens_D(self) -> Ints:
-        """Tokens of every document `[D]`."""
+    def tokens_Q(self) -> Ints:
+        """Tokens of every document `[Q]`."""
         sizes = [len(sample.inputs["input_ids"]) for b in self.batches for sample in b.samples]
         return np.array(sizes, dtype=np.int64)
 

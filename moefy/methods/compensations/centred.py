@@ -29,7 +29,10 @@ ROUNDS = 4
 
 
 class Centred(Compensation):
-    """Adds nothing to the output: what runs is the MLP that counts from `centre_N`."""
+    """Centred: a neuron that is off stands at its mean over the tokens on which it is off, not at zero.
+
+    Adds nothing to the output: what runs is the MLP that counts from `centre_N`.
+    """
 
     centres = True
     centre_N: Tensor
@@ -79,7 +82,7 @@ class Centred(Compensation):
 
 
 class CentredResidual(Centred):
-    """`centred` and `residual` together."""
+    """Centred residual: `centred`, and a `residual` of what it leaves."""
 
     def __init__(self, width: int, experts: int, neurons: int, rank: int) -> None:
         super().__init__(width, experts, neurons)

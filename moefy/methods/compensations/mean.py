@@ -65,7 +65,7 @@ class ExpertMeans(Compensation):
 
 
 class MeanOutput(ExpertMeans):
-    """`m_e = E[y_e]`."""
+    """Mean: an expert that is off adds its mean over all tokens, `m_e = E[y_e]` (G-MoEfication)."""
 
     def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
         """Average the activations, then apply the down projection."""
@@ -78,7 +78,10 @@ class MeanOutput(ExpertMeans):
 
 
 class ConditionalMean(ExpertMeans):
-    """`m_e = E[y_e | e off]`; an expert that is never off keeps zero."""
+    """Conditional mean: an expert that is off adds its mean over the tokens on which it is off.
+
+    `m_e = E[y_e | e off]`; an expert that is never off keeps zero.
+    """
 
     def fit(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]], mlp: DenseMlp) -> None:
         """Average the activations where the expert is off, then apply the down projection."""

@@ -24,7 +24,10 @@ RIDGE = 1e-3
 
 
 class Residual(Compensation):
-    """Adds `share off * (V U x + b)`, exactly zero where every expert runs."""
+    """Low-rank residual: what the experts that are off would add, predicted from the layer's input.
+
+    Adds `share off * (V U x + b)`, exactly zero where every expert runs.
+    """
 
     def __init__(self, width: int, experts: int, rank: int) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ def missing(h_TN: Tensor, mask_TE: Tensor, mlp: DenseMlp) -> Tensor:
 
 
 class MeanResidual(Compensation):
-    """The sum of `conditional_mean` and `residual`."""
+    """Mean and residual: `conditional_mean`, and a `residual` of what it leaves."""
 
     def __init__(self, width: int, experts: int, rank: int) -> None:
         super().__init__()

@@ -35,7 +35,10 @@ RIDGE = 1e-2
 
 
 def contribution(mlp: DenseMlp, x_TD: Tensor, num_experts: int, seed: int) -> Tensor:
-    """Owner `[N]` of each neuron, from its contributions to the tokens `x_TD`."""
+    """Experts by contribution: neurons that matter on the same tokens, as far as a router can tell.
+
+    Owner `[N]` of each neuron, from its contributions to the tokens `x_TD`.
+    """
     x_TD = sample(x_TD, mlp.neurons)
     profile_NT = contributions(mlp, x_TD)
     energy_NT = profile_NT.square()

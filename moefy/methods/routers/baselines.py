@@ -25,7 +25,7 @@ def expert_norms(h_TN: Tensor, down_ND: Tensor, experts: int) -> Tensor:
 
 
 class OracleRouter(Router):
-    """Oracles: selection by what the experts really do, upper bounds to measure routers against.
+    """Oracle: selection by the true contribution, an upper bound to measure routers against.
 
     Scores `||y_e||`, which needs every expert's output: for evaluation only.
     """
@@ -44,14 +44,11 @@ class OracleRouter(Router):
 
 
 class ActivationRouter(OracleRouter):
-    """Oracles: selection by what the experts really do, upper bounds to measure routers against.
+    """Activation oracle: selection by the norm of the activations of an expert's neurons.
 
-    `OracleRouter` scores by the true contribution. `ActivationRouter` scores by the norm of an expert's
-    activations, for `prompt_static` too: GRIFFIN (Dong et al. 2024) ranks neurons by `|h_j|` over the prompt,
-    which runs densely anyway. The raw activation is not gauge-free: a rescale of a neuron that leaves the
-    model alone changes it.
-
-    Scores `||h_e||`, which needs every neuron of the token that is scored.
+    Scores `||h_e||`, which needs every neuron of the token that is scored. For `prompt_static` too: GRIFFIN
+    (Dong et al. 2024) ranks neurons by `|h_j|` over the prompt, which runs densely anyway. The raw
+    activation is not gauge-free: a rescale of a neuron that leaves the model alone changes it.
     """
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:

@@ -30,7 +30,7 @@ ROWS = 4096
 
 
 class LowBitRouter(RoughGateRouter):
-    """Scores from a copy of the gate in 1, 2 or 4 bits a weight."""
+    """Low-bit gate: every neuron's gate, read from a copy of very few bits, predicts its contribution."""
 
     @dataclass(frozen=True, kw_only=True)
     class Settings(RoughGateRouter.Settings):

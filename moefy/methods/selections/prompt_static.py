@@ -23,7 +23,10 @@ PROMPT_SHARE = 0.5
 
 
 class PromptStatic(Selection):
-    """The `k` experts of largest normalised score over the prompt."""
+    """Prompt-static: the prompt runs densely and decides once which experts run after it (GRIFFIN).
+
+    They are the `k` experts of largest normalised score over the prompt.
+    """
 
     by_score = False
 

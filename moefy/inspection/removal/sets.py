@@ -1,6 +1,10 @@
-"""What removing something else does: sets of neurons to hold a removal against, each a row of `CONTROLS`.
+"""Which neurons are taken out: the units of a ranking, and sets of neurons to hold a removal against.
 
-Energy is `E ||sum_j h_j d_j||^2` over tokens of all domains: what a set costs by its size alone.
+A ranking is a row of `RANKINGS`, from importance to a score. Importance is that of contributions:
+`I = E ||y_e||^2` for an expert, `E (h_j ||d_j||)^2` for a neuron. A control is a row of `CONTROLS`. Energy is
+`E ||sum_j h_j d_j||^2`: what a set costs by its size alone. Domains are averaged, each counting alike.
+
+Shapes: T tokens, N neurons of a layer, E units of a layer, S units of all layers, Q documents.
 """
 
 from collections.abc import Callable
@@ -11,13 +15,64 @@ import torch
 from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
-from moefy.inspection.causal.documents import together
+from moefy.inspection.causal.documents import Texts, together
 from moefy.inspection.causal.engine import Engine, Neurons
 from moefy.inspection.causal.nulls import TOLERANCE, energies, energy_matrices, matched
 from moefy.inspection.removal.parts import Part
-from moefy.inspection.removal.rankings import ranked
 from moefy.inspection.removal.source import EXPERT, NEURON, neurons_of_units, units_of
+from moefy.methods.tables import expert_norms
 from moefy.run.console import Reporter
+
+ALPHA = 0.01
+"""What is added to both sides, as a share of the layer's mean importance."""
+
+
+@torch.no_grad()
+def importance(
+    engine: Engine, texts: Texts, unit: str, report: Reporter, what: str
+) -> list[Tensor]:
+    """Importance `[E]` of the units of every layer to the domains of these texts."""
+    counts = units_of(engine, unit)
+    sums = {layer: torch.zeros(count, dtype=torch.float64) for layer, count in counts.items()}
+    weight_Q = torch.from_numpy(texts.even_Q(texts.places_Q))
+    batches = report.track(texts.batches, what)
+    for layer, h_TN, down_ND, document_T in engine.changes(batches, counts):
+        if unit == NEURON:
+            square_TE = h_TN.square() * down_ND.square().sum(1)
+        else:
+            square_TE = expert_norms(h_TN, down_ND, counts[layer]).square()
+        sums[layer] += weight_Q[document_T.cpu()] @ square_TE.double().cpu()
+    return list(sums.values())
+
+
+def relative(forget: list[Tensor], retain: list[Tensor]) -> Tensor:
+    """`log((I_forget + alpha) / (I_retain + alpha))` `[S]`, alpha 1 % of the layer's mean importance.
+
+    Selective pruning (Pochinkov and Schoots 2024, 2403.01267), whose absolute constant changes with the
+    scale of a neuron; this one does not.
+    """
+    scores = []
+    for forget_E, retain_E in zip(forget, retain, strict=True):
+        alpha = ALPHA * float((forget_E + retain_E).mean()) / 2
+        # A layer that adds nothing ranks in the middle.
+        alpha = alpha or 1.0
+        scores.append(((forget_E + alpha) / (retain_E + alpha)).log())
+    return torch.cat(scores)
+
+
+RANKINGS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {"relative": relative}
+"""The score of every unit from its importance to the domain to forget and to those to retain, layer by
+layer: the higher, the more it is of the domain to forget."""
+
+
+def ranked(
+    engine: Engine, part: Part, unit: str, report: Reporter, ranking: str = "relative"
+) -> Tensor:
+    """Numbers of the units `[S]`, which count over all layers, those to go first in front."""
+    forget = importance(engine, part.forget, unit, report, "rank: to forget")
+    retain = importance(engine, part.retain, unit, report, "rank: to retain")
+    return RANKINGS[ranking](forget, retain).argsort(descending=True, stable=True)
+
 
 DRAWS = 5
 _BYTES = 2**31
