@@ -8,6 +8,7 @@ nothing here imports torch.
 """
 
 import dataclasses
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -140,7 +141,7 @@ class AttentionRecipe:
     """Rank of the low-rank residual; other compensations have none."""
 
     def __post_init__(self) -> None:
-        """Refuse a density outside (0, 1] and groups that there are not."""
+        """Refuse a density outside (0, 1] and unknown groups."""
         if self.density is not None and not 0 < self.density <= 1:
             raise RecipeError(
                 f"attention.density: got {self.density}, must be above 0 and at most 1, or null"
@@ -161,7 +162,7 @@ class BudgetRecipe:
     """KL to dense (nats per token) to reach with the least density; `density` is then not used."""
 
     def __post_init__(self) -> None:
-        """Refuse budgets that there are not."""
+        """Refuse unknown budgets."""
         if self.name not in BUDGETS:
             raise RecipeError(unknown_choice("budget.name", self.name, BUDGETS))
         if self.target_kl is not None and not self.target_kl > 0:
@@ -186,7 +187,7 @@ class DistilRecipe:
     """`model` (KL of the logits), `layer` (output error), or `auto`: whichever fits in memory."""
 
     def __post_init__(self) -> None:
-        """Refuse scopes that there are not."""
+        """Refuse unknown scopes."""
         if self.scope not in ("auto", "model", "layer"):
             raise RecipeError(
                 unknown_choice("distil.scope", self.scope, ("auto", "model", "layer"))
@@ -253,7 +254,10 @@ def load(name_or_path: str | Path) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f"recipe {path}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"recipe {path}: cannot be read: {error}; write it anew") from None
     else:
         names = shipped()
         if str(name_or_path) not in names:
@@ -261,11 +265,7 @@ def load(name_or_path: str | Path) -> Recipe:
                 unknown_choice("recipe", str(name_or_path), names) + ", or a .yaml file"
             )
         text = (resources.files("moefy") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_path}: not YAML: {error}".replace("\n", " ")) from None
-    return from_dict(data, where=str(name_or_path))
+    return from_dict(_yaml(text, f"recipe {name_or_path}") or {}, where=str(name_or_path))
 
 
 def from_dict(data: Any, where: str = "recipe") -> Recipe:
@@ -309,14 +309,26 @@ def override(recipe: R, settings: dict[str, Any]) -> R:
         own = parents[-1:] == ["settings"]  # the names of settings are a router's own
         if not own and (last not in node or isinstance(node[last], dict)):
             raise RecipeError(unknown_choice("recipe key", key, flat(data)))
-        node[last] = yaml.safe_load(value) if isinstance(value, str) else value
+        node[last] = _yaml(value, f"--set {key}") if isinstance(value, str) else value
     changed: R = _build(type(recipe), data, "--set")
     return changed
 
 
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = (
+            "nested too deeply"
+            if isinstance(error, RecursionError)
+            else " ".join(str(error).split())
+        )
+        raise RecipeError(f"{where}: not YAML: {what[:300]}") from None
+
+
 def _build(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise RecipeError(f"{where}: got {data!r}, expected keys and values")
+        raise RecipeError(f"{where}: got {reprlib.repr(data)}, expected keys and values")
     types = typing.get_type_hints(kind)
     values = {}
     for key, value in data.items():
@@ -332,9 +344,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         return value
     allowed = typing.get_args(kind) or (kind,)
+    if isinstance(value, int | float) and not -1e300 <= value <= 1e300:
+        raise RecipeError(f"{where}: got {reprlib.repr(value)}, expected a finite number")
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise RecipeError(f"{where}: got {value!r}, expected {names}")
+        raise RecipeError(f"{where}: got {reprlib.repr(value)}, expected {names}")
     return value

@@ -16,38 +16,43 @@ Layer = Annotated[
     typer.Option(help="A synthetic SwiGLU layer instead: D,N,E,k such as 4096,11008,64,16."),
 ]
 
+Level = Annotated[
+    str | None, typer.Option(help="kernel, layer or model (model; with --layer: layer).")
+]
+Against = Annotated[
+    str | None, typer.Option(help="Dense checkpoint to compare with; left out, the source.")
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(help="eager, auto, a backend, experts, llama.cpp ... (all); may be repeated."),
+]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", help="Beside each engine its graph of torch.compile.")
+]
+Linears = Annotated[bool, typer.Option("--linears", help="And its moefy.native_linears.")]
+Exports = Annotated[
+    list[str] | None, typer.Option(help="NAME=FOLDER: an export by transformers' NAME, or all.")
+]
+Files = Annotated[list[Path] | None, typer.Option(help="File for llama.cpp to run.")]
+Batches = Annotated[str | None, typer.Option(help="By comma (1,2,4,8,16; of a model: 1).")]
+Densities = Annotated[
+    str | None, typer.Option(help="By comma, of masks that are drawn and of synthetic layers.")
+]
+
 
 @verb("device")
 def bench(
     model: Timed = None,
     layer: Layer = None,
-    level: Annotated[
-        str | None,
-        typer.Option(help="kernel, layer or model (model; with --layer: layer)."),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Dense checkpoint to compare with; left out, the source.")
-    ] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(help="eager, auto, a backend, experts, llama.cpp ... (all); may be repeated."),
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Beside each engine its graph of torch.compile.")
-    ] = False,
-    linears: Annotated[
-        bool, typer.Option("--linears", help="And its moefy.native_linears.")
-    ] = False,
-    experts: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER: an export by transformers' NAME, or all.")
-    ] = None,
-    gguf: Annotated[list[Path] | None, typer.Option(help="File for llama.cpp to run.")] = None,
-    batches: Annotated[
-        str | None, typer.Option(help="By comma (1,2,4,8,16; of a model: 1).")
-    ] = None,
-    densities: Annotated[
-        str | None, typer.Option(help="By comma, of masks that are drawn and of synthetic layers.")
-    ] = None,
+    level: Level = None,
+    against: Against = None,
+    engine: Engines = None,
+    compiled: Compiled = False,
+    linears: Linears = False,
+    experts: Exports = None,
+    gguf: Files = None,
+    batches: Batches = None,
+    densities: Densities = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt tokens, of a model.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,

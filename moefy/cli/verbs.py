@@ -311,7 +311,7 @@ def inspect_(
 ) -> Shown:
     """Show what every expert does: descriptions, causes, controls; writes an offline report."""
     from moefy.inspection.inspect import inspect
-    from moefy.inspection.terminal import explained, page_one, strongest
+    from moefy.inspection.terminal import explained, quality_summary, strongest
     from moefy.run.tables import terminal
 
     found = inspect(
@@ -321,7 +321,7 @@ def inspect_(
     if not found.tables:  # of many processes only the first has something to show
         return Shown(None)
     view: list[Any] = [
-        terminal(*page_one(found), title="before you believe the rest"),
+        terminal(*quality_summary(found), title="before you believe the rest"),
         terminal(*explained(found), title="what predicts which experts run, in bits"),
     ]
     if "causal" in found.tables:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from moefy.conversion.capture import Captured
 from moefy.conversion.distil import distil_layer, distil_model
 from moefy.conversion.fit import (
+    LayerTokens,
     SeenInputs,
-    Tokens,
     cap,
     fit_compensation,
     planned_active,
@@ -351,7 +351,7 @@ def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | 
     return held.distance(only=module) if metric is None else trial.output_error(module, metric)
 
 
-def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> Tokens:
+def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> LayerTokens:
     """A layer's tokens, handed out where its weights are."""
     tokens = tokens_of(sample, todo, todo.sites[index])
     return replace(tokens, device=module.device)
@@ -371,7 +371,7 @@ def nearest(row: list[Candidate], active: int) -> int:
 class Trial:
     """What is the same for every density of a layer: activations and scores of held-out tokens."""
 
-    def __init__(self, module: SparseMlp, routed: DenseMlp, tokens: Tokens) -> None:
+    def __init__(self, module: SparseMlp, routed: DenseMlp, tokens: LayerTokens) -> None:
         self.routed = routed
         self.x_TD = torch.cat([x_TD for x_TD, _ in tokens.chunks()])
         self.h_TN = torch.cat(list(tokens.activations(routed)))
@@ -390,7 +390,7 @@ class Trial:
         return (weighed_TD * error_TD).sum().item() / len(error_TD)
 
 
-def _seconds(module: SparseMlp, tokens: Tokens, samples: int = 15) -> float:
+def _seconds(module: SparseMlp, tokens: LayerTokens, samples: int = 15) -> float:
     """Median time of one token, router and compensation included."""
     times = []
     for row in range(samples):
@@ -414,8 +414,10 @@ def _fits(model: PreTrainedModel, tokens: int) -> bool:
     Counted per token: what autograd keeps of every MLP and attention block; and a chunk of logits
     with softmax and gradient.
     """
-    kept = sum(6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values())
-    needed = 4 * tokens * kept + 6 * LOGITS_BYTES
+    per_token = sum(
+        6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values()
+    )
+    needed = 4 * tokens * per_token + 6 * LOGITS_BYTES
     if model.device.type == "cuda":
         return needed < torch.cuda.mem_get_info(model.device)[0]
     return needed < free_memory()

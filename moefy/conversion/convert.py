@@ -13,16 +13,18 @@ goes on where it stopped; the output appears by rename when all is done.
 Shapes: T tokens, D width, N neurons, E experts.
 """
 
+import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
@@ -38,10 +40,13 @@ from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import difference, run_outputs
 from moefy.experts.loading import load, load_dense
+from moefy.experts.moefied import of
+from moefy.experts.passes import walk, watching
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
-from moefy.models.checkpoint import Checkpoint, copy_folder
+from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
+from moefy.models.locate import Site, read_mlp
 from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
@@ -54,6 +59,10 @@ from moefy.run.provenance import machine
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
+ROUTED = 10
+"""How much more the output of one MLP alone may err, which no residual stream is added to."""
+VERIFIED = 512
+"""Tokens that every layer is computed for once more."""
 
 
 @asked
@@ -124,6 +133,8 @@ def _planned(
     with job.clock.stage("hash the source"):
         hashes = job.processes.once(checkpoint.hashes)
         source = {"name": _lasting_name(folder, adapter), "sha256": hashes}
+        if adapter and checkpoint.revision is not None and not is_there(Path(folder)):
+            source["revision"] = checkpoint.revision
     return replace(task, evaluated=evaluated, source=source)
 
 
@@ -138,6 +149,7 @@ def _in_memory(task: Conversion) -> Converted | None:
         # What it names is what the recipe names.
         sparse = load(task.finished, verify=False, plugins=True, **placement())
         error = _verify(task.checkpoint, sparse, task.evaluated[0])
+        _verify_routed(task, sparse, task.evaluated[0])
         give_back()
         quality = evaluate(sparse, task.evaluated, report=task.report)
     return replace(made, error=error, evaluation=quality)
@@ -188,7 +200,7 @@ def _require_memory(checkpoint: Checkpoint) -> None:
 def _lasting_name(folder: str | Path, adapter: bool) -> str:
     """A Hub id or, for an adapter, the full path; the folder's name is enough for the full form."""
     path = Path(folder)
-    if not path.exists():
+    if not is_there(path):
         return str(folder)
     return str(path.resolve()) if adapter else path.resolve().name
 
@@ -211,6 +223,46 @@ def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> fl
     want = run_outputs(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
     error, size, _ = difference(got, want)
     return error / size
+
+
+@torch.no_grad()
+def _verify_routed(task: Conversion, sparse: PreTrainedModel, batch: Batch) -> None:
+    """Every layer of the written model under its masks, against its experts as the source's disk has them.
+
+    With every expert on it does not show which neurons an expert owns. Raises `MoefyError` for the first
+    layer that runs other experts than those that were fitted.
+    """
+    made, get = of(sparse), task.weights()
+    limit = ROUTED * TOLERANCE[running_dtype(task.checkpoint)]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def compare(site: Site, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        x_TD, mask_TE = (value[:VERIFIED] for value in seen.pop(site.index))
+        mlp = read_mlp(site, lambda name: get(name).float().to(x_TD.device))
+        order_N = made.artefact.permutation(site.index).to(x_TD.device)
+        mlp = module.compensation.centred(mlp.take(order_N))
+        mask_TN = mask_TE.repeat_interleave(mlp.neurons // mask_TE.shape[1], 1)
+        want_TD = mlp.output(mlp.hidden(x_TD.float()) * mask_TN)
+        extra_TD = module.compensation(x_TD.float(), mask_TE[:, module.shared :])
+        want_TD = want_TD if extra_TD is None else want_TD + extra_TD
+        residual = kwargs.get("residual", args[1] if len(args) > 1 else None)
+        own = output if residual is None else output - residual
+        got_TD = own.reshape(-1, site.width)[:VERIFIED].float()
+        error = float((got_TD - want_TD).norm() / want_TD.norm().clamp_min(1e-12))
+        if not error <= limit:
+            raise MoefyError(
+                f"verification failed: {site.layer} runs other experts than were fitted (its output "
+                f"differs by {error:.1e}, at most {limit:.0e}); nothing was written; please report "
+                "this with the model's config.json"
+            )
+
+    with ExitStack() as stack:
+        stack.enter_context(watching(made.mlps, lambda i, x, mask: seen.update({i: (x, mask)})))
+        for site in made.sites:
+            hook = functools.partial(compare, site)
+            handle = made.mlps[site.index].register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        walk(sparse, batch)
 
 
 def _require_equal(error: float, dtype: torch.dtype) -> None:

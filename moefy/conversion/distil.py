@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from moefy.conversion.fit import Tokens
+from moefy.conversion.fit import LayerTokens
 from moefy.data.corpus import Batch, Sample, make_batches, sampler
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import BACKWARD_TOKENS, distance, judged_positions, run_outputs
@@ -78,7 +78,7 @@ def _count(batch: Batch) -> int:
 
 
 def distil_layer(
-    module: SparseMlp, tokens: Tokens, recipe: DistilRecipe, *, report: Reporter, seed: int = 0
+    module: SparseMlp, tokens: LayerTokens, recipe: DistilRecipe, *, report: Reporter, seed: int = 0
 ) -> list[float]:
     """Train one layer's router and compensation on its output error; returns the losses.
 

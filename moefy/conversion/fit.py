@@ -40,7 +40,7 @@ _PATIENCE = 4
 
 
 @dataclass(frozen=True)
-class Tokens:
+class LayerTokens:
     """A sample of one layer: what its MLP sees, and what its router reads.
 
     Of an attention block `mlp_TD` is the input, and what its heads put out was captured too.
@@ -54,7 +54,7 @@ class Tokens:
     device: torch.device | None = None
     """Where `chunks` are handed out; None leaves them where they are."""
 
-    def some(self, most: int) -> "Tokens":
+    def some(self, most: int) -> "LayerTokens":
         """At most so many, evenly spaced: a sample stands in the order of its documents' lengths."""
         step = -(-len(self.mlp_TD) // most)
         return replace(self, mlp_TD=self.mlp_TD[::step], router_TD=self.router_TD[::step])
@@ -92,7 +92,7 @@ class RouterFit:
 
 
 @torch.no_grad()
-def predicted(target: Target, mlp: DenseMlp, tokens: Tokens, experts: int) -> Tensor:
+def predicted(target: Target, mlp: DenseMlp, tokens: LayerTokens, experts: int) -> Tensor:
     """The target `[T, E]` in fp32; `mlp` has the routed neurons in order."""
     mlp = mlp.to(torch.float32)
     if target is deviation:
@@ -106,8 +106,8 @@ def predicted(target: Target, mlp: DenseMlp, tokens: Tokens, experts: int) -> Te
 def fit_router(
     router: Router,
     mlp: DenseMlp,
-    tokens: Tokens,
-    held: Tokens,
+    tokens: LayerTokens,
+    held: LayerTokens,
     *,
     experts: int,
     k: int,
@@ -137,7 +137,7 @@ def fit_router(
 def _passes(
     router: Router,
     mlp: DenseMlp,
-    tokens: Tokens,
+    tokens: LayerTokens,
     experts: int,
     k: int,
     recipe: RouterRecipe,
@@ -174,7 +174,7 @@ def _passes(
 class _Quality:
     """Measures routers against the oracle on the same held-out tokens."""
 
-    def __init__(self, mlp: DenseMlp, held: Tokens, experts: int, k: int) -> None:
+    def __init__(self, mlp: DenseMlp, held: LayerTokens, experts: int, k: int) -> None:
         norm_TE = predicted(lambda h, m, e: expert_norms(h, m.down_ND, e), mlp, held, experts)
         self.mlp, self.held, self.k = mlp, held, k
         self.square_TE, self.oracle_TE = norm_TE.square(), top_mask(norm_TE, k)
@@ -199,7 +199,7 @@ def fit_selection(
     kind: type[Selection],
     router: Router,
     mlp: DenseMlp,
-    held: Tokens,
+    held: LayerTokens,
     active: float,
     most: int | None = None,
 ) -> Selection:
@@ -214,7 +214,7 @@ def fit_compensation(
     router: Router,
     selection: Selection,
     mlp: DenseMlp,
-    tokens: Tokens,
+    tokens: LayerTokens,
 ) -> None:
     """Fit what stands in for experts that are off, under the routing that will be used."""
     mlp = mlp.to(torch.float32)
@@ -228,7 +228,7 @@ class _Routed:
     router: Router
     selection: Selection
     mlp: DenseMlp
-    tokens: Tokens
+    tokens: LayerTokens
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         hidden = self.tokens.activations(self.mlp)
@@ -236,7 +236,7 @@ class _Routed:
             yield x_TD, h_TN, self.selection(self.router(read_TD, self.mlp))
 
 
-def refit_compensation(module: SparseMlp, tokens: Tokens) -> None:
+def refit_compensation(module: SparseMlp, tokens: LayerTokens) -> None:
     """Fit a layer's compensation anew, under the routing that it has now."""
     fit_compensation(module.compensation, module.router, module.selection, module.routed, tokens)
 
@@ -289,10 +289,12 @@ def recalibrate_on(
     for index, module in sparse_mlps(model).items():
         own_TD = inputs.of(index)
         read_TD = inputs.of(index - 1) if module.look_ahead else own_TD
-        recalibrate_layer(module, Tokens(own_TD, read_TD), active[index], recipe)
+        recalibrate_layer(module, LayerTokens(own_TD, read_TD), active[index], recipe)
 
 
-def recalibrate_layer(module: SparseMlp, tokens: Tokens, active: float, recipe: Recipe) -> None:
+def recalibrate_layer(
+    module: SparseMlp, tokens: LayerTokens, active: float, recipe: Recipe
+) -> None:
     """Set the selection of one layer so that `active` routed experts run on average on these tokens."""
     device = module.device
     module.selection = fit_selection(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from moefy.conversion.capture import Captured
-from moefy.conversion.fit import RouterFit, Tokens, cap, fit_compensation, fit_router, fit_selection
+from moefy.conversion.fit import (
+    LayerTokens,
+    RouterFit,
+    cap,
+    fit_compensation,
+    fit_router,
+    fit_selection,
+)
 from moefy.conversion.plan import Plan
 from moefy.experts.entries import build_compensation, build_router
 from moefy.methods.base import stored
@@ -48,8 +55,8 @@ class LayerSample:
     partition_TD: Tensor
     domain_T: Tensor
     """The domains of those."""
-    router: Tokens
-    held: Tokens
+    router: LayerTokens
+    held: LayerTokens
 
     def on(self, device: torch.device) -> "LayerSample":
         """The same, its tokens handed out on this device."""
@@ -123,11 +130,11 @@ def fit_layer(
     return Fitted(entry, permutation | stored(router, compensation), fit)
 
 
-def tokens_of(sample: Captured, todo: Plan, site: Site) -> Tokens:
+def tokens_of(sample: Captured, todo: Plan, site: Site) -> LayerTokens:
     """What a layer's MLP sees of a sample, and what its router reads."""
     ahead = todo.layers[site.index].router["look_ahead"]
     read = todo.sites[site.index - 1] if ahead else site
-    return Tokens(sample.inputs(site), sample.inputs(read))
+    return LayerTokens(sample.inputs(site), sample.inputs(read))
 
 
 def _active(todo: Plan, site: Site) -> int:
@@ -162,8 +169,8 @@ def fit_heads(
     return Fitted(entry, stored(router, compensation), fit)
 
 
-def _tokens(sample: Captured, todo: Plan, site: HeadSite) -> Tokens:
+def _tokens(sample: Captured, todo: Plan, site: HeadSite) -> LayerTokens:
     """What a block reads of a sample, and what its heads put out."""
     reads, heads = site.places(len(todo.sites))
     x_TD = sample.inputs(reads)
-    return Tokens(x_TD, x_TD, sample.inputs(heads))
+    return LayerTokens(x_TD, x_TD, sample.inputs(heads))

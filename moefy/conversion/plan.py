@@ -21,7 +21,7 @@ from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
+from moefy.models.locate import Site, check_weights, disk_names, meta_model, side_of, sites
 from moefy.recipe import Recipe
 
 
@@ -142,6 +142,8 @@ def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
     ours = {name for site in found for name in site.parameters}
     wanted = [disk for disk, name in disk_names(model, stored).items() if name in ours]
     refusals.refuse_codes(folder, stored, wanted)
+    if tensors:
+        check_weights(model, checkpoint)
     return model, found
 
 
@@ -212,8 +214,8 @@ def _memory(
     if recipe.allocates or recipe.distil.steps:
         metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
         # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
-        kept = width * sum(6 * s.neurons + 9 * s.width for s in found)
-        stages.append(weights + metric + BACKWARD_TOKENS * kept + logits)
+        per_token = width * sum(6 * s.neurons + 9 * s.width for s in found)
+        stages.append(weights + metric + BACKWARD_TOKENS * per_token + logits)
     file = checkpoint.folder / "tokenizer.json"
     tokenizer = _TOKENIZER * file.stat().st_size if file.exists() else 0
     return FIXED + tokenizer + max(stages)

@@ -75,12 +75,12 @@ def stream_metric(model: PreTrainedModel, found: list[Site], batches: list[Batch
     powers: list[list[Tensor]] = [[] for _ in found]
     current: list[Batch] = []
 
-    def heard(site: Site, _: nn.Module, __: object, output: Any) -> None:
+    def behind(site: Site, _: nn.Module, __: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         powers[site.index].append(squared_norms(hidden, current[0].mask(side_of(site))))
 
     layers = [(model.get_submodule(site.layer), site) for site in found]
-    handles = [layer.register_forward_hook(partial(heard, site)) for layer, site in layers]
+    handles = [layer.register_forward_hook(partial(behind, site)) for layer, site in layers]
     try:
         with all_experts(model):
             for batch in batches:

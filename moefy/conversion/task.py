@@ -89,7 +89,13 @@ class Conversion:
     @property
     def decided(self) -> list[Any]:
         """All that decides the result, as JSON values."""
-        return [recipes.to_dict(self.recipe), self.source, self.corpus, self.adapter]
+        return [
+            recipes.to_dict(self.recipe),
+            self.source,
+            self.checkpoint.text_hashes(),
+            self.corpus,
+            self.adapter,
+        ]
 
     @property
     def finished(self) -> Path:

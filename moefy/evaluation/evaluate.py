@@ -35,7 +35,10 @@ from moefy.evaluation.groups import (
     PLAIN,
     SINKS,
     STRATA,
+    TIMES_MEDIAN,
+    Sinks,
     Sums,
+    finding_sinks,
     group_record,
     groups,
     sums_of,
@@ -45,7 +48,6 @@ from moefy.evaluation.judge import Judged, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
 from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, predictions, run_outputs
 from moefy.evaluation.router_quality import RouterQuality
-from moefy.evaluation.sinks import TIMES_MEDIAN, Sinks, finding_sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing, short_logits

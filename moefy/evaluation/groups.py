@@ -6,19 +6,30 @@
 A token stands at the position that is read; what it is judged by is the prediction made there. `tail`
 says how unevenly the damage is spread over tokens: a mean hides the few that are ruined.
 
+A token is a sink if in any layer of the dense pass the norm of its hidden state (the layer's output)
+or of the MLP's input is more than 10 times the median over the tokens of its document. Such tokens
+attract attention whatever they are, and a few of them decide every mean over squared activations
+(massive activations, Sun et al. 2024).
+
 Shapes: B documents, T tokens.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from moefy.data.corpus import Batch
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import ratios
+from moefy.experts.passes import listen
+from moefy.models.locate import Site, side_of
 
 ALL, AFTER_FIRST, PLAIN, SINKS = "all", "without_first", "without_first_and_sinks", "sinks"
 STRATA = {"rank_1": (1, 1), "rank_2_to_10": (2, 10), "rank_over_10": (11, 1 << 62)}
@@ -92,3 +103,42 @@ def tail(values_T: NDArray[Any]) -> dict[str, float]:
     total = values_T.sum(dtype=float)
     found = {name: float(np.quantile(values_T, q)) for name, q in _QUANTILES.items()}
     return {**found, "top_1_percent_share": float(top / total) if total else 0.0}
+
+
+TIMES_MEDIAN = 10.0
+
+
+class Sinks:
+    """Marks the sinks of one batch while a dense model runs it."""
+
+    def __init__(self, keep_BT: Tensor) -> None:
+        """`keep_BT` marks the real tokens."""
+        self.keep_BT = keep_BT
+        self.marked_BT = torch.zeros_like(keep_BT)
+
+    def see(self, values: Tensor) -> None:
+        """Mark by the norms of `[..., D]`, whose leading sizes are those of the batch."""
+        norms = values.detach().float().norm(dim=-1).view(self.keep_BT.shape).cpu()
+        median_B1 = norms.masked_fill(~self.keep_BT, torch.nan).nanmedian(1, keepdim=True).values
+        self.marked_BT |= self.keep_BT & (norms > TIMES_MEDIAN * median_B1)
+
+
+@contextmanager
+def finding_sinks(model: PreTrainedModel, found: list[Site], batch: Batch) -> Iterator[Sinks]:
+    """Mark sinks while this batch is run; in a model with an encoder too, those of the decoder."""
+    keep_BT = batch.mask()
+    assert keep_BT is not None
+    sinks = Sinks(keep_BT)
+    last = side_of(found[-1])
+    here = [site for site in found if side_of(site) == last]
+
+    def after(_: Any, __: Any, output: Any) -> None:
+        sinks.see(output[0] if isinstance(output, tuple) else output)
+
+    handles = listen(model, here, lambda _, x_TD: sinks.see(x_TD))
+    handles += [model.get_submodule(s.layer).register_forward_hook(after) for s in here]
+    try:
+        yield sinks
+    finally:
+        for handle in handles:
+            handle.remove()

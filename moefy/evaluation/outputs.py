@@ -168,14 +168,14 @@ def _agrees(head: Head, hidden_BTD: Tensor, shown_1CV: Tensor) -> bool:
     return error <= share * float(together_V.abs().max())
 
 
-def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Outputs) -> tuple[Tensor, ...]:
+def per_position(of: Callable[..., tuple[Tensor, ...]], *outputs: Outputs) -> tuple[Tensor, ...]:
     """What `of(at, *logits)` makes of the logits `[C, V]` of each: tensors `[C]`, joined to `[J]`.
 
     `at` is where the chunk lies in `[J]`. With a gradient the logits are made again when it is taken.
     """
-    first = said[0]
-    if any(one.size != first.size or len(one) != len(first) for one in said):
-        raise ValueError(f"passes of other shapes: {[(len(one), one.size) for one in said]}")
+    first = outputs[0]
+    if any(one.size != first.size or len(one) != len(first) for one in outputs):
+        raise ValueError(f"passes of other shapes: {[(len(one), one.size) for one in outputs]}")
     chunks = first.chunks()
     again = torch.is_grad_enabled() and len(chunks) > 1
     parts: list[tuple[Tensor, ...]] = []
@@ -183,11 +183,11 @@ def per_position(of: Callable[..., tuple[Tensor, ...]], *said: Outputs) -> tuple
 
         def compare(*rows: Tensor, at: slice = at) -> tuple[Tensor, ...]:
             made = (
-                one.logits(r).to(first.rows_JD.device) for one, r in zip(said, rows, strict=True)
+                one.logits(r).to(first.rows_JD.device) for one, r in zip(outputs, rows, strict=True)
             )
             return of(at, *made)
 
-        rows = [one.rows_JD[at] for one in said]
+        rows = [one.rows_JD[at] for one in outputs]
         parts.append(checkpoint(compare, *rows, use_reentrant=False) if again else compare(*rows))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -203,15 +203,15 @@ def kl_of(dense_CV: Tensor, sparse_CV: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def ce_per_token(said: Outputs) -> Tensor:
+def ce_per_token(outputs: Outputs) -> Tensor:
     """Cross-entropy `[J]`, in nats."""
-    return per_position(lambda at, logits: (ce_of(logits, said, at),), said)[0]
+    return per_position(lambda at, logits: (ce_of(logits, outputs, at),), outputs)[0]
 
 
-def ce_of(logits_CV: Tensor, said: Outputs, at: slice) -> Tensor:
+def ce_of(logits_CV: Tensor, outputs: Outputs, at: slice) -> Tensor:
     """Cross-entropy `[C]` of the logits of one chunk, in nats; zero where nothing is predicted."""
-    assert said.targets_J is not None
-    return cross_entropy(logits_CV, said.targets_J[at], reduction="none", ignore_index=IGNORED)
+    assert outputs.targets_J is not None
+    return cross_entropy(logits_CV, outputs.targets_J[at], reduction="none", ignore_index=IGNORED)
 
 
 def placed(value_J: Tensor, keep_BT: Tensor) -> Tensor:
@@ -221,9 +221,9 @@ def placed(value_J: Tensor, keep_BT: Tensor) -> Tensor:
     return placed_BT
 
 
-def first_choices(said: Outputs) -> Tensor:
+def first_choices(outputs: Outputs) -> Tensor:
     """The token `[J]` that is put first."""
-    return per_position(lambda _, logits: (logits.argmax(-1),), said)[0]
+    return per_position(lambda _, logits: (logits.argmax(-1),), outputs)[0]
 
 
 def compared(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:

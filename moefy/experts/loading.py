@@ -49,8 +49,9 @@ from moefy.models.artefact import (
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, disk_names, meta_model, read_mlp, sites
+from moefy.models.locate import Site, check_weights, disk_names, meta_model, read_mlp, sites
 from moefy.models.locate import permute as permuted
+from moefy.run.reading import reading
 
 METHODS = (experts, hooks, run_with_cache, run_with_hooks)
 """What every moefied model can do beyond its class."""
@@ -72,11 +73,13 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
     config = read_config(checkpoint)
-    kind = type(meta_model(config))
+    meta = meta_model(config)
+    check_weights(meta, checkpoint)
     kwargs = {"dtype": "auto", **kwargs}
-    model: PreTrainedModel = kind.from_pretrained(
-        checkpoint.folder, config=config, trust_remote_code=False, **kwargs
-    )
+    with reading(checkpoint.folder):
+        model: PreTrainedModel = type(meta).from_pretrained(
+            checkpoint.folder, config=config, trust_remote_code=False, **kwargs
+        )
     model.eval()
     return model
 

@@ -220,7 +220,7 @@ class Inspecting:
         command: str | None,
         out: str | Path | None,
     ) -> Inspected:
-        """What the first process gives: the tables, page one, texts, and prompts."""
+        """What the first process gives: the tables, the quality summary, texts, and prompts."""
         with self._clock("page one"):
             judged = replace(self.stages, processes=ALONE).run(
                 "honesty",

@@ -1,4 +1,4 @@
-"""An inspection: all that was found about the experts of one model, as tables and a page-one record.
+"""An inspection: all that was found about the experts of one model, as tables and a quality summary.
 
     found = moefy.inspect("out")
     found.expert(5, 12)["domains"]              # rows of one expert, table by table
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moefy.errors import CheckpointError, MoefyError, unknown_choice
 from moefy.inspection.texts.table import Table, rows
 from moefy.run.output import write_whole
+from moefy.run.reading import reading
 
 FILE = "inspection.json"
 FORMAT = 1
@@ -32,7 +33,7 @@ class Inspection:
     meta: dict[str, Any]
     """What was inspected, with what: model, layers, texts, settings, seeds, versions, machine, seconds."""
     honesty: dict[str, Any]
-    """Page one: how good the model is and how much of what follows chance or tokens explain."""
+    """The quality summary: how good the model is and how much of what follows chance or tokens explain."""
     tables: dict[str, Table]
     texts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     """By document number, `text`, and `ends`: where in it every token ends; for examples in context."""
@@ -115,12 +116,8 @@ class Inspection:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        try:
+        with reading(path, "inspect again"):
             values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: is damaged ({error}); inspect again") from None
         if not isinstance(values, dict) or values.get("kind") != "inspection":
             raise CheckpointError(f"{path}: is no inspection; give a file of `moefy inspect`")
         if values["format"] != FORMAT:

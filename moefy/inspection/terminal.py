@@ -1,4 +1,4 @@
-"""What `moefy inspect` prints: page one, what explains routing, and the experts that matter most."""
+"""What `moefy inspect` prints: the quality summary, what explains routing, and the experts that matter most."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ _SHARES = {
 Rows = tuple[list[str], list[list[str]]]
 
 
-def page_one(inspection: Inspection) -> Rows:
-    """Header and rows of the honesty box."""
+def quality_summary(inspection: Inspection) -> Rows:
+    """Header and rows of the quality summary."""
     found = []
     for entry in inspection.honesty.values():
         shown = _ranged(entry["value"], entry.get("low"), entry.get("high"))

@@ -85,7 +85,7 @@ class Entry:
 
     def router_fields(self) -> dict[str, Field]:
         """What `router` holds besides its name."""
-        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.table())}
+        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.scalars())}
 
     def contradiction(self) -> str | None:
         """What does not go together, if anything."""

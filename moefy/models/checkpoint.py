@@ -147,6 +147,11 @@ class Checkpoint:
         _ = checkpoint.tensors  # a damaged file is found now, not halfway
         return checkpoint
 
+    def text_hashes(self) -> dict[str, str]:
+        """SHA-256 of all that texts are read with: tokenizer, image processor, their settings."""
+        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+        return {self._name(f): sha256(f) for f in self.other_files if f.suffix in kinds}
+
     @property
     def revision(self) -> str | None:
         """The commit of a folder that the Hub's cache holds; None for any other."""

@@ -121,6 +121,11 @@ def _head_site(
         )
     heads, groups = config_value(config, rule.heads), config_value(config, rule.groups)
     head_dim = config_value(config, rule.head_dim)
+    for what, value in (("heads", heads), ("heads of keys", groups), ("width", head_dim or 1)):
+        if type(value) is not int or value < 1:
+            raise UnsupportedModel(
+                f"{name}: config.json says {what}={str(value)[:60]} of its attention; must be 1 or more"
+            )
     transposed = isinstance(linear, Conv1D)
     first, second = linear.weight.shape
     neurons, width = (first, second) if transposed else (second, first)

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from moefy.errors import UnsupportedModel
+from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.models import search as structure
+from moefy.models.checkpoint import Checkpoint
 from moefy.models.families import FAMILIES, Family, config_value
 from moefy.models.mlp import DenseMlp
+from moefy.run.reading import reason
 
 _EXPERT_COUNTS = (
     "num_local_experts",
@@ -230,6 +232,19 @@ def permute(site: Site, name: str, tensor: Tensor, neurons: Tensor) -> Tensor:
     return others
 
 
+def _class_of(config: PreTrainedConfig, where: str) -> Any:
+    """The class that `meta_model` builds."""
+    names = config.architectures if isinstance(config.architectures, list | tuple) else ()
+    for name in names:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    if config.model_type not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
+    family = FAMILIES.get(config.model_type)
+    return getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `config` on the meta device: every module and shape, no memory.
 
@@ -237,15 +252,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     for the kind of model. Raises `UnsupportedModel` where transformers cannot build it.
     """
     where = f"config.json: transformers {transformers.__version__}"
-    for name in config.architectures or ():
-        kind: Any = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            break
-    else:
-        if config.model_type not in transformers.CONFIG_MAPPING:
-            raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
-        family = FAMILIES.get(config.model_type)
-        kind = getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+    kind = _class_of(config, where)
     if issubclass(kind, PreTrainedModel):
         build = kind._from_config
     else:
@@ -253,18 +260,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        ArithmeticError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # whatever modeling code makes of sizes that contradict each other
         raise UnsupportedModel(
-            f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason}"
+            f"{where} cannot build {kind.__name__} for model_type '{config.model_type}': {reason(error)}"
         ) from error
     model.train(False)
     return model
@@ -286,13 +284,44 @@ def disk_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
             f"transformers {transformers.__version__} maps tensor names in a way that is not known "
             f"here ({error}); use transformers 5.17 to 5.24"
         ) from error
-    return {key: name for key, name in renamed if name in state}
+    return {key: name for key, name, computed in renamed if name in state and not computed}
+
+
+def check_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Whether `model`, of the meta device, gets every parameter from disk, in its own shape.
+
+    transformers gives what is missing random values. Raises `CheckpointError` naming the tensor.
+    """
+    state, folder = model.state_dict(), checkpoint.folder
+    found = set()
+    for key, name, computed in _renamed(model, state, checkpoint.tensors):
+        found.add(name)
+        shape = checkpoint.tensors[key].shape
+        if name in state and not computed and shape != tuple(state[name].shape):
+            raise CheckpointError(
+                f"{folder}: {key} has shape {list(shape)}, config.json makes it "
+                f"{list(state[name].shape)}; one of them is of another model"
+            )
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for one, other in ties.items():
+        if one in found or other in found:
+            found |= {one, other}
+    unneeded = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    missing = [n for n in state if n not in found and not any(p.search(n) for p in unneeded)]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: no tensor on disk is {missing[0]}"
+            + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; give the whole model, or name its class in "
+            "architectures of config.json"
+        )
 
 
 def _renamed(
     model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str]
-) -> list[tuple[str, str]]:
-    """Disk names and model names as `from_pretrained` pairs them, without those it computes."""
+) -> list[tuple[str, str, bool]]:
+    """Disk names and model names as `from_pretrained` pairs them, and whether it computes rather than
+    renames."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -306,8 +335,7 @@ def _renamed(
         )
         if name not in state and key in state:
             name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
-        if converter is None:
-            pairs.append((key, name))
+        pairs.append((key, name, converter is not None))
     return pairs
 
 
@@ -336,7 +364,11 @@ def _site(
             )
         maps[role] = module
     activation = config_value(config, family.activation)
-    if activation not in ACT2FN or any(ACT2FN[activation].parameters()):
+    if (
+        not isinstance(activation, str)
+        or activation not in ACT2FN
+        or any(ACT2FN[activation].parameters())
+    ):
         raise UnsupportedModel(
             f"{config.model_type}: activation {activation!r} is not a function of one number "
             "from transformers' ACT2FN"
@@ -361,6 +393,8 @@ def _checked_shape(
     first, second = maps["down"].weight.shape
     neurons, width = (first, second) if family.transposed else (second, first)
     rows = maps["up"].weight.shape[int(family.transposed)]
+    if not neurons or not width:
+        raise UnsupportedModel(f"{config.model_type}: {layer} has {neurons} neurons, width {width}")
     for what, got, rule in (("neurons", neurons, family.neurons), ("width", width, family.width)):
         expected = config_value(config, rule)
         if got != expected or rows != neurons * (2 if family.fused else 1):

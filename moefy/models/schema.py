@@ -111,6 +111,22 @@ def words() -> Field:
     return Field(check)
 
 
+def scalars() -> Field:
+    """Keys with texts, finite numbers, or true and false."""
+
+    def check(value: Any) -> None:
+        if not isinstance(value, dict):
+            raise Invalid("must be keys and values")
+        for name, one in value.items():
+            if type(one) not in (str, bool):
+                try:
+                    number().check(one)
+                except Invalid as error:
+                    raise Invalid(f"{name!r} {error}") from None
+
+    return Field(check)
+
+
 def hashes() -> Field:
     """SHA-256 by the name of the file within its folder."""
 

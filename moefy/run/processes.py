@@ -48,7 +48,7 @@ class Processes:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share of the items: every so many, so that like ones spread evenly."""
+        """This process's share of the items: every n-th of n processes, so that like ones spread evenly."""
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
@@ -62,8 +62,8 @@ class Processes:
         if self.count == 1:
             return items
         with self.together():
-            found: list[T] = gather_object(items)
-        return found
+            gathered: list[T] = gather_object(items)
+        return gathered
 
     def in_order(self, numbered: list[tuple[int, T]]) -> list[T]:
         """What all processes have made, in the order of its numbers."""
@@ -84,21 +84,21 @@ class Processes:
         """What `run` gives on the main process, for all; its error is the error of all."""
         if self.count == 1:
             return run()
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         failed: MoefyError | None = None
         if self.main:
             try:
-                told[0] = run()
+                outcome[0] = run()
             except MoefyError as error:
-                failed, told[1] = error, str(error)
+                failed, outcome[1] = error, str(error)
         with self.together():
-            value, reason = broadcast_object_list(told)
+            value, reason = broadcast_object_list(outcome)
         if failed is not None:
             raise failed
         if reason is not None:
             raise Elsewhere(reason)
-        found: T = value
-        return found
+        result: T = value
+        return result
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -111,7 +111,7 @@ class Processes:
                 raise
             raise Elsewhere(
                 f"process {self.rank}: another process of this run has ended "
-                f"({str(error).splitlines()[0][:120]}); nothing is lost, run again (with --resume where there is one)"
+                f"({str(error).splitlines()[0][:120]}); nothing is lost, run again (with --resume, if the verb has it)"
             ) from None
 
 

@@ -15,10 +15,13 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, OutputError
 from moefy.run.computing import now
 from moefy.run.output import write_whole
 from moefy.run.processes import ALONE, Processes
+from moefy.run.reading import reading
+
+ANEW = "it is of an unfinished run; pass --overwrite to start anew"
 
 
 def digest(decided: Any) -> str:
@@ -54,11 +57,15 @@ class Stages:
 
     def read(self, name: str, settings: Any = None) -> Any:
         """The JSON values of a finished part."""
-        return json.loads(self._file(name, settings).read_text(encoding="utf-8"))
+        file = self._file(name, settings)
+        with reading(file, ANEW, OutputError):
+            return json.loads(file.read_text(encoding="utf-8"))
 
     def tensors(self, name: str, settings: Any = None) -> dict[str, Tensor]:
         """The tensors of a finished part."""
-        return load_file(self._file(name, settings).with_suffix(".safetensors"))
+        file = self._file(name, settings).with_suffix(".safetensors")
+        with reading(file, ANEW, OutputError):
+            return load_file(file)
 
     def keep(
         self,

@@ -115,7 +115,7 @@ def fine_tune(
 
     Raises `Diverged` where the loss is not finite before there is a checkpoint to go back to.
     """
-    steps = _Steps.prepared(model, groups, objective, recipe, accelerator)
+    steps = _Stepping.prepared(model, groups, objective, recipe, accelerator)
     outcome, store = steps.outcome, _Store(accelerator, folder)
     if store.exists:
         store.load()
@@ -162,7 +162,7 @@ def _schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 
 @dataclass
-class _Steps:
+class _Stepping:
     """What takes the steps of a training, and says whether it goes well."""
 
     wrapped: nn.Module
@@ -184,7 +184,7 @@ class _Steps:
         objective: Objective,
         recipe: TrainingRecipe,
         accelerator: Accelerator,
-    ) -> "_Steps":
+    ) -> "_Stepping":
         """With an optimiser of its own; what it keeps is part of checkpoints."""
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         schedule, outcome = _schedule(optimizer, recipe.steps), Outcome()
@@ -256,7 +256,7 @@ class _Steps:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TrainingTexts:
     """What training reads: documents to train on, to check on and to evaluate on, none of them twice."""
 
     train: list[Sample]
@@ -266,7 +266,9 @@ class Texts:
     """For the figures before and after."""
 
 
-def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: int) -> Texts:
+def read_texts(
+    source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: int
+) -> TrainingTexts:
     """Split a corpus as conversion with this seed splits it: training reads what that fits on.
 
     Raises `CorpusError` where that is less than one step.
@@ -282,7 +284,7 @@ def read_texts(source: Checkpoint, text: Corpus, recipe: TrainingRecipe, seed: i
             f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
         )
     evaluated = texts["evaluation"].take(EVALUATED_DOCUMENTS)
-    return Texts(
+    return TrainingTexts(
         samples,
         read_batches(source, kind, texts["held-out"], recipe.context, HELD_OUT_TOKENS),
         read_batches(source, kind, evaluated, recipe.context),

@@ -38,7 +38,7 @@ from moefy.training.held_out import RecoveryCheck
 from moefy.training.loop import (
     Diverged,
     Outcome,
-    Texts,
+    TrainingTexts,
     disk_of,
     fine_tune,
     make_accelerator,
@@ -100,7 +100,7 @@ class _Recovery:
     source: Checkpoint
     """The dense model, which teaches."""
     corpus: Corpus
-    texts: Texts
+    texts: TrainingTexts
     recipe: RecoverRecipe
     accelerator: Accelerator
 

@@ -31,7 +31,7 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.loop import Diverged, Outcome, Texts, disk_of, read_texts
+from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts
 from moefy.training.objectives import Activations, sparse, train_dense
 from moefy.training.recipe import SparsifyRecipe
 
@@ -82,7 +82,7 @@ class _Sparsifying:
     source: Checkpoint
     sites: list[Site]
     corpus: Corpus
-    texts: Texts
+    texts: TrainingTexts
     recipe: SparsifyRecipe
     key: str | None
     """The key of config.json that is to name ReLU."""
@@ -187,7 +187,7 @@ class _Sparsifying:
 def _activation_key(source: Checkpoint, found: list[Site]) -> str:
     """The key of config.json that names the activation."""
     key = found[0].family.activation
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = source.config
     if "." in key or key not in config:
         raise UnsupportedModel(
             f"{source.folder}: relu=true: the activation of model_type '{config.get('model_type')}' "

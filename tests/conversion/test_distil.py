@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import moefy
 from moefy.conversion import allocate as tuning
 from moefy.conversion.distil import distil_layer, distil_model
-from moefy.conversion.fit import Tokens
+from moefy.conversion.fit import LayerTokens
 from moefy.data.corpus import IGNORED, Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import by_role, tokens_of_roles
@@ -137,7 +137,7 @@ def test_distil_layer_comes_nearer_to_the_layer_and_leaves_the_rest(
 
     start = error()
     recipe = DistilRecipe(steps=40, tokens=128, learning_rate=0.4)
-    losses = distil_layer(module, Tokens(x_TD, read_TD), recipe, report=QUIET)
+    losses = distil_layer(module, LayerTokens(x_TD, read_TD), recipe, report=QUIET)
     assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
     assert error() < 0.97 * start
     owned = next(n for n, m in model.named_modules() if m is module)

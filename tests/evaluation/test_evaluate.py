@@ -15,7 +15,7 @@ from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.sinks import Sinks
+from moefy.evaluation.groups import Sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps

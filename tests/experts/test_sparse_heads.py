@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, DynamicCache
 
 import moefy
-from moefy.conversion.fit import Tokens, fit_router
+from moefy.conversion.fit import LayerTokens, fit_router
 from moefy.conversion.plan import describe, plan
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
@@ -412,7 +412,7 @@ def test_a_router_learns_which_heads_a_token_needs():
         router = ROUTERS[name].make(16, 4, 0, {"hidden": 0})
         router.initialise(HeadOutputs.behind(output, z), x, heads)
         fit = fit_router(
-            router, heads, Tokens(x[:1536], x[:1536], z[:1536]), Tokens(x[1536:], x[1536:], z[1536:]),
+            router, heads, LayerTokens(x[:1536], x[:1536], z[:1536]), LayerTokens(x[1536:], x[1536:], z[1536:]),
             experts=4, k=1, recipe=RouterRecipe(batch_size=256), seed=0,
         )  # fmt: skip
         captured[name] = fit.captured

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.conversion.fit import Tokens, fit_compensation, fit_router, fit_selection
+from moefy.conversion.fit import LayerTokens, fit_compensation, fit_router, fit_selection
 from moefy.errors import RecipeError
 from moefy.methods.selections.ranked import top_mask
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
@@ -79,7 +79,14 @@ def test_fitting_beats_the_start_and_is_reproducible(name):
         router.initialise(mlp, x, mlp)
         settings = RouterRecipe(**{**vars(recipe), "epochs": epochs})
         return router, fit_router(
-            router, mlp, Tokens(x, x), Tokens(held, held), experts=E, k=3, recipe=settings, seed=0
+            router,
+            mlp,
+            LayerTokens(x, x),
+            LayerTokens(held, held),
+            experts=E,
+            k=3,
+            recipe=settings,
+            seed=0,
         )
 
     router, fit = fitted()
@@ -105,8 +112,8 @@ def test_oracle_captures_everything_and_cannot_be_deployed():
     fit = fit_router(
         router,
         mlp,
-        Tokens(held, held),
-        Tokens(held, held),
+        LayerTokens(held, held),
+        LayerTokens(held, held),
         experts=E,
         k=3,
         recipe=RouterRecipe(),
@@ -127,9 +134,9 @@ def test_centroid_prefers_the_expert_it_points_at():
 def test_conditional_mean_is_the_mean_output_given_off():
     mlp, x = make_mlp(), torch.randn(3000, D)
     router = ROUTERS["oracle"](D, E)
-    selection = fit_selection(SELECTIONS["topk"], router, mlp, Tokens(x, x), 3)
+    selection = fit_selection(SELECTIONS["topk"], router, mlp, LayerTokens(x, x), 3)
     made = COMPENSATIONS["conditional_mean"](D, E, 0)
-    fit_compensation(made, router, selection, mlp, Tokens(x, x))
+    fit_compensation(made, router, selection, mlp, LayerTokens(x, x))
     off = ~selection(router(x, mlp))
     outputs = expert_outputs(mlp.to(torch.float64), x.double())
     want = torch.stack([outputs[off[:, e], e].mean(0) for e in range(E)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import moefy
-from moefy.conversion.fit import Tokens, predicted
+from moefy.conversion.fit import LayerTokens, predicted
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.outputs import values_of
 from moefy.experts.backends import BACKENDS
@@ -465,14 +465,14 @@ def test_targets_by_a_plain_loop() -> None:
         )
     for name, target in TARGETS.items():
         check(target(mlp.hidden(x_TD), mlp, E), want[name])
-        check(predicted(target, mlp, Tokens(x_TD, x_TD), E), want[name])
+        check(predicted(target, mlp, LayerTokens(x_TD, x_TD), E), want[name])
 
 
 def test_targets_do_not_depend_on_how_the_sample_is_cut() -> None:
     """The last chunk of a sample may hold a single token, whose own mean it is."""
     mlp, x_TD = make_mlp(), inputs(4097)
     for target in TARGETS.values():
-        got = predicted(target, mlp, Tokens(x_TD, x_TD), E)
+        got = predicted(target, mlp, LayerTokens(x_TD, x_TD), E)
         want = target(mlp.hidden(x_TD), mlp, E)
         assert ((got - want).norm() / want.norm()) < 1e-5
         assert got[-1].norm() > 0.1 * want[-1].norm()

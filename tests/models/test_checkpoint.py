@@ -1,5 +1,6 @@
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moefy.errors import CheckpointError, OutputError
-from moefy.models.checkpoint import Checkpoint, outline, overwrite, read_header
+from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder, outline, overwrite, read_header
 from moefy.run.output import OutputFolder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -103,3 +104,121 @@ def test_hub_ids_that_cannot_be_had_are_one_clear_error():
 def test_only_a_full_disk_is_called_one(error, tmp_path):
     with pytest.raises(type(error), match=str(error.args[-1])), OutputFolder(tmp_path).full_disk():
         raise error
+
+
+def model_files(folder: Path, files: dict[str, str], tensors: dict[str, torch.Tensor]) -> Path:
+    """A folder whose index says `files`, each written with all `tensors` that it names."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name in {*files.values()}:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: tensors[k] for k, v in files.items() if v == name}, place)
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+TWO = {"a": torch.zeros(2), "b": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "sub/../../x.safetensors", "/tmp/x.safetensors", "", "a//b", "./a"]
+)
+def test_shards_outside_of_the_folder_are_refused(tmp_path, name):
+    folder = model_files(tmp_path / "m", {"a": "one.safetensors"}, TWO)
+    save_file(TWO, tmp_path / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        Checkpoint.open(folder)
+
+
+def test_links_out_of_the_folder_are_refused_and_those_of_the_hubs_cache_are_not(tmp_path):
+    save_file(TWO, tmp_path / "x.safetensors")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").symlink_to(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="a link out of the folder"):
+        Checkpoint.open(folder)
+    (folder / "model.safetensors").unlink()
+    save_file(TWO, folder / "model.safetensors")
+    (folder / "notes.txt").symlink_to(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: a link out"):
+        copy_folder(folder, tmp_path / "copy")
+    repo = tmp_path / "models--somebody--model"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (tmp_path / "x.safetensors").rename(repo / "blobs" / "1234")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
+    (snapshot / "config.json").write_text("{}")
+    opened = Checkpoint.open(snapshot)
+    assert torch.equal(opened.read("b"), TWO["b"])
+    assert opened.revision == "a" * 40
+    (tmp_path / "linked").symlink_to(folder)  # a link to the whole folder is the folder
+    assert list(Checkpoint.open(tmp_path / "linked").tensors) == ["a", "b"]
+
+
+def test_shards_in_sub_folders_are_files_of_the_folder(tmp_path):
+    folder = model_files(tmp_path / "m", {"a": "deep/1.safetensors", "b": "2.safetensors"}, TWO)
+    opened = Checkpoint.open(folder)
+    assert opened.weights == ["2.safetensors", "deep/1.safetensors"]
+    assert set(opened.hashes()) == {"config.json", *opened.weights}
+    copy_folder(folder, tmp_path / "copy", skip={*opened.weights})
+    assert not list((tmp_path / "copy").rglob("*.safetensors"))
+
+
+def test_one_file_and_an_index_of_others_is_refused(tmp_path):
+    folder = model_files(tmp_path / "m", {"a": "1.safetensors", "b": "2.safetensors"}, TWO)
+    save_file(TWO, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="may be two models"):
+        Checkpoint.open(folder)
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys("ab", "model.safetensors")})
+    )
+    assert len(Checkpoint.open(folder).files) == 1
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": "1.safetensors"}))
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_in_two_shards_and_an_adapter_are_refused(tmp_path):
+    folder = model_files(tmp_path / "m", {"a": "1.safetensors", "b": "2.safetensors"}, TWO)
+    save_file(TWO, folder / "2.safetensors")
+    with pytest.raises(CheckpointError, match=r"a is in 1\.safetensors and in 2\.safetensors"):
+        Checkpoint.open(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it first"):
+        Checkpoint.open_config(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [2], "data_offsets": [0, 4]}, {"shape": [-2], "data_offsets": [0, 8]},
+        {"shape": [2**62, 2**62], "data_offsets": [0, 8]}, {"shape": [2.0], "data_offsets": [0, 8]},
+        {"shape": [True, 2], "data_offsets": [0, 8]}, {"shape": 2, "data_offsets": [0, 8]},
+        {"shape": [2], "data_offsets": [8, 0]}, {"shape": [2], "data_offsets": [0]}, {},
+    ],
+)  # fmt: skip
+def test_headers_that_contradict_themselves_are_refused(tmp_path, entry):
+    header = json.dumps({"a": {"dtype": "F32", **entry}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        read_header(file)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    place = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": place, "b": place}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match="overlap"):
+        read_header(file)
+
+
+def test_names_that_no_file_system_takes_are_one_line(tmp_path):
+    for name in ("x" * 5000, "a\0b", str(tmp_path / ("y" * 300))):
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(name)

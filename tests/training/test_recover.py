@@ -276,8 +276,8 @@ def test_a_run_that_goes_wrong_later_gives_the_last_good_model(
         row = backward(*given)
         return row | {"loss": float("nan")} if how == "nan" and len(calls) == 6 else row
 
-    backward = loop._Steps._backward
-    monkeypatch.setattr(loop._Steps, "_backward", spoilt)
+    backward = loop._Stepping._backward
+    monkeypatch.setattr(loop._Stepping, "_backward", spoilt)
     if how == "worse":
         monkeypatch.setattr(loop, "_passes", lambda *a: len(calls) < 5 and passes(*a))
     # The same schedule for the first four steps, of a longer run.

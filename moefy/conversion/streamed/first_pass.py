@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moefy.conversion.allocate import Trial, candidates, nearest, set_density
 from moefy.conversion.capture import domains_of
-from moefy.conversion.fit import Tokens, planned_active, recalibrate_layer, varies
+from moefy.conversion.fit import LayerTokens, planned_active, recalibrate_layer, varies
 from moefy.conversion.layer import Fitted, LayerSample, fit_layer
 from moefy.conversion.sensitivity import inverse_power, squared_norms
 from moefy.conversion.streamed.layerwise import LayerwiseModel
@@ -136,7 +136,7 @@ class FirstPass:
             # Thresholds hold for what arrives here, not for what the dense layers would send.
             x_TD = read["held-out"]
             planned = planned_active(self.todo, site.index, module.shared)
-            recalibrate_layer(module, Tokens(x_TD, x_TD), planned, self.recipe)
+            recalibrate_layer(module, LayerTokens(x_TD, x_TD), planned, self.recipe)
         for states in self.sparse.values():
             states.write(site.index + 1, forward(self.layerwise, site.index, states))
         selection = {"name": self.recipe.selection.name, **module.selection.settings()}
@@ -184,8 +184,8 @@ class FirstPass:
     def _sample(self, seen: dict[str, Tensor], read: dict[str, Tensor]) -> LayerSample:
         """Targets are those of the dense model; what routers read may be what arrives."""
         router, held = (
-            Tokens(seen[name], read[name] if self.follow else seen[name])
-            # Where nothing is fitted on tokens for routers, none are carried.
+            LayerTokens(seen[name], read[name] if self.follow else seen[name])
+            # Where nothing is fitted on tokens for routers, there are none.
             for name in ("router" if "router" in seen else "held-out", "held-out")
         )
         return LayerSample(seen["partition"], self.domain_T, router, held)

@@ -46,7 +46,7 @@ SLICE = 16384
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LayerCall:
     """With what a layer was called."""
 
     args: tuple[Any, ...]
@@ -63,12 +63,12 @@ class _Call:
         given = self.put(None)
         return given.args, given.kwargs
 
-    def put(self, hidden: Tensor | None) -> "_Call":
+    def put(self, hidden: Tensor | None) -> "_LayerCall":
         """The same call with other hidden states."""
         place = find_hidden(self.args, self.kwargs)
         if isinstance(place, int):
-            return _Call((*self.args[:place], hidden, *self.args[place + 1 :]), self.kwargs)
-        return _Call(self.args, {**self.kwargs, place: hidden})
+            return _LayerCall((*self.args[:place], hidden, *self.args[place + 1 :]), self.kwargs)
+        return _LayerCall(self.args, {**self.kwargs, place: hidden})
 
 
 class _Reached(Exception):
@@ -99,7 +99,7 @@ class LayerwiseModel:
         """Whether layers return their hidden states in a tuple."""
         self._entered: Tensor | None = None
         self._stop: int | None = None
-        self._called: _Call | None = None
+        self._called: _LayerCall | None = None
         self._filling = 0.0
         """What embeddings hold while only calls of layers are of interest."""
         self._tried: set[int] = set()
@@ -177,14 +177,14 @@ class LayerwiseModel:
     def _pass(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer does while the model around it runs: hand on."""
         if index == self._stop:
-            self._called = _Call(args, kwargs)
+            self._called = _LayerCall(args, kwargs)
             raise _Reached
-        hidden = _Call(args, kwargs).hidden
+        hidden = _LayerCall(args, kwargs).hidden
         if index == 0 and self._entered is not None:
             hidden = self._entered
         return (hidden,) if self.in_tuple else hidden
 
-    def _called_with(self, index: int, batch: Batch) -> _Call:
+    def _called_with(self, index: int, batch: Batch) -> _LayerCall:
         """With what the model calls layer `index` for this batch."""
         self._called, self._stop = None, index
         try:
@@ -202,7 +202,7 @@ class LayerwiseModel:
             raise self._not_a_chain(index, "was not run")
         return given
 
-    def _require_no_more(self, index: int, batch: Batch, given: _Call) -> None:
+    def _require_no_more(self, index: int, batch: Batch, given: _LayerCall) -> None:
         """Refuse a layer that is given something made of the embeddings besides its hidden states."""
         self._tried.add(index)
         if index == 0:
@@ -254,7 +254,7 @@ class LayerwiseModel:
     ) -> Iterator[None]:
         """The weights of one layer in memory; what was fitted of it stays there.
 
-        `seen` is told the name of every parameter, and its value as it is stored.
+        `seen` is given the name of every parameter, and its value as it is stored.
         """
         site, layer = self.sites[index], self.layers[index]
         for name, value in self._weights(site, layer):
@@ -267,8 +267,8 @@ class LayerwiseModel:
             for module in routed:
                 module.context.previous_TD = None  # the inputs of its last pass
             parts = (part for module in routed for part in (module.router, module.compensation))
-            kept = {id(value) for part in parts for value in part.parameters()}
-            for name in [n for n, value in layer.named_parameters() if id(value) not in kept]:
+            fitted = {id(value) for part in parts for value in part.parameters()}
+            for name in [n for n, value in layer.named_parameters() if id(value) not in fitted]:
                 set_module_tensor_to_device(layer, name, "meta")
             give_back()
 

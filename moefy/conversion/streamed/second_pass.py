@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from moefy.conversion.allocate import Candidate
-from moefy.conversion.fit import Tokens, recalibrate_layer, refit_compensation, varies
+from moefy.conversion.fit import LayerTokens, recalibrate_layer, refit_compensation, varies
 from moefy.conversion.streamed.layerwise import LayerwiseModel
 from moefy.conversion.streamed.states import States, forward, inputs
 from moefy.conversion.task import Conversion, Reading
 from moefy.data.corpus import Batch, make_batches
 from moefy.evaluation.evaluate import document_sums, figures, summarise
+from moefy.evaluation.groups import Sinks
 from moefy.evaluation.judge import judge, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
 from moefy.evaluation.outputs import Outputs, distances
 from moefy.evaluation.router_quality import RouterQuality
-from moefy.evaluation.sinks import Sinks
 from moefy.experts.loading import with_routing_of
 from moefy.experts.passes import listen, observing
 from moefy.experts.placement import running_dtype
@@ -36,7 +36,7 @@ from moefy.models.locate import Site
 
 
 class SecondPass:
-    """The written model, and the documents that are carried through it."""
+    """The written model, and the documents that go through it."""
 
     def __init__(self, task: Conversion, artefact: Artefact, reading: Reading) -> None:
         self.task, self.recipe, evaluated = task, task.recipe, task.evaluated
@@ -86,11 +86,11 @@ class SecondPass:
         module = self.modules[index]
         if varies(self.recipe):
             x_TD = inputs(self.layerwise, index, self.sparse["held-out"])
-            recalibrate_layer(module, Tokens(x_TD, x_TD), active, self.recipe)
+            recalibrate_layer(module, LayerTokens(x_TD, x_TD), active, self.recipe)
         if "router" in self.sparse:
             x_TD = inputs(self.layerwise, index, self.sparse["router"])
             device = module.device
-            refit_compensation(module, Tokens(x_TD, x_TD, device=device))
+            refit_compensation(module, LayerTokens(x_TD, x_TD, device=device))
 
     def _go_on(self, index: int) -> None:
         """Every group through one layer."""

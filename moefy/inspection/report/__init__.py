@@ -2,7 +2,7 @@
 
 Everything is inside: styles, scripts and, in base64, the blocks that the page inflates when it needs them:
 
-    index     meta, page one, prompts, and the tables that the first screens show
+    index     meta, quality summary, prompts, and the tables that the first screens show
     texts     the documents in which something is shown, each once
     layer_XX  the rows of one layer of the tables of experts
     layer_XX.windows  how the tokens around its examples are coloured, a byte each
