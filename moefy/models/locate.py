@@ -296,7 +296,14 @@ def check_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     found = set()
     for key, name, computed in _renamed(model, state, checkpoint.tensors):
         found.add(name)
-        shape = checkpoint.tensors[key].shape
+        stored = checkpoint.tensors[key]
+        shape = stored.shape
+        floats = name in state and state[name].is_floating_point() and not computed
+        if floats and not stored.dtype.startswith(("F", "BF")):
+            raise CheckpointError(
+                f"{folder}: {key} is stored as {stored.dtype}, {type(model).__name__} has numbers with a "
+                "point there; download it again, or dequantize it"
+            )
         if name in state and not computed and shape != tuple(state[name].shape):
             raise CheckpointError(
                 f"{folder}: {key} has shape {list(shape)}, config.json makes it "

@@ -81,6 +81,20 @@ def test_tensors_of_other_shapes_are_refused_by_name(source: Path, tmp_path: Pat
         convert_tiny("llama", source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_no_numbers_with_a_point_are_refused(
+    source: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        load_dense(Checkpoint.open(source))
+    with pytest.raises(CheckpointError, match=name):
+        convert_tiny("llama", source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

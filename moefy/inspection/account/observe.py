@@ -152,7 +152,7 @@ _ENTRIES = 2**22
 """Most activations of a chunk, so that a ledger takes some tens of megabytes."""
 
 
-class Listener(Protocol):
+class LedgerListener(Protocol):
     """Whatever keeps sums over tokens."""
 
     def hear(self, ledger: Ledger) -> None:
@@ -163,7 +163,7 @@ class Listener(Protocol):
 def observe(
     model: PreTrainedModel,
     reading: Reading,
-    listeners: Iterable[Listener],
+    listeners: Iterable[LedgerListener],
     *,
     unembedding: Unembedding | None = None,
     batches: list[int] | None = None,

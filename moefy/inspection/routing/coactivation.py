@@ -28,7 +28,7 @@ from scipy import stats
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.routing.frame import Doubles, Groups, Routed, RoutingFrame, Singles
+from moefy.inspection.routing.frame import Doubles, Groups, RoutedLayer, RoutingFrame, Singles
 
 Columns = dict[str, Any]
 Layers = tuple[int, int]
@@ -63,7 +63,7 @@ class Pairs:
         return len(self.a_P)
 
 
-def within_layer(frame: RoutingFrame, routed: Routed) -> Pairs:
+def within_layer(frame: RoutingFrame, routed: RoutedLayer) -> Pairs:
     """All pairs of one layer."""
     mask_TE = routed.mask_TE
     together_EE = (mask_TE.T @ mask_TE).astype(np.float64)
@@ -79,7 +79,7 @@ def within_layer(frame: RoutingFrame, routed: Routed) -> Pairs:
     return _pairs((routed, routed), at, together_EE, phi_EE, null_EE, error_EE, frame)
 
 
-def between_layers(frame: RoutingFrame, first: Routed, second: Routed) -> Pairs:
+def between_layers(frame: RoutingFrame, first: RoutedLayer, second: RoutedLayer) -> Pairs:
     """All pairs of an expert of one layer and one of another."""
     together_EF = (first.mask_TE.T @ second.mask_TE).astype(np.float64)
     scale_EF = _spread(first.load_E, second.load_E) * len(frame)
@@ -183,7 +183,7 @@ def _permuted(frame: RoutingFrame, one_TE: Singles, other_TF: Singles) -> tuple[
 
 
 def _pairs(
-    routed: tuple[Routed, Routed],
+    routed: tuple[RoutedLayer, RoutedLayer],
     at: tuple[Ints, Ints],
     together_EF: Doubles,
     phi_EF: Doubles,

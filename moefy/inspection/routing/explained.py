@@ -47,7 +47,7 @@ from moefy.inspection.routing.frame import (
     Bools,
     Doubles,
     Groups,
-    Routed,
+    RoutedLayer,
     RoutingFrame,
     Singles,
     Totals,
@@ -92,7 +92,7 @@ class Explained:
             "share_rest": (bits_Q - saved_Q, bits_Q),
         }
 
-    def experts(self, frame: RoutingFrame, routed: Routed) -> dict[str, Doubles]:
+    def experts(self, frame: RoutingFrame, routed: RoutedLayer) -> dict[str, Doubles]:
         """The same of single experts; None for those that always or never run."""
         moves_E = (routed.load_E > 0) & (routed.load_E < 1)
         found = {}
@@ -108,7 +108,7 @@ class Explained:
         return found
 
 
-def explained(frame: RoutingFrame, routed: Routed) -> Explained:
+def explained(frame: RoutingFrame, routed: RoutedLayer) -> Explained:
     """Bits on held-out documents of one layer: every fold is judged once."""
     names = ["token", *(name for path in PATHS for name in path.values())]
     bits_QE = np.zeros((len(frame.tokens_Q), routed.experts))
@@ -137,7 +137,7 @@ class _Chain:
     """Means fitted on some tokens and judged on others, one factor after the other."""
 
     def __init__(
-        self, frame: RoutingFrame, routed: Routed, learn_T: Bools, judge_T: Bools | Ints
+        self, frame: RoutingFrame, routed: RoutedLayer, learn_T: Bools, judge_T: Bools | Ints
     ) -> None:
         self.frame, self.learn_T, self.judge_T = frame, learn_T, judge_T
         learnt_TE = routed.mask_TE[learn_T]
@@ -282,7 +282,7 @@ def cross_fitted(frame: RoutingFrame, mask_TE: Singles) -> CrossFitted:
     return CrossFitted(cell, seen_C, np.asarray(ran_CE, dtype=np.float32), load_FE[fold_C])
 
 
-def lexical_router(frame: RoutingFrame, routed: Routed) -> Totals:
+def lexical_router(frame: RoutingFrame, routed: RoutedLayer) -> Totals:
     """Share of the true experts that are right, averaged over tokens, by router of the same k:
 
     `lexical_recall` the k experts that other documents run most for the token id (by
@@ -325,7 +325,7 @@ def _hits(mask_TE: Singles, rank_TE: Ints, k_T: Ints) -> Singles:
     return np.asarray((mask_TE * (rank_TE < k_T[:, None])).sum(1))
 
 
-def _random_hits(frame: RoutingFrame, routed: Routed, dealt_T: Ints, k_T: Ints) -> Singles:
+def _random_hits(frame: RoutingFrame, routed: RoutedLayer, dealt_T: Ints, k_T: Ints) -> Singles:
     mask_TE = routed.mask_TE[dealt_T]
     fitted = cross_fitted(frame, mask_TE)
     return _hits(mask_TE, _lexical_rank(fitted)[fitted.cell.index_T], k_T)

@@ -83,7 +83,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedLayer:
     """The routed experts of one layer."""
 
     layer: int
@@ -162,11 +162,11 @@ class RoutingFrame:
         """Tokens of every document."""
         return self.document.count_C
 
-    def routed(self, layer: int) -> Routed:
+    def routed(self, layer: int) -> RoutedLayer:
         """The routed experts of a layer."""
         shared = self.sample.shared[layer]
         mask_TE = self.sample.mask(layer)[:, shared:].astype(np.float32)
-        return Routed(layer, shared, mask_TE)
+        return RoutedLayer(layer, shared, mask_TE)
 
     def by_document(self, values_TX: NDArray[np.floating]) -> Doubles:
         """Sums over the tokens of every document `[Q, X]`, in fp64."""

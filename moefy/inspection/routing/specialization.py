@@ -28,7 +28,7 @@ from moefy.inspection.routing.frame import (
     Bools,
     Doubles,
     Groups,
-    Routed,
+    RoutedLayer,
     RoutingFrame,
     Singles,
     bin_edges,
@@ -53,7 +53,7 @@ PERMUTATIONS = 4999
 _AT_ONCE = 200
 
 
-def load(frame: RoutingFrame, routed: Routed) -> dict[str, Columns]:
+def load(frame: RoutingFrame, routed: RoutedLayer) -> dict[str, Columns]:
     """Columns of `experts` and `layers`, and the tables `dead` and `positions` of one layer."""
     ran_QE = frame.by_document(routed.mask_TE)
     interval = ratio_interval(ran_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
@@ -102,7 +102,7 @@ def gini(load_E: Doubles) -> float:
     return float((rank_E * np.sort(load_E)).sum() / (size * load_E.sum()))
 
 
-def _positions(frame: RoutingFrame, routed: Routed) -> Columns:
+def _positions(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
     bins, experts = frame.bin.size, routed.experts
     count_B = frame.bin.count_C
     load_BE = frame.bin.sums(routed.mask_TE).astype(np.float64) / np.maximum(count_B, 1)[:, None]
@@ -122,7 +122,7 @@ def _whole(values_E: Doubles) -> list[int]:
     return [int(value) for value in values_E]
 
 
-def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
+def domain_specialization(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
     """Table `domains` of one layer, without its q:
 
     `ds` P(e runs | domain); `lift` log2 of it over the load; `ds_lex` the mean over the domain's
@@ -148,7 +148,7 @@ def domain_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
 
 def _of_domain(
     frame: RoutingFrame,
-    routed: Routed,
+    routed: RoutedLayer,
     number: int,
     sums: tuple[Doubles, Doubles, Doubles],
     p_X: Doubles,
@@ -225,7 +225,7 @@ def log_odds(ran_VE: Doubles, all_V1: Doubles) -> Doubles:
     return np.where(idle_E | ~np.isfinite(z_VE), 0.0, z_VE)
 
 
-def token_lists(frame: RoutingFrame, routed: Routed, shown: int = SHOWN) -> Columns:
+def token_lists(frame: RoutingFrame, routed: RoutedLayer, shown: int = SHOWN) -> Columns:
     """Table `tokens`: for every expert and kind the types of highest and lowest z.
 
     Types with fewer than 10 occurrences are left out; so are experts that always or never run.
@@ -234,7 +234,7 @@ def token_lists(frame: RoutingFrame, routed: Routed, shown: int = SHOWN) -> Colu
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _of_kind(frame: RoutingFrame, routed: Routed, kind: str, shown: int) -> Columns:
+def _of_kind(frame: RoutingFrame, routed: RoutedLayer, kind: str, shown: int) -> Columns:
     ids_T = getattr(frame.sample.tokens, KINDS[kind])
     known_T = ids_T != NONE
     types, index_T = np.unique(ids_T[known_T], return_inverse=True)
@@ -279,7 +279,7 @@ def _ends(z_VE: Doubles, shown: int) -> tuple[Ints, NDArray[np.str_]]:
     return at_NE, np.array(["top"] * top + ["bottom"] * bottom)
 
 
-def vocabulary_specialization(frame: RoutingFrame, routed: Routed) -> Columns:
+def vocabulary_specialization(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
     """Columns `vs`, `vs_null`, `vs_adj` of one layer.
 
     VS is the mean over token types of the largest share that an expert takes (OLMoE), over types that

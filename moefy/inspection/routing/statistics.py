@@ -39,7 +39,7 @@ from moefy.inspection.routing.coactivation import (
 from moefy.inspection.routing.explained import explained, lexical_router
 from moefy.inspection.routing.frame import (
     MANY_EXPERTS,
-    Routed,
+    RoutedLayer,
     RoutingFrame,
     Totals,
     added,
@@ -105,7 +105,7 @@ class _Found:
         self.parts: dict[str, list[Columns]] = {}
         self.totals: list[Totals] = []
         self.pairs: list[Pairs] = []
-        self.before: Routed | None = None
+        self.before: RoutedLayer | None = None
         self.layers: list[int] = []
         """Layers that have pairs."""
         self.masks: list[NDArray[np.bool_]] = []
@@ -114,7 +114,7 @@ class _Found:
         experts = sum(frame.sample.experts) * len(KINDS) * 2
         self.shown = int(np.clip(TOKEN_ROWS // max(experts, 1), 1, SHOWN))
 
-    def add(self, routed: Routed) -> None:
+    def add(self, routed: RoutedLayer) -> None:
         """Take in one layer."""
         frame = self.frame
         parts = load(frame, routed)
@@ -134,7 +134,7 @@ class _Found:
         for name, columns in parts.items():
             self.parts.setdefault(name, []).append(columns)
 
-    def _together(self, routed: Routed) -> Columns:
+    def _together(self, routed: RoutedLayer) -> Columns:
         """Co-activation; the columns of `layers` that come of it."""
         inside = within_layer(self.frame, routed)
         self.pairs.append(inside)
