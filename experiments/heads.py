@@ -18,8 +18,7 @@ from typing import Any
 from pages import filled
 
 from moefy import recipe as recipes
-from moefy.conversion.capture import Captured, capture
-from moefy.conversion.layer import fit_heads, fit_layer, layer_sample
+from moefy.conversion.layer import Captured, capture, fit_heads, fit_layer, layer_sample
 from moefy.conversion.plan import Plan, plan
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches

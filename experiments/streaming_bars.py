@@ -36,7 +36,7 @@ from scipy.optimize import nnls
 from transformers import LlamaConfig
 
 from moefy import convert
-from moefy.conversion import allocate as tuning
+from moefy.conversion import in_memory as tuning
 from moefy.conversion import streamed as streaming
 from moefy.evaluation.folder import evaluate as evaluate_folder
 from moefy.recipe import Recipe, override

@@ -298,7 +298,7 @@ BREAKS = {
     "upward": (layer_violations, "moefy/recipe.py", "import moefy.conversion.convert\n"),
     "sideways": (
         layer_violations,
-        "moefy/evaluation/load.py",
+        "moefy/evaluation/routing.py",
         "from moefy.benchmark.bytes_read import union\n",
     ),
     "in a function": (

@@ -1,9 +1,9 @@
-"""What needs all layers at once: the density of each layer, then distillation.
+"""The density of each layer, chosen for all layers at once.
 
 `allocate` measures, for every layer and several densities, what the model loses when that layer
 alone is sparse, and lets `moefy.methods.budget` choose; the choice is kept only where it measures
-better than the same density everywhere. `tune` does that and then trains routers and compensations
-(`moefy.conversion.distil`). Both look at the router shard and its hold-out, never at evaluation documents.
+better than the same density everywhere. It looks at the router shard and its hold-out, never at evaluation
+documents.
 
 Shapes: T tokens, D width, E routed experts, K experts that run.
 """
@@ -11,7 +11,7 @@ Shapes: T tokens, D width, E routed experts, K experts that run.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.capture import Captured
-from moefy.conversion.distil import distil_layer, distil_model
+from moefy.conversion.backward import stream_metric
 from moefy.conversion.fit import (
     LayerTokens,
     SeenInputs,
@@ -32,13 +31,15 @@ from moefy.conversion.fit import (
     refit_compensation,
     varies,
 )
-from moefy.conversion.layer import LayerSample, layer_sample, tokens_of
-from moefy.conversion.plan import Plan
-from moefy.conversion.sensitivity import sensitivities, stream_metric
+from moefy.conversion.layer import Captured, LayerSample, layer_sample, tokens_of
 from moefy.conversion.task import Conversion
-from moefy.data.corpus import Batch, make_batches
-from moefy.evaluation.judge import judge
-from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES, Outputs, distances, run_outputs
+from moefy.data.corpus import Batch
+from moefy.evaluation.outputs import (
+    Outputs,
+    distances,
+    judge,
+    run_outputs,
+)
 from moefy.experts.passes import Listener, observing
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
@@ -47,7 +48,7 @@ from moefy.methods.budget import Table, greedy, solve
 from moefy.methods.compensations.residual import missing
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
-from moefy.run.memory import free_memory, give_back
+from moefy.run.memory import give_back
 
 FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""
@@ -66,79 +67,6 @@ class Candidate:
     compensation: dict[str, Tensor]
     cost: float
     loss: float
-
-
-def needs_tuning(recipe: Recipe) -> bool:
-    """Whether the recipe asks for more than layer by layer fitting."""
-    return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
-
-
-def learnable(model: PreTrainedModel) -> bool:
-    """Whether distillation has anything to train."""
-    modules = sparse_mlps(model).values()
-    parts = (part for m in modules for part in (m.router, m.compensation))
-    return any(True for part in parts for _ in part.parameters())
-
-
-def tune(model: PreTrainedModel, task: Conversion, samples: dict[str, Captured]) -> dict[str, Any]:
-    """Allocate and distil as the recipe says, in place; returns what was measured.
-
-    All processes call this: layers are shared out where each is measured by itself; the first process
-    does the rest, and its model is the result.
-    """
-    recipe, held = task.recipe, task.reading["held-out"][0]
-    held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
-    metric, dense = None, None
-    # All are to measure alike, and all at once.
-    fits = task.processes.once(lambda: _fits(model, BACKWARD_TOKENS * task.processes.count))
-    if recipe.allocates and recipe.budget.name == "greedy" and fits:
-        metric, dense = sensitivities(model, task.todo.sites, held, seed=recipe.seed)
-    check = HeldOut(model, held, dense)
-    active = {i: planned_active(task.todo, i, m.shared) for i, m in sparse_mlps(model).items()}
-    record: dict[str, Any] = {}
-    if recipe.allocates:
-        record["budget"] = allocate(model, task, samples, check, metric)
-        active = dict(enumerate(record["budget"].get("active", [])))
-    if not task.processes.main:
-        return record
-    if not recipe.allocates and varies(recipe):
-        recalibrate(model, recipe, held, active)
-    if recipe.distil.steps:
-        record |= _distilled(model, task, samples, check, active)
-    target = recipe.budget.target_kl
-    if target is not None:
-        record["held_out_kl"] = reached = check.distance()
-        if reached > target:
-            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
-    return record
-
-
-def _distilled(
-    model: PreTrainedModel,
-    task: Conversion,
-    samples: dict[str, Captured],
-    check: "HeldOut",
-    active: dict[int, int],
-) -> dict[str, Any]:
-    """Distil, and set thresholds anew; what it brought, as `distillation`."""
-    recipe, report = task.recipe, task.report
-    if not learnable(model):
-        report.say("nothing to distil: neither routers nor compensations have parameters")
-        return {}
-    before, scope = check.distance(), recipe.distil.scope
-    if scope == "auto":
-        scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
-    if scope == "model":
-        batches = task.distilled_on or task.reading["router"][0]
-        distil_model(model, batches, recipe.distil, report=report, seed=recipe.seed)
-    else:
-        for index, module in sparse_mlps(model).items():
-            tokens = _tokens(samples["router"], task.todo, index, module)
-            distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
-    if varies(recipe):
-        recalibrate(model, recipe, check.batches, active)
-    record = {"scope": scope, "steps": recipe.distil.steps, "held_out_before": before}
-    return {"distillation": {**record, "held_out_after": check.distance()}}
 
 
 class HeldOut:
@@ -179,7 +107,7 @@ def allocate(
 ) -> dict[str, Any]:
     """Choose the density of every layer and set it; returns densities and measured KL.
 
-    `metric`, of every layer, is what its output error costs (`moefy.conversion.sensitivity`); the greedy budget
+    `metric`, of every layer, is what its output error costs (`moefy.conversion.backward`); the greedy budget
     takes the residual stream's where there is none.
     """
     recipe, modules = task.recipe, sparse_mlps(model)
@@ -198,7 +126,9 @@ def allocate(
         kl_uniform = densities.recalibrated(uniform)
         kl, chosen = densities.cheapest(pick, recipe.budget.target_kl)
     for index, module in modules.items():
-        refit_compensation(module, _tokens(samples["router"], task.todo, index, module))
+        refit_compensation(
+            module, tokens_of(samples["router"], task.todo, task.todo.sites[index], module.device)
+        )
         give_back()
     return budget_record(recipe, rows, chosen, uniform, kl, kl_uniform)
 
@@ -351,12 +281,6 @@ def _loss(module: SparseMlp, trial: "Trial", *, held: HeldOut, metric: Tensor | 
     return held.distance(only=module) if metric is None else trial.output_error(module, metric)
 
 
-def _tokens(sample: Captured, todo: Plan, index: int, module: SparseMlp) -> LayerTokens:
-    """A layer's tokens, handed out where its weights are."""
-    tokens = tokens_of(sample, todo, todo.sites[index])
-    return replace(tokens, device=module.device)
-
-
 def set_density(module: SparseMlp, candidate: Candidate) -> None:
     """Let a layer run at the density of one of its candidates."""
     module.selection = candidate.selection
@@ -379,7 +303,7 @@ class Trial:
 
     def output_error(self, module: SparseMlp, metric: Tensor) -> float:
         """What the layer's output error `e` costs per token: `e^T G e` for a metric `[D, D]`, or
-        `w |e|^2` for a number (`moefy.conversion.sensitivity`)."""
+        `w |e|^2` for a number (`moefy.conversion.backward`)."""
         mask_TE = module.selection(self.scores_TE, module.context)
         error_TD = -missing(self.h_TN, mask_TE, self.routed)
         extra_TD = module.compensation(self.x_TD, mask_TE)
@@ -406,18 +330,3 @@ def _seconds(module: SparseMlp, tokens: LayerTokens, samples: int = 15) -> float
             torch.cuda.synchronize(x_TD.device)
         times.append(time.perf_counter() - begin)
     return sorted(times)[samples // 2]
-
-
-def _fits(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a backward pass over so many tokens fits in the memory that is free now.
-
-    Counted per token: what autograd keeps of every MLP and attention block; and a chunk of logits
-    with softmax and gradient.
-    """
-    per_token = sum(
-        6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values()
-    )
-    needed = 4 * tokens * per_token + 6 * LOGITS_BYTES
-    if model.device.type == "cuda":
-        return needed < torch.cuda.mem_get_info(model.device)[0]
-    return needed < free_memory()

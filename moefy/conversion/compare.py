@@ -29,9 +29,8 @@ from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluation.judge import judge
-from moefy.evaluation.load import FfnLoad
-from moefy.evaluation.outputs import Outputs, compared, cosine, run_outputs
+from moefy.evaluation.outputs import Outputs, compared, cosine, judge, run_outputs
+from moefy.evaluation.routing import FfnLoad
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing

@@ -29,7 +29,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion import streamed
-from moefy.conversion.card import model_card
 from moefy.conversion.in_memory import fitted
 from moefy.conversion.plan import describe
 from moefy.conversion.task import Conversion, Converted
@@ -39,6 +38,7 @@ from moefy.data.shards import EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import difference, run_outputs
+from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk, watching

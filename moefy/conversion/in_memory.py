@@ -2,7 +2,9 @@
 
     model, made = in_memory(Conversion.planned(checkpoint, recipe, corpus, folder, report=report))
 
-`convert` takes the same steps and writes the result; every step takes up what is there of it.
+`convert` takes the same steps and writes the result; every step takes up what is there of it. `tune` is
+what needs all layers at once: densities (`moefy.conversion.allocate`), then distillation
+(`moefy.conversion.backward`). It looks at the router shard and its hold-out, never at evaluation documents.
 
 Shapes: T tokens, D width, N neurons, E experts.
 """
@@ -13,16 +15,37 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moefy.conversion.allocate import needs_tuning, tune
-from moefy.conversion.capture import Captured, capture
-from moefy.conversion.layer import LayerSample, fit_heads, fit_layer, layer_sample, split_layer
+from moefy.conversion.allocate import HeldOut, allocate
+from moefy.conversion.backward import distil_layer, distil_model, sensitivities
+from moefy.conversion.fit import (
+    planned_active,
+    recalibrate,
+    varies,
+)
+from moefy.conversion.layer import (
+    Captured,
+    LayerSample,
+    capture,
+    fit_heads,
+    fit_layer,
+    layer_sample,
+    split_layer,
+    tokens_of,
+)
 from moefy.conversion.task import Conversion, Converted
+from moefy.data.corpus import make_batches
+from moefy.evaluation.outputs import (
+    BACKWARD_TOKENS,
+    LOGITS_BYTES,
+)
 from moefy.experts.loading import moefied, with_routing_of
+from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.partition.partition import Partition
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, Site, read_mlp
 from moefy.models.mlp import DenseMlp, HeadOutputs
-from moefy.run.memory import give_back
+from moefy.recipe import Recipe
+from moefy.run.memory import free_memory, give_back
 
 
 def in_memory(task: Conversion) -> tuple[PreTrainedModel, Converted]:
@@ -126,3 +149,91 @@ def _tuned(task: Conversion, samples: dict[str, Captured]) -> Converted:
     ]
     artefact = replace(made.artefact, layers=layers, tensors=task.stages.tensors(name))
     return replace(made, artefact=artefact, tuning=record)
+
+
+def needs_tuning(recipe: Recipe) -> bool:
+    """Whether the recipe asks for more than layer by layer fitting."""
+    return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
+
+
+def learnable(model: PreTrainedModel) -> bool:
+    """Whether distillation has anything to train."""
+    modules = sparse_mlps(model).values()
+    parts = (part for m in modules for part in (m.router, m.compensation))
+    return any(True for part in parts for _ in part.parameters())
+
+
+def tune(model: PreTrainedModel, task: Conversion, samples: dict[str, Captured]) -> dict[str, Any]:
+    """Allocate and distil as the recipe says, in place; returns what was measured.
+
+    All processes call this: layers are shared out where each is measured by itself; the first process
+    does the rest, and its model is the result.
+    """
+    recipe, held = task.recipe, task.reading["held-out"][0]
+    held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
+    metric, dense = None, None
+    # All are to measure alike, and all at once.
+    fits = task.processes.once(lambda: _fits(model, BACKWARD_TOKENS * task.processes.count))
+    if recipe.allocates and recipe.budget.name == "greedy" and fits:
+        metric, dense = sensitivities(model, task.todo.sites, held, seed=recipe.seed)
+    check = HeldOut(model, held, dense)
+    active = {i: planned_active(task.todo, i, m.shared) for i, m in sparse_mlps(model).items()}
+    record: dict[str, Any] = {}
+    if recipe.allocates:
+        record["budget"] = allocate(model, task, samples, check, metric)
+        active = dict(enumerate(record["budget"].get("active", [])))
+    if not task.processes.main:
+        return record
+    if not recipe.allocates and varies(recipe):
+        recalibrate(model, recipe, held, active)
+    if recipe.distil.steps:
+        record |= _distilled(model, task, samples, check, active)
+    target = recipe.budget.target_kl
+    if target is not None:
+        record["held_out_kl"] = reached = check.distance()
+        if reached > target:
+            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+    return record
+
+
+def _distilled(
+    model: PreTrainedModel,
+    task: Conversion,
+    samples: dict[str, Captured],
+    check: HeldOut,
+    active: dict[int, int],
+) -> dict[str, Any]:
+    """Distil, and set thresholds anew; what it brought, as `distillation`."""
+    recipe, report = task.recipe, task.report
+    if not learnable(model):
+        report.say("nothing to distil: neither routers nor compensations have parameters")
+        return {}
+    before, scope = check.distance(), recipe.distil.scope
+    if scope == "auto":
+        scope = "model" if _fits(model, BACKWARD_TOKENS) else "layer"
+    if scope == "model":
+        batches = task.distilled_on or task.reading["router"][0]
+        distil_model(model, batches, recipe.distil, report=report, seed=recipe.seed)
+    else:
+        for index, module in sparse_mlps(model).items():
+            tokens = tokens_of(samples["router"], task.todo, task.todo.sites[index], module.device)
+            distil_layer(module, tokens, recipe.distil, report=report, seed=recipe.seed)
+    if varies(recipe):
+        recalibrate(model, recipe, check.batches, active)
+    record = {"scope": scope, "steps": recipe.distil.steps, "held_out_before": before}
+    return {"distillation": {**record, "held_out_after": check.distance()}}
+
+
+def _fits(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a backward pass over so many tokens fits in the memory that is free now.
+
+    Counted per token: what autograd keeps of every MLP and attention block; and a chunk of logits
+    with softmax and gradient.
+    """
+    per_token = sum(
+        6 * m.weights.neurons + 16 * m.weights.width for m in sparse_mlps(model).values()
+    )
+    needed = 4 * tokens * per_token + 6 * LOGITS_BYTES
+    if model.device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(model.device)[0]
+    return needed < free_memory()

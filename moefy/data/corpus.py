@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.data.pixels import PICTURES, STACKS, read_picture, read_stacks
-from moefy.data.records import (
+from moefy.data.files import (
+    PICTURES,
     PIECE_BYTES,
     RECORDS,
+    STACKS,
     Records,
     checked,
     cut_text,
     json_lines,
     kind_of,
+    read_picture,
     read_records,
+    read_stacks,
     read_text,
     sound,
     token_ids,

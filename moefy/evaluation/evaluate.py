@@ -44,10 +44,17 @@ from moefy.evaluation.groups import (
     sums_of,
     tail,
 )
-from moefy.evaluation.judge import Judged, judged
-from moefy.evaluation.load import FfnLoad, HeadLoad
-from moefy.evaluation.outputs import Outputs, compared, cosine, outputs_of, predictions, run_outputs
-from moefy.evaluation.router_quality import RouterQuality
+from moefy.evaluation.outputs import (
+    Judged,
+    Outputs,
+    compared,
+    cosine,
+    judged,
+    outputs_of,
+    predictions,
+    run_outputs,
+)
+from moefy.evaluation.routing import FfnLoad, HeadLoad, RouterQuality
 from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing, short_logits

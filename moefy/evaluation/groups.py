@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.evaluation.statistics import ratios
 from moefy.experts.passes import listen
 from moefy.models.locate import Site, side_of

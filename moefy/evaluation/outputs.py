@@ -1,7 +1,8 @@
-"""What a model puts out for a batch: logits at the judged positions, made and compared a few at a time.
+"""What a model puts out for a batch, and the one loop behind every figure.
 
     dense, sparse = run_outputs(stock, batch), run_outputs(moefied, batch)
     kl_J, ce_J = kl_per_token(dense, sparse), ce_per_token(sparse)
+    judge(partial(run_outputs, moefied), batches, stock_outputs).mean("kl")    # per token
 
 The logits `[B, T, V]` of a batch, in fp32 and with what a comparison makes of them, would take more
 memory than many a model. A pass therefore keeps its last hidden states; logits are made of chunks of
@@ -11,15 +12,18 @@ are compared with logits that the model makes at once; where they differ, it is 
 Judged are the positions that predict a token; without targets all tokens, or images. Models without
 logits are compared by their last hidden states.
 
-Shapes: B documents, T positions, J judged positions, C of a chunk, V vocabulary or classes, D width.
+Shapes: Q documents in the order of the batches, B of one batch, T positions, J judged positions, C of a
+chunk, V vocabulary or classes, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
@@ -299,3 +303,69 @@ def language(plain: PreTrainedModel) -> Objective:
         return {"loss": ce, "ce": ce}
 
     return objective
+
+
+Floats = NDArray[np.float64]
+Source = Callable[[Batch], Outputs] | Sequence[Outputs]
+Figures = Callable[[Outputs, Outputs], dict[str, Tensor]]
+"""From what is compared with, and what was run, to figures `[J]` by name."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One batch and its figures."""
+
+    batch: Batch
+    keep_BT: Tensor
+    """Which positions were judged (bool)."""
+    figures_J: dict[str, Tensor]
+
+    def placed(self, name: str) -> Tensor:
+        """One figure `[B, T]`, zero where nothing is judged; on the CPU."""
+        return placed(self.figures_J[name], self.keep_BT)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Sums over the judged positions of every document."""
+
+    sums_Q: dict[str, Floats]
+    tokens_Q: Floats
+
+    def mean(self, name: str) -> float:
+        """A figure per judged position."""
+        return float(self.sums_Q[name].sum() / self.tokens_Q.sum())
+
+
+@torch.no_grad()
+def judged(
+    run: Source, batches: Iterable[Batch], dense: Source | None = None, of: Figures | None = None
+) -> Iterator[Judged]:
+    """Figures of every batch in turn; what dense says is made first, and then let go.
+
+    Without `dense` outputs are judged by the text alone (`predictions`), else `compared`.
+    """
+    of = of or (predictions if dense is None else compared)
+    for number, batch in enumerate(batches):
+        want = None if dense is None else _outputs(dense, number, batch)
+        got = _outputs(run, number, batch)
+        yield Judged(batch, got.keep_BT, of(got if want is None else want, got))
+
+
+def judge(
+    run: Source, batches: Iterable[Batch], dense: Source | None = None, of: Figures | None = None
+) -> Judgement:
+    """`judged`, summed by document."""
+    rows: dict[str, list[Floats]] = {}
+    tokens: list[Floats] = []
+    for one in judged(run, batches, dense, of):
+        tokens.append(one.keep_BT.double().sum(1).numpy())
+        for name, value_J in one.figures_J.items():
+            sums_B = placed(value_J.double(), one.keep_BT).sum(1)
+            rows.setdefault(name, []).append(sums_B.numpy())
+    sums_Q = {name: np.concatenate(parts) for name, parts in rows.items()}
+    return Judgement(sums_Q, np.concatenate(tokens))
+
+
+def _outputs(source: Source, number: int, batch: Batch) -> Outputs:
+    return source(batch) if callable(source) else source[number]

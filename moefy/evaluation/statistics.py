@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from moefy.data.corpus import MANY_SOURCES
-from moefy.data.documents import Documents, Ints
+from moefy.data.shards import Documents, Ints
 
 RESAMPLES = 2000
 FEW = 100

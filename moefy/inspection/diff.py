@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moefy.data.documents import HELD_OUT
 from moefy.data.inputs import load_tokenizer
-from moefy.data.shards import CONTEXT, SELECT_SHARE
+from moefy.data.shards import CONTEXT, HELD_OUT, SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, token_losses

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.data.documents import Documents, Ints
+from moefy.data.shards import Documents, Ints
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.inspection.account import Ledger

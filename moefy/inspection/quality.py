@@ -25,14 +25,12 @@ from transformers import PreTrainedModel
 
 from moefy.conversion.convert import TOLERANCE
 from moefy.data.corpus import IGNORED, Batch, Corpus, Document, Sample, load_corpus, make_batches
-from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.data.inputs import read_batches
-from moefy.data.shards import BIGRAM_TOKENS, of_conversion
+from moefy.data.shards import BIGRAM_TOKENS, HELD_OUT, SELECT, Ints, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.judge import judged
-from moefy.evaluation.outputs import difference, run_outputs
+from moefy.evaluation.outputs import difference, judged, run_outputs
 from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of

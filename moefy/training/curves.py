@@ -1,12 +1,14 @@
-"""What a person is left with of a training: its log, a picture of it, rows of its record, why it ended."""
+"""The log of a training, and what a person is left with: a picture, rows of its record, why it ended."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from moefy.evaluation.tables import COLUMNS, cell_text
 from moefy.run.job import Job
+from moefy.run.output import write_whole
 from moefy.run.tables import NO_PLOTS, has_plots, pyplot
 
 PANELS = (
@@ -102,3 +104,27 @@ def sparsify_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if (row := record.get(name)) is not None
     ]
     return header, rows
+
+
+class Log:
+    """One JSON line a step; steps after the checkpoint that a run goes on from are dropped."""
+
+    def __init__(self, file: Path, steps: int, writes: bool) -> None:
+        self.file, self.writes = file, writes
+        if writes and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= steps]
+            write_whole(file, "".join(f"{line}\n" for line in kept))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a line, in the process that writes."""
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # cut off where the run was killed
+        return math.inf

@@ -7,13 +7,13 @@ Files in the work folder: `checkpoint` (what `Accelerator.save_state` writes, re
 `log.jsonl`, one line a step. Shapes: none of its own.
 """
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,26 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from moefy.conversion.distil import CLIP
+from moefy.conversion.backward import CLIP, scaled_groups
 from moefy.data.corpus import IGNORED, Batch, Corpus, Sample, make_batches, sample_length, sampler
 from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, HELD_OUT_TOKENS, by_role
 from moefy.errors import CheckpointError, CorpusError, MoefyError
-from moefy.evaluation.outputs import Objective
+from moefy.evaluation.outputs import (
+    Objective,
+    judge,
+    run_outputs,
+)
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.computing import now
 from moefy.run.console import Reporter
-from moefy.run.output import put_in_place, write_whole
+from moefy.run.output import put_in_place
+from moefy.training.curves import Log
+from moefy.training.learning import in_training
 from moefy.training.recipe import TrainingRecipe
 
 WARMUP = 0.05
@@ -122,7 +128,7 @@ def fine_tune(
     else:
         outcome.before = outcome.after = check()
         store.save()
-    log = _Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
+    log = Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
     drawn = sampler(samples, recipe.batch_tokens, recipe.seed, least=accelerator.num_processes)
     with report.progress(recipe.steps, what, outcome.steps) as progress:
         for documents in islice(drawn, outcome.steps, recipe.steps):
@@ -336,29 +342,6 @@ class _Store:
             ) from error
 
 
-class _Log:
-    """One JSON line a step; steps after the checkpoint that a run goes on from are dropped."""
-
-    def __init__(self, file: Path, steps: int, writes: bool) -> None:
-        self.file, self.writes = file, writes
-        if writes and file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= steps]
-            write_whole(file, "".join(f"{line}\n" for line in kept))
-
-    def add(self, row: dict[str, Any]) -> None:
-        if self.writes:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except ValueError:  # cut off where the run was killed
-        return math.inf
-
-
 def _predicted(sample: Sample) -> int:
     """Tokens that a document asks to predict; where it asks for none, its positions."""
     if sample.targets_T is not None:
@@ -377,3 +360,38 @@ def _shown(row: dict[str, float]) -> str:
     names = {"loss": "loss", "kl": "KL", "held_out_kl": "held-out KL"}
     parts = [f"{label} {row[name]:.4f}" for name, label in names.items() if name in row]
     return ", ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
+
+
+def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """Mean cross-entropy of the predicted tokens, in nats."""
+    return judge(partial(run_outputs, model), batches).mean("ce")
+
+
+def train_dense(
+    model: PreTrainedModel,
+    objective: Objective,
+    train: list[Sample],
+    held: list[Batch],
+    recipe: TrainingRecipe,
+    *,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> Outcome:
+    """Train all parameters of `model` in place."""
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(recipe)
+    nn.Module.to(model, accelerator.device)
+    in_training(model, recipe.gradient_checkpointing)
+    model.requires_grad_(True)
+
+    def check() -> dict[str, Any]:
+        return {"held_out_loss": cross_entropy(model, held)}
+
+    outcome = fine_tune(
+        model, scaled_groups(model.parameters(), recipe.learning_rate), objective, train, recipe,
+        accelerator=accelerator, check=check, folder=folder, report=report, what=what,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    accelerator.free_memory()
+    return outcome

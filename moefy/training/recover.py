@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
-from moefy.conversion.card import model_card
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
+from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense, save
 from moefy.experts.routed import Routed
 from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
@@ -34,18 +34,18 @@ from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.held_out import RecoveryCheck
+from moefy.training.learning import RecoveryCheck, in_training, towards, trained
 from moefy.training.loop import (
     Diverged,
     Outcome,
     TrainingTexts,
+    cross_entropy,
     disk_of,
     fine_tune,
     make_accelerator,
     read_texts,
+    train_dense,
 )
-from moefy.training.objectives import cross_entropy, towards, train_dense
-from moefy.training.parts import in_training, trained
 from moefy.training.recipe import RecoverRecipe
 
 

@@ -6,10 +6,19 @@
 What comes out is an ordinary checkpoint of the same architecture: with `relu` its config names another
 activation. Beside it `control` trains the unchanged model on the same tokens: what training on this
 text does by itself is not to be mistaken for what sparsity costs.
+
+To the cross-entropy comes a penalty on activations: square Hoyer, `(sum |h|)^2 / sum h^2` per token over N
+(Szatkowski et al. 2024, D2DMoE; scaled to (0, 1], the share of neurons that are active where all are
+equally so), or the mean of `|h|` (L1).
+
+Shapes: B documents, T tokens, N neurons.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +29,23 @@ from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.errors import UnsupportedModel
-from moefy.evaluation.judge import judge
-from moefy.evaluation.outputs import Outputs, ce_per_token, run_outputs
+from moefy.evaluation.outputs import (
+    Objective,
+    Outputs,
+    ce_per_token,
+    judge,
+    run_outputs,
+)
 from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
-from moefy.models.locate import Site, disk_names, meta_model, sites
+from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
 from moefy.run.computing import asked
 from moefy.run.job import Job
 from moefy.run.processes import launched
 from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
-from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts
-from moefy.training.objectives import Activations, sparse, train_dense
+from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts, train_dense
 from moefy.training.recipe import SparsifyRecipe
 
 
@@ -210,3 +223,88 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     for disk, name in disk_names(meta, stored.tensors).items():
         now = state[name].detach().cpu().to(stored.read(disk).dtype)
         overwrite(stored.tensors[disk], now)
+
+
+TINY = 1e-12
+
+
+class Activations:
+    """Penalties on the activations of every MLP of a dense model, taken where its down projection
+    reads them, over the positions of a batch."""
+
+    def __init__(self, model: PreTrainedModel, found: list[Site], penalty: str) -> None:
+        self.penalty = PENALTIES[penalty]
+        self.mask_BT: dict[str, Tensor | None] | None = None
+        """Positions that count, by side, while a batch is taken in."""
+        self.sums: list[Tensor] = []
+        self.active: list[Tensor] = []
+        self.handles = [
+            model.get_submodule(site.path("down")).register_forward_pre_hook(
+                partial(self._hear, side_of(site))
+            )
+            for site in found
+        ]
+
+    def _hear(self, side: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if self.mask_BT is None:
+            return
+        h_TN = given[0].reshape(-1, given[0].shape[-1])
+        mask_BT = self.mask_BT.get(side)
+        if mask_BT is not None:
+            h_TN = h_TN[mask_BT.flatten().to(h_TN.device)]
+        self.sums.append(self.penalty(h_TN.float()).mean())
+        self.active.append((h_TN != 0).float().mean())
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Take in one pass over this batch."""
+        self.mask_BT = {side: batch.mask(side) for side in ("encoder", "decoder")}
+        self.sums.clear()
+        self.active.clear()
+        try:
+            yield
+        finally:
+            self.mask_BT = None
+
+    def mean(self) -> Tensor:
+        """The penalty per token, averaged over layers."""
+        return torch.stack(self.sums).mean()
+
+    def density(self) -> Tensor:
+        """Share of the activations that are not zero, averaged over layers."""
+        return torch.stack(self.active).mean()
+
+    def remove(self) -> None:
+        """Stop listening."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _hoyer(h_TN: Tensor) -> Tensor:
+    return h_TN.abs().sum(-1).square() / (h_TN.square().sum(-1) * h_TN.shape[-1]).clamp_min(TINY)
+
+
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hoyer": _hoyer,
+    "l1": lambda h_TN: h_TN.abs().mean(-1),
+    "none": lambda h_TN: h_TN.new_zeros(len(h_TN)),
+}
+"""Per token, from activations `[T, N]`."""
+
+
+def sparse(plain: PreTrainedModel, activations: Activations, weight: float) -> Objective:
+    """Cross-entropy on the text and `weight` times the penalty."""
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        with activations.over(batch):
+            got = run_outputs(plain, batch, through=model)
+        ce, tokens = ce_per_token(got).sum(), len(got)
+        penalty = activations.mean() * tokens
+        return {
+            "loss": ce + weight * penalty,
+            "ce": ce,
+            "penalty": penalty,
+            "active": activations.density() * tokens,
+        }
+
+    return objective

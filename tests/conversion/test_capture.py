@@ -3,7 +3,7 @@ import torch
 from tiny_conversion import corpus_for
 from tiny_models import build
 
-from moefy.conversion.capture import Captured, capture
+from moefy.conversion.layer import Captured, capture
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
 from moefy.experts.loading import load_dense

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import moefy
 from moefy.conversion import allocate as tuning
-from moefy.conversion.distil import distil_layer, distil_model
+from moefy.conversion.backward import distil_layer, distil_model
 from moefy.conversion.fit import LayerTokens
 from moefy.data.corpus import IGNORED, Batch, load_corpus
 from moefy.data.inputs import read_batches

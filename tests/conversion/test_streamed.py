@@ -134,7 +134,7 @@ def test_fitted_on_dense_inputs_it_is_the_conversion_in_memory(name, tmp_path, d
 def test_allocated_densities_are_those_of_memory_with_the_same_metric(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
     monkeypatch.setattr(
-        "moefy.conversion.allocate._fits", lambda *_: False
+        "moefy.conversion.in_memory._fits", lambda *_: False
     )  # no backward pass: the same metric
     in_memory = convert_tiny("llama", source, tmp_path / "a", settings=GREEDY)
     streamed = convert_tiny("llama", source, tmp_path / "b", settings=GREEDY, stream=True)

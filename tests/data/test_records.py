@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moefy.data.corpus import load_corpus
-from moefy.data.records import PIECE_BYTES
+from moefy.data.files import PIECE_BYTES
 from moefy.errors import CorpusError
 
 SEPARATORS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei"

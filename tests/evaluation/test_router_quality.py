@@ -9,7 +9,7 @@ import moefy
 from moefy.data.corpus import Corpus, Document
 from moefy.data.inputs import read_batches
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.router_quality import RouterQuality
+from moefy.evaluation.routing import RouterQuality
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import observing
 from moefy.experts.sparse_mlp import sparse_mlps

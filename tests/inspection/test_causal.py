@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 import moefy
 from moefy.data.corpus import IGNORED, Batch
-from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.shards import HELD_OUT, SELECT
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import outputs_of
 from moefy.experts.interventions import MODES, statistics

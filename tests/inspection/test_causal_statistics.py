@@ -16,7 +16,7 @@ from tiny_models import FAMILIES_TINY, random_model
 
 import moefy
 from moefy.data.corpus import Document
-from moefy.data.documents import HELD_OUT, Documents
+from moefy.data.shards import HELD_OUT, Documents
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.causal.documents import Texts, draw
 from moefy.inspection.causal.effects import Effects, neurons_of, of_layer, of_sets

@@ -13,7 +13,7 @@ from tiny_models import build
 
 import moefy
 from moefy.data.corpus import Document, Sample
-from moefy.data.documents import HELD_OUT, SELECT, Documents
+from moefy.data.shards import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
 from moefy.inspection.experts import ERROR, Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples

@@ -14,7 +14,7 @@ from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build, random_model, tiny_model
 
 from moefy.data.corpus import Corpus, Document
-from moefy.data.documents import Documents
+from moefy.data.shards import Documents
 from moefy.errors import CorpusError
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import sparse_mlps

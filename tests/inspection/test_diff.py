@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import moefy
 from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, load_corpus
-from moefy.data.documents import HELD_OUT
+from moefy.data.shards import HELD_OUT
 from moefy.errors import CheckpointError, MoefyError
 from moefy.inspection.texts.table import rows
 from moefy.recipe import override

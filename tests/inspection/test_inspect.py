@@ -14,8 +14,7 @@ import moefy
 from moefy import Recipe
 from moefy.cli.verbs import app
 from moefy.data.corpus import load_corpus
-from moefy.data.documents import HELD_OUT, SELECT
-from moefy.data.shards import split_shards
+from moefy.data.shards import HELD_OUT, SELECT, split_shards
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.record import FILE, Inspection

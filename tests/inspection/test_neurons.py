@@ -12,7 +12,7 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.shards import HELD_OUT, SELECT
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account import bare
 from moefy.inspection.experts.concepts import BINS, Counts, Predictivity, enrichment

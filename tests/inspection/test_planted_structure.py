@@ -10,7 +10,7 @@ import torch
 from naive_experts import heard_by
 
 from moefy.data.corpus import IGNORED
-from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.shards import HELD_OUT, SELECT
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
 from moefy.experts.loading import load

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moefy.data.corpus import Document
-from moefy.data.documents import HELD_OUT, Documents
+from moefy.data.shards import HELD_OUT, Documents
 from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.tokens import NONE, Tokens
 

@@ -29,7 +29,7 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.training import loop
-from moefy.training.held_out import RecoveryCheck
+from moefy.training.learning import RecoveryCheck
 from moefy.training.loop import Diverged
 from moefy.training.recipe import RecoverRecipe
 from moefy.training.recover import recover
@@ -349,7 +349,7 @@ def test_a_killed_run_is_not_resumed_with_the_checkpoint_of_another(
 
 
 FULL = {
-    "moefy.training.loop._Log.add": OSError(errno.ENOSPC, "No space left on device"),
+    "moefy.training.curves.Log.add": OSError(errno.ENOSPC, "No space left on device"),
     "accelerate.utils.other.safe_save_file": SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
     ),

@@ -20,9 +20,8 @@ from moefy.experts.passes import run as forward
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
-from moefy.training.objectives import Activations
 from moefy.training.recipe import SparsifyRecipe
-from moefy.training.sparsify import sparsify
+from moefy.training.sparsify import Activations, sparsify
 
 RECIPE = SparsifyRecipe(
     tokens=4000, batch_tokens=400, context=32, check_every=5, learning_rate=0.02, weight=8.0

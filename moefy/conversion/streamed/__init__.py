@@ -12,9 +12,8 @@ from typing import Any
 
 from moefy.conversion.allocate import Candidate, budget_record, nearest, spread
 from moefy.conversion.fit import planned_active
-from moefy.conversion.streamed.first_pass import FirstPass
 from moefy.conversion.streamed.layerwise import require_a_chain
-from moefy.conversion.streamed.second_pass import SecondPass, with_density
+from moefy.conversion.streamed.passes import FirstPass, SecondPass, with_density
 from moefy.conversion.streamed.states import States
 from moefy.conversion.task import Conversion, Converted, Reading
 from moefy.errors import RecipeError

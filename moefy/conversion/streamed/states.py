@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefy.conversion.capture import drawn
+from moefy.conversion.layer import drawn
 from moefy.conversion.streamed.layerwise import LayerwiseModel
 from moefy.data.corpus import Batch
 from moefy.experts.passes import listen

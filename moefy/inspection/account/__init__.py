@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.tables import expert_norms

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch, Document, Sample
-from moefy.data.documents import HELD_OUT, Documents
+from moefy.data.shards import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import first_choices, per_position, run_outputs
 from moefy.experts.moefied import of

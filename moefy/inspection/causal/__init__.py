@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moefy.data.documents import HELD_OUT, SELECT
+from moefy.data.shards import HELD_OUT, SELECT
 from moefy.errors import MoefyError, unknown_choice
 from moefy.evaluation.statistics import Floats
 from moefy.experts.interventions import MODES, ExpertStatistics, statistics

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moefy.data.corpus import Batch, Sample, make_batches, sample_length
-from moefy.data.documents import Documents, Ints
+from moefy.data.shards import Documents, Ints
 from moefy.evaluation.outputs import judged_positions
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.texts.reading import Reading

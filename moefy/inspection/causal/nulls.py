@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from moefy.data.corpus import Batch
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.evaluation.statistics import Floats, ends, null_z, resamples
 from moefy.inspection.causal.engine import Engine
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
-from moefy.data.documents import HELD_OUT
+from moefy.data.shards import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.groups import TOP, tail
 from moefy.evaluation.outputs import Outputs, judged_positions, outputs_of

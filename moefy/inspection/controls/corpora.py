@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moefy.data.documents import Documents
+from moefy.data.shards import Documents
 from moefy.evaluation.statistics import q_values, units
 from moefy.inspection.routing import RoutingSample, drawn_documents
 from moefy.inspection.texts.table import Table, table

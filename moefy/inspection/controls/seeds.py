@@ -23,7 +23,7 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.capture import Captured, capture
+from moefy.conversion.layer import Captured, capture
 from moefy.data.corpus import Batch, make_batches
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps

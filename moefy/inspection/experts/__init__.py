@@ -7,7 +7,7 @@
 `y` is the dense output of the layer without its bias. First tokens (position 0) dwarf all others in
 many models, so every mean comes with them and, as `..._later`, without.
 
-The router is compared with the oracle of `moefy.evaluation.router_quality`: for every token the routed
+The router is compared with the oracle of `moefy.evaluation.routing`: for every token the routed
 experts of the largest contribution norm, as many as the router ran, on tokens drawn evenly from all
 documents, because it takes two more products with the down projection.
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moefy.evaluation.router_quality import compare_with_oracle
+from moefy.evaluation.routing import compare_with_oracle
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import BlockSums, Largest, Pass, PassPart, SeenDocuments, State

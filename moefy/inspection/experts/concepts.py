@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from moefy.data.documents import HELD_OUT, SELECT, Ints
+from moefy.data.shards import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Pass, PassPart, SeenDocuments, State, Sum

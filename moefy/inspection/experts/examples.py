@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moefy.data.documents import HELD_OUT, SELECT, Ints
+from moefy.data.shards import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from moefy.evaluation.judge import judge
-from moefy.evaluation.outputs import run_outputs
+from moefy.evaluation.outputs import judge, run_outputs
 from moefy.evaluation.statistics import Floats, ratios, units
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Engine, Neurons

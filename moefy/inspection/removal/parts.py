@@ -12,9 +12,8 @@ from is never measured on.
 from dataclasses import dataclass, replace
 
 from moefy.data.corpus import Batch, Corpus, make_batches, sample_length
-from moefy.data.documents import Documents
 from moefy.data.inputs import read_batches
-from moefy.data.shards import CONTEXT, by_role
+from moefy.data.shards import CONTEXT, Documents, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
 from moefy.inspection.removal.source import Source

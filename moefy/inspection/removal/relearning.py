@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moefy.conversion.distil import CLIP, scaled_groups
+from moefy.conversion.backward import CLIP, scaled_groups
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.data.documents import Documents, Ints
+from moefy.data.shards import Documents, Ints
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Pass, PassPart, Runs, State
 from moefy.inspection.texts.tokens import Tokens

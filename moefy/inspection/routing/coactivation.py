@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.routing.frame import Doubles, Groups, RoutedLayer, RoutingFrame, Singles
 

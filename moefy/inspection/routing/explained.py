@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.evaluation.statistics import ratio_interval
 from moefy.inspection.routing.frame import (
     Bools,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.errors import CorpusError
 from moefy.evaluation.statistics import ratio_interval, units
 from moefy.inspection.routing import RoutingSample

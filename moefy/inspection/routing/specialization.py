@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moefy.data.documents import Ints
+from moefy.data.shards import Ints
 from moefy.evaluation.statistics import LEVEL, ratio_interval
 from moefy.inspection.routing.explained import cross_fitted
 from moefy.inspection.routing.frame import (

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from moefy.data.documents import HELD_OUT
+from moefy.data.shards import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.account.observe import observe

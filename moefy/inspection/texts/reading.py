@@ -16,9 +16,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch, Corpus, load_corpus
-from moefy.data.documents import HELD_OUT, SELECT, Documents, Ints
 from moefy.data.inputs import load_tokenizer, read_batches
-from moefy.data.shards import select_and_check
+from moefy.data.shards import HELD_OUT, SELECT, Documents, Ints, select_and_check
 from moefy.errors import UnsupportedModel
 from moefy.experts.moefied import of
 from moefy.models.artefact import Artefact

@@ -1,10 +1,13 @@
-"""Files of text and of records, as they lie on disk: plain, packed, JSON, CSV, parquet.
+"""Files of a corpus as they lie on disk: text, records (plain, packed, JSON, CSV, parquet), images.
 
     text = read_text(path)                       # UTF-8, packed or not
     for place, row in read_records(path): ...    # place: "line 3", what an error is said to be at
+    read_stacks(path), read_picture(path)        # `pixel_values` and pictures
 
 Lines end at `\\n` (or `\\r\\n`, `\\r`) alone: U+2028, U+0085 and their like are part of a text. What cannot be
 read is a `CorpusError` that names the file, the line and the remedy.
+
+Shapes: C channels, H height, W width.
 """
 
 import bz2
@@ -18,6 +21,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from moefy.errors import CorpusError
 
@@ -224,3 +233,46 @@ def cut_text(text: str) -> list[str]:
             piece = ""
         piece += line
     return [p for p in [*pieces, piece] if p.strip()]
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STACKS = (".npy", ".safetensors")
+
+
+def read_stacks(path: Path) -> list[Tensor]:
+    """The stacks `[images, C, H, W]` of a file of `STACKS`. Raises `CorpusError`."""
+    try:
+        if path.suffix == ".npy":
+            stacks = [torch.from_numpy(np.load(path, allow_pickle=False))]
+        else:
+            stacks = list(load_file(path).values())
+    except (ValueError, TypeError, EOFError, OSError, SafetensorError) as error:
+        raise CorpusError(
+            f"corpus {path}: truncated or no stack of numbers ({error}); write it again"
+        ) from None
+    for stack in stacks:
+        if stack.ndim != 4:
+            raise CorpusError(
+                f"corpus {path}: pixel_values of shape {list(stack.shape)}; expected [images, C, H, W]"
+            )
+        if not stack.isfinite().all():
+            raise CorpusError(f"corpus {path}: pixel_values with NaN or infinity; write it again")
+    return stacks
+
+
+def read_picture(path: Path) -> Tensor:
+    """The colours of a picture `[3, H, W]` (uint8). Raises `CorpusError`."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise CorpusError(
+            f"corpus {path}: reading images needs pip install moefy[images]"
+        ) from None
+    try:
+        with Image.open(path) as picture:
+            rgb = np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorpusError(
+            f"corpus {path}: not an image that can be read ({error}); leave it out"
+        ) from None
+    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
