@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
 from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
-from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
+from moefy.methods.partition.shared import SHARED_BY, expert_count, find_method
 from moefy.methods.routers.gates import FLAT, LargestInputsRouter
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
 from moefy.models import refusals

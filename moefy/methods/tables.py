@@ -14,10 +14,15 @@ from typing import Any, TypeVar
 
 from moefy.errors import MoefyError, RecipeError, unknown_choice
 from moefy.methods.base import Compensation, Context, NoCompensation, Router, Selection
-from moefy.methods.compensations.centred import Centred, CentredResidual
-from moefy.methods.compensations.mean import ConditionalMean, MeanOutput
-from moefy.methods.compensations.residual import MeanResidual, Residual
-from moefy.methods.partition.partition import METHODS
+from moefy.methods.compensations import (
+    Centred,
+    CentredResidual,
+    ConditionalMean,
+    MeanOutput,
+    MeanResidual,
+    Residual,
+)
+from moefy.methods.partition import METHODS
 from moefy.methods.routers.baselines import (
     ActivationRouter,
     OracleRouter,
@@ -35,9 +40,7 @@ from moefy.methods.routers.learned import (
 )
 from moefy.methods.routers.low_bit import LowBitRouter
 from moefy.methods.routers.rows import CentroidRouter, MeanGateRouter, RepresentativeRouter
-from moefy.methods.selections.prompt_static import PromptStatic
-from moefy.methods.selections.ranked import SoftmaxTopK, TopK
-from moefy.methods.selections.thresholds import DynamicK, Threshold, TopP
+from moefy.methods.selections import DynamicK, PromptStatic, SoftmaxTopK, Threshold, TopK, TopP
 from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models.families import FAMILIES
 from moefy.recipe import shipped

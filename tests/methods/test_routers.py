@@ -22,7 +22,7 @@ from moefy.experts.backends import BACKENDS
 from moefy.experts.routed import straight_through
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, use_backend
 from moefy.methods.base import Router
-from moefy.methods.selections.ranked import top_mask
+from moefy.methods.selections import top_mask
 from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
 from moefy.models.mlp import DecidedMlp, DenseMlp
 
