@@ -25,7 +25,7 @@ from moefy.models.locate import meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.recipe import override
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
+from moefy.run.machine import machine, versions
 
 RECORDS = Path("benchmarks/records")
 TOKENS = 20_000

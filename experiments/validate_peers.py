@@ -49,11 +49,12 @@ from moefy.methods.partition import partition
 from moefy.methods.partition.balanced import inertia
 from moefy.methods.partition.clusters import MARKS, cmoe, marker_table
 from moefy.methods.selections import top_mask
-from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, TARGETS
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.methods.targets import TARGETS
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
-from moefy.run.provenance import versions
+from moefy.run.machine import versions
 
 EXPERTS, SHARED, ACTIVE = 16, 2, 2
 DEMO = Path(moefy.__file__).parent / "demo"

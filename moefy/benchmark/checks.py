@@ -47,11 +47,11 @@ from transformers import PreTrainedModel
 
 from moefy.benchmark.engines.base import Unavailable
 from moefy.evaluation.outputs import kl_of
-from moefy.experts.offload import present
+from moefy.experts.placement import present
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.models.mlp import DenseMlp, activation_function
-from moefy.run.memory import free_memory
+from moefy.run.machine import free_memory
 
 SLACK = 4.0
 """Times the expected error that is still rounding."""

@@ -46,8 +46,8 @@ from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine
-from moefy.run.stages import Stages
+from moefy.run.machine import machine
+from moefy.run.output import Stages
 
 
 class Comparison:

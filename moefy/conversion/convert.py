@@ -52,10 +52,9 @@ from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, now
 from moefy.run.job import Job
-from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
+from moefy.run.machine import free_memory, give_back, machine, map_large_blocks, peak_memory
 from moefy.run.output import write_whole
 from moefy.run.processes import launched
-from moefy.run.provenance import machine
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""

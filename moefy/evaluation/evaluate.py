@@ -54,7 +54,7 @@ from moefy.experts.passes import inputs_of, observing, short_logits
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.locate import sites
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine
+from moefy.run.machine import machine
 
 
 @dataclass

@@ -38,10 +38,9 @@ from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.memory import peak_memory
+from moefy.run.machine import machine, peak_memory, versions
+from moefy.run.output import Stages
 from moefy.run.processes import ALONE, Processes, launched
-from moefy.run.provenance import machine, versions
-from moefy.run.stages import Stages
 
 OPTIONAL = ("controls", "causal")
 """What may be skipped."""

@@ -36,15 +36,14 @@ from moefy.evaluation.outputs import difference, run_outputs
 from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
-from moefy.experts.offload import device_of
-from moefy.experts.placement import memory_of
+from moefy.experts.placement import device_of, memory_of
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
-from moefy.run.memory import free_memory
+from moefy.run.machine import free_memory
 
 _ROUTING = {
     "share_token": "share of the bits of routing that the token alone explains",

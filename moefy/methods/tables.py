@@ -1,6 +1,6 @@
 """Which experts run for a token: routers score them, selections choose, compensations stand in.
 
-Three tables, one file per entry; a new one is a file and a line here, or `package.module:Name` in a
+Three tables; a new entry is a class and a line here, or `package.module:Name` in a
 recipe. Scores, masks and means cover the *routed* experts only: shared experts always run and are
 none of a router's business.
 
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from moefy.errors import MoefyError, RecipeError, unknown_choice
-from moefy.methods.base import Compensation, Context, NoCompensation, Router, Selection
+from moefy.methods.base import Compensation, NoCompensation, Router, Selection
 from moefy.methods.compensations import (
     Centred,
     CentredResidual,
@@ -28,7 +28,6 @@ from moefy.methods.routers.baselines import (
     OracleRouter,
     RandomRouter,
     StaticRouter,
-    expert_norms,
 )
 from moefy.methods.routers.gates import LargestInputsRouter, SelfGatingRouter
 from moefy.methods.routers.learned import (
@@ -41,7 +40,6 @@ from moefy.methods.routers.learned import (
 from moefy.methods.routers.low_bit import LowBitRouter
 from moefy.methods.routers.rows import CentroidRouter, MeanGateRouter, RepresentativeRouter
 from moefy.methods.selections import DynamicK, PromptStatic, SoftmaxTopK, Threshold, TopK, TopP
-from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models.families import FAMILIES
 from moefy.recipe import shipped
 
@@ -124,18 +122,3 @@ def _described(table: Mapping[str, Any]) -> dict[str, str]:
     """Entries with the first paragraph of their documentation."""
     texts = {name: inspect.getdoc(getattr(row, "run", row)) or "" for name, row in table.items()}
     return {name: " ".join(text.split("\n\n")[0].split()) for name, text in texts.items()}
-
-
-__all__ = [
-    "COMPENSATIONS",
-    "LOSSES",
-    "ROUTERS",
-    "SELECTIONS",
-    "TARGETS",
-    "Compensation",
-    "Context",
-    "Router",
-    "Selection",
-    "choose",
-    "expert_norms",
-]

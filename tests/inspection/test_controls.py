@@ -30,7 +30,7 @@ from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.models.locate import read_mlp, sites
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from moefy.data.corpus import Batch
 from moefy.errors import UnsupportedModel
 from moefy.evaluation.outputs import Outputs, run_outputs
 from moefy.experts.loading import moefied
-from moefy.experts.offload import StoredMlp, stored_names
 from moefy.experts.passes import inputs_of
+from moefy.experts.placement import StoredMlp, stored_names
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ from moefy.models.config import read_config
 from moefy.models.library import find_hidden, hidden_of
 from moefy.models.locate import Site, meta_model, sites
 from moefy.run.computing import now
-from moefy.run.memory import give_back
+from moefy.run.machine import give_back
 
 SLICE = 16384
 """Rows of the output embedding that are in memory at a time."""

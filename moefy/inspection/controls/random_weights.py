@@ -39,8 +39,8 @@ from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
-from moefy.run.provenance import versions
-from moefy.run.stages import Stages
+from moefy.run.machine import versions
+from moefy.run.output import Stages
 
 CONTROLS = ("permuted", "reinitialised")
 P = 0.05

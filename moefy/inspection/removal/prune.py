@@ -37,7 +37,7 @@ from moefy.inspection.removal.summary import card, draw
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.job import Job
-from moefy.run.provenance import machine
+from moefy.run.machine import machine
 from moefy.run.tables import NO_PLOTS, has_plots
 
 TOKENS = 20_000
