@@ -26,7 +26,8 @@ from moefy.conversion.convert import convert
 from moefy.conversion.plan import plan
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import load, override
-from moefy.run.machine import machine, peak_memory, versions
+from moefy.run.computing import machine, versions
+from moefy.run.memory import peak_memory
 
 RECORD = Path("benchmarks/records/memory.json")
 WITHIN, BEYOND = 0.25, 1e9

@@ -54,7 +54,7 @@ from moefy.methods.targets import TARGETS
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
-from moefy.run.machine import versions
+from moefy.run.computing import versions
 
 EXPERTS, SHARED, ACTIVE = 16, 2, 2
 DEMO = Path(moefy.__file__).parent / "demo"

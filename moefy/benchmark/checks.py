@@ -51,7 +51,7 @@ from moefy.experts.placement import present
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.models.mlp import DenseMlp, activation_function
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 SLACK = 4.0
 """Times the expected error that is still rounding."""

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from moefy.evaluation.statistics import ends, resampled
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.models.locate import sites
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 
 def union(mask_TE: Tensor) -> float:

@@ -27,7 +27,7 @@ from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp
 from moefy.run.computing import now
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 COPIES = 4
 """Layers that take turns."""

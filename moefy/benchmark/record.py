@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moefy.benchmark.costs import WARMUP, Seconds, percentiles, speedup
-from moefy.run.machine import machine
+from moefy.run.computing import machine
 
 
 @dataclass(frozen=True)

@@ -493,7 +493,7 @@ def env() -> Shown:
     import platform
 
     from moefy.models.library import ROWS, moved
-    from moefy.run.machine import machine
+    from moefy.run.computing import machine
     from moefy.run.tables import terminal
 
     found = {"python": platform.python_version(), **machine(), "moved": moved()}

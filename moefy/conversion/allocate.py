@@ -47,7 +47,7 @@ from moefy.methods.budget import Table, greedy, solve
 from moefy.methods.compensations import missing
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
-from moefy.run.machine import free_memory, give_back
+from moefy.run.memory import free_memory, give_back
 
 FACTORS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.2, 3.2)
 """Candidate densities of a layer, over the mean density."""

@@ -50,9 +50,9 @@ from moefy.models.locate import Site, read_mlp
 from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
-from moefy.run.computing import asked, now
+from moefy.run.computing import asked, machine, now
 from moefy.run.job import Job
-from moefy.run.machine import free_memory, give_back, machine, map_large_blocks, peak_memory
+from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
 from moefy.run.output import write_whole
 from moefy.run.processes import launched
 

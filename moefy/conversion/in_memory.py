@@ -22,7 +22,7 @@ from moefy.methods.partition import Partition
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, Site, read_mlp
 from moefy.models.mlp import DenseMlp, HeadOutputs
-from moefy.run.machine import give_back
+from moefy.run.memory import give_back
 
 
 def in_memory(task: Conversion) -> tuple[PreTrainedModel, Converted]:

@@ -25,7 +25,7 @@ from moefy.evaluation.outputs import Outputs, run_outputs
 from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.locate import Site, side_of
-from moefy.run.machine import give_back
+from moefy.run.memory import give_back
 
 
 def sensitivities(

@@ -27,9 +27,9 @@ from moefy.models.config import read_config
 from moefy.models.heads import HeadSite
 from moefy.models.locate import Site, disk_names, meta_model
 from moefy.recipe import Recipe
+from moefy.run.computing import versions
 from moefy.run.console import Reporter
 from moefy.run.job import Clock
-from moefy.run.machine import versions
 from moefy.run.output import Stages
 from moefy.run.processes import ALONE, Processes
 

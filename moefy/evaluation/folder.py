@@ -26,7 +26,7 @@ from moefy.models.locate import sites
 from moefy.recipe import Recipe, from_dict
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.machine import peak_memory
+from moefy.run.memory import peak_memory
 
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""

@@ -23,7 +23,7 @@ from moefy.experts.sparse_mlp import SparseMlp
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site, disk_names, read_mlp
 from moefy.run.computing import now
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 
 def placement(checkpoint: Checkpoint | None = None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 _ROUTING = {
     "share_token": "share of the bits of routing that the token alone explains",

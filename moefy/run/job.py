@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moefy.run.computing import now
+from moefy.run.computing import now, read_and_written, versions
 from moefy.run.console import Reporter
-from moefy.run.machine import peak_memory, read_and_written, versions
+from moefy.run.memory import peak_memory
 from moefy.run.output import OutputFolder, Stages, digest
 from moefy.run.processes import ALONE, Processes
 

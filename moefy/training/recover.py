@@ -29,9 +29,8 @@ from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefac
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.job import Job
-from moefy.run.machine import machine
 from moefy.run.processes import launched
 from moefy.training.curves import keep_log, stopped
 from moefy.training.held_out import RecoveryCheck

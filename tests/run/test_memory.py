@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moefy.run.machine import peak_memory
+from moefy.run.memory import peak_memory
 
 ROOT = Path(__file__).parents[2]
-CODE = "from moefy.run.machine import peak_memory; {}; print(peak_memory())"
+CODE = "from moefy.run.memory import peak_memory; {}; print(peak_memory())"
 
 
 def peak_of(statement: str) -> int:

@@ -32,7 +32,7 @@ from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.tables import COMPENSATIONS, SELECTIONS
 from moefy.models.mlp import DenseMlp
 from moefy.run.computing import now
-from moefy.run.machine import free_memory
+from moefy.run.memory import free_memory
 
 PACKAGE = "llama_cpp"
 

@@ -39,7 +39,7 @@ from moefy.models.config import read_config
 from moefy.models.library import find_hidden, hidden_of
 from moefy.models.locate import Site, meta_model, sites
 from moefy.run.computing import now
-from moefy.run.machine import give_back
+from moefy.run.memory import give_back
 
 SLICE = 16384
 """Rows of the output embedding that are in memory at a time."""

@@ -38,8 +38,8 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import from_dict
+from moefy.run.computing import versions
 from moefy.run.console import Reporter
-from moefy.run.machine import versions
 from moefy.run.output import Stages
 
 CONTROLS = ("permuted", "reinitialised")
