@@ -58,7 +58,10 @@ class LayerTokens:
     def some(self, most: int) -> "LayerTokens":
         """At most so many, evenly spaced: a sample stands in the order of its documents' lengths."""
         step = -(-len(self.mlp_TD) // most)
-        return replace(self, mlp_TD=self.mlp_TD[::step], router_TD=self.router_TD[::step])
+        hidden_TN = None if self.hidden_TN is None else self.hidden_TN[::step]
+        return replace(
+            self, mlp_TD=self.mlp_TD[::step], router_TD=self.router_TD[::step], hidden_TN=hidden_TN
+        )
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Both in fp32, a thousand tokens at a time."""

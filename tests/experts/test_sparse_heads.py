@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, DynamicCache
 
 import moefy
-from moefy.conversion.fit import LayerTokens, fit_router
+from moefy.conversion.fit import MEASURED, LayerTokens, fit_router
 from moefy.conversion.plan import describe, plan
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
@@ -417,6 +417,22 @@ def test_a_router_learns_which_heads_a_token_needs():
         )  # fmt: skip
         captured[name] = fit.captured
     assert captured["linear"] > 0.9 and captured["random"] < 0.7
+
+
+def test_a_router_that_is_not_fitted_is_measured_on_every_so_many_held_out_tokens():
+    g = torch.Generator().manual_seed(0)
+    x, z, output = (
+        torch.randn(n, m, generator=g) for n, m in ((3 * MEASURED, 16), (3 * MEASURED, 8), (8, 16))
+    )
+    heads, router = HeadOutputs.behind(output), ROUTERS["random"].make(16, 4, 0, {"hidden": 0})
+    router.initialise(HeadOutputs.behind(output, z), x, heads)
+    fits = [
+        fit_router(
+            router, heads, held, held, experts=4, k=2, recipe=RouterRecipe(), seed=0
+        )
+        for held in (LayerTokens(x, x, z), LayerTokens(x[::3], x[::3], z[::3]))
+    ]  # fmt: skip
+    assert fits[0] == fits[1] and fits[0].epochs == 0
 
 
 def test_static_scores_are_those_of_the_heads_that_were_seen():

@@ -267,6 +267,16 @@ def test_the_slope_is_that_of_the_law_whatever_a_few_sets_do():
     assert slope == 1.0 and np.isnan(error)
 
 
+@pytest.mark.parametrize("harmless", [0, 2, 4, 10, 14, 20])
+def test_a_slope_has_no_error_where_many_sets_raise_no_loss(harmless):
+    random = np.random.default_rng(3)
+    energy_S = random.lognormal(0, 0.6, 20)
+    increase_S = energy_S**0.5 * random.lognormal(0, 0.1, 20)
+    increase_S[random.permutation(20)[:harmless]] = -1e-6
+    error = energy_slope(increase_S, energy_S)[1]
+    assert error < 0.3 if harmless <= 2 else np.isnan(error)
+
+
 def test_matrix_is_the_mean_over_documents_of_means_over_tokens():
     random = np.random.default_rng(5)
     docs = [Document(DOMAINS[i % 3], str(i), ids=(i, 1)) for i in range(36)]

@@ -149,8 +149,8 @@ def energy_slope(increase_S: Floats, energy_S: Floats) -> tuple[float, float]:
     The median of the slopes of log increase between all pairs of sets, weighted by how far their log
     energies lie apart (Jaeckel 1972; Sievers 1978): what a few sets do does not move it. A set that
     raises no loss counts as less than any other: the slope to it has no end, which a median bears.
-    The error is half of what the middle 68 % of the resamples of sets span. Without two
-    sets to compare s is 1, and the error NaN.
+    The error is half of what the middle 68 % of the resamples of sets span: NaN where that has no end,
+    since too many sets raise no loss. Without two sets to compare s is 1, and the error NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         x_S, y_S = np.log(energy_S), np.log(np.maximum(increase_S, 0.0))
@@ -168,9 +168,11 @@ def energy_slope(increase_S: Floats, energy_S: Floats) -> tuple[float, float]:
         return float(slope[np.searchsorted(reached_P, reached_P[-1] / 2).clip(max=len(slope) - 1)])
 
     estimate = median(np.ones(len(x_S)))
-    drawn_R = np.clip([median(times_S) for times_S in resamples(len(x_S), 16)], -1e9, 1e9)
-    low, high = ends(estimate, drawn_R, level=0.68)
-    return min(max(estimate, 0.0), 1.0), float((high - low) / 2)
+    drawn_R = np.array([median(times_S) for times_S in resamples(len(x_S), 16)])
+    with np.errstate(invalid="ignore"):
+        low, high = ends(estimate, drawn_R, level=0.68)
+        error = float((high - low) / 2)
+    return min(max(estimate, 0.0), 1.0), error if np.isfinite(error) else np.nan
 
 
 @dataclass(frozen=True)
