@@ -40,7 +40,7 @@ from moefy.evaluation.outputs import (
 )
 from moefy.experts.loading import moefied, with_routing_of
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.methods.partition.partition import Partition
+from moefy.methods.partition import Partition
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, Site, read_mlp
 from moefy.models.mlp import DenseMlp, HeadOutputs

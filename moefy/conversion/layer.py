@@ -36,7 +36,7 @@ from moefy.errors import MoefyError
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.passes import listen, walk
 from moefy.methods.base import stored
-from moefy.methods.partition.partition import Partition, partition
+from moefy.methods.partition import Partition, partition
 from moefy.methods.tables import SELECTIONS, choose
 from moefy.models.artefact import Entry, HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite

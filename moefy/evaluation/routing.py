@@ -23,7 +23,7 @@ from moefy.experts.passes import Heard
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
 
