@@ -183,12 +183,12 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[5])
 import test_recover as t
 from moefy.training import loop
-die, add = int(sys.argv[3]), loop._Log.add
+die, add = int(sys.argv[3]), loop.Log.add
 def add_or_die(self, row):
     add(self, row)
     if row["step"] == die and os.environ.get("RANK", "0") == sys.argv[4]:
         os.kill(os.getpid(), signal.SIGKILL)
-loop._Log.add = add_or_die
+loop.Log.add = add_or_die
 t.run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 """
 

@@ -121,7 +121,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     run(source, tmp_path / "whole")
     from moefy.training import loop
 
-    add = loop._Log.add
+    add = loop.Log.add
 
     def interrupted(self: Any, row: dict[str, Any]) -> None:
         add(self, row)
@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Log, "add", interrupted)
+        patch.setattr(loop.Log, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
