@@ -27,12 +27,20 @@ from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.inspection.causal import causal
 from moefy.inspection.causal.attribution import attribution
 from moefy.inspection.causal.documents import draw
-from moefy.inspection.causal.effects import neurons_of, of_layer, of_sets
-from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
-from moefy.inspection.causal.loss_increase import Reference
+from moefy.inspection.causal.engine import (
+    AFTER,
+    DENSE,
+    MOEFIED,
+    WHOLE,
+    WITHIN,
+    Engine,
+    neurons_of,
+    of_layer,
+    of_sets,
+)
 from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
 from moefy.inspection.causal.sufficiency import interactions, sufficiency
-from moefy.inspection.causal.token_losses import dense_against_moefied, token_losses
+from moefy.inspection.causal.token_losses import Reference, dense_against_moefied, token_losses
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 from moefy.models.checkpoint import Checkpoint

@@ -29,7 +29,7 @@ from moefy.errors import CorpusError
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
 from moefy.experts.placement import running_dtype
-from moefy.inspection.controls.corpora import figures
+from moefy.inspection.controls import figures
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, rows, table
 from moefy.methods.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_order
