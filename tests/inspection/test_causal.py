@@ -445,7 +445,9 @@ def test_tables_of_a_decoder_are_whole(made):
         assert 0 < row["kl"] <= row["kl_p99"]
         assert 0 <= row["percentile"] <= 100 and 0 < row["p"] <= row["q"] <= 1
         assert row["null_sets"] == 20 and row["null_energy_low"] <= row["null_energy_high"]
-        assert 0 <= row["null_slope"] <= 1 and row["null_slope_error"] > 0
+        assert 0 <= row["null_slope"] <= 1
+        # Too many sets of a tiny random model raise no loss for an error to be there.
+        assert row["null_slope_error"] is None or 0 < row["null_slope_error"] < 10
         others = [r["ce"] for r in main if r["layer"] == row["layer"] and
                   r["expert"] == row["expert"] and r["domain"] != row["domain"]]  # fmt: skip
         assert row["csi"] == pytest.approx(row["ce"] - np.mean(others), rel=1e-3, abs=1e-6)
