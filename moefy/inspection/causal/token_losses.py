@@ -47,7 +47,7 @@ from moefy.evaluation.outputs import (
     per_position,
     run_outputs,
 )
-from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
+from moefy.evaluation.statistics import Floats, Interval, ratio_interval, summed, units
 from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.account.observe import tokens_of
@@ -246,11 +246,11 @@ def _outputs(which: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
 def _means(losses: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
     """Mean difference and KL over the tokens of every cell, with intervals over documents."""
     documents = len(reading.documents)
-    tokens_QC = _by_document(mark_JC.astype(float), losses.tokens.document_T, documents)
+    tokens_QC = summed(mark_JC.astype(float), losses.tokens.document_T, documents)
     unit_Q = units(reading.documents, tokens_QC.sum(1) > 0)
 
     def interval(values_J: Floats) -> Interval:
-        top_QC = _by_document(mark_JC * values_J[:, None], losses.tokens.document_T, documents)
+        top_QC = summed(mark_JC * values_J[:, None], losses.tokens.document_T, documents)
         return ratio_interval(top_QC, tokens_QC, unit_Q)
 
     losses_C = (mark_JC * losses.delta_J.clip(0)[:, None]).sum(0)
@@ -268,19 +268,11 @@ def _means(losses: Differences, mark_JC: NDArray[np.bool_], reading: Reading) ->
     )
 
 
-def _by_document(values_JC: Floats, document_J: NDArray[np.int64], documents: int) -> Floats:
-    sums_QC = np.zeros((documents, values_JC.shape[1]))
-    np.add.at(sums_QC, document_J, values_JC)
-    return sums_QC
-
-
 def _tails(losses: Differences, reading: Reading, shown: int) -> Table:
     """The tokens that lose most and those that gain most, one of each document."""
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in ("tail", "rank", "document", "domain", "position", "token", "next", "delta",
-                     "p_base", "p_other", "kl")
-    }  # fmt: skip
+    names = ("tail", "rank", "document", "domain", "position", "token", "next", "delta", "p_base",
+             "p_other", "kl")  # fmt: skip
+    found: list[tuple[Any, ...]] = []
     tokens = losses.tokens
     for name, sign in (("loses", -1.0), ("gains", 1.0)):
         order_J = np.argsort(sign * losses.delta_J, kind="stable")
@@ -289,15 +281,13 @@ def _tails(losses: Differences, reading: Reading, shown: int) -> Table:
             if sign * losses.delta_J[j] >= -_ROUNDING:
                 break
             number = int(tokens.document_T[j])
-            row = (
+            found.append((
                 name, rank, number, reading.documents.documents[number].domain,
                 int(tokens.position_T[j]), int(tokens.ids_T[j]), int(tokens.target_T[j]),
                 float(losses.delta_J[j]), math.exp(losses.log_p_J[j]),
                 math.exp(min(0.0, losses.log_p_J[j] - losses.delta_J[j])), float(losses.kl_J[j]),
-            )  # fmt: skip
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
-    return table(columns)
+            ))  # fmt: skip
+    return {name: [row[column] for row in found] for column, name in enumerate(names)}
 
 
 def _concentration(measured: Differences) -> Table:

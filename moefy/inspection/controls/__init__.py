@@ -76,13 +76,12 @@ def replication(
         for figure in figures(made[first]):
             if figure in made[second]:
                 rows += _correlations(made[first], made[second], figure, (first, second))
-    names = ("figure", "layer", "text_a", "text_b", "experts", "correlation", "p")
+    names = ("figure", "layer", "text_a", "text_b", "experts")
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in names}
-    q = q_values(np.array(columns["p"], dtype=float))
     for name in ("correlation", "p"):
-        columns[name] = np.array(columns[name], dtype=float)
-    columns["q"] = q
-    columns["replicates"] = [None if np.isnan(value) else bool(value < Q) for value in q]
+        columns[name] = np.array([row[name] for row in rows], dtype=float)
+    columns["q"] = q_values(columns["p"])
+    columns["replicates"] = [None if np.isnan(q) else bool(q < Q) for q in columns["q"]]
     return {"replication": table(columns)}
 
 
