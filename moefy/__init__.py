@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moefy.inspection.diff import diff as diff
     from moefy.inspection.inspect import inspect as inspect
     from moefy.inspection.record import Inspection as Inspection
-    from moefy.inspection.removal import prune as prune
+    from moefy.inspection.removal.prune import prune as prune
     from moefy.methods.base import Compensation as Compensation
     from moefy.methods.base import Router as Router
     from moefy.methods.base import Selection as Selection
@@ -58,7 +58,7 @@ _HOME = {
     "MoefyError": "moefy.errors",
     "native_linears": "moefy.experts.backends.cpu",
     "open_model": "moefy.experts.loading",
-    "prune": "moefy.inspection.removal",
+    "prune": "moefy.inspection.removal.prune",
     "recover": "moefy.training.recover",
     "Recipe": "moefy.recipe",
     "RecoverRecipe": "moefy.training.recipe",

@@ -275,7 +275,7 @@ def prune(
 
     Example: moefy prune ./llama-moefied ./llama-no-code --forget python_code
     """
-    from moefy.inspection.removal import prune as run
+    from moefy.inspection.removal.prune import prune as run
     from moefy.inspection.removal.summary import control_rows, curve_rows, lines
     from moefy.run.tables import terminal
 
