@@ -26,7 +26,7 @@ from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Base, Engine, means
 from moefy.inspection.causal.matrix import Matrix, cells
 from moefy.inspection.texts.table import Table, table
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.run.console import Reporter
 
 GRADIENT, ENERGY = "gradient", "energy"

@@ -35,10 +35,9 @@ from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
 from moefy.inspection.removal.relearning import relearning
 from moefy.inspection.removal.sets import CONTROLS, ENERGY, Removal, ranked
 from moefy.inspection.removal.summary import card, draw
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
 from moefy.run.job import Job
-from moefy.run.provenance import machine
 from moefy.run.tables import NO_PLOTS, has_plots
 
 TOKENS = 20_000
