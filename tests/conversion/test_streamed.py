@@ -14,7 +14,7 @@ from tiny_models import FAMILIES_TINY, SEARCHED_TINY, build, tiny_model
 
 import moefy
 from moefy.conversion import streamed as streaming
-from moefy.conversion.streamed import first_pass
+from moefy.conversion.streamed import passes
 from moefy.conversion.streamed.layerwise import LayerwiseModel, require_a_chain
 from moefy.conversion.task import Conversion
 from moefy.data.corpus import load_corpus
@@ -189,7 +189,7 @@ def test_what_follows_the_experts_differs_from_what_follows_dense_layers(tmp_pat
 def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch):
     source = build(name, tmp_path / "source")
     read, written = [], []
-    plain, put = Checkpoint.read, first_pass.overwrite
+    plain, put = Checkpoint.read, passes.overwrite
 
     def reading(self, key):
         if self.folder == source:
@@ -201,7 +201,7 @@ def test_every_tensor_is_read_once_and_written_once(name, tmp_path, monkeypatch)
         put(tensor, value)
 
     monkeypatch.setattr(Checkpoint, "read", reading)
-    monkeypatch.setattr(first_pass, "overwrite", writing)
+    monkeypatch.setattr(passes, "overwrite", writing)
     convert_tiny(name, source, tmp_path / "out", stream=True)
     tensors = Checkpoint.open(source).tensors
     layers = [key for key in read if ".layers." in key]
@@ -285,7 +285,7 @@ def test_a_shard_that_goes_missing_meanwhile(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
     source = build("llama", tmp_path / "source")
     convert_tiny("llama", source, tmp_path / "whole", stream=True)
-    put, count = first_pass.overwrite, []
+    put, count = passes.overwrite, []
 
     def full(*args):
         count.append(1)
@@ -293,10 +293,10 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         put(*args)
 
-    monkeypatch.setattr(first_pass, "overwrite", full)
+    monkeypatch.setattr(passes, "overwrite", full)
     with pytest.raises(MoefyError, match=r"disk is full.*--resume"):
         convert_tiny("llama", source, tmp_path / "out", stream=True)
-    monkeypatch.setattr(first_pass, "overwrite", put)
+    monkeypatch.setattr(passes, "overwrite", put)
     convert_tiny("llama", source, tmp_path / "out", stream=True, resume=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
