@@ -8,7 +8,7 @@ random partitions, other texts                 how all that compares, with `cont
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moefy.inspection.account.observe import observe
+from moefy.inspection.account import observe
 from moefy.inspection.controls.random_partition import RandomPartitions
 from moefy.inspection.experts import Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.concepts import Predictivity
@@ -16,8 +16,8 @@ from moefy.inspection.experts.direct import DirectEffects, Spectrum
 from moefy.inspection.experts.examples import Examples
 from moefy.inspection.experts.near_duplicates import NearDuplicates
 from moefy.inspection.part import Pass, PassPart, gather
+from moefy.inspection.record import Table
 from moefy.inspection.routing.statistics import Routing
-from moefy.inspection.texts.table import Table
 
 PARTS: dict[str, Callable[[Pass], PassPart[Any]]] = {
     "contributions": Contributions,

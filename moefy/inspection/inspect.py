@@ -31,11 +31,9 @@ from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
 from moefy.inspection.part import Pass
 from moefy.inspection.quality import quality_summary
-from moefy.inspection.record import Inspection
+from moefy.inspection.record import Inspection, Table
 from moefy.inspection.report import Report
-from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
-from moefy.inspection.texts.reading import TOKENS, Reading, read
-from moefy.inspection.texts.table import Table
+from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory

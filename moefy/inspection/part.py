@@ -36,10 +36,9 @@ from transformers import PreTrainedModel
 from moefy.data.documents import Documents, Ints
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.inspection.account import Ledger
-from moefy.inspection.account.observe import Unembedding, find_unembedding
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined
+from moefy.inspection.account import Ledger, Unembedding, find_unembedding
+from moefy.inspection.record import Table, joined
+from moefy.inspection.texts import Reading
 from moefy.inspection.texts.tokens import Tokens
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes

@@ -39,9 +39,9 @@ from moefy.experts.moefied import of
 from moefy.experts.offload import device_of
 from moefy.experts.placement import memory_of
 from moefy.experts.sparse_mlp import all_experts
+from moefy.inspection.record import Table
 from moefy.inspection.routing import drawn_documents
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table
+from moefy.inspection.texts import Reading
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.memory import free_memory

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import Inspection, rows
 from moefy.run.tables import number
 
 STRONGEST = 10

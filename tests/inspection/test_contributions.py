@@ -18,9 +18,8 @@ from moefy.errors import MoefyError
 from moefy.inspection.experts import ERROR, Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples
 from moefy.inspection.part import Blocks
-from moefy.inspection.texts import context, spans_of
-from moefy.inspection.texts.reading import Reading, read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import Reading, context, read, spans_of
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
 SETTINGS = {

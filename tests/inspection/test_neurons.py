@@ -18,8 +18,8 @@ from moefy.inspection.account import bare
 from moefy.inspection.experts.concepts import BINS, Counts, Predictivity, enrichment
 from moefy.inspection.experts.near_duplicates import neuron_families, neuron_rows
 from moefy.inspection.part import SeenDocuments, Sum
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 from moefy.inspection.texts.tokens import CLASSES, classes_of, token_classes
 from moefy.models.mlp import DenseMlp
 

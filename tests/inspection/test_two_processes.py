@@ -19,7 +19,7 @@ from moefy.inspection.describe import PARTS, listened, merged
 from moefy.inspection.experts.examples import Best, Records
 from moefy.inspection.part import Pass, gather
 from moefy.inspection.routing import RoutingSampler, drawn_documents
-from moefy.inspection.texts.reading import read
+from moefy.inspection.texts import read
 from moefy.run.processes import Processes
 
 CODE = """

@@ -3,7 +3,7 @@
     logit[v] - mean logit = embedding + attention of all layers + all experts + biases + error + constant
 
 where the term of the error is what the experts that are off would have added, with its sign turned:
-it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account.observe`). The terms
+it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account`). The terms
 are measured where they arise: attention at its output projection, experts from the ledger of their
 layer. That they add up to the logit the model gives is checked; where they do not, because the model
 adds something in another way, the account is refused with the reason and the shares are given all the
@@ -29,11 +29,9 @@ from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import first_choices, per_position, run_outputs
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account import Ledger
-from moefy.inspection.account.observe import Unembedding, find_unembedding, observe
-from moefy.inspection.texts import _of_ids, _rising
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, rows, table
+from moefy.inspection.account import Ledger, Unembedding, find_unembedding, observe
+from moefy.inspection.record import Table, joined, rows, table
+from moefy.inspection.texts import Reading, _of_ids, _rising
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
 

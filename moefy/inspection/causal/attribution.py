@@ -26,7 +26,7 @@ from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.effects import means
 from moefy.inspection.causal.engine import Base, Engine
 from moefy.inspection.causal.matrix import Matrix
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Table, table
 from moefy.methods.tables import expert_norms
 from moefy.run.console import Reporter
 

@@ -40,7 +40,7 @@ from moefy.inspection.causal.effects import Effects, means
 from moefy.inspection.causal.engine import Pair
 from moefy.inspection.causal.loss_increase import COSINE, NATS
 from moefy.inspection.causal.nulls import AgainstNull, RandomSets, against_null
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Table, table
 
 
 @dataclass(frozen=True)

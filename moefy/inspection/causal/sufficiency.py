@@ -21,7 +21,7 @@ from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
 from moefy.inspection.causal.effects import Effects, means, of_experts, of_sets
 from moefy.inspection.causal.engine import Engine, Pair
 from moefy.inspection.causal.matrix import intervals
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.record import Table, joined, table
 from moefy.run.console import Reporter
 
 SHARES = (0.125, 0.25, 0.5)

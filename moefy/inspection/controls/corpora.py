@@ -17,8 +17,8 @@ from scipy import stats
 
 from moefy.data.documents import Documents
 from moefy.evaluation.statistics import q_values, units
+from moefy.inspection.record import Table, table
 from moefy.inspection.routing import RoutingSample, drawn_documents
-from moefy.inspection.texts.table import Table, table
 
 Q = 0.05
 TOKENS = 60_000

@@ -27,8 +27,8 @@ from moefy.conversion.capture import Captured, capture
 from moefy.data.corpus import Batch, make_batches
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
+from moefy.inspection.texts import Reading
 from moefy.methods.partition.partition import partition
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter

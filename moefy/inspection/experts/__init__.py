@@ -24,7 +24,7 @@ from moefy.evaluation.router_quality import compare_with_oracle
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import BlockSums, Largest, Pass, PassPart, SeenDocuments, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import uniforms
 
 ERROR = -1

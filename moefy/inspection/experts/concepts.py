@@ -29,7 +29,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Pass, PassPart, SeenDocuments, State, Sum
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.record import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes, uniforms
 
 TOKENS = 20_000

@@ -29,7 +29,7 @@ from torch import Tensor
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account import Ledger, bare
 from moefy.inspection.part import BlockSums, Pass, PassPart, SeenDocuments, State, Sum
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import NONE, uniforms
 
 DIRECTIONS = 3

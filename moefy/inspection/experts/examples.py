@@ -27,7 +27,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
 KEPT = 50

@@ -22,7 +22,7 @@ from moefy.evaluation.statistics import Floats
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account import bare
 from moefy.inspection.part import PassPart, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.models.mlp import DenseMlp
 
 KEPT = 50

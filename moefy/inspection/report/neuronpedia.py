@@ -19,8 +19,7 @@ from typing import Any
 
 import moefy
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import Inspection, rows
 
 CREATOR = "moefy"
 SET = "moefy"

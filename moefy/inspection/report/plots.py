@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.errors import OutputError
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import Inspection, rows
 from moefy.run.tables import GRID, INK, SOFT, pyplot
 
 ABOVE, BELOW = "#1f6fb0", "#c8651b"

@@ -28,7 +28,7 @@ from scipy import stats
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.routing.frame import Doubles, Groups, RoutedLayer, RoutingFrame, Singles
+from moefy.inspection.routing import Doubles, Groups, RoutedLayer, RoutingFrame, Singles
 
 Columns = dict[str, Any]
 Layers = tuple[int, int]

@@ -43,7 +43,7 @@ from scipy import sparse
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import ratio_interval
-from moefy.inspection.routing.frame import (
+from moefy.inspection.routing import (
     Bools,
     Doubles,
     Groups,

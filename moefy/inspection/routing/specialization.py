@@ -22,8 +22,7 @@ from scipy import stats
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import LEVEL, ratio_interval
-from moefy.inspection.routing.explained import cross_fitted
-from moefy.inspection.routing.frame import (
+from moefy.inspection.routing import (
     MIN_COUNT,
     Bools,
     Doubles,
@@ -33,6 +32,7 @@ from moefy.inspection.routing.frame import (
     Singles,
     bin_edges,
 )
+from moefy.inspection.routing.explained import cross_fitted
 from moefy.inspection.texts.tokens import NONE
 
 Columns = dict[str, Any]

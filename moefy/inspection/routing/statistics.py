@@ -24,10 +24,21 @@ from transformers import PreTrainedModel
 from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.account.observe import observe
+from moefy.inspection.account import observe
 from moefy.inspection.controls.corpora import replication
 from moefy.inspection.part import Pass
-from moefy.inspection.routing import RoutingSample, RoutingSampler, drawn_documents
+from moefy.inspection.record import Table, joined, table
+from moefy.inspection.routing import (
+    MANY_EXPERTS,
+    RoutedLayer,
+    RoutingFrame,
+    RoutingSample,
+    RoutingSampler,
+    Totals,
+    added,
+    drawn_documents,
+    ratio_columns,
+)
 from moefy.inspection.routing.coactivation import (
     FAR_TOKENS,
     Pairs,
@@ -37,14 +48,6 @@ from moefy.inspection.routing.coactivation import (
     within_layer,
 )
 from moefy.inspection.routing.explained import explained, lexical_router
-from moefy.inspection.routing.frame import (
-    MANY_EXPERTS,
-    RoutedLayer,
-    RoutingFrame,
-    Totals,
-    added,
-    ratio_columns,
-)
 from moefy.inspection.routing.specialization import (
     KINDS,
     SHOWN,
@@ -53,8 +56,7 @@ from moefy.inspection.routing.specialization import (
     token_lists,
     vocabulary_specialization,
 )
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.texts import Reading
 from moefy.run.console import Reporter
 
 TOKEN_ROWS = 400_000
