@@ -32,7 +32,9 @@ from moefy.inspection.describe import describe, merged
 from moefy.inspection.part import Pass
 from moefy.inspection.quality import quality_summary
 from moefy.inspection.record import Inspection, Table
-from moefy.inspection.report import Report
+from moefy.inspection.report import Report, write_report
+from moefy.inspection.report.neuronpedia import export_neuronpedia
+from moefy.inspection.report.plots import save_plots
 from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
@@ -57,15 +59,15 @@ class Inspected(Inspection):
     def save(self, folder: str | Path) -> Path:
         """Write `inspection.json` and `report.html` into a folder; returns what to open."""
         super().save(folder)
-        return Report(self).save(Path(folder) / REPORT, overwrite=True)
+        return write_report(self, Path(folder) / REPORT, overwrite=True)
 
     def save_plots(self, folder: str | Path) -> list[Path]:
         """PNG plots for papers; needs matplotlib."""
-        return Report(self).save_plots(folder)
+        return save_plots(self, folder)
 
     def export_neuronpedia(self, folder: str | Path) -> Path:
         """The experts in the format that Neuronpedia imports."""
-        return Report(self).export_neuronpedia(folder)
+        return export_neuronpedia(self, folder)
 
     def _repr_html_(self) -> str:
         return Report(self)._repr_html_()

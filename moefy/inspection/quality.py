@@ -107,21 +107,17 @@ def quality_summary(
     reading: Reading,
     tables: Mapping[str, Table],
     *,
-    bigram: Bigram | None = None,
-    tokens: int = TOKENS,
     seed: int = 0,
     report: Reporter | None = None,
 ) -> Entries:
     """The entries by name, as JSON values.
 
-    Quality is measured on about `tokens` tokens of the held-out shard of the reading, whole documents
-    drawn evenly. `bigram` is the baseline of language
-    models, fitted on none of its documents; left out, it is fitted on `other_text`. `tables` are those
-    of the inspection: what is missing there is None here.
+    Quality is measured on about `TOKENS` tokens of the held-out shard of the reading, whole documents
+    drawn evenly. The baseline of language models is a bigram fitted on `other_text`. `tables` are those of
+    the inspection: what is missing there is None here.
     """
-    held_out = _drawn(reading, tokens, seed)
-    if bigram is None and held_out[0].targets_BT is not None:
-        bigram = fit_bigram(model, reading)
+    held_out = _drawn(reading, TOKENS, seed)
+    bigram = None if held_out[0].targets_BT is None else fit_bigram(model, reading)
     record = evaluate(model, held_out, bigram=bigram, report=report, seed=seed)
     found = {**_quality(record), **_context(model, reading, seed)}
     found["perfect"] = perfect(model, held_out[0])

@@ -319,7 +319,7 @@ def test_a_document_in_two_chunks_has_one_record():
         norm_TE = np.array(norm)[:, None]
         chunk = Chunk(tokens, norm_TE, norm_TE, norm_TE, norm_TE > 0)
         kept.add(norm_TE, np.arange(2)[:, None], chunk)
-    records = kept.records
+    records = kept.total
     assert records.document_EN[0, :3].tolist() == [9, 7, 8]
     assert records.norm_EN[0, :3].tolist() == [9, 5, 4] and records.key_EN[0, 3] == -np.inf
     assert np.nan_to_num(records.window_ENW[0, 1], nan=-1).tolist() == [-1, 5, 2]

@@ -157,11 +157,11 @@ def test_of_equal_keys_the_first_token_stands_first():
         blank = {name: [[0.0, 0.0]] for name in ("norm_EN", "share_EN", "margin_EN", "ran_EN")}
         values = {"key_EN": [[5.0, 1.0]], "document_EN": [document], "position_EN": [[3, 4]]}
         arrays = {k: torch.tensor(v).numpy() for k, v in {**blank, **values}.items()}
-        return Records(**arrays, window_ENW=best.records.window_ENW)
+        return Records(**arrays, window_ENW=best.total.window_ENW)
 
-    best.records, other.records = records([7, 8]), records([2, 9])
-    best.merge(other.records)
-    assert best.records.document_EN.tolist() == [[2, 7]]
+    best.total, other.total = records([7, 8]), records([2, 9])
+    best.merge(other.total)
+    assert best.total.document_EN.tolist() == [[2, 7]]
 
 
 def arrays(part):

@@ -93,9 +93,9 @@ class Ledger:
         """Contribution norm `||y_e||` of every expert, run or not."""
         return expert_norms(self.h_TN, self.mlp.down_ND, self.experts)
 
-    def inner(self, direction_TD: Tensor) -> Tensor:
-        """`<y_e, direction>` of every expert and token `[T, E]`."""
-        along_TN = self.h_TN * (direction_TD @ self.mlp.down_ND.T)
+    def inner(self, direction_TD: Tensor, at: Tensor | slice = slice(None)) -> Tensor:
+        """`<y_e, direction>` of every expert and token `[T, E]`; with `at`, of these tokens."""
+        along_TN = self.h_TN[at] * (direction_TD @ self.mlp.down_ND.T)
         return along_TN.view(len(along_TN), self.experts, -1).sum(-1)
 
     @cached_property

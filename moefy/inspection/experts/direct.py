@@ -186,8 +186,7 @@ class DirectEffects(PassPart[_Effects]):
         target_J = torch.from_numpy(tokens.target_T[at_J]).to(self.unembedding.weight_VD.device)
         direction_JD = self.unembedding.directions(target_J).to(ledger.x_TD.device)
         index_J = ledger.here(at_J)
-        along_JN = ledger.h_TN[index_J] * (direction_JD @ ledger.mlp.down_ND.T)
-        effect_JE = along_JN.view(len(at_J), ledger.experts, -1).sum(-1)
+        effect_JE = ledger.inner(direction_JD, index_J)
         effect_JE = effect_JE / ledger.scale_T[index_J].float()[:, None]
         ran_JE = ledger.mask_TE[index_J]
         one_J1 = torch.ones_like(effect_JE[:, :1])
@@ -223,10 +222,8 @@ class DirectEffects(PassPart[_Effects]):
         return mean_ED.float()
 
     def _logits(self, layer: int) -> list[Table]:
-        found, (inverse_E, routed_E) = (
-            self.spectrum.directions(layer),
-            self.layers[layer].inverse.total,
-        )
+        found = self.spectrum.directions(layer)
+        inverse_E, routed_E = self.layers[layer].inverse.total
         inverse_E = inverse_E / routed_E.clamp_min(1)
         share_E = torch.full_like(routed_E, torch.nan)
         parts = [self._ends(layer, "mean", self.mean_difference(layer), share_E, routed_E)]

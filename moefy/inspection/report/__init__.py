@@ -98,18 +98,6 @@ class Report:
                 found[f"{name}.gz" if "." in name else f"{name}.json.gz"] = pack(block)
         return found
 
-    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """`write_report` of this inspection."""
-        return write_report(self.inspection, out, overwrite=overwrite)
-
-    def export_neuronpedia(self, folder: str | Path) -> Path:
-        """`moefy.inspection.report.neuronpedia.export_neuronpedia` of this inspection."""
-        return export_neuronpedia(self.inspection, folder)
-
-    def save_plots(self, folder: str | Path) -> list[Path]:
-        """`moefy.inspection.report.plots.save_plots` of this inspection."""
-        return save_plots(self.inspection, folder)
-
     def _repr_html_(self) -> str:
         # Sandboxed without `allow-same-origin`: neither page can touch the other.
         page = html.escape(self.html, quote=True)

@@ -12,9 +12,11 @@ Shapes: T tokens of the sample, Q documents with tokens, G units, E experts (the
 `RoutedLayer` the routed ones alone), C groups of tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from scipy import sparse
 
 from moefy.data.documents import Documents, Ints
 from moefy.errors import CorpusError
-from moefy.evaluation.statistics import ratio_interval, units
+from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Pass, PassPart, Runs, State
 from moefy.inspection.texts.tokens import Tokens
@@ -33,6 +35,7 @@ TOKENS = 200_000
 Bools = NDArray[np.bool_]
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Columns = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,16 @@ class RoutingSampler(PassPart[_Masks]):
         if not keep_T.any():
             return
         if ledger.layer == 0:
-            state.tokens.add(ledger.tokens.take(keep_T))
-        state.packed.add(np.packbits(ledger.mask_TE.cpu().numpy()[keep_T], axis=1))
+            state.tokens.merge([ledger.tokens.take(keep_T)])
+        state.packed.merge([np.packbits(ledger.mask_TE.cpu().numpy()[keep_T], axis=1)])
 
     def sample(self) -> RoutingSample:
         """What was collected, in the order of the documents."""
         layers = [self.layers[layer] for layer in sorted(self.layers)]
         found = RoutingSample(
             self.documents,
-            Tokens.join(layers[0].tokens.part),
-            [np.concatenate(state.packed.part) for state in layers],
+            Tokens.join(layers[0].tokens.total),
+            [np.concatenate(state.packed.total) for state in layers],
             [state.experts for state in layers],
             [state.shared for state in layers],
         )
@@ -176,6 +179,11 @@ class Groups:
         ends_C = np.concatenate([[0], np.cumsum(self.count_C)])
         return np.argsort(self.index_T, kind="stable"), ends_C
 
+    def members(self) -> Iterator[Ints]:
+        """Places of the tokens of every group, one group after the other."""
+        order_T, ends_C = self._order
+        return (order_T[start:end] for start, end in pairwise(ends_C))
+
     def first(self, values_T: Ints) -> Ints:
         """A value that all tokens of a group share `[C]`; 0 in groups without tokens."""
         found = np.zeros(self.size, dtype=np.int64)
@@ -242,6 +250,7 @@ class RoutingFrame:
         self.folds = min(FOLDS, self.units)
         self.fold_T = self._fold_Q()[document_T]
         self.domain = Groups(self.domain_Q[document_T], len(self.domains))
+        self.unit = Groups(self.unit_Q[document_T], self.units)
         self.token = Groups.of(tokens.ids_T)
         self.previous = Groups.of(tokens.previous_T)
         bin_T = position_bin(tokens.position_T)
@@ -269,9 +278,13 @@ class RoutingFrame:
         mask_TE = self.sample.mask(layer)[:, shared:].astype(np.float32)
         return RoutedLayer(layer, shared, mask_TE)
 
-    def by_document(self, values_TX: NDArray[np.floating]) -> Doubles:
+    def by_document(self, values_TX: NDArray[Any]) -> Doubles:
         """Sums over the tokens of every document `[Q, X]`, in fp64."""
         return np.asarray(self.document.sums(values_TX.astype(np.float64)))
+
+    def interval(self, top_QX: NDArray[Any], bottom_Q: NDArray[Any]) -> Interval:
+        """`sum top / sum bottom` over all documents with intervals; `bottom` may be `[Q, X]`."""
+        return ratio_interval(top_QX, bottom_Q, self.unit_Q, seed=self.seed)
 
     def shuffled(self, strata: Groups, random: np.random.Generator) -> Ints:
         """Places `[T]` of a shuffle of tokens within each stratum."""
@@ -320,6 +333,22 @@ Totals = dict[str, tuple[Doubles, Doubles]]
 """By name, what stands above and below the fraction line, for every document `[Q]`."""
 
 
+def over_running(
+    frame: RoutingFrame, routed: RoutedLayer, values_T: Mapping[str, NDArray[Any]]
+) -> Totals:
+    """Means over the tokens that run any expert of values over the number that they run."""
+    runs_T1, k_T = routed.active_T[:, None] > 0, np.maximum(routed.active_T, 1)
+    share_TX = np.stack([values / k_T for values in values_T.values()], axis=1)
+    top_QX = frame.by_document(share_TX * runs_T1)
+    bottom_Q = frame.by_document(runs_T1)[:, 0]
+    return {name: (top_QX[:, index], bottom_Q) for index, name in enumerate(values_T)}
+
+
+def stacked(parts: list[Columns]) -> Columns:
+    """The rows of several, as arrays."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def added(parts: list[Totals]) -> Totals:
     """The same figures over several layers."""
     found = {}
@@ -333,7 +362,7 @@ def ratio_columns(frame: RoutingFrame, totals: Totals) -> dict[str, Doubles]:
     """One row: every figure with its interval over documents."""
     top_QX = np.stack([top for top, _ in totals.values()], axis=1)
     bottom_QX = np.stack([bottom for _, bottom in totals.values()], axis=1)
-    interval = ratio_interval(top_QX, bottom_QX, frame.unit_Q, seed=frame.seed)
+    interval = frame.interval(top_QX, bottom_QX)
     return {
         key: values[index : index + 1]
         for index, name in enumerate(totals)
