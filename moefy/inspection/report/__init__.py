@@ -38,8 +38,6 @@ import numpy as np
 
 from moefy.errors import MoefyError, OutputError
 from moefy.inspection.record import Inspection, Table
-from moefy.inspection.report.neuronpedia import export_neuronpedia
-from moefy.inspection.report.plots import save_plots
 from moefy.run.output import write_whole
 
 LARGEST = 20 * 10**6
