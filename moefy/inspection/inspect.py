@@ -10,7 +10,7 @@ order. docs/inspection.md defines every column.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
-from moefy.run.processes import ALONE, Processes, launched
+from moefy.run.processes import ALONE, launched
 from moefy.run.provenance import machine, versions
 from moefy.run.stages import Stages
 
@@ -106,11 +106,11 @@ def inspect(
     Raises `MoefyError` for anything that is the user's to mend.
     """
     settings = InspectSettings(tokens, causal_tokens, mode, [*skip])
-    run = Inspecting.of(model, corpora, settings, out=out, seed=seed, quiet=quiet)
+    run = Inspecting(model, corpora, settings, out=out, seed=seed, quiet=quiet)
     parts = [run.described(), *run.controlled(), *run.ablated()]
     found = Inspected({}, {}, {})
     if run.processes.main:
-        found = run.result(merged(parts), prompts, command, out)
+        found = run.result(merged(parts), prompts, command)
     run.processes.wait()
     return found
 
@@ -136,24 +136,11 @@ class InspectSettings:
             )
 
 
-@dataclass
 class Inspecting:
-    """One call of `inspect`: what its parts share."""
+    """One call of `inspect`: what its parts share. It opens the model and reads the texts."""
 
-    model: PreTrainedModel
-    reading: Reading
-    corpora: Any
-    settings: InspectSettings
-    seed: int
-    report: Reporter
-    processes: Processes
-    stages: Stages
-    began: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: str | Path | PreTrainedModel,
         corpora: Any,
         settings: InspectSettings,
@@ -161,16 +148,16 @@ class Inspecting:
         out: str | Path | None,
         seed: int,
         quiet: bool,
-    ) -> "Inspecting":
-        """Open the model and read the texts."""
-        began, processes = time.perf_counter(), launched()
-        moefied = open_model(model, verify=True, dense=False)
-        reading = read(moefied, corpora, tokens=settings.tokens)
+    ) -> None:
+        self.began, self.processes = time.perf_counter(), launched()
+        self.corpora, self.settings, self.out, self.seed = corpora, settings, out, seed
+        self.model = open_model(model, verify=True, dense=False)
+        self.reading = read(self.model, corpora, tokens=settings.tokens)
         # A model in memory may have been changed since it was loaded: only folders have parts to keep.
-        work = Path(out) / WORK if out is not None and moefied is not model else None
-        stages = Stages(work, _decided_by(moefied, reading, seed), processes)
-        report = Reporter(quiet=quiet or not processes.main)
-        return cls(moefied, reading, corpora, settings, seed, report, processes, stages, began)
+        work = Path(out) / WORK if out is not None and self.model is not model else None
+        self.stages = Stages(work, _decided_by(self.model, self.reading, seed), self.processes)
+        self.report = Reporter(quiet=quiet or not self.processes.main)
+        self.seconds: dict[str, float] = {}
 
     def described(self) -> dict[str, Table]:
         """Descriptive tables, beside random partitions and other texts."""
@@ -214,11 +201,7 @@ class Inspecting:
             )  # fmt: skip
 
     def result(
-        self,
-        tables: dict[str, Table],
-        prompts: Sequence[str],
-        command: str | None,
-        out: str | Path | None,
+        self, tables: dict[str, Table], prompts: Sequence[str], command: str | None
     ) -> Inspected:
         """What the first process gives: the tables, the quality summary, texts, and prompts."""
         with self._clock("page one"):
@@ -238,7 +221,7 @@ class Inspecting:
             "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
             "peak_memory": peak_memory(),
         }
-        return inspected(self.reading, tables, about, judged, shown, out)
+        return inspected(self.reading, tables, about, judged, shown, self.out)
 
     def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
         return Pass(model, reading, self.seed, controls, self.report, self.processes)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.errors import CheckpointError, MoefyError, unknown_choice
+from moefy.errors import CheckpointError, MoefyError, OutputError, unknown_choice
 from moefy.run.output import write_whole
 from moefy.run.reading import reading
 
@@ -67,6 +67,9 @@ def _values(column: Any) -> list[Any]:
 
 FILE = "inspection.json"
 FORMAT = 1
+NOTHING = 255
+"""In a window of an example: no such token. Others are 0 (nothing) to 254 (`norm_max` of the expert, or
+more)."""
 
 
 @dataclass
@@ -147,8 +150,7 @@ class Inspection:
     def save(self, folder: str | Path) -> Path:
         """Write `inspection.json` into a folder; returns the file."""
         path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False))
+        write_file(path, json.dumps(self.to_dict(), ensure_ascii=False))
         return path
 
     @classmethod
@@ -169,6 +171,15 @@ class Inspection:
             )
         parts = ("meta", "honesty", "tables", "texts", "prompts")
         return cls(**{part: values[part] for part in parts})
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file whole, its folder made; raises `OutputError` where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from moefy.data.corpus import Document, Sample
 from moefy.data.documents import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
 from moefy.inspection.experts import ERROR, Contributions, RouterQualityOfExperts
-from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples
+from moefy.inspection.experts.examples import REACH, Best, Chunk, Examples
 from moefy.inspection.part import Blocks
-from moefy.inspection.record import rows
+from moefy.inspection.record import NOTHING, rows
 from moefy.inspection.texts import Reading, context, read, spans_of
 from moefy.inspection.texts.tokens import Tokens, uniforms
 

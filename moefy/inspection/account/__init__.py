@@ -154,17 +154,16 @@ class Unembedding:
 
     def scale(self, residual_TD: Tensor) -> Tensor:
         """sigma `[T]` of the final norm for these residual streams, in fp32."""
-        r_TD = residual_TD.float()
-        if self.centred:
-            r_TD = r_TD - r_TD.mean(1, keepdim=True)
-        return (r_TD.square().mean(1) + self.eps).sqrt()
+        return (self.centre(residual_TD.float()).square().mean(1) + self.eps).sqrt()
+
+    def centre(self, values_TD: Tensor) -> Tensor:
+        """Less their mean over channels, where the norm subtracts it."""
+        return values_TD - values_TD.mean(1, keepdim=True) if self.centred else values_TD
 
     def directions(self, tokens_T: Tensor | slice = slice(None)) -> Tensor:
         """For each of these tokens the direction `[., D]` whose inner product with `y_e` is sigma times
         the direct effect on its logit, the mean over the vocabulary taken off."""
-        rows = self.weight_VD[tokens_T].float() - self.mean_D
-        rows = rows * self.gamma_D
-        return rows - rows.mean(1, keepdim=True) if self.centred else rows
+        return self.centre((self.weight_VD[tokens_T].float() - self.mean_D) * self.gamma_D)
 
     @cached_property
     def mean_D(self) -> Tensor:
@@ -214,15 +213,12 @@ def find_unembedding(model: PreTrainedModel, ids_T: Tensor) -> Unembedding | Non
 def _matching(norm: nn.Module, r_TD: Tensor, out_TD: Tensor, weight: Tensor) -> Unembedding | None:
     gain = norm.get_parameter("weight").detach().float()
     bias = getattr(norm, "bias", None)
-    eps = float(
-        next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 0)
-    )
+    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0)))
     for gamma in (gain, 1 + gain):
         for centred in (True, False):
             found = Unembedding(gamma, centred, weight, norm, eps)
-            r = r_TD.float()
-            r = r - r.mean(1, keepdim=True) if centred else r
-            made = r * gamma / found.scale(r_TD)[:, None] + (0 if bias is None else bias.float())
+            made = found.centre(r_TD.float()) * gamma / found.scale(r_TD)[:, None]
+            made = made + (0 if bias is None else bias.float())
             error = (made - out_TD.float()).norm() / out_TD.float().norm()
             if error < _CLOSE * (10 if out_TD.dtype != torch.float32 else 1):
                 return found

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import IGNORED, Batch, Document, Sample
+from moefy.data.corpus import make_batches
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import first_choices, per_position, run_outputs
@@ -31,7 +31,7 @@ from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account import Ledger, Unembedding, find_unembedding, observe
 from moefy.inspection.record import Table, joined, rows, table
-from moefy.inspection.texts import Reading, _of_ids, _rising
+from moefy.inspection.texts import Reading, _of_ids, _rising, sample_of_ids
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
 
@@ -124,16 +124,9 @@ class _Account:
 
 
 def _reading(ids_T: Tensor, vocabulary: int) -> Reading:
-    targets_T = torch.cat([ids_T[1:], torch.tensor([IGNORED])])
-    document = Document("prompt", "prompt", ids=tuple(ids_T.tolist()))
-    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
-    batch = Batch(
-        [Sample(document, inputs, targets_T, 0)],
-        {name: value[None] for name, value in inputs.items()},
-        targets_T[None],
-    )
-    documents = Documents([document], [HELD_OUT], ["prompt"])
-    return Reading([batch], documents, None, "decoder", vocabulary, {})
+    batches = make_batches([sample_of_ids("prompt", ids_T)])
+    documents = Documents([batches[0].samples[0].document], [HELD_OUT], ["prompt"])
+    return Reading(batches, documents, None, "decoder", vocabulary, {})
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State
-from moefy.inspection.record import Table, joined, of_experts, table
+from moefy.inspection.record import NOTHING, Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
 KEPT = 50
@@ -40,8 +40,6 @@ LEAST_KEPT, LEAST_SAMPLE = 10, 100
 BINS = 10
 REACH = 24
 """Tokens to either side of an example whose norms are kept."""
-NOTHING = 255
-"""In a window: no such token. Others are 0 (nothing) to 254 (`norm_max` of the expert, or more)."""
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 LEAST = 20
 """Fewest tokens that quantiles are given for."""

@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 
 from moefy.errors import MoefyError, OutputError
-from moefy.inspection.record import Inspection, Table
-from moefy.run.output import write_whole
+from moefy.inspection.record import Inspection, Table, write_file
 
 LARGEST = 20 * 10**6
 """Most bytes of one file; what is larger becomes a folder."""
@@ -65,12 +64,12 @@ def write_report(inspection: Inspection, out: str | Path, *, overwrite: bool = F
     single = out.suffix == ".html"
     if single and len(report.html) <= LARGEST:
         _check(out, overwrite)
-        _write(out, report.html.encode("utf-8"))
+        write_file(out, report.html.encode("utf-8"))
         return out
     folder = out.with_suffix("") if single else out
     _check(folder / "index.html", overwrite)
     for name, content in report.folder().items():
-        _write(folder / name, content)
+        write_file(folder / name, content)
     return folder / "index.html"
 
 
@@ -140,14 +139,6 @@ def _sha(text: str) -> str:
 def _check(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: is in the way; give another name or overwrite")
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 FIRST = ("experts", "causal")

@@ -3,6 +3,7 @@
 Colours are told apart by colour-blind people and in grey; text is what the tables call things.
 """
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.errors import OutputError
-from moefy.inspection.record import Inspection, rows
+from moefy.inspection.record import Inspection, rows, write_file
 from moefy.run.tables import GRID, INK, SOFT, pyplot
 
 ABOVE, BELOW = "#1f6fb0", "#c8651b"
@@ -39,13 +39,10 @@ def save_plots(inspection: Inspection, folder: str | Path) -> list[Path]:
             figure = draw(inspection, plt)
             if figure is None:
                 continue
-            path = folder / f"{name}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
-            except OSError as error:
-                raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-            found.append(path)
+            png = io.BytesIO()
+            figure.savefig(png, dpi=200, facecolor="white", bbox_inches="tight")
+            found.append(folder / f"{name}.png")
+            write_file(found[-1], png.getvalue())
     return found
 
 

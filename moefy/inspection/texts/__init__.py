@@ -19,9 +19,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import Batch, Corpus, Sample, load_corpus
+from moefy.data.corpus import IGNORED, Batch, Corpus, Document, Sample, load_corpus
 from moefy.data.documents import HELD_OUT, SELECT, Documents, Ints
 from moefy.data.inputs import load_tokenizer, read_batches
 from moefy.data.shards import select_and_check
@@ -108,46 +110,40 @@ def read_texts(
     """`read` for any checkpoint, documents cut to `context` tokens; `artefact` says what must be left
     out because something was fitted on it."""
     named = corpora if isinstance(corpora, Mapping) else {None: corpora}
-    shards: dict[str, list[tuple[str, Corpus]]] = {SELECT: [], HELD_OUT: []}
+    shards = {shard: Corpus(shard, []) for shard in (SELECT, HELD_OUT)}
+    owner: dict[tuple[str, ...], str] = {}
     hashes = {}
     for given, source in named.items():
         corpus = load_corpus(source)
         name = given or corpus.name
         hashes[name] = corpus.sha256
         for shard, part in zip(shards, select_and_check(corpus, artefact), strict=True):
-            shards[shard].append((name, part))
-    each = {
-        shard: max(1, round(tokens * len_ / sum(map(_documents, shards.values()))))
-        for shard, len_ in ((shard, _documents(parts)) for shard, parts in shards.items())
-    }
+            shards[shard].documents.extend(part.documents)
+            owner |= {(shard, *_key(document)): name for document in part.documents}
+    known = sum(len(corpus.documents) for corpus in shards.values())
     batches: list[Batch] = []
-    labels: list[tuple[str, str]] = []
-    for shard, parts in shards.items():
-        owner = {doc: name for name, part in parts for doc in _keys(part)}
-        joined = Corpus(shard, [doc for _, part in parts for doc in part.documents])
-        found = read_batches(checkpoint, kind, joined, context, each[shard])
+    labels: list[str] = []
+    for shard, corpus in shards.items():
+        share = max(1, round(tokens * len(corpus.documents) / known))
+        found = read_batches(checkpoint, kind, corpus, context, share)
         batches += found
-        for batch in found:
-            labels += [(shard, owner[_key(s.document)]) for s in batch.samples]
-    documents = Documents(
-        [sample.document for batch in batches for sample in batch.samples],
-        [shard for shard, _ in labels],
-        [name for _, name in labels],
-    )
+        labels += [shard] * sum(len(batch.samples) for batch in found)
+    chosen = [sample.document for batch in batches for sample in batch.samples]
+    names = [owner[shard, *_key(doc)] for shard, doc in zip(labels, chosen, strict=True)]
+    documents = Documents(chosen, labels, names)
     vocabulary = read_config(checkpoint).get_text_config().vocab_size
     return Reading(batches, documents, load_tokenizer(checkpoint.folder), kind, vocabulary, hashes)
-
-
-def _documents(parts: list[tuple[str, Corpus]]) -> int:
-    return sum(len(part.documents) for _, part in parts)
 
 
 def _key(document: Any) -> tuple[str, str, str]:
     return document.domain, document.source_id, document.sha256
 
 
-def _keys(corpus: Corpus) -> list[tuple[str, str, str]]:
-    return [_key(doc) for doc in corpus.documents]
+def sample_of_ids(name: str, ids_T: Tensor) -> Sample:
+    """Token ids as if they had been read: a document of this domain and source without text."""
+    document = Document(name, name, ids=tuple(ids_T.tolist()))
+    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
+    return Sample(document, inputs, torch.cat([ids_T[1:], torch.tensor([IGNORED])]), 0)
 
 
 _LOST = "\ufffd"
