@@ -36,12 +36,11 @@ from moefy.inspection.report import Report, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
 from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine, versions
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
+from moefy.run.output import Stages
 from moefy.run.processes import ALONE, launched
-from moefy.run.provenance import machine, versions
-from moefy.run.stages import Stages
 
 OPTIONAL = ("controls", "causal")
 """What may be skipped."""

@@ -186,7 +186,7 @@ def test_the_formulas_of_state_are_what_listeners_hold(loaded):
     sizes = Sizes(
         layers=len(modules), width=module.weights.width, neurons=module.weights.neurons,
         experts=module.experts, shared=module.shared, tokens=len(parts["routing"].sample().tokens),
-        documents=len(reading.documents), blocks=len(parts["contributions"].blocks),
+        documents=len(reading.documents), blocks=len(parts["contributions"].work.blocks),
         concepts=len(parts["predictivity"].names),
     )  # fmt: skip
     want = state_bytes(sizes)

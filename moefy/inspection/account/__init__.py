@@ -41,7 +41,7 @@ from moefy.experts.passes import Heard, observing
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.inspection.texts import Reading
 from moefy.inspection.texts.tokens import NONE, Tokens
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 from moefy.run.console import Reporter
 

@@ -103,7 +103,7 @@ class Predictivity(PassPart[Counts]):
         super().__init__(work)
         reading, documents = work.reading, work.reading.documents
         self.classes = token_classes(reading.tokenizer, reading.vocabulary)
-        self.domain_Q, self.seed = documents.domain_Q, work.seed
+        self.domain_Q = documents.domain_Q
         self.names = [*documents.domains, *self.classes]
         self.kinds = ["domain"] * len(documents.domains) + ["class"] * len(self.classes)
         self.domains = len(documents.domains)
@@ -129,20 +129,19 @@ class Predictivity(PassPart[Counts]):
         """Count the scores of drawn tokens by concept, in either shard."""
         self.scales.hear(ledger)
         tokens = ledger.tokens
-        drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
+        drawn_T, later_T = uniforms(tokens, self.work.seed), tokens.position_T > 0
         for shard, here_Q in self.shard_Q.items():
             here_T = here_Q[tokens.document_T] & later_T & (drawn_T < self.share[shard])
             if here_T.any():
                 member_CT = self.members(tokens.take(here_T))
-                self._count(
-                    state.scores[shard], _scores(ledger, ledger.here(here_T)), member_CT, ledger
-                )
+                score_TN = _scores(ledger, ledger.here(here_T))
+                self._count(state.scores[shard], score_TN, member_CT, ledger.layer)
                 state.seen[shard].add(tokens.document_T[here_T], member_CT.T)
 
     def _count(
-        self, scores: Sum[NDArray[Any]], score_TN: Tensor, member_CT: Bools, ledger: Ledger
+        self, scores: Sum[NDArray[Any]], score_TN: Tensor, member_CT: Bools, layer: int
     ) -> None:
-        neurons, mean = score_TN.shape[1], self.scales.layers[ledger.layer].mean
+        neurons, mean = score_TN.shape[1], self.scales.layers[layer].mean
         assert mean is not None
         level_TN = score_TN.div_(mean).log2_().sub_(_LOWEST).mul_(_OCTAVE).clamp_(0, BINS - 1)
         first_N = torch.arange(neurons, device=score_TN.device) * BINS
@@ -161,7 +160,7 @@ class Predictivity(PassPart[Counts]):
 
     def tables(self) -> dict[str, Table]:
         """What `enrichment` finds."""
-        return enrichment(self, seed=self.seed)
+        return enrichment(self, seed=self.work.seed)
 
 
 TOP = 0.01

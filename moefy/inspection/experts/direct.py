@@ -142,7 +142,6 @@ class DirectEffects(PassPart[_Effects]):
 
     def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
         super().__init__(work)
-        self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.spectrum, self.depth = work.part(Spectrum), len(work.modules)
         self.unembedding = work.unembedding
         self.share = tokens / max(1, int(work.reading.tokens_Q.sum()))
@@ -157,8 +156,8 @@ class DirectEffects(PassPart[_Effects]):
             Sum(torch.zeros(2, ledger.mlp.neurons, dtype=f64)),
             Sum(torch.zeros(2, experts, dtype=f64)),
             Sum(torch.zeros((), dtype=f64)),
-            BlockSums(self.blocks, 3 * experts + 1),
-            SeenDocuments(len(self.documents), experts),
+            BlockSums(self.work.blocks, 3 * experts + 1),
+            SeenDocuments(len(self.work.reading.documents), experts),
         )
 
     def take(self, state: _Effects, ledger: Ledger) -> None:
@@ -179,7 +178,7 @@ class DirectEffects(PassPart[_Effects]):
         """Direct effects on the token that comes next, of some tokens."""
         assert self.unembedding is not None and ledger.scale_T is not None
         tokens = ledger.tokens
-        drawn_T = uniforms(tokens, self.seed) < self.share
+        drawn_T = uniforms(tokens, self.work.seed) < self.share
         at_J = np.flatnonzero(drawn_T & (tokens.target_T != NONE) & (tokens.position_T > 0))
         if not len(at_J):
             return
@@ -275,7 +274,7 @@ class DirectEffects(PassPart[_Effects]):
         sums_GX = state.sums.later_GX
         routed, ran, every = np.split(sums_GX[:, :-1], 3, axis=1)
         figures = {"dla_target": (routed, ran), "dla_target_all": (every, sums_GX[:, -1])}
-        columns: dict[str, Any] = {**self.blocks.columns(figures)}
+        columns: dict[str, Any] = {**self.work.blocks.columns(figures)}
         columns["dla_documents"] = state.seen.count_X
         columns["dla_tokens"] = ran.sum(0).astype(int)
         return of_experts(layer, columns)
