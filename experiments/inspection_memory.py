@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import convert, load
-from moefy.inspection.describe import describe
+from moefy.inspection.inspect import describe
 from moefy.inspection.part import Pass
 from moefy.inspection.texts import read
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe

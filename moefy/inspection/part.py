@@ -1,6 +1,6 @@
 """A part of the one pass: what it keeps of every layer, how processes add up, what tables it gives.
 
-    class Loudest(PassPart[Kept]):                           # and one row of `describe.PARTS`
+    class Loudest(PassPart[Kept]):                           # and one row of `inspect.PARTS`
         def begin(self, ledger):                         # what is kept of a layer, all zero
             return Kept(largest=Largest(np.zeros(ledger.experts)))
 

@@ -10,7 +10,7 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.inspection.describe import PARTS, describe, listened
+from moefy.inspection.inspect import PARTS, describe, listened
 from moefy.inspection.part import Pass, gather
 from moefy.inspection.texts import read
 from moefy.run.processes import Processes

@@ -15,8 +15,8 @@ from tiny_models import build
 
 import moefy
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.describe import PARTS, listened, merged
 from moefy.inspection.experts.examples import Best, Records
+from moefy.inspection.inspect import PARTS, listened, merged
 from moefy.inspection.part import Pass, gather
 from moefy.inspection.routing import RoutingSampler, drawn_documents
 from moefy.inspection.texts import read
@@ -25,8 +25,8 @@ from moefy.run.processes import Processes
 CODE = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import moefy, moefy.inspection.describe
-module = sys.modules["moefy.inspection.describe"]
+import moefy, moefy.inspection.inspect
+module = sys.modules["moefy.inspection.inspect"]
 
 def dying(*_):
     os.kill(os.getpid(), signal.SIGKILL)
