@@ -126,7 +126,7 @@ def test_counts_in_experts_are_hypergeometric_under_random_partitions():
 
     from moefy.inspection.experts.concepts import _counted
 
-    item = _counted(planted().layers[0], 0, 200, 0)
+    item = _counted(planted().layers[0], 0, 0)
     assert item.count_CE.sum(1).tolist() == [item.best] * 6
     assert (item.random_RCE.sum(2) == item.best).all()
     p = item.p(np.arange(item.best + 1))

@@ -61,8 +61,8 @@ def load(frame: RoutingFrame, routed: RoutedLayer) -> dict[str, Columns]:
     experts: Columns = {
         name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
     }
-    experts["documents"] = routed.column(documents_E, whole[1]).astype(int)
-    experts["tokens"] = routed.column(tokens_E, whole[0]).astype(int)
+    experts["documents"] = routed.column(documents_E, whole[1]).astype(int).tolist()
+    experts["tokens"] = routed.column(tokens_E, whole[0]).astype(int).tolist()
     dead_E = np.flatnonzero(tokens_E == 0)
     layers = {
         "tokens": [whole[0]],
