@@ -33,9 +33,9 @@ from moefy.inspection.account import observe
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
 from moefy.inspection.causal import causal
+from moefy.inspection.controls import seeds
 from moefy.inspection.controls.random_partition import RandomPartitions
 from moefy.inspection.controls.random_weights import random_weights
-from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.experts import Contributions, RouterQualityOfExperts
 from moefy.inspection.experts.concepts import Predictivity
 from moefy.inspection.experts.direct import DirectEffects, Spectrum

@@ -23,7 +23,7 @@ from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.account import observe
-from moefy.inspection.controls.corpora import replication
+from moefy.inspection.controls import replication
 from moefy.inspection.part import Pass
 from moefy.inspection.record import Table, joined, table
 from moefy.inspection.routing import (
