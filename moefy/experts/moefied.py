@@ -72,6 +72,8 @@ class Moefied:
     """The output projections of heads in experts, by attention block."""
     stored: Checkpoint | None = None
     """What it was loaded from; None for a model that was made in memory."""
+    settings: tuple[dict[str, Any], dict[str, Any] | None] = ({}, None)
+    """What its config and its generation config said then."""
     means: dict[bool, ExpertStatistics] = field(default_factory=dict)
     """Statistics on the bundled corpus that were asked for, by whether every expert was on."""
 

@@ -84,6 +84,11 @@ class SparseMlp(Hooked):
         return self.neurons // self.experts
 
     @property
+    def weight_names(self) -> list[str]:
+        """Names of the parameters that it has, of matrices and biases."""
+        return [name for name in _WEIGHTS if getattr(self, name) is not None]
+
+    @property
     def weights(self) -> DenseMlp:
         """All neurons in expert order, as views of the parameters."""
         return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})

@@ -23,8 +23,9 @@ from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
-from moefy.experts.loading import load, load_dense, save
+from moefy.experts.loading import load, load_dense
 from moefy.experts.routed import Routed
+from moefy.experts.saving import save
 from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config

@@ -26,10 +26,10 @@ from moefy.evaluation.judge import judge, judged
 from moefy.evaluation.load import FfnLoad, HeadLoad
 from moefy.evaluation.outputs import Outputs, distances
 from moefy.evaluation.router_quality import RouterQuality
-from moefy.experts.loading import with_routing_of
 from moefy.experts.passes import listen, observing
 from moefy.experts.placement import running_dtype
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
+from moefy.experts.stock_names import with_routing_of
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site
