@@ -17,15 +17,15 @@ from typing import Any
 from demo_experts import RECIPE
 
 import moefy
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
 from moefy.models.artefact import Artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.recipe import override
+from moefy.run.computing import machine, versions
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
 
 RECORDS = Path("benchmarks/records")
 TOKENS = 20_000

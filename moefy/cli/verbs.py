@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli import bench as bench
-from moefy.cli.command import Shown, app, settings_given, verb, write
-from moefy.cli.options import (
+from moefy.cli.command import (
     RUNS,
     Control,
     Documents,
@@ -25,12 +24,17 @@ from moefy.cli.options import (
     Resume,
     Seed,
     Settings,
+    Shown,
     Text,
     Texts,
     TrainDtype,
     TrainTokens,
+    app,
     is_file,
+    settings_given,
     training_settings,
+    verb,
+    write,
 )
 
 
@@ -458,7 +462,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
 ) -> Shown:
     """Show a report that is too large for one file, to this machine only; Ctrl-C ends it."""
-    from moefy.inspection.report.serve import serve as run
+    from moefy.inspection.report import serve as run
 
     run(folder, port, typer.echo)
     return Shown(None)
@@ -489,7 +493,7 @@ def env() -> Shown:
     import platform
 
     from moefy.models.library import ROWS, moved
-    from moefy.run.provenance import machine
+    from moefy.run.computing import machine
     from moefy.run.tables import terminal
 
     found = {"python": platform.python_version(), **machine(), "moved": moved()}

@@ -19,8 +19,7 @@ from moefy.data.corpus import Document
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.causal.effects import Effects, neurons_of, of_layer, of_sets
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.engine import Effects, Engine, neurons_of, of_layer, of_sets
 from moefy.inspection.causal.matrix import (
     Measured,
     matrix,
@@ -30,8 +29,8 @@ from moefy.inspection.causal.matrix import (
     strongest,
 )
 from moefy.inspection.causal.nulls import RandomSets, against_null, energy_slope, matches
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 from moefy.run.console import Reporter
 
 DOMAINS = ("low", "middle", "high")

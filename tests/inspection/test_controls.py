@@ -18,19 +18,17 @@ from moefy.data.documents import Documents
 from moefy.errors import CorpusError
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.observe import observe
-from moefy.inspection.controls import random_partition
-from moefy.inspection.controls.corpora import replication, texts
+from moefy.inspection.account import observe
+from moefy.inspection.controls import halves, matched, random_partition, replication, seeds, texts
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import balanced, compared, random_weights, randomise
-from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
+from moefy.inspection.record import rows, table
 from moefy.inspection.routing import RoutingSample
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows, table
+from moefy.inspection.texts import read
 from moefy.inspection.texts.tokens import Tokens
 from moefy.models.locate import read_mlp, sites
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +231,7 @@ def test_random_weights_have_no_stable_experts_and_random_partitions_no_stabilit
 
 @pytest.mark.parametrize("method", ["kmeans", "contribution", "coactivation", "markers"])
 def test_planted_blocks_are_recovered_by_the_partition_methods(by_domain, method):
-    from moefy.methods.partition.partition import partition
+    from moefy.methods.partition import partition
 
     model, reading = by_domain
     heard = Everything()

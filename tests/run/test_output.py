@@ -9,8 +9,7 @@ import torch
 
 from moefy.errors import MoefyError, OutputError
 from moefy.run.job import Job
-from moefy.run.output import put_in_place, whole, write_whole
-from moefy.run.stages import Stages, digest
+from moefy.run.output import Stages, digest, put_in_place, whole, write_whole
 
 
 def names(folder: Path) -> list[str]:
