@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.errors import CheckpointError, OutputError
+from moefy.run.output import refuse_inside
 
 Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub id.")]
 Moefied = Annotated[Path, typer.Argument(help="Folder that moefy convert wrote.")]
@@ -66,15 +67,19 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
 
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
+    out = arguments.get("out")
     for name in ("model", "base", "other", "against"):
         given = arguments.get(name)
-        if given is None or Path(given).exists():
+        if given is None:
+            continue
+        if Path(given).exists():
+            if out is not None:
+                refuse_inside(out, Path(given))
             continue
         if isinstance(given, Path):
             raise CheckpointError(f"{given}: no such folder; give one that moefy convert wrote")
         if given.startswith(("/", ".", "~")) or given.count("/") > 1:
             raise CheckpointError(f"{given}: no such folder, and not a Hugging Face Hub id")
-    out = arguments.get("out")
     if overwrite is False and out is not None and out.exists():
         raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
 

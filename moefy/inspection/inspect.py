@@ -39,6 +39,7 @@ from moefy.inspection.texts.table import Table
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
+from moefy.run.output import refuse_inside
 from moefy.run.processes import ALONE, Processes, launched
 from moefy.run.provenance import machine, versions
 from moefy.run.stages import Stages
@@ -164,6 +165,8 @@ class Inspecting:
     ) -> "Inspecting":
         """Open the model and read the texts."""
         began, processes = time.perf_counter(), launched()
+        if out is not None and not isinstance(model, PreTrainedModel):
+            refuse_inside(Path(out), Path(model))
         moefied = open_model(model, verify=True, dense=False)
         reading = read(moefied, corpora, tokens=settings.tokens)
         # A model in memory may have been changed since it was loaded: only folders have parts to keep.

@@ -78,7 +78,7 @@ class Stages:
         file = self._file(name, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         if tensors is not None:
-            file.with_suffix(".safetensors").write_bytes(save(dict(tensors)))
+            write_whole(file.with_suffix(".safetensors"), save(dict(tensors)))
         # Last, and by rename: its presence says that the part is finished.
         write_whole(file, json.dumps(values))
 
