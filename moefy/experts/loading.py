@@ -9,9 +9,10 @@ Shapes: N neurons, D width.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ from moefy.models.locate import Site, check_weights, disk_names, meta_model, rea
 from moefy.models.locate import permute as permuted
 from moefy.run.reading import reading
 
+P = ParamSpec("P")
+_LOADING = RLock()
 METHODS = (experts, hooks, run_with_cache, run_with_hooks)
 """What every moefied model can do beyond its class."""
 
@@ -70,6 +73,18 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def _one_at_a_time(load: Callable[P, PreTrainedModel]) -> Callable[P, PreTrainedModel]:
+    """While transformers loads a model, it changes what torch does in every thread."""
+
+    @wraps(load)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> PreTrainedModel:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return waiting
+
+
+@_one_at_a_time
 def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
     config = read_config(checkpoint)
@@ -140,6 +155,7 @@ def open_model(
     return _loaded(artefact, checkpoint, **options)
 
 
+@_one_at_a_time
 def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
