@@ -139,6 +139,17 @@ def test_weights_that_are_no_numbers(source, dtype):
     refuse(source, "mlp.up_proj.weight is stored as", "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj", "input_layernorm"])
+def test_weights_of_another_shape_than_the_config_says(source, name):
+    store(source, lambda n, value: value[1:].contiguous() if f"1.{name}" in n else value)
+    refuse(source, f"model.layers.1.{name}.weight has shape", "config.json makes it")
+
+
+def test_a_config_of_another_model(source):
+    edit(source, hidden_size=64)
+    refuse(source, "has shape", "of another model")
+
+
 def test_masks_and_positions_may_be_whole_numbers(tmp_path):
     source = build("gpt2", tmp_path / "gpt2")
     tensors = load_file(source / "model.safetensors")
