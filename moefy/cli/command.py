@@ -4,6 +4,7 @@ Results go to stdout, as tables or with `--json` as one document; progress and e
 error of the user's is one line and exit code 1, a usage error exit code 2.
 """
 
+import errno
 import functools
 import inspect
 import io
@@ -67,6 +68,13 @@ READERS = {
     "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
+_WRITE = "choose a place that may be read and written"
+_ROOM = "free some room and run again"
+_REMEDIES = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _WRITE),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+}
 PLUGINS = "Import code that the folder names; only for folders that you trust."
 
 
@@ -134,11 +142,20 @@ def _computing(asked: dict[str, Any]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _errors(*, debug: bool, resumes: bool) -> Iterator[None]:
-    """An error of the user's is one line, and so is Ctrl-C."""
+    """An error of the user's is one line, and so are one of the operating system's and Ctrl-C."""
     try:
         yield
     except MoefyError as error:
         _fail(error, debug)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        remedy = _REMEDIES.get(error.errno, "--debug shows where")
+        failed = MoefyError(f"{error.filename or 'a file'}: {error.strerror}; {remedy}")
+        failed.__cause__ = error
+        _fail(failed, debug)
     except KeyboardInterrupt:
         again = "run the same command again" + (" with --resume" if resumes else "")
         typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)

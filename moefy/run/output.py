@@ -148,7 +148,7 @@ class OutputFolder:
         """Something there that no run wrote, if anything."""
         if self.place.is_file():
             with self.place.open("rb") as stream:
-                return None if stream.read(len(GGUF)) == GGUF else self.place.name
+                return None if stream.read(len(GGUF)) == GGUF else "a file of another kind"
         try:
             known = set(json.loads((self.place / MARK).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
