@@ -21,9 +21,8 @@ import numpy
 import torch
 from torch.nn.functional import normalize
 
-from moefy.methods.partition import signals
+from moefy.methods.partition import METHODS, READS_TOKENS, partition, signals
 from moefy.methods.partition.balanced import inertia
-from moefy.methods.partition.partition import METHODS, READS_TOKENS, partition
 from moefy.models.mlp import DenseMlp
 
 LIMITS = {64: 60, 448: 300}
@@ -84,7 +83,7 @@ def main() -> None:
                 flush=True,
             )
     record = {
-        "what": "seconds of one call to moefy.methods.partition.partition.partition on synthetic normal weights",
+        "what": "seconds of one call to moefy.methods.partition.partition on synthetic normal weights",
         "neurons": options.neurons,
         "width": options.width,
         "tokens_given": options.tokens,

@@ -34,7 +34,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy.run.tables import markdown
 from moefy_kernels import launching
 from moefy_kernels.decode import decode

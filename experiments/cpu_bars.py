@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pages import fill
 
-from moefy.benchmark.calibrate import calibrate
+from moefy.benchmark.bench import calibrate
 from moefy.benchmark.engines import choose
 from moefy.benchmark.layers import Shape, synthetic
 from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer

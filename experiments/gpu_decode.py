@@ -24,7 +24,7 @@ from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.library import passing
 from moefy.models.mlp import DenseMlp
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 
 DENSITY = 0.25
 LLAMA_3_8B = {

@@ -28,7 +28,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 from moefy.experts.backends import fastest
 from moefy.experts.backends.base import Workload
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy_kernels import roofline
 from moefy_kernels.decode import decode
 from moefy_kernels.expert_mlp import ExpertMlp

@@ -33,8 +33,8 @@ from moefy.models.heads import read_heads
 from moefy.models.locate import read_mlp
 from moefy.models.mlp import HeadOutputs
 from moefy.recipe import Recipe
+from moefy.run.computing import machine, versions
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
 from moefy.run.tables import markdown
 
 RECORDS, PAGE = Path("benchmarks/records"), Path("docs/attention.md")

@@ -25,8 +25,8 @@ from moefy.inspection.describe import describe
 from moefy.inspection.part import Pass
 from moefy.inspection.texts.reading import read
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe
+from moefy.run.computing import machine, versions
 from moefy.run.memory import peak_memory
-from moefy.run.provenance import machine, versions
 
 RECORD = Path("benchmarks/records/inspect_memory.json")
 LENGTH, VOCABULARY = 256, 1024

@@ -290,7 +290,7 @@ def main() -> None:
             )
     print(json.dumps(dict(sorted(counts.items())), indent=1))
     if not options.show:
-        from moefy.run.provenance import versions
+        from moefy.run.computing import versions
 
         record = {
             "kills": options.kills, "seed": options.seed, "seconds": round(time.monotonic() - began),

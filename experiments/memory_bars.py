@@ -26,8 +26,8 @@ from moefy.conversion.convert import convert
 from moefy.conversion.plan import plan
 from moefy.models.checkpoint import Checkpoint
 from moefy.recipe import load, override
+from moefy.run.computing import machine, versions
 from moefy.run.memory import peak_memory
-from moefy.run.provenance import machine, versions
 
 RECORD = Path("benchmarks/records/memory.json")
 WITHIN, BEYOND = 0.25, 1e9

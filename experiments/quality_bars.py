@@ -31,7 +31,7 @@ from moefy.experts.loading import load
 from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.checkpoint import Checkpoint
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 
 DEMO = Path("moefy/demo")
 WORK = Path("runs/pareto")

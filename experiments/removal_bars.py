@@ -23,7 +23,7 @@ import moefy
 from moefy.data.corpus import load_corpus
 from moefy.errors import MoefyError
 from moefy.inspection.removal.summary import MEANING, ratio, way
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy.run.tables import figure, markdown
 
 RECORDS = Path("benchmarks/records")

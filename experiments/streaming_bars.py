@@ -40,7 +40,7 @@ from moefy.conversion import allocate as tuning
 from moefy.conversion import streamed as streaming
 from moefy.evaluation.folder import evaluate as evaluate_folder
 from moefy.recipe import Recipe, override
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 
 RECORDS = Path("benchmarks/records")
 TOKENIZER = Path("moefy/demo/llama")

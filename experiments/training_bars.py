@@ -19,7 +19,7 @@ from pages import fill
 import moefy
 from moefy import recipe as recipes
 from moefy.evaluation.folder import evaluate as evaluate_folder
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy.training.recipe import RecoverRecipe, SparsifyRecipe
 from moefy.training.recover import recover
 from moefy.training.sparsify import sparsify

@@ -24,8 +24,8 @@ from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.recipe import override
+from moefy.run.computing import machine, versions
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine, versions
 
 RECORDS = Path("benchmarks/records")
 TOKENS = 20_000

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from gpu_kernels import DEVICE, SHAPES, SIZES, device_limits, random_weights, seconds
 
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy_kernels import roofline
 from moefy_kernels.configs import Config, analytic, shape_class
 from moefy_kernels.decode import decode

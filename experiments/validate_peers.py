@@ -45,15 +45,16 @@ from moefy.data.inputs import read_batches
 from moefy.experts.loading import load_dense
 from moefy.experts.passes import listen, run
 from moefy.experts.sparse_mlp import SparseMlp
+from moefy.methods.partition import partition
 from moefy.methods.partition.balanced import inertia
 from moefy.methods.partition.clusters import MARKS, cmoe, marker_table
-from moefy.methods.partition.partition import partition
-from moefy.methods.selections.ranked import top_mask
-from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, TARGETS
+from moefy.methods.selections import top_mask
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.methods.targets import TARGETS
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
-from moefy.run.provenance import versions
+from moefy.run.computing import versions
 
 EXPERTS, SHARED, ACTIVE = 16, 2, 2
 DEMO = Path(moefy.__file__).parent / "demo"

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
-from moefy.run.provenance import machine
+from moefy.run.computing import machine
 from moefy.run.tables import terminal
 
 ROOT = Path(__file__).parents[1]

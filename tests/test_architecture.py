@@ -32,7 +32,7 @@ LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # `python -m moefy` is the door of the command line.
 ROOMS = {"__main__": "cli"}
 KERNEL_CALLERS = {
-    "moefy.benchmark.calibrate",
+    "moefy.benchmark.bench",
     "moefy.experts.backends",
     "moefy.experts.backends.base",
     "moefy.experts.backends.cpu",
@@ -299,7 +299,7 @@ BREAKS = {
     "sideways": (
         layer_violations,
         "moefy/evaluation/load.py",
-        "from moefy.benchmark.bytes_read import union\n",
+        "from moefy.benchmark.costs import union\n",
     ),
     "in a function": (
         layer_violations,

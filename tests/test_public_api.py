@@ -128,7 +128,7 @@ def written(model: Path) -> str:
     )
     found["inspection.json"] = inspected.to_dict() | {"texts": None}
     found["eval"] = say("eval", model, "--corpus", corpus, "-q", "--json")
-    with patch("moefy.benchmark.timing.BYTES", 1 << 20):
+    with patch("moefy.benchmark.costs.BYTES", 1 << 20):
         found["bench"] = say(
             "bench", "--layer", "32,64,8,2", "--batches", 1, "--engine", "eager", "--engine", "masked",
             "--samples", 5, "-q", "--json",

@@ -47,7 +47,7 @@ from transformers import PreTrainedModel
 
 from moefy.benchmark.engines.base import Unavailable
 from moefy.evaluation.outputs import kl_of
-from moefy.experts.offload import present
+from moefy.experts.placement import present
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Context, Selection
 from moefy.models.mlp import DenseMlp, activation_function

@@ -21,8 +21,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import load_tokenizer
 from moefy.errors import MoefyError
-from moefy.experts.offload import device_of
 from moefy.experts.passes import watching
+from moefy.experts.placement import device_of
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp

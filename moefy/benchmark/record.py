@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moefy.benchmark.timing import WARMUP, Seconds, percentiles, speedup
-from moefy.run.provenance import machine
+from moefy.benchmark.costs import WARMUP, Seconds, percentiles, speedup
+from moefy.run.computing import machine
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moefy.cli.command import Shown, verb, write
-from moefy.cli.options import DTYPE, Report
+from moefy.cli.command import DTYPE, Report, Shown, verb, write
 
 Timed = Annotated[
     Path | None, typer.Argument(help="Folder that moefy convert wrote; none: --layer.")

@@ -9,7 +9,7 @@ from moefy.data.inputs import load_tokenizer
 from moefy.errors import MoefyError
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
-from moefy.experts.offload import device_of
+from moefy.experts.placement import device_of
 from moefy.experts.sparse_mlp import all_experts
 
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli import bench as bench
-from moefy.cli.command import Shown, app, settings_given, verb, write
-from moefy.cli.options import (
+from moefy.cli.command import (
     RUNS,
     Control,
     Documents,
@@ -25,12 +24,17 @@ from moefy.cli.options import (
     Resume,
     Seed,
     Settings,
+    Shown,
     Text,
     Texts,
     TrainDtype,
     TrainTokens,
+    app,
     is_file,
+    settings_given,
     training_settings,
+    verb,
+    write,
 )
 
 
@@ -489,7 +493,7 @@ def env() -> Shown:
     import platform
 
     from moefy.models.library import ROWS, moved
-    from moefy.run.provenance import machine
+    from moefy.run.computing import machine
     from moefy.run.tables import terminal
 
     found = {"python": platform.python_version(), **machine(), "moved": moved()}

@@ -44,7 +44,7 @@ from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.methods.base import Selection
 from moefy.methods.budget import Table, greedy, solve
-from moefy.methods.compensations.residual import missing
+from moefy.methods.compensations import missing
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
 from moefy.run.memory import free_memory, give_back

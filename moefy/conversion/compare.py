@@ -44,10 +44,9 @@ from moefy.models.config import read_config
 from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 
 class Comparison:

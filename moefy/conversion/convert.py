@@ -50,12 +50,11 @@ from moefy.models.locate import Site, read_mlp
 from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
-from moefy.run.computing import asked, now
+from moefy.run.computing import asked, machine, now
+from moefy.run.folder import write_whole
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
-from moefy.run.output import write_whole
 from moefy.run.processes import launched
-from moefy.run.provenance import machine
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""

@@ -25,9 +25,10 @@ from moefy.data.corpus import Batch
 from moefy.experts.passes import Heard, observing, walk
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Compensation, Router, Selection
-from moefy.methods.selections.ranked import top_mask
-from moefy.methods.tables import LOSSES, SELECTIONS, TARGETS, choose, expert_norms
-from moefy.methods.targets import Target, deviation
+from moefy.methods.routers.baselines import expert_norms
+from moefy.methods.selections import top_mask
+from moefy.methods.tables import SELECTIONS, choose
+from moefy.methods.targets import LOSSES, TARGETS, Target, deviation
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import Recipe, RouterRecipe
 

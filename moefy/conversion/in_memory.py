@@ -18,7 +18,7 @@ from moefy.conversion.capture import Captured, capture
 from moefy.conversion.layer import LayerSample, fit_heads, fit_layer, layer_sample, split_layer
 from moefy.conversion.task import Conversion, Converted
 from moefy.experts.loading import moefied, with_routing_of
-from moefy.methods.partition.partition import Partition
+from moefy.methods.partition import Partition
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, Site, read_mlp
 from moefy.models.mlp import DenseMlp, HeadOutputs

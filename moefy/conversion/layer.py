@@ -24,7 +24,7 @@ from moefy.conversion.fit import (
 from moefy.conversion.plan import Plan
 from moefy.experts.entries import build_compensation, build_router
 from moefy.methods.base import stored
-from moefy.methods.partition.partition import Partition, partition
+from moefy.methods.partition import Partition, partition
 from moefy.methods.tables import SELECTIONS, choose
 from moefy.models.artefact import Entry, HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite

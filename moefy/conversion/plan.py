@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from moefy.data.corpus import BATCH_TOKENS
 from moefy.errors import RecipeError, unknown_choice
 from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
-from moefy.methods.partition.partition import SHARED_BY, expert_count, find_method
+from moefy.methods.partition import expert_count, find_method
+from moefy.methods.partition.shared import SHARED_BY
 from moefy.methods.routers.gates import FLAT, LargestInputsRouter
-from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS, choose
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
+from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models import refusals
 from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint

@@ -27,11 +27,11 @@ from moefy.models.config import read_config
 from moefy.models.heads import HeadSite
 from moefy.models.locate import Site, disk_names, meta_model
 from moefy.recipe import Recipe
-from moefy.run.clock import Clock
+from moefy.run.computing import versions
 from moefy.run.console import Reporter
+from moefy.run.job import Clock
+from moefy.run.output import Stages
 from moefy.run.processes import ALONE, Processes
-from moefy.run.provenance import versions
-from moefy.run.stages import Stages
 
 Reading = dict[str, tuple[list[Batch], int]]
 """Batches by role (`moefy.data.shards`), and how many of their tokens are looked at."""

@@ -53,8 +53,8 @@ from moefy.experts.moefied import of
 from moefy.experts.passes import inputs_of, observing, short_logits
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.locate import sites
+from moefy.run.computing import machine
 from moefy.run.console import Reporter
-from moefy.run.provenance import machine
 
 
 @dataclass

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch
 from moefy.experts.passes import SHOWN, Head, Trunk, inputs_of, short_logits
-from moefy.experts.points import say_once
+from moefy.experts.routed import say_once
 
 LOGITS_BYTES = 2**24
 """Memory of one chunk's logits in fp32; a comparison takes several times as much."""

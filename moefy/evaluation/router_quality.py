@@ -21,7 +21,7 @@ from moefy.data.corpus import Batch
 from moefy.experts.moefied import of
 from moefy.experts.passes import Heard
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
 TOKENS = 4096

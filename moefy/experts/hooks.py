@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.points import EXPERT_OUT, OF_ALL, POINTS, SCORES, say_once
-from moefy.experts.routed import alone
+from moefy.experts.routed import EXPERT_OUT, OF_ALL, POINTS, SCORES, alone, say_once
 from moefy.experts.sparse_mlp import sparse_mlps
 
 Which = str | Callable[[str], bool]

@@ -31,8 +31,7 @@ from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.experts.means import statistics as statistics
 from moefy.experts.moefied import ExpertStatistics as ExpertStatistics
 from moefy.experts.moefied import of
-from moefy.experts.points import Intervention
-from moefy.experts.routed import alone
+from moefy.experts.routed import Intervention, alone
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 
 MODES = ("zero", "mean", "peak", "resample")

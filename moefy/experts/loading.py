@@ -29,8 +29,7 @@ from moefy.experts.entries import (
 from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
 from moefy.experts.moefied import NAME, Moefied, of, share_context
-from moefy.experts.offload import StoredMlp, offload, offloaded, stored_names
-from moefy.experts.placement import placement
+from moefy.experts.placement import StoredMlp, offload, offloaded, placement, stored_names
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps

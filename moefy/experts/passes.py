@@ -31,9 +31,8 @@ from transformers.utils.generic import ModelOutput
 
 from moefy.data.corpus import Batch
 from moefy.experts.moefied import of
-from moefy.experts.offload import device_of
-from moefy.experts.points import SCORES
-from moefy.experts.routed import Routed, alone
+from moefy.experts.placement import device_of
+from moefy.experts.routed import SCORES, Routed, alone
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.models.library import hidden_of
 from moefy.models.locate import Place, side_of

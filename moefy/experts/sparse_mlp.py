@@ -13,7 +13,7 @@ from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS, able, about, choose, fastest, named
 from moefy.experts.backends.base import ExpertWeights, Request, Workload
 from moefy.experts.backends.cpu import OneToken
-from moefy.experts.points import IN, MASK, OUT, SCORES, Hooked
+from moefy.experts.routed import IN, MASK, OUT, SCORES, Hooked
 from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function

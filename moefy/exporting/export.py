@@ -38,8 +38,8 @@ from moefy.models.config import read_config
 from moefy.models.heads import head_sites
 from moefy.models.locate import meta_model
 from moefy.models.reorder import reorder
+from moefy.run.folder import OutputFolder
 from moefy.run.job import Job
-from moefy.run.output import OutputFolder
 
 CARD, SOURCE_CARD = "README.md", "README.source.md"
 _SIDE_FILES = frozenset({META, SIDE, "records.json"})

@@ -25,7 +25,7 @@ from moefy.inspection.texts.reading import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.output import refuse_inside
+from moefy.run.folder import refuse_inside
 
 
 @asked

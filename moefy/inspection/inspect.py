@@ -36,13 +36,12 @@ from moefy.inspection.report import Report
 from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
 from moefy.inspection.texts.reading import TOKENS, Reading, read
 from moefy.inspection.texts.table import Table
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine, versions
 from moefy.run.console import Reporter
+from moefy.run.folder import refuse_inside
 from moefy.run.memory import peak_memory
-from moefy.run.output import refuse_inside
+from moefy.run.output import Stages
 from moefy.run.processes import ALONE, Processes, launched
-from moefy.run.provenance import machine, versions
-from moefy.run.stages import Stages
 
 OPTIONAL = ("controls", "causal")
 """What may be skipped."""

@@ -36,8 +36,7 @@ from moefy.evaluation.outputs import difference, run_outputs
 from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
-from moefy.experts.offload import device_of
-from moefy.experts.placement import memory_of
+from moefy.experts.placement import device_of, memory_of
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.routing import drawn_documents
 from moefy.inspection.texts.reading import Reading

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moefy.errors import CheckpointError, MoefyError, unknown_choice
 from moefy.inspection.texts.table import Table, rows
-from moefy.run.output import write_whole
+from moefy.run.folder import write_whole
 from moefy.run.reading import reading
 
 FILE = "inspection.json"

@@ -1,6 +1,6 @@
 """Which experts run for a token: routers score them, selections choose, compensations stand in.
 
-Three tables, one file per entry; a new one is a file and a line here, or `package.module:Name` in a
+Three tables; a new entry is a class and a line here, or `package.module:Name` in a
 recipe. Scores, masks and means cover the *routed* experts only: shared experts always run and are
 none of a router's business.
 
@@ -13,17 +13,21 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from moefy.errors import MoefyError, RecipeError, unknown_choice
-from moefy.methods.base import Compensation, Context, NoCompensation, Router, Selection
-from moefy.methods.compensations.centred import Centred, CentredResidual
-from moefy.methods.compensations.mean import ConditionalMean, MeanOutput
-from moefy.methods.compensations.residual import MeanResidual, Residual
-from moefy.methods.partition.partition import METHODS
+from moefy.methods.base import Compensation, NoCompensation, Router, Selection
+from moefy.methods.compensations import (
+    Centred,
+    CentredResidual,
+    ConditionalMean,
+    MeanOutput,
+    MeanResidual,
+    Residual,
+)
+from moefy.methods.partition import METHODS
 from moefy.methods.routers.baselines import (
     ActivationRouter,
     OracleRouter,
     RandomRouter,
     StaticRouter,
-    expert_norms,
 )
 from moefy.methods.routers.gates import LargestInputsRouter, SelfGatingRouter
 from moefy.methods.routers.learned import (
@@ -35,10 +39,7 @@ from moefy.methods.routers.learned import (
 )
 from moefy.methods.routers.low_bit import LowBitRouter
 from moefy.methods.routers.rows import CentroidRouter, MeanGateRouter, RepresentativeRouter
-from moefy.methods.selections.prompt_static import PromptStatic
-from moefy.methods.selections.ranked import SoftmaxTopK, TopK
-from moefy.methods.selections.thresholds import DynamicK, Threshold, TopP
-from moefy.methods.targets import LOSSES, TARGETS
+from moefy.methods.selections import DynamicK, PromptStatic, SoftmaxTopK, Threshold, TopK, TopP
 from moefy.models.families import FAMILIES
 from moefy.recipe import shipped
 
@@ -121,18 +122,3 @@ def _described(table: Mapping[str, Any]) -> dict[str, str]:
     """Entries with the first paragraph of their documentation."""
     texts = {name: inspect.getdoc(getattr(row, "run", row)) or "" for name, row in table.items()}
     return {name: " ".join(text.split("\n\n")[0].split()) for name, text in texts.items()}
-
-
-__all__ = [
-    "COMPENSATIONS",
-    "LOSSES",
-    "ROUTERS",
-    "SELECTIONS",
-    "TARGETS",
-    "Compensation",
-    "Context",
-    "Router",
-    "Selection",
-    "choose",
-    "expert_norms",
-]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from moefy.methods.routers.baselines import expert_norms
-from moefy.methods.selections.ranked import top_mask
+from moefy.methods.selections import top_mask
 from moefy.models.mlp import DenseMlp
 
 Target = Callable[[Tensor, DenseMlp, int], Tensor]

@@ -1,4 +1,4 @@
-"""The frame of a verb that writes a folder: convert, recover, sparsify, prune, export, revert.
+"""The frame of a verb that writes a folder: convert, recover, sparsify, prune, export, revert; and its clock.
 
     job = Job("prune", out, resume=resume, overwrite=overwrite, quiet=quiet)    # refuses an OUT in the way
     ...                                             # what is asked for is checked; job.report and job.clock serve
@@ -11,18 +11,18 @@ same. A verb that does not go on with what is there (`resume=None`) leaves nothi
 """
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moefy.run.clock import Clock
-from moefy.run.computing import now
+from moefy.run.computing import now, read_and_written, versions
 from moefy.run.console import Reporter
-from moefy.run.output import OutputFolder
+from moefy.run.folder import OutputFolder
+from moefy.run.memory import peak_memory
+from moefy.run.output import Stages, digest
 from moefy.run.processes import ALONE, Processes
-from moefy.run.provenance import versions
-from moefy.run.stages import Stages, digest
 
 
 class Job:
@@ -105,3 +105,23 @@ class Job:
     def commit(self) -> None:
         """Put the finished folder in its place; for the first process."""
         self.output.commit(self.finished)
+
+
+class Clock:
+    """Wall-clock seconds of every stage, the bytes that it read and wrote, peak memory up to its end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.read: dict[str, int] = {}
+        self.written: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what happens meanwhile to this stage."""
+        began, before = time.perf_counter(), read_and_written()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+        self.peak[name], after = peak_memory(), read_and_written()
+        if before is not None and after is not None:
+            self.read[name], self.written[name] = after[0] - before[0], after[1] - before[1]

@@ -29,10 +29,9 @@ from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefac
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.job import Job
 from moefy.run.processes import launched
-from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
 from moefy.training.held_out import RecoveryCheck
 from moefy.training.loop import (

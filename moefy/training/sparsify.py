@@ -26,10 +26,9 @@ from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, sites
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.job import Job
 from moefy.run.processes import launched
-from moefy.run.provenance import machine
 from moefy.training.curves import keep_log, stopped
 from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts
 from moefy.training.objectives import Activations, sparse, train_dense

@@ -12,15 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from moefy.benchmark.bytes_read import active_parameters, layer_bytes
 from moefy.benchmark.checks import exact
+from moefy.benchmark.costs import (
+    Run,
+    active_parameters,
+    layer_bytes,
+    percentiles,
+    read_bandwidth,
+    side_by_side,
+    speedup,
+)
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import Unavailable
 from moefy.benchmark.layers import Case, Shape, drawn_masks, synthetic
 from moefy.benchmark.levels import Sweep, bench_kernel, bench_layer
 from moefy.benchmark.plot import draw_speed
 from moefy.benchmark.record import Facts, break_even, cell, speed_lines, speed_rows
-from moefy.benchmark.timing import Run, percentiles, read_bandwidth, side_by_side, speedup
 from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS
 from moefy.experts.sparse_mlp import SparseMlp
@@ -33,7 +40,7 @@ TINY = Shape(width=32, neurons=64, experts=8, k=2)
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
 
 
 def tiny(tokens=4, dtype=torch.float32):
@@ -448,7 +455,7 @@ def test_experts_that_run_are_read_and_others_are_not():
 
 
 def test_bandwidth_is_that_of_reading(monkeypatch):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 64 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 64 << 20)
     found = read_bandwidth(torch.device("cpu"))
     data = np.ones(64 << 20, dtype=np.uint8).view(np.int64)
     naive_seconds = min(_seconds(data.sum) for _ in range(3))

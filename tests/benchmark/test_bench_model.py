@@ -11,7 +11,7 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from typer.testing import CliRunner
 
-from moefy.benchmark.bytes_read import model_bytes, model_parameters
+from moefy.benchmark.costs import model_bytes, model_parameters
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import Models
 from moefy.benchmark.layers import Prompt, prompt
@@ -38,7 +38,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moefy.benchmark.calibrate import Grid, calibrate, calibrate_unknown
+from moefy.benchmark.bench import Grid, calibrate, calibrate_unknown
 from moefy.benchmark.layers import Shape, synthetic
 from moefy.cli.verbs import app
 from moefy.errors import MoefyError
@@ -165,7 +165,7 @@ def test_after_its_budget_a_calibration_follows_from_fewer_tokens():
 
 @pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-calibrate"], False)])
 def test_no_calibrate_leaves_the_machine_unknown(monkeypatch, options, kept):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     shown = [
         "bench",
         "--layer",

@@ -36,7 +36,7 @@ def row(monkeypatch):
     exec(compile(SOURCE, "my_engine.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "my_engine", module)
     monkeypatch.setitem(ENGINES, "one by one", module.ROW)
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     return module.ROW
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import build
 
-from moefy.benchmark.bytes_read import amdahl, mlp_share
+from moefy.benchmark.costs import amdahl, mlp_share
 from moefy.experts.loading import load_dense
 from moefy.models.checkpoint import Checkpoint
 

@@ -220,7 +220,7 @@ def bench(folder, dtype, *engines, sharp=False, **variants):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
     """Here no two engines choose alike behind the first layer, and swapped experts are seen all the same."""
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     monkeypatch.setitem(BACKENDS, "wrong", replace(BACKENDS["masked"], compute=rolled))
     right = ("eager", "masked", "views", "native", "auto")
     record = bench(folder, dtype, *right, "wrong", sharp=True, linears=True)
@@ -232,7 +232,7 @@ def test_right_engines_pass_though_the_router_cuts(folder, monkeypatch, dtype):
 
 
 def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     real = torch.nn.functional.linear
     monkeypatch.setattr(
         sys.modules["moefy.experts.backends.cpu"], "linear", lambda *a: real(*a).roll(1, -1)
@@ -245,7 +245,7 @@ def test_faults_between_the_layers_are_seen_in_the_logits(folder, monkeypatch):
 
 
 def test_without_memory_for_a_copy_layers_decide_and_the_record_says_so(folder, monkeypatch):
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     monkeypatch.setattr("moefy.benchmark.checks.free_memory", lambda: 1000)
     cell = bench(folder, torch.bfloat16, "masked")["cells"][0]
     assert set(cell["engines"]) == {"eager", "masked"}

@@ -29,7 +29,7 @@ def tiny(tmp_path, monkeypatch):
         convert_tiny("llama", model, target)
         return {"evaluation": QUALITY}
 
-    monkeypatch.setattr("moefy.benchmark.timing.BYTES", 4 << 20)
+    monkeypatch.setattr("moefy.benchmark.costs.BYTES", 4 << 20)
     monkeypatch.setattr("moefy.cli.quickstart.convert", convert)
     monkeypatch.setattr("moefy.cli.quickstart.demo_models", lambda: {"tiny": source})
     monkeypatch.setattr("moefy.cli.quickstart.PROMPT", 12)

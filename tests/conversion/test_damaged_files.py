@@ -18,8 +18,8 @@ from moefy.models.config import read_config
 from moefy.models.heads import head_sites
 from moefy.models.locate import meta_model
 from moefy.recipe import Recipe, load, override
+from moefy.run.output import Stages
 from moefy.run.reading import reading
-from moefy.run.stages import Stages
 
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2.5, 10**12, 1e300, "", "x", "a" * 5000, "\u202e\x00", [], {}, [None], {"a": {"b": 1}},

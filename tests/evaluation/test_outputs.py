@@ -33,7 +33,7 @@ from moefy.evaluation.outputs import (
     run_outputs,
 )
 from moefy.experts.passes import run
-from moefy.experts.points import say_once
+from moefy.experts.routed import say_once
 from moefy.recipe import override
 from moefy.training.recipe import RecoverRecipe, SparsifyRecipe
 

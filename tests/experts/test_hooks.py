@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from moefy.errors import MoefyError
 from moefy.evaluation.outputs import values_of
-from moefy.experts.points import OF_ALL, POINTS, say_once
+from moefy.experts.routed import OF_ALL, POINTS, say_once
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps, use_backend
 from moefy.models.library import passing
 

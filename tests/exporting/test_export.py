@@ -30,8 +30,8 @@ from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
-from moefy.run.output import MARK
-from moefy.run.stages import digest
+from moefy.run.folder import MARK
+from moefy.run.output import digest
 
 NEW_TOKENS = 64
 _PROBE = """

@@ -26,8 +26,8 @@ from moefy.cli.verbs import app
 from moefy.conversion.convert import convert
 from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, UnsupportedModel
 from moefy.experts.loading import load
+from moefy.exporting import gguf as tensors
 from moefy.exporting.export import export
-from moefy.exporting.gguf import layout as tensors
 from moefy.exporting.gguf import write_gguf
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]

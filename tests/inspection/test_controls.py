@@ -30,7 +30,7 @@ from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.models.locate import read_mlp, sites
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_random_weights_have_no_stable_experts_and_random_partitions_no_stabilit
 
 @pytest.mark.parametrize("method", ["kmeans", "contribution", "coactivation", "markers"])
 def test_planted_blocks_are_recovered_by_the_partition_methods(by_domain, method):
-    from moefy.methods.partition.partition import partition
+    from moefy.methods.partition import partition
 
     model, reading = by_domain
     heard = Everything()

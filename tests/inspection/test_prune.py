@@ -56,7 +56,7 @@ from moefy.inspection.removal.source import (
 from moefy.inspection.removal.summary import lines
 from moefy.models.artefact import read_artefact
 from moefy.run.console import Reporter
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 QUIET = Reporter(quiet=True)
 FORGOTTEN = 2

@@ -20,7 +20,7 @@ from moefy.evaluation.outputs import values_of
 from moefy.experts.backends import BACKENDS
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.methods.base import Compensation
-from moefy.methods.compensations.centred import ROUNDS
+from moefy.methods.compensations import ROUNDS
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.models.mlp import DenseMlp
 

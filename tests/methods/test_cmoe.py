@@ -13,8 +13,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from moefy.errors import RecipeError
+from moefy.methods.partition import Partition, partition
 from moefy.methods.partition.clusters import cmoe, gate_activity, marker_table
-from moefy.methods.partition.partition import Partition, partition
 from moefy.methods.partition.shared import SHARED_BY, shared_share, variation
 from moefy.models.mlp import DenseMlp
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moefy.methods.base import Compensation
-from moefy.methods.compensations.residual import RIDGE
+from moefy.methods.compensations import RIDGE
 from moefy.methods.tables import COMPENSATIONS
 from moefy.models.mlp import DenseMlp
 

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from moefy.conversion.fit import LayerTokens, fit_compensation, fit_router, fit_selection
 from moefy.errors import RecipeError
-from moefy.methods.selections.ranked import top_mask
-from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose, expert_norms
+from moefy.methods.routers.baselines import expert_norms
+from moefy.methods.selections import top_mask
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import RouterRecipe
 

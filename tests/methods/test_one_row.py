@@ -13,7 +13,7 @@ from moefy.errors import RecipeError
 from moefy.experts.backends import BACKENDS, fastest
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import use_backend
-from moefy.methods.partition.partition import METHODS
+from moefy.methods.partition import METHODS
 from moefy.methods.tables import ROUTERS, listing
 from moefy.models.artefact import read_artefact
 
@@ -25,7 +25,7 @@ import torch
 
 from moefy.experts.backends.base import Backend
 from moefy.methods.base import Router
-from moefy.methods.partition.partition import Method
+from moefy.methods.partition import Method
 from moefy_kernels import masked_mlp
 
 calls = []

@@ -16,8 +16,15 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from moefy.errors import CheckpointError, RecipeError
-from moefy.methods.partition import balanced, canonical, signals
-from moefy.methods.partition.partition import METHODS, Partition, expert_count, partition
+from moefy.methods.partition import (
+    METHODS,
+    Partition,
+    balanced,
+    canonical,
+    expert_count,
+    partition,
+    signals,
+)
 from moefy.models.mlp import DenseMlp
 
 INVARIANT = sorted(set(METHODS) - {"contiguous"})

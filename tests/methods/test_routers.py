@@ -22,8 +22,9 @@ from moefy.experts.backends import BACKENDS
 from moefy.experts.routed import straight_through
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, use_backend
 from moefy.methods.base import Router
-from moefy.methods.selections.ranked import top_mask
-from moefy.methods.tables import COMPENSATIONS, LOSSES, ROUTERS, SELECTIONS, TARGETS
+from moefy.methods.selections import top_mask
+from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
+from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models.mlp import DecidedMlp, DenseMlp
 
 T, D, F, E, S = 40, 9, 5, 6, 2

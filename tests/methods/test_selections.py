@@ -23,8 +23,7 @@ import moefy
 from moefy.errors import MoefyError, RecipeError
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.methods.base import Context
-from moefy.methods.selections.prompt_static import PromptStatic
-from moefy.methods.selections.thresholds import DynamicK, Threshold, TopP
+from moefy.methods.selections import DynamicK, PromptStatic, Threshold, TopP
 from moefy.methods.tables import SELECTIONS
 from moefy.models.library import passing
 

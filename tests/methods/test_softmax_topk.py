@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefy.methods.selections.ranked import SoftmaxTopK
+from moefy.methods.selections import SoftmaxTopK
 from moefy.methods.tables import SELECTIONS
 
 

@@ -43,8 +43,8 @@ from transformers.pytorch_utils import Conv1D
 import moefy
 from moefy.errors import MoefyError
 from moefy.experts.moefied import share_context
-from moefy.experts.offload import offloaded
 from moefy.experts.passes import listen
+from moefy.experts.placement import offloaded
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.models.heads import head_sites
 from moefy.models.library import (

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from moefy.errors import MoefyError, OutputError
+from moefy.run.folder import MARK, OutputFolder, put_in_place, refuse_inside, whole, write_whole
 from moefy.run.job import Job
-from moefy.run.output import MARK, OutputFolder, put_in_place, refuse_inside, whole, write_whole
-from moefy.run.stages import Stages, digest
+from moefy.run.output import Stages, digest
 
 
 def names(folder: Path) -> list[str]:
@@ -256,7 +256,7 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from moefy.run.output import OutputFolder\n"
+        "import os, sys; from pathlib import Path; from moefy.run.folder import OutputFolder\n"
         "OutputFolder(Path(sys.argv[1])).begin('x', resume=False, overwrite=False); os.abort()"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)

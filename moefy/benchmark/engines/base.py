@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moefy.benchmark.layers import Case
 from moefy.experts.backends.base import CPU, GPU
-from moefy.experts.offload import device_of
+from moefy.experts.placement import device_of
 from moefy.models.library import cache_argument
 
 AUTO, MASKED = "auto", "masked"

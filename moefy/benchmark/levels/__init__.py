@@ -15,15 +15,23 @@ from typing import Any, TypeVar
 
 import torch
 
-from moefy.benchmark.bytes_read import active_parameters, dense_parameters, layer_bytes
-from moefy.benchmark.bytes_read import density as share_of
-from moefy.benchmark.bytes_read import union as union_of
 from moefy.benchmark.checks import Exact, checked, exact
+from moefy.benchmark.costs import (
+    LEAST_SAMPLES,
+    Run,
+    active_parameters,
+    dense_parameters,
+    layer_bytes,
+    percentiles,
+    read_bandwidth,
+    side_by_side,
+)
+from moefy.benchmark.costs import density as share_of
+from moefy.benchmark.costs import union as union_of
 from moefy.benchmark.engines import choose
 from moefy.benchmark.engines.base import AUTO, MASKED, Call, Engine, Unavailable
 from moefy.benchmark.layers import Case, Layers, drawn_masks
 from moefy.benchmark.record import Facts, cell, record
-from moefy.benchmark.timing import LEAST_SAMPLES, Run, percentiles, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
 from moefy.methods.tables import SELECTIONS
 from moefy.run.console import Reporter

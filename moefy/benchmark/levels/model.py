@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.benchmark import bytes_read
+from moefy.benchmark import costs
 from moefy.benchmark.checks import (
     Fidelity,
     check_layers,
@@ -37,6 +37,7 @@ from moefy.benchmark.checks import (
     recording,
     widened,
 )
+from moefy.benchmark.costs import Run, read_bandwidth, side_by_side
 from moefy.benchmark.engines import EAGER, backend
 from moefy.benchmark.engines.base import (
     AUTO,
@@ -51,10 +52,9 @@ from moefy.benchmark.engines.base import (
 from moefy.benchmark.layers import Prompt
 from moefy.benchmark.levels import Sweep, admit
 from moefy.benchmark.record import Facts, cell, record
-from moefy.benchmark.timing import Run, read_bandwidth, side_by_side
 from moefy.errors import MoefyError
-from moefy.experts.offload import device_of
 from moefy.experts.passes import watching
+from moefy.experts.placement import device_of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.base import Context, Selection
 
@@ -201,7 +201,7 @@ def _cells(
         place = _place(models, phase, at, len(ids_BT))
         place |= {"rounding": wanted.record(), "mlp_share": None, "amdahl": None}
         if phase == DECODE and share is not None:
-            gain = bytes_read.amdahl(share, place["density"])
+            gain = costs.amdahl(share, place["density"])
             place |= {"mlp_share": share, "amdahl": gain}
         timed = {name: seconds_RC[:, calls] for name, seconds_RC in seconds.items()}
         facts = {name: known[phase] for name, (_, known) in admitted.items()}
@@ -215,9 +215,9 @@ def _place(models: Models, phase: str, at: Phase, batch: int) -> dict[str, Any]:
         "phase": phase,
         "batch": batch,
         "tokens": at.tokens,
-        "density": fmean(map(bytes_read.density, masks)),
+        "density": fmean(map(costs.density, masks)),
         "asked_density": None,
-        "union": fmean(map(bytes_read.union, masks)),
+        "union": fmean(map(costs.union, masks)),
         "least_bytes": _bytes(models.sparse, at),
         "router": None,
     }
@@ -229,9 +229,7 @@ def _mlp_share(models: Models, ids_BT: Tensor, length: int) -> float | None:
     session.reset()
     session.prefill()
     steps = range(length, ids_BT.shape[1])
-    return bytes_read.mlp_share(
-        models.dense, [partial(session.step, position) for position in steps]
-    )
+    return costs.mlp_share(models.dense, [partial(session.step, position) for position in steps])
 
 
 def _checked(
@@ -282,10 +280,10 @@ def _facts(
     if engine.own_size:
         return Facts(session.dense, 0.0, None, None)
     if session.dense:
-        read = bytes_read.model_bytes(models.dense, at.tokens) + at.cache
-        return Facts(True, 0.0, read, bytes_read.model_parameters(models.dense))
+        read = costs.model_bytes(models.dense, at.tokens) + at.cache
+        return Facts(True, 0.0, read, costs.model_parameters(models.dense))
     read = _bytes(models.sparse, at, whole=engine.backend == MASKED)
-    parameters = fmean(bytes_read.model_parameters(models.sparse, one) for one in at.masks)
+    parameters = fmean(costs.model_parameters(models.sparse, one) for one in at.masks)
     text = ", ".join(f"{name} ({n})" for name, n in by.items()) if engine.backend == AUTO else ""
     return Facts(False, 0.0, read, parameters, text)
 
@@ -295,7 +293,7 @@ def _bytes(sparse: PreTrainedModel, at: Phase, *, whole: bool = False) -> float:
     ran = at.masks
     if whole:
         ran = [[torch.ones_like(mask_TE) for mask_TE in one] for one in ran]
-    return fmean(bytes_read.model_bytes(sparse, at.tokens, one) for one in ran) + at.cache
+    return fmean(costs.model_bytes(sparse, at.tokens, one) for one in ran) + at.cache
 
 
 def reference(models: Models, ids_BT: Tensor, prompt: int) -> Expected:
@@ -360,7 +358,7 @@ def _passes(
     passes: list[Phase] = []
 
     def finish() -> None:
-        passes.append(Phase([masks.copy()], bytes_read.cache_bytes(session.cache)))
+        passes.append(Phase([masks.copy()], costs.cache_bytes(session.cache)))
         masks.clear()
 
     with watching(sparse_mlps(sparse), lambda _, __, mask_TE: masks.append(mask_TE.clone())):

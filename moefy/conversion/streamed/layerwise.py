@@ -30,8 +30,8 @@ from moefy.data.corpus import Batch
 from moefy.errors import UnsupportedModel
 from moefy.evaluation.outputs import Outputs, run_outputs
 from moefy.experts.loading import moefied
-from moefy.experts.offload import StoredMlp, stored_names
 from moefy.experts.passes import inputs_of
+from moefy.experts.placement import StoredMlp, stored_names
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from torch import Tensor
 from moefy.data.documents import Ints
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.texts.tokens import Tokens
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
 

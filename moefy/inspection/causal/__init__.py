@@ -31,10 +31,10 @@ from moefy.inspection.causal.sufficiency import interactions, sufficiency
 from moefy.inspection.causal.token_losses import dense_against_moefied
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, table
+from moefy.run.computing import versions
 from moefy.run.console import Reporter
+from moefy.run.output import Stages
 from moefy.run.processes import ALONE, Processes
-from moefy.run.provenance import versions
-from moefy.run.stages import Stages
 
 TOKENS = 20_000
 NULLS = 20

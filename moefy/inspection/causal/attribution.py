@@ -27,7 +27,7 @@ from moefy.inspection.causal.effects import means
 from moefy.inspection.causal.engine import Base, Engine
 from moefy.inspection.causal.matrix import Matrix
 from moefy.inspection.texts.table import Table, table
-from moefy.methods.tables import expert_norms
+from moefy.methods.routers.baselines import expert_norms
 from moefy.run.console import Reporter
 
 GRADIENT, ENERGY = "gradient", "energy"

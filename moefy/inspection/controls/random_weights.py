@@ -38,9 +38,9 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.recipe import from_dict
+from moefy.run.computing import versions
 from moefy.run.console import Reporter
-from moefy.run.provenance import versions
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 CONTROLS = ("permuted", "reinitialised")
 P = 0.05

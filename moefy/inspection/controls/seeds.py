@@ -29,7 +29,7 @@ from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, joined, of_experts, table
-from moefy.methods.partition.partition import partition
+from moefy.methods.partition import partition
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes

@@ -24,7 +24,7 @@ from moefy.evaluation.statistics import Floats, ratios, units
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Engine, Neurons
 from moefy.inspection.removal.parts import Part
-from moefy.run.stages import Stages
+from moefy.run.output import Stages
 
 
 @dataclass(frozen=True)

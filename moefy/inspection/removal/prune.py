@@ -34,10 +34,9 @@ from moefy.inspection.removal.source import (
     units_of,
 )
 from moefy.inspection.removal.summary import card, draw
-from moefy.run.computing import asked
+from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
 from moefy.run.job import Job
-from moefy.run.provenance import machine
 from moefy.run.tables import NO_PLOTS, has_plots
 
 TOKENS = 20_000

@@ -31,7 +31,7 @@ from moefy.inspection.record import Inspection
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
 from moefy.inspection.texts.table import Table
-from moefy.run.output import write_whole
+from moefy.run.folder import write_whole
 
 LARGEST = 20 * 10**6
 """Most bytes of one file; what is larger becomes a folder."""

@@ -31,7 +31,7 @@ class RoughGateRouter(Router):
 
     (without a gate the up projection decides, and `c_j = ||d_j||`), which estimates the norm of its
     contribution and is the same in every gauge; an expert scores the root of the sum of squares. Where an
-    MLP without a gate counts from centres (`moefy.methods.compensations.centred`), so does the score: `|act - centre| c_j`.
+    MLP without a gate counts from centres (`moefy.methods.compensations`), so does the score: `|act - centre| c_j`.
 
     Scores from an estimate of every neuron's gate; nothing is trained.
     """

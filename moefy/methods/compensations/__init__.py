@@ -1,1 +1,0 @@
-"""Compensations stand in for experts that are off; `tables.py` has the table."""

@@ -1,1 +1,0 @@
-"""Selections turn scores into the experts that run: one file each; `tables.py` has the table."""
