@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.offload import offloaded
+from moefy.experts.placement import offloaded
 from moefy.experts.routed import Turn
 from moefy.experts.sparse_heads import SparseHeads, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
