@@ -111,8 +111,8 @@ def share_context(model: PreTrainedModel) -> None:
         module.context = context
     turn = Turn()
     turn.single = any(offloaded(module) is not None for module in model.modules())
-    for module in (*modules, *sparse_heads(model).values()):
-        module.turn = turn
+    for routed in (*modules, *sparse_heads(model).values()):
+        routed.turn = turn
     reads = any(not module.selection.by_score for module in modules)
     ahead = any(module.look_ahead for module in modules)
     roots: list[Any] = [model]
