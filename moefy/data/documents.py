@@ -2,11 +2,12 @@
 
 The unit of every statistic is the document, never the token: tokens of one document are alike.
 
-Shapes: D documents.
+Shapes: Q documents.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ SELECT, HELD_OUT = "select", "held_out"
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents `[D]` in the order in which they are read."""
+    """Documents `[Q]` in the order in which they are read."""
 
     documents: list[Document]
     shards: list[str]
@@ -38,7 +39,7 @@ class Documents:
 
     @property
     def domain_Q(self) -> Ints:
-        """Number of every document's domain `[D]`."""
+        """Number of every document's domain `[Q]`."""
         number = {name: index for index, name in enumerate(self.domains)}
         return np.array([number[doc.domain] for doc in self.documents], dtype=np.int64)
 
@@ -47,6 +48,16 @@ class Documents:
         """The source of every document, with its domain."""
         return [(doc.domain, doc.source_id) for doc in self.documents]
 
+    def take(self, numbers: Sequence[int]) -> "Documents":
+        """Some of them, in this order."""
+        return Documents(*([column[n] for n in numbers] for column in vars(self).values()))
+
+    @classmethod
+    def joined(cls, parts: Iterable["Documents"]) -> "Documents":
+        """Those of several, one after another."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(list(chain.from_iterable(column)) for column in columns))
+
     def of_shard(self, shard: str) -> NDArray[np.bool_]:
-        """Which documents `[D]` are of this shard."""
+        """Which documents `[Q]` are of this shard."""
         return np.array([name == shard for name in self.shards], dtype=bool)

@@ -153,7 +153,7 @@ def ratio_interval(
     used = unit >= 0
     units_ = np.unique(unit[used], return_inverse=True)[1]
     groups, cells = int(units_.max(initial=-1)) + 1, top.shape[1]
-    top_GC, bottom_GC = (_summed(values[used], units_, groups) for values in (top, bottom))
+    top_GC, bottom_GC = (summed(values[used], units_, groups) for values in (top, bottom))
     ends_3C = np.full((3, cells), np.nan)
     # Cells that have the same units share their resamples.
     patterns = np.packbits(bottom_GC != 0, axis=0)
@@ -170,7 +170,8 @@ def ratio_interval(
     return Interval(*ends_3C)
 
 
-def _summed(values_QC: Floats, unit_Q: Ints, groups: int) -> Floats:
+def summed(values_QC: Floats, unit_Q: Ints, groups: int) -> Floats:
+    """Sums `[G, C]` of what belongs to every unit `[Q]`."""
     sums_GC = np.zeros((groups, values_QC.shape[1]))
     np.add.at(sums_GC, unit_Q, values_QC)
     return sums_GC

@@ -26,8 +26,8 @@ from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
 from moefy.inspection.causal import causal
+from moefy.inspection.controls import seeds
 from moefy.inspection.controls.random_weights import random_weights
-from moefy.inspection.controls.seeds import seeds
 from moefy.inspection.describe import describe, merged
 from moefy.inspection.part import Pass
 from moefy.inspection.quality import quality_summary

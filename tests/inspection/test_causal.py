@@ -27,12 +27,20 @@ from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.inspection.causal import causal
 from moefy.inspection.causal.attribution import attribution
 from moefy.inspection.causal.documents import draw
-from moefy.inspection.causal.effects import neurons_of, of_layer, of_sets
-from moefy.inspection.causal.engine import AFTER, DENSE, MOEFIED, WHOLE, WITHIN, Engine
-from moefy.inspection.causal.loss_increase import Reference
+from moefy.inspection.causal.engine import (
+    AFTER,
+    DENSE,
+    MOEFIED,
+    WHOLE,
+    WITHIN,
+    Engine,
+    neurons_of,
+    of_layer,
+    of_sets,
+)
 from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
 from moefy.inspection.causal.sufficiency import interactions, sufficiency
-from moefy.inspection.causal.token_losses import dense_against_moefied, token_losses
+from moefy.inspection.causal.token_losses import Reference, dense_against_moefied, token_losses
 from moefy.inspection.texts.reading import read
 from moefy.inspection.texts.table import rows
 from moefy.models.checkpoint import Checkpoint
@@ -437,7 +445,9 @@ def test_tables_of_a_decoder_are_whole(made):
         assert 0 < row["kl"] <= row["kl_p99"]
         assert 0 <= row["percentile"] <= 100 and 0 < row["p"] <= row["q"] <= 1
         assert row["null_sets"] == 20 and row["null_energy_low"] <= row["null_energy_high"]
-        assert 0 <= row["null_slope"] <= 1 and row["null_slope_error"] > 0
+        assert 0 <= row["null_slope"] <= 1
+        # Too many sets of a tiny random model raise no loss for an error to be there.
+        assert row["null_slope_error"] is None or 0 < row["null_slope_error"] < 10
         others = [r["ce"] for r in main if r["layer"] == row["layer"] and
                   r["expert"] == row["expert"] and r["domain"] != row["domain"]]  # fmt: skip
         assert row["csi"] == pytest.approx(row["ce"] - np.mean(others), rel=1e-3, abs=1e-6)

@@ -19,8 +19,7 @@ from moefy.data.corpus import Document
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.causal.effects import Effects, neurons_of, of_layer, of_sets
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.engine import Effects, Engine, neurons_of, of_layer, of_sets
 from moefy.inspection.causal.matrix import (
     Measured,
     matrix,

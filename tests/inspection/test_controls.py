@@ -19,11 +19,9 @@ from moefy.errors import CorpusError
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account.observe import observe
-from moefy.inspection.controls import random_partition
-from moefy.inspection.controls.corpora import replication, texts
+from moefy.inspection.controls import halves, matched, random_partition, replication, seeds, texts
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import balanced, compared, random_weights, randomise
-from moefy.inspection.controls.seeds import halves, matched, seeds
 from moefy.inspection.part import Pass
 from moefy.inspection.routing import RoutingSample
 from moefy.inspection.texts.reading import read

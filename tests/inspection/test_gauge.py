@@ -10,7 +10,7 @@ from tiny_models import build
 
 from moefy.data.corpus import Corpus, Document
 from moefy.experts.loading import load, load_dense, moefied
-from moefy.inspection.controls.seeds import seeds
+from moefy.inspection.controls import seeds
 from moefy.inspection.describe import describe
 from moefy.inspection.part import Pass
 from moefy.inspection.texts.reading import read

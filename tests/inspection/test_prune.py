@@ -22,6 +22,14 @@ from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, Document, load_corpus
 from moefy.errors import CorpusError, MoefyError, OutputError, UnsupportedModel
 from moefy.inspection.causal.engine import Neurons
+from moefy.inspection.removal import (
+    EXPERT,
+    NEURON,
+    Source,
+    neurons_of_units,
+    open_source,
+    units_of,
+)
 from moefy.inspection.removal.figures import (
     TIMES,
     Point,
@@ -44,14 +52,6 @@ from moefy.inspection.removal.sets import (
     random_neurons,
     ranked,
     relative,
-)
-from moefy.inspection.removal.source import (
-    EXPERT,
-    NEURON,
-    Source,
-    neurons_of_units,
-    open_source,
-    units_of,
 )
 from moefy.inspection.removal.summary import lines
 from moefy.models.artefact import read_artefact

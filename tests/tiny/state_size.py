@@ -7,10 +7,10 @@ batch, one layer's MLP in fp32, and what one table is made from.
 import math
 from dataclasses import dataclass
 
+from moefy.inspection import routing
 from moefy.inspection.controls import random_partition
 from moefy.inspection.experts import FIGURES, examples
 from moefy.inspection.experts.concepts import BINS
-from moefy.inspection.routing import sample as routing_sample
 
 RECORD = 37
 """Bytes of a kept token without the norms around it."""
@@ -66,7 +66,7 @@ def state_bytes(s: Sizes) -> dict[str, int]:
         "predictivity": 4 * (s.concepts + 1) * s.neurons * BINS + 2 * _bits(s.concepts, s),
     }
     found = {name: s.layers * each for name, each in of_layer.items()}
-    sample = min(s.tokens, routing_sample.TOKENS)
+    sample = min(s.tokens, routing.TOKENS)
     found["routing"] = sample * (TOKEN + s.layers * math.ceil(s.experts / 8))
     return found
 

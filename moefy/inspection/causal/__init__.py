@@ -8,6 +8,7 @@ Shapes: N neurons, E experts, S all experts, layer by layer, Q documents.
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.causal.attribution import attribution, attribution_table
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.causal.effects import Effects, neurons_of, of_layer, of_sets
-from moefy.inspection.causal.engine import DENSE, MOEFIED, Engine, Pair
+from moefy.inspection.causal.engine import (
+    DENSE,
+    MOEFIED,
+    Effects,
+    Engine,
+    Pair,
+    neurons_of,
+    of_layer,
+    of_sets,
+)
 from moefy.inspection.causal.matrix import Matrix, Measured, labelled, matrix, strongest, with_q
 from moefy.inspection.causal.nulls import RandomSets, energy_matrices, random_sets
 from moefy.inspection.causal.sufficiency import interactions, sufficiency
@@ -73,23 +82,19 @@ def causal(
 
     Raises `MoefyError` for a mode that does not exist, and for 1 or 2 random sets.
     """
-    _check(mode, nulls)
-    report = report or Reporter(quiet=True)
-    texts = _AllTexts.of(source or reading, tokens, seed)
-    run = _Run.of(model, texts, mode, nulls, seed, report, work, processes)
-    tables = run.tables()
-    if reading.kind == "decoder":
-        tables |= dense_against_moefied(model, reading, report=report, processes=processes)
-    return {name: rows for name, rows in tables.items() if rows}
-
-
-def _check(mode: str, nulls: int) -> None:
     if mode not in MODES:
         raise MoefyError(unknown_choice("mode", mode, MODES))
     if 0 < nulls < _LEAST_NULLS:
         raise MoefyError(
             f"nulls={nulls}: so few random sets have no spread to measure by; give {NULLS}, or 0 for none"
         )
+    report = report or Reporter(quiet=True)
+    texts = _AllTexts.of(source or reading, tokens, seed)
+    stages = Stages(work, work and [_digest(model), *texts.digests, seed, versions()], processes)
+    tables = _Run(model, texts, mode, nulls, seed, report, stages).tables()
+    if reading.kind == "decoder":
+        tables |= dense_against_moefied(model, reading, report=report, processes=processes)
+    return {name: rows for name, rows in tables.items() if rows}
 
 
 @dataclass(frozen=True)
@@ -114,44 +119,46 @@ class _AllTexts:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of `causal`: the texts, the engines, and what is kept between runs."""
+    """One call of `causal`: the model, the texts, and what is kept between runs."""
 
+    model: PreTrainedModel
     texts: _AllTexts
-    engine: Engine
+    mode: str
     nulls: int
     seed: int
     report: Reporter
     stages: Stages
-    means: dict[str, ExpertStatistics]
 
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        texts: _AllTexts,
-        mode: str,
-        nulls: int,
-        seed: int,
-        report: Reporter,
-        work: Path | None,
-        processes: Processes,
-    ) -> "_Run":
-        # Means are of text that no effect is judged on.
-        with all_experts(model):
-            dense = statistics(model, texts.select.batches)
-        means = {DENSE: dense, MOEFIED: statistics(model, texts.select.batches)}
-        engine = _started(Engine(model, mode=mode, means=dense, processes=processes), texts)
-        decided = work and [_digest(model), *texts.digests, seed, versions()]
-        stages = Stages(work, decided, processes)
-        return cls(texts, engine, nulls, seed, report, stages, means)
+    @cached_property
+    def means(self) -> dict[str, ExpertStatistics]:
+        """Of text that no effect is judged on."""
+        with all_experts(self.model):
+            dense = statistics(self.model, self.texts.select.batches)
+        return {DENSE: dense, MOEFIED: statistics(self.model, self.texts.select.batches)}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The dense model."""
+        return self.started(DENSE, self.mode)
+
+    def started(self, which: str, mode: str) -> Engine:
+        """An engine with its runs taken up where the first batch says, the same in all processes."""
+        means, processes = self.means[which], self.stages.processes
+        engine = Engine(self.model, which=which, mode=mode, means=means, processes=processes)
+        engine.start = engine.shortcut(self.texts.held_out.batches[0])
+        return engine
 
     def tables(self) -> dict[str, Table]:
         """All but token losses."""
         engine, texts = self.engine, self.texts.held_out
-        measured = self.dense_matrix()
+        # Finished layers are taken from the work folder.
+        measured = [
+            self._measured(engine, f"{DENSE}, {self.mode}, layer {layer}", experts, self.nulls)
+            for layer, experts in self.chosen().items()
+        ]
         square, rows = matrix(measured, texts, seed=self.seed)
         how = "exact" if self.exact else f"exact, the first {len(square.experts)} of the screen"
-        parts = [labelled(rows, which=DENSE, mode=engine.mode, how=how)]
+        parts = [labelled(rows, which=DENSE, mode=self.mode, how=how)]
         top = strongest(square, OTHER)
         best = [square.experts[i] for i in top]
         how = f"exact, strongest {len(best)}"
@@ -179,7 +186,7 @@ class _Run:
             values_SQ = attribution(self.engine, texts, self.report, f"attribution, {shard}")
             return {"attribution": values_SQ.tolist()}
 
-        kept = self.stages.run(f"attribution-{shard}", self.engine.mode, make)
+        kept = self.stages.run(f"attribution-{shard}", self.mode, make)
         return np.array(kept["attribution"])
 
     def chosen(self) -> dict[int, list[Pair]]:
@@ -193,46 +200,29 @@ class _Run:
             by_layer[layer].append((layer, expert))
         return dict(by_layer)
 
-    def dense_matrix(self) -> list[Measured]:
-        """The exact effects, layer by layer; finished layers are taken from the work folder."""
-        mode = self.engine.mode
-        return [
-            self._measured(self.engine, f"{DENSE}, {mode}, layer {layer}", experts, self.nulls)
-            for layer, experts in self.chosen().items()
-        ]
-
     def others(self, best: list[Pair]) -> list[tuple[str, str, Table]]:
         """The strongest experts in the other modes, and in the moefied model."""
-        mode, parts = self.engine.mode, []
-        for which, other in [(DENSE, m) for m in MODES if m != mode] + [(MOEFIED, mode)]:
-            engine = Engine(
-                self.engine.model, which=which, mode=other, means=self.means[which],
-                processes=self.engine.processes,
-            )  # fmt: skip
-            what = f"{which}, {other}, strongest {len(best)}"
-            measured = self._measured(_started(engine, self.texts), what, sorted(best), 0)
+        parts = []
+        for which, mode in [(DENSE, m) for m in MODES if m != self.mode] + [(MOEFIED, self.mode)]:
+            what = f"{which}, {mode}, strongest {len(best)}"
+            measured = self._measured(self.started(which, mode), what, sorted(best), 0)
             rows = matrix([measured], self.texts.held_out, seed=self.seed)[1]
             # Chosen by the same documents: a test of their selectivity would find what was looked for.
             rows["csi_p"] = [None] * len(rows["csi_p"])
-            parts.append((which, other, rows))
+            parts.append((which, mode, rows))
         return parts
 
     def sufficiency(self) -> Table:
         """Table `keep_only`."""
-        texts = self.texts
+        ranked_by, texts = self.texts.select, self.texts.sufficiency
 
         def make() -> Table:
             attributed_SQ = self.attribution(SELECT)
             return sufficiency(
-                self.engine,
-                attributed_SQ,
-                texts.select,
-                texts.sufficiency,
-                self.report,
-                seed=self.seed,
+                self.engine, attributed_SQ, ranked_by, texts, self.report, seed=self.seed
             )
 
-        return self.stages.run("sufficiency", self.engine.mode, make)
+        return self.stages.run("sufficiency", self.mode, make)
 
     def _measured(self, engine: Engine, what: str, experts: list[Pair], nulls: int) -> Measured:
         """The effects of these experts, and of random sets beside them where they are of one layer."""
@@ -261,12 +251,6 @@ class _Run:
         return Measured(experts, effects.take(of_experts), drawn, effects.take(of_random))
 
 
-def _started(engine: Engine, texts: _AllTexts) -> Engine:
-    """The engine with its runs taken up where the first batch says, the same in all processes."""
-    engine.start = engine.shortcut(texts.held_out.batches[0])
-    return engine
-
-
 def _json(arrays: Effects | RandomSets) -> dict[str, Any]:
     """Arrays as lists."""
     return {
@@ -277,24 +261,22 @@ def _json(arrays: Effects | RandomSets) -> dict[str, Any]:
 
 def _experts(engine: Engine, square: Matrix, shown: Table, texts: Texts) -> Table:
     """Columns of `experts`: the domain that each is most selective for; None where it was not run."""
-    domains = texts.documents.domains
-    at = {pair: row for row, pair in enumerate(square.experts)}
+    count = len(texts.documents.domains)
     selective = np.nan_to_num(square.csi.mean_C, nan=-np.inf).argmax(1)
-    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "expert", *_OF_EXPERTS)}
-    for layer, expert in engine.experts:
-        row = at.get((layer, expert))
-        best = None if row is None else row * len(domains) + int(selective[row])
-        columns["layer"].append(layer)
-        columns["expert"].append(expert)
-        columns["causal_ce"].append(None if row is None else float(square.ce.mean_C[row].mean()))
-        for name, source in _OF_EXPERTS.items():
-            if source:
-                columns[name].append(None if best is None else shown[source][best])
-    return table(columns)
+    best = {pair: (row, row * count + selective[row]) for row, pair in enumerate(square.experts)}
+    rows = [best.get(pair) for pair in engine.experts]
+    mean_E = [float(mean_C.mean()) for mean_C in square.ce.mean_C]
+    return table(
+        {
+            "layer": [layer for layer, _ in engine.experts],
+            "expert": [expert for _, expert in engine.experts],
+            "causal_ce": [at and mean_E[at[0]] for at in rows],
+            **{name: [at and shown[of][at[1]] for at in rows] for name, of in _OF_EXPERTS.items()},
+        }
+    )
 
 
 _OF_EXPERTS = {
-    "causal_ce": "",
     "causal_domain": "domain",
     "causal_csi": "csi",
     "causal_csi_low": "csi_low",

@@ -23,9 +23,8 @@ from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import ce_per_token, judged_positions, run_outputs
 from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.effects import means
-from moefy.inspection.causal.engine import Base, Engine
-from moefy.inspection.causal.matrix import Matrix
+from moefy.inspection.causal.engine import Base, Engine, means
+from moefy.inspection.causal.matrix import Matrix, cells
 from moefy.inspection.texts.table import Table, table
 from moefy.methods.routers.baselines import expert_norms
 from moefy.run.console import Reporter
@@ -92,9 +91,7 @@ def attribution_table(
     ]
     kind = GRADIENT if texts.batches[0].targets_BT is not None else ENERGY
     columns = {
-        "layer": np.repeat([layer for layer, _ in pairs], len(domains)),
-        "expert": np.repeat([expert for _, expert in pairs], len(domains)),
-        "domain": domains * len(pairs),
+        **cells(pairs, domains),
         "screen": attribution_SC.ravel(),
         "kind": [kind] * attribution_SC.size,
         "ce": true_SC.ravel(),

@@ -9,6 +9,7 @@ Shapes: Q documents.
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,13 @@ class Texts:
         """Tokens of every document that are judged: with a next token, or all for encoders."""
         return np.concatenate([judged_positions(batch).sum(1).numpy() for batch in self.batches])
 
+    def counts(self) -> dict[str, Any]:
+        """Columns of what a figure of a domain rests on, a row for each domain."""
+        domain_Q, domains = self.documents.domain_Q, len(self.documents.domains)
+        documents_C = np.bincount(domain_Q, minlength=domains)
+        tokens_C = np.bincount(domain_Q, weights=self.tokens_Q, minlength=domains).astype(int)
+        return {"documents": documents_C, "tokens": tokens_C, "few": documents_C < MIN_DOCUMENTS}
+
 
 def _tokens(batch: Batch) -> Ints:
     mask_BT = batch.mask()
@@ -67,11 +75,7 @@ def together(*parts: Texts) -> Texts:
     """Several texts as one."""
     return Texts(
         [batch for part in parts for batch in part.batches],
-        Documents(
-            [doc for part in parts for doc in part.documents.documents],
-            [shard for part in parts for shard in part.documents.shards],
-            [corpus for part in parts for corpus in part.documents.corpora],
-        ),
+        Documents.joined([part.documents for part in parts]),
         np.concatenate([part.number_Q for part in parts]),
         max(part.length for part in parts),
     )
@@ -100,14 +104,9 @@ def draw(reading: Reading, shard: str, tokens: int, *, seed: int = 0) -> Texts:
         for group in groups
     ]
     order = [number for group in groups for number in group]
-    documents = reading.documents
     return Texts(
         [batch for group in cut for batch in make_batches(group, tokens=1 << 60)],
-        Documents(
-            [documents.documents[n] for n in order],
-            [documents.shards[n] for n in order],
-            [documents.corpora[n] for n in order],
-        ),
+        reading.documents.take(order),
         np.array(order, dtype=np.int64),
         length,
     )

@@ -35,11 +35,10 @@ from moefy.evaluation.statistics import (
     resamples,
     units,
 )
-from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
-from moefy.inspection.causal.effects import Effects, means
-from moefy.inspection.causal.engine import Pair
-from moefy.inspection.causal.loss_increase import COSINE, NATS
-from moefy.inspection.causal.nulls import AgainstNull, RandomSets, against_null
+from moefy.inspection.causal.documents import Texts
+from moefy.inspection.causal.engine import Effects, Pair, means
+from moefy.inspection.causal.nulls import RandomSets, against_null
+from moefy.inspection.causal.token_losses import COSINE, NATS
 from moefy.inspection.texts.table import Table, table
 
 
@@ -82,25 +81,28 @@ def matrix(measured: Sequence[Measured], texts: Texts, *, seed: int = 0) -> tupl
     csi = selectivity(effects.ce_SQ, domain_Q, units(texts.documents), seed=seed)
     kl = np.isfinite(effects.kl_SQ).all()
     nothing = np.full(shape, np.nan)
-    documents_C = np.bincount(domain_Q, minlength=len(domains))
-    tokens_C = np.bincount(domain_Q, weights=texts.tokens_Q, minlength=len(domains)).astype(int)
     columns: dict[str, Any] = {
-        "layer": np.repeat([layer for layer, _ in experts], len(domains)),
-        "expert": np.repeat([expert for _, expert in experts], len(domains)),
-        "domain": domains * len(experts),
+        **cells(experts, domains),
         **ce.columns("ce"),
         "kl": (means(effects.kl_SQ, domain_Q, len(domains)) if kl else nothing).ravel(),
         "kl_p99": (effects.kl_p99_SC if kl else nothing).ravel(),
         **{name: values.ravel() for name, values in csi.columns("csi").items()},
         "csi_p": selectivity_p(effects.ce_SQ, domain_Q, seed=seed).ravel(),
         **{name: values.ravel() for name, values in _null_columns(measured, texts, shape).items()},
-        "documents": np.tile(documents_C, len(experts)),
-        "tokens": np.tile(tokens_C, len(experts)),
-        "few": np.tile(documents_C < MIN_DOCUMENTS, len(experts)),
+        **{name: np.tile(values, len(experts)) for name, values in texts.counts().items()},
         "damage": [NATS if kl else COSINE] * (len(experts) * len(domains)),
     }
     square = Interval(*(v.reshape(shape) for v in (ce.mean_C, ce.low_C, ce.high_C)))
     return Matrix(experts, square, csi), table(columns)
+
+
+def cells(experts: Sequence[Pair], domains: list[str]) -> dict[str, Any]:
+    """Columns that name a row for every expert and domain."""
+    return {
+        "layer": np.repeat([layer for layer, _ in experts], len(domains)),
+        "expert": np.repeat([expert for _, expert in experts], len(domains)),
+        "domain": domains * len(experts),
+    }
 
 
 def _null_columns(
@@ -110,31 +112,27 @@ def _null_columns(
     names = ("z_random", "percentile", "p", "null_sets", "null_energy_low", "null_energy_high",
              "null_slope", "null_slope_error")  # fmt: skip
     columns = {name: np.full(shape, np.nan) for name in names}
-    parts: list[AgainstNull] = []
+    null_z: list[Floats] = []
     first = 0
     for part in measured:
         at = slice(first, first + len(part.experts))
         first = at.stop
         if part.sets is None or part.null is None:
             continue
-        against = against_null(part.effects.by_domain(texts), part.null.by_domain(texts), part.sets)
-        parts.append(against)
+        sets = part.sets
+        against = against_null(part.effects.by_domain(texts), part.null.by_domain(texts), sets)
+        null_z.append(against.null_z_SC.ravel())
         columns["z_random"][at], columns["percentile"][at] = against.z_EC, against.percentile_EC
-        columns["null_slope"][at], columns["null_slope_error"][at] = (
-            against.slope,
-            against.slope_error,
-        )
+        columns["null_slope"][at], columns["null_slope_error"][at] = against.slope
         for row, (number, energy) in enumerate(
-            zip(part.sets.bin_E, part.sets.energy_E, strict=True), start=at.start
+            zip(sets.bin_E, sets.energy_E, strict=True), at.start
         ):
-            ratio = part.sets.energy_S[part.sets.bin_S == number] / max(energy, 1e-300)
-            columns["null_sets"][row] = len(ratio)
-            columns["null_energy_low"][row], columns["null_energy_high"][row] = (
-                ratio.min(),
-                ratio.max(),
-            )
-    if parts:
-        null = np.concatenate([part.null_z_SC.ravel() for part in parts])
+            ratio = sets.energy_S[sets.bin_S == number] / max(energy, 1e-300)
+            figures = (len(ratio), ratio.min(), ratio.max())
+            for name, value in zip(names[3:6], figures, strict=True):
+                columns[name][row] = value
+    if null_z:
+        null = np.concatenate(null_z)
         columns["p"] = pooled_p(columns["z_random"], null[np.isfinite(null)])
     return columns
 

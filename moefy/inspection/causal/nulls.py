@@ -46,16 +46,13 @@ def energy_matrices(
     what their documents do: 4 N^2 bytes a layer, twice meanwhile."""
     total: dict[int, Any] = dict.fromkeys(layers, 0.0)
     weight, down = dict.fromkeys(layers, 0.0), {}
-    weights = None if weight_Q is None else torch.from_numpy(weight_Q)
     for layer, change_TN, down_ND, document_T in engine.changes(batches, layers):
-        if weights is None:
-            total[layer] = total[layer] + change_TN.T @ change_TN
-            weight[layer] += len(change_TN)
-        else:
-            weight_T = weights.to(document_T.device)[document_T]
-            weighted_TN = change_TN * weight_T[:, None].to(change_TN)
-            total[layer] = total[layer] + weighted_TN.T @ change_TN
-            weight[layer] += float(weight_T.sum())
+        weighted_TN, tokens = change_TN, float(len(change_TN))
+        if weight_Q is not None:
+            weight_T = torch.from_numpy(weight_Q).to(document_T.device)[document_T]
+            weighted_TN, tokens = change_TN * weight_T[:, None].to(change_TN), float(weight_T.sum())
+        total[layer] = total[layer] + weighted_TN.T @ change_TN
+        weight[layer] += tokens
         down[layer] = down_ND
     for layer, down_ND in down.items():
         total[layer] /= weight[layer]
@@ -183,8 +180,8 @@ class AgainstNull:
     percentile_EC: Floats
     null_z_SC: Floats
     """Every random set against the others of its bin: what z is where there is nothing to find."""
-    slope: float
-    slope_error: float
+    slope: tuple[float, float]
+    """How the loss increase grows with energy, and the standard error of that."""
 
 
 def against_null(increase_EC: Floats, null_SC: Floats, sets: RandomSets) -> AgainstNull:
@@ -192,12 +189,12 @@ def against_null(increase_EC: Floats, null_SC: Floats, sets: RandomSets) -> Agai
     the sets of a bin corrected to the energy of what they are compared with."""
     z_EC, percentile_EC = np.full(increase_EC.shape, np.nan), np.full(increase_EC.shape, np.nan)
     null_z_SC = np.full(null_SC.shape, np.nan)
-    slope, error = energy_slope(null_SC.mean(1), sets.energy_S)
+    slope = energy_slope(null_SC.mean(1), sets.energy_S)
     least = max(_LEAST * float(sets.energy_S.max()), 1e-300)
     energy_S, energy_E = (np.maximum(v, least) for v in (sets.energy_S, sets.energy_E))
 
     def corrected(at_S: Ints, energy: float) -> Floats:
-        return np.asarray(null_SC[at_S] * ((energy / energy_S[at_S]) ** slope)[:, None])
+        return np.asarray(null_SC[at_S] * ((energy / energy_S[at_S]) ** slope[0])[:, None])
 
     for e, (number, energy) in enumerate(zip(sets.bin_E, energy_E, strict=True)):
         null = corrected(np.flatnonzero(sets.bin_S == number), energy)
@@ -206,4 +203,4 @@ def against_null(increase_EC: Floats, null_SC: Floats, sets: RandomSets) -> Agai
     for s, (number, energy) in enumerate(zip(sets.bin_S, energy_S, strict=True)):
         others = np.flatnonzero((sets.bin_S == number) & (np.arange(len(null_SC)) != s))
         null_z_SC[s] = null_z(null_SC[s], corrected(others, energy))
-    return AgainstNull(z_EC, percentile_EC, null_z_SC, slope, error)
+    return AgainstNull(z_EC, percentile_EC, null_z_SC, slope)

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.evaluation.statistics import Floats, Interval, null_p, q_values, ratio_interval, units
-from moefy.inspection.causal.documents import MIN_DOCUMENTS, Texts
-from moefy.inspection.causal.effects import Effects, means, of_experts, of_sets
-from moefy.inspection.causal.engine import Engine, Pair
+from moefy.inspection.causal.documents import Texts
+from moefy.inspection.causal.engine import Effects, Engine, Pair, means, of_experts, of_sets
 from moefy.inspection.causal.matrix import intervals
 from moefy.inspection.texts.table import Table, joined, table
 from moefy.run.console import Reporter
@@ -75,7 +74,7 @@ def _rows(
     ce_XQ: Floats, texts: Texts, share: float, own: list[NDArray[np.bool_]], draws: int
 ) -> Table:
     """Rows of one share: the first sets are those of the domains, the rest are random."""
-    domains, domain_Q = texts.documents.domains, texts.documents.domain_Q
+    domains = texts.documents.domains
     count = len(domains)
     ce = intervals(ce_XQ, texts)
     mean_XC = ce.mean_C.reshape(-1, count)
@@ -83,7 +82,6 @@ def _rows(
     other_CC = np.where(np.eye(count, dtype=bool), np.nan, mean_XC[:count])
     # Paired: the same documents with other experts kept.
     saved = intervals(ce_XQ[count:].mean(0) - ce_XQ[:count], texts)
-    documents_C = np.bincount(domain_Q, minlength=count)
     return table(
         {
             "domain": domains,
@@ -98,9 +96,7 @@ def _rows(
             # A smaller loss than random experts leave.
             "p": null_p(-own_C, -random_XC),
             "draws": [draws] * count,
-            "documents": documents_C,
-            "tokens": np.bincount(domain_Q, weights=texts.tokens_Q, minlength=count).astype(int),
-            "few": documents_C < MIN_DOCUMENTS,
+            **texts.counts(),
         }
     )
 

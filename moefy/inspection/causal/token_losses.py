@@ -6,9 +6,21 @@ The two may be any models with the same tokenizer, or functions from a batch to 
 other model predicts the token worse. A mean hides where the difference sits: here are both tails,
 every domain, classes of tokens, and the share of all losses that the worst 1 % of tokens holds.
 
-Memory: 40 bytes a token, and the logits of two runs of one batch.
+Language models: the increase of cross-entropy and KL(base || other), in nats. With `z = logits - base`
+and p the base's probabilities,
 
-Shapes: B documents of a batch, P positions, V vocabulary, J judged tokens, Q documents, C cells.
+    m = <p, z>,   s = sum_v p_v exp(z_v - m) / sum_v p_v,   KL = log s,   increase = m + log s - z_target
+
+so that small effects are not lost in the difference of large numbers, nor in a sum of p that is 1 but for
+rounding. Encoders have no next token:
+their loss is 1 - cosine of the last hidden states, and they have no KL. It is taken as
+`||u - v||^2 / 2` of the states at unit length, which is the same but never below 0, nor anything but 0
+where nothing changed.
+
+Memory of `differences`: 40 bytes a token, and the logits of two runs of one batch.
+
+Shapes: B documents of a batch, P positions, V vocabulary, J judged tokens, Q documents, C cells
+(of `Reference` a chunk of tokens).
 """
 
 import math
@@ -20,23 +32,93 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import Batch
 from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.groups import TOP, tail
-from moefy.evaluation.outputs import Outputs, judged_positions, outputs_of
-from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
+from moefy.evaluation.outputs import (
+    Outputs,
+    ce_per_token,
+    judged_positions,
+    outputs_of,
+    per_position,
+    run_outputs,
+)
+from moefy.evaluation.statistics import Floats, Interval, ratio_interval, summed, units
+from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.account.observe import tokens_of
 from moefy.inspection.causal.documents import MIN_DOCUMENTS
-from moefy.inspection.causal.loss_increase import Reference, output
 from moefy.inspection.texts.reading import Reading
 from moefy.inspection.texts.table import Table, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes
+
+NATS, COSINE = "nats per token", "1 - cosine of the last hidden states"
+_CHUNK = 2**18
+"""Logits compared at a time: few enough for the processor's caches."""
+_LARGEST = 80.0
+
+
+def output(model: PreTrainedModel, batch: Batch) -> Outputs:
+    """What a run is judged by: logits, or last hidden states of an encoder."""
+    if batch.targets_BT is not None:
+        return run_outputs(model, batch)
+    results: list[Any] = []
+    with model.base_model.register_forward_hook(lambda _, __, result: results.append(result)):
+        walk(model, batch)
+    return outputs_of(batch, torch.as_tensor(results[-1][0]))
+
+
+class Reference:
+    """The base run of one batch."""
+
+    def __init__(self, base: Outputs) -> None:
+        """`base` is what `output` gave. Few logits are kept, many made again for every comparison."""
+        self.base = base.with_logits()
+        self.p_JV: Tensor | None = None
+        if base.classes and self.base.head is None:
+            rows_JV = self.base.rows_JD
+            self.p_JV = self.base.logits(rows_JV).softmax(-1)
+
+    def compare(self, other: Outputs) -> tuple[Tensor, Tensor | None]:
+        """Loss increase `[J]` of another run of the batch, and KL `[J]` of language models."""
+        if not self.base.classes:
+            return per_position(_apart, self.base, other)[0], None
+        ce_J, kl_J = per_position(self._increase, self.base, other)
+        return ce_J, kl_J
+
+    def _increase(self, here: slice, base_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, ...]:
+        assert self.base.targets_J is not None
+        target_C = self.base.targets_J[here]
+        p_CV = base_CV.softmax(-1) if self.p_JV is None else self.p_JV[here]
+        ce, kl, one_V = [], [], torch.ones_like(other_CV[:1])
+        step = max(1, _CHUNK // other_CV.shape[1])
+        for first in range(0, len(other_CV), step):
+            at = slice(first, first + step)
+            p, z = p_CV[at], other_CV[at] - base_CV[at]
+            of_target = z.gather(1, target_C[at, None])[:, 0]
+            m = torch.linalg.vecdot(p, z)
+            z.sub_(m[:, None]).clamp_(max=_LARGEST).exp_()
+            log_s = (torch.linalg.vecdot(p, z) / torch.linalg.vecdot(p, one_V)).log()
+            ce.append(m + log_s - of_target)
+            kl.append(log_s.clamp_min(0))
+        return torch.cat(ce), torch.cat(kl)
+
+    def target_log_p(self) -> Tensor:
+        """Log-probability `[J]` that the base gives to the targets."""
+        return -ce_per_token(self.base)
+
+
+def _apart(_: slice, base_CD: Tensor, other_CD: Tensor) -> tuple[Tensor]:
+    """1 - cosine `[C]`, as the squared distance of unit vectors."""
+    away_CD = normalize(base_CD, dim=-1) - normalize(other_CD, dim=-1)
+    return (away_CD.square().sum(-1) / 2,)
+
 
 Logits = Callable[[Batch], Tensor | Outputs]
 """From a batch to logits `[B, P, V]`, or to what stands for them."""
@@ -164,11 +246,11 @@ def _outputs(which: PreTrainedModel | Logits) -> Callable[[Batch], Outputs]:
 def _means(losses: Differences, mark_JC: NDArray[np.bool_], reading: Reading) -> dict[str, Any]:
     """Mean difference and KL over the tokens of every cell, with intervals over documents."""
     documents = len(reading.documents)
-    tokens_QC = _by_document(mark_JC.astype(float), losses.tokens.document_T, documents)
+    tokens_QC = summed(mark_JC.astype(float), losses.tokens.document_T, documents)
     unit_Q = units(reading.documents, tokens_QC.sum(1) > 0)
 
     def interval(values_J: Floats) -> Interval:
-        top_QC = _by_document(mark_JC * values_J[:, None], losses.tokens.document_T, documents)
+        top_QC = summed(mark_JC * values_J[:, None], losses.tokens.document_T, documents)
         return ratio_interval(top_QC, tokens_QC, unit_Q)
 
     losses_C = (mark_JC * losses.delta_J.clip(0)[:, None]).sum(0)
@@ -186,19 +268,11 @@ def _means(losses: Differences, mark_JC: NDArray[np.bool_], reading: Reading) ->
     )
 
 
-def _by_document(values_JC: Floats, document_J: NDArray[np.int64], documents: int) -> Floats:
-    sums_QC = np.zeros((documents, values_JC.shape[1]))
-    np.add.at(sums_QC, document_J, values_JC)
-    return sums_QC
-
-
 def _tails(losses: Differences, reading: Reading, shown: int) -> Table:
     """The tokens that lose most and those that gain most, one of each document."""
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in ("tail", "rank", "document", "domain", "position", "token", "next", "delta",
-                     "p_base", "p_other", "kl")
-    }  # fmt: skip
+    names = ("tail", "rank", "document", "domain", "position", "token", "next", "delta", "p_base",
+             "p_other", "kl")  # fmt: skip
+    found: list[tuple[Any, ...]] = []
     tokens = losses.tokens
     for name, sign in (("loses", -1.0), ("gains", 1.0)):
         order_J = np.argsort(sign * losses.delta_J, kind="stable")
@@ -207,15 +281,13 @@ def _tails(losses: Differences, reading: Reading, shown: int) -> Table:
             if sign * losses.delta_J[j] >= -_ROUNDING:
                 break
             number = int(tokens.document_T[j])
-            row = (
+            found.append((
                 name, rank, number, reading.documents.documents[number].domain,
                 int(tokens.position_T[j]), int(tokens.ids_T[j]), int(tokens.target_T[j]),
                 float(losses.delta_J[j]), math.exp(losses.log_p_J[j]),
                 math.exp(min(0.0, losses.log_p_J[j] - losses.delta_J[j])), float(losses.kl_J[j]),
-            )  # fmt: skip
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
-    return table(columns)
+            ))  # fmt: skip
+    return {name: [row[column] for row in found] for column, name in enumerate(names)}
 
 
 def _concentration(measured: Differences) -> Table:

@@ -13,6 +13,7 @@ Shapes: N neurons, D width.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,9 @@ from moefy.errors import CorpusError
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
 from moefy.experts.placement import running_dtype
-from moefy.inspection.controls.corpora import figures
+from moefy.inspection.controls import figures
 from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, rows, table
+from moefy.inspection.texts.table import Table, rows
 from moefy.methods.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_order
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint
@@ -168,15 +169,11 @@ def balanced(mlp: DenseMlp) -> DenseMlp:
     scale_N = (down_N / up_N).pow(1 / (1 + degree))
     # A neuron that reads or writes nothing stays as it is.
     scale_N = torch.where((up_N > 0) & (down_N > 0), scale_N, torch.ones_like(scale_N))
-    bias_N = None if same.up_bias_N is None else same.up_bias_N * scale_N
-    return DenseMlp(
+    return replace(
+        same,
         up_ND=same.up_ND * scale_N[:, None],
         down_ND=same.down_ND / scale_N[:, None] ** degree,
-        activation=same.activation,
-        gate_ND=same.gate_ND,
-        up_bias_N=bias_N,
-        gate_bias_N=same.gate_bias_N,
-        down_bias_D=same.down_bias_D,
+        up_bias_N=None if same.up_bias_N is None else same.up_bias_N * scale_N,
     )
 
 
@@ -193,7 +190,7 @@ def randomise(model: PreTrainedModel, control: str, seed: int) -> None:
                 into.copy_(_drawn(value, control, generator))
 
 
-_WEIGHTS = tuple(name for name in vars(DenseMlp)["__dataclass_fields__"] if name != "activation")
+_WEIGHTS = tuple(field.name for field in fields(DenseMlp) if field.name != "activation")
 
 
 def _drawn(value: Tensor, control: str, generator: torch.Generator) -> Tensor:
@@ -215,19 +212,17 @@ def compared(trained: Table, random: Mapping[str, Table]) -> Table:
     every = {"trained": trained, **random}
     by_layer = {who: {row["layer"]: row for row in rows(t)} for who, t in every.items()}
     names = [name for name in figures(trained) if all(name in t for t in every.values())]
-    columns: dict[str, list[Any]] = {name: [] for name in ("layer", "figure", *every, "separates")}
+    found = []
     for name in names:
         all_ = {who: [row[name] for row in layers.values()] for who, layers in by_layer.items()}
         over_layers = _ordered(all_)
         for layer in by_layer["trained"]:
             here = {who: layers[layer] for who, layers in by_layer.items()}
-            columns["layer"].append(layer)
-            columns["figure"].append(name)
-            for who, row in here.items():
-                columns[who].append(row[name])
             apart = _apart(here, name)
-            columns["separates"].append(over_layers if apart is None else apart)
-    return table(columns)
+            separates = over_layers if apart is None else apart
+            found.append((layer, name, *(row[name] for row in here.values()), separates))
+    columns = ("layer", "figure", *every, "separates")
+    return {name: [row[at] for row in found] for at, name in enumerate(columns)}
 
 
 def _apart(here: dict[str, dict[str, Any]], name: str) -> bool | None:
@@ -242,13 +237,11 @@ def _apart(here: dict[str, dict[str, Any]], name: str) -> bool | None:
 
 def _ordered(values: dict[str, list[Any]]) -> bool | None:
     """Whether the trained figures differ from both controls' in one direction over layers."""
-    arrays = {who: np.array(v, dtype=float) for who, v in values.items()}
     signs = set()
-    for who, control in arrays.items():
-        away = arrays["trained"] - control
+    trained = np.array(values.pop("trained"), dtype=float)
+    for control in values.values():
+        away = trained - np.array(control, dtype=float)
         away = away[~np.isnan(away)]
-        if who == "trained":
-            continue
         if len(away) < 6:
             return None
         if not away.any() or stats.wilcoxon(away).pvalue >= P:

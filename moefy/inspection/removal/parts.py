@@ -17,7 +17,7 @@ from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.removal.source import Source
+from moefy.inspection.removal import Source
 from moefy.inspection.texts.reading import Reading
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config

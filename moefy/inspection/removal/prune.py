@@ -11,6 +11,7 @@ neurons have in the down projections. docs/removal.md says how to read the figur
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,7 @@ from torch import Tensor
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.errors import MoefyError
 from moefy.inspection.causal.engine import Neurons
-from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
-from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
-from moefy.inspection.removal.relearning import relearning
-from moefy.inspection.removal.sets import CONTROLS, ENERGY, Removal, ranked
-from moefy.inspection.removal.source import (
+from moefy.inspection.removal import (
     EXPERT,
     NEURON,
     README,
@@ -33,6 +30,10 @@ from moefy.inspection.removal.source import (
     open_source,
     units_of,
 )
+from moefy.inspection.removal.figures import Judge, Pair, against, area, largest, mean_row, row
+from moefy.inspection.removal.parts import Parts, choose_domains, read_parts
+from moefy.inspection.removal.relearning import relearning
+from moefy.inspection.removal.sets import CONTROLS, ENERGY, Removal, ranked
 from moefy.inspection.removal.summary import card, draw
 from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
@@ -85,7 +86,9 @@ def prune(
     about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}
     decided = [source.decided, text.sha256, about, tokens, seed]
     with job.running(decided, disk=source.checkpoint.bytes, worthless=(MoefyError,)):
-        removal = _Removal.of(source, parts, unit, seed, job)
+        removal = _Removal(
+            source, parts, Judge(source.engine(), job.stages), unit, seed, job.report
+        )
         record = removal.written(removal.count(allowed), text, about, job.finished)
     job.commit()
     return record
@@ -115,14 +118,11 @@ class _Removal:
     unit: str
     seed: int
     report: Reporter
-    order: Tensor
-    """Numbers of the units, those to go first in front."""
 
-    @classmethod
-    def of(cls, source: Source, parts: Parts, unit: str, seed: int, job: Job) -> "_Removal":
-        engine = source.engine()
-        order = ranked(engine, parts.rank, unit, job.report)
-        return cls(source, parts, Judge(engine, job.stages), unit, seed, job.report, order)
+    @cached_property
+    def order(self) -> Tensor:
+        """Numbers of the units, those to go first in front."""
+        return ranked(self.judge.engine, self.parts.rank, self.unit, self.report)
 
     def first(self, count: int) -> Neurons:
         """The neurons of the first units."""

@@ -17,10 +17,10 @@ from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import judged_positions, language
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Neurons
+from moefy.inspection.removal import NEURON, Source, units_of
 from moefy.inspection.removal.figures import Judge, largest, measured
 from moefy.inspection.removal.parts import Parts
 from moefy.inspection.removal.sets import random_neurons
-from moefy.inspection.removal.source import NEURON, Source, units_of
 
 STEPS = 40
 """Most steps that are tried."""

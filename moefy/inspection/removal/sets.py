@@ -18,8 +18,8 @@ from moefy.evaluation.statistics import Floats
 from moefy.inspection.causal.documents import Texts, together
 from moefy.inspection.causal.engine import Engine, Neurons
 from moefy.inspection.causal.nulls import TOLERANCE, energies, energy_matrices, matched
+from moefy.inspection.removal import EXPERT, NEURON, neurons_of_units, units_of
 from moefy.inspection.removal.parts import Part
-from moefy.inspection.removal.source import EXPERT, NEURON, neurons_of_units, units_of
 from moefy.methods.routers.baselines import expert_norms
 from moefy.run.console import Reporter
 

@@ -25,7 +25,7 @@ from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.account.observe import observe
-from moefy.inspection.controls.corpora import replication
+from moefy.inspection.controls import replication
 from moefy.inspection.part import Pass
 from moefy.inspection.routing import RoutingSample, RoutingSampler, drawn_documents
 from moefy.inspection.routing.coactivation import (
