@@ -17,7 +17,7 @@ from demo_experts import moefied
 from pages import fill
 
 import moefy
-from moefy.inspection.texts.table import Table, rows
+from moefy.inspection.record import Table, rows
 from moefy.run.tables import markdown
 
 RECORDS, PAGE = Path("benchmarks/records"), Path("docs/case-study.md")

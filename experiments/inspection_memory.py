@@ -21,9 +21,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import convert, load
-from moefy.inspection.describe import describe
+from moefy.inspection.inspect import describe
 from moefy.inspection.part import Pass
-from moefy.inspection.texts.reading import read
+from moefy.inspection.texts import read
 from moefy.recipe import PartitionRecipe, Recipe, RouterRecipe
 from moefy.run.computing import machine, versions
 from moefy.run.memory import peak_memory

@@ -17,7 +17,7 @@ from typing import Any
 from demo_experts import RECIPE
 
 import moefy
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
 from moefy.models.artefact import Artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder
 from moefy.models.config import read_config

@@ -16,7 +16,7 @@ from moefy.benchmark.engines import ENGINES
 from moefy.experts.backends import BACKENDS, fastest
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import use_backend
-from moefy.inspection.describe import PARTS
+from moefy.inspection.inspect import PARTS
 from moefy.methods.partition import METHODS
 from moefy.methods.partition.canonical import canonical_gauge
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS

@@ -462,7 +462,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
 ) -> Shown:
     """Show a report that is too large for one file, to this machine only; Ctrl-C ends it."""
-    from moefy.inspection.report.serve import serve as run
+    from moefy.inspection.report import serve as run
 
     run(folder, port, typer.echo)
     return Shown(None)

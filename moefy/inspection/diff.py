@@ -21,7 +21,7 @@ from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, token_losses
 from moefy.inspection.inspect import Inspected, inspected
 from moefy.inspection.routing.statistics import router_saturation, routing_sample
-from moefy.inspection.texts.reading import Reading, read_texts
+from moefy.inspection.texts import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
 from moefy.run.computing import asked
 from moefy.run.console import Reporter

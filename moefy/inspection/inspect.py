@@ -4,13 +4,19 @@
     found.expert(5, 12)["causal"]
 
 Every part is in `moefy.inspection` and gives plain tables; this file only says what is done in which
-order. docs/inspection.md defines every column.
+order, and has a row for each part of the one pass in `PARTS`:
+
+    contributions, examples, directions and direct effects, concepts, near duplicates     of experts
+    routing                                        which experts run for what, and what explains it
+    random partitions, other texts                 how all that compares, with `controls`
+
+docs/inspection.md defines every column.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +29,32 @@ from moefy.experts.interventions import MODES
 from moefy.experts.loading import open_model
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.inspection.account import observe
 from moefy.inspection.account.prompt import prompt_record
 from moefy.inspection.causal import TOKENS as CAUSAL_TOKENS
 from moefy.inspection.causal import causal
 from moefy.inspection.controls import seeds
+from moefy.inspection.controls.random_partition import RandomPartitions
 from moefy.inspection.controls.random_weights import random_weights
-from moefy.inspection.describe import describe, merged
-from moefy.inspection.part import Pass
+from moefy.inspection.experts import Contributions, RouterQualityOfExperts
+from moefy.inspection.experts.concepts import Predictivity
+from moefy.inspection.experts.direct import DirectEffects, Spectrum
+from moefy.inspection.experts.examples import Examples
+from moefy.inspection.experts.near_duplicates import NearDuplicates
+from moefy.inspection.part import Pass, PassPart, gather
 from moefy.inspection.quality import quality_summary
-from moefy.inspection.record import Inspection
-from moefy.inspection.report import Report
-from moefy.inspection.texts import documents_table, texts_of, vocabulary_of
-from moefy.inspection.texts.reading import TOKENS, Reading, read
-from moefy.inspection.texts.table import Table
+from moefy.inspection.record import Inspection, Table
+from moefy.inspection.report import Report, write_report
+from moefy.inspection.report.neuronpedia import export_neuronpedia
+from moefy.inspection.report.plots import save_plots
+from moefy.inspection.routing.statistics import Routing
+from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
 from moefy.run.computing import asked, machine, versions
 from moefy.run.console import Reporter
 from moefy.run.folder import refuse_inside
 from moefy.run.memory import peak_memory
 from moefy.run.output import Stages
-from moefy.run.processes import ALONE, Processes, launched
+from moefy.run.processes import ALONE, launched
 
 OPTIONAL = ("controls", "causal")
 """What may be skipped."""
@@ -59,15 +72,15 @@ class Inspected(Inspection):
     def save(self, folder: str | Path) -> Path:
         """Write `inspection.json` and `report.html` into a folder; returns what to open."""
         super().save(folder)
-        return Report(self).save(Path(folder) / REPORT, overwrite=True)
+        return write_report(self, Path(folder) / REPORT, overwrite=True)
 
     def save_plots(self, folder: str | Path) -> list[Path]:
         """PNG plots for papers; needs matplotlib."""
-        return Report(self).save_plots(folder)
+        return save_plots(self, folder)
 
     def export_neuronpedia(self, folder: str | Path) -> Path:
         """The experts in the format that Neuronpedia imports."""
-        return Report(self).export_neuronpedia(folder)
+        return export_neuronpedia(self, folder)
 
     def _repr_html_(self) -> str:
         return Report(self)._repr_html_()
@@ -106,11 +119,11 @@ def inspect(
     Raises `MoefyError` for anything that is the user's to mend.
     """
     settings = InspectSettings(tokens, causal_tokens, mode, [*skip])
-    run = Inspecting.of(model, corpora, settings, out=out, seed=seed, quiet=quiet)
+    run = Inspecting(model, corpora, settings, out=out, seed=seed, quiet=quiet)
     parts = [run.described(), *run.controlled(), *run.ablated()]
     found = Inspected({}, {}, {})
     if run.processes.main:
-        found = run.result(merged(parts), prompts, command, out)
+        found = run.result(merged(parts), prompts, command)
     run.processes.wait()
     return found
 
@@ -136,24 +149,11 @@ class InspectSettings:
             )
 
 
-@dataclass
 class Inspecting:
-    """One call of `inspect`: what its parts share."""
+    """One call of `inspect`: what its parts share. It opens the model and reads the texts."""
 
-    model: PreTrainedModel
-    reading: Reading
-    corpora: Any
-    settings: InspectSettings
-    seed: int
-    report: Reporter
-    processes: Processes
-    stages: Stages
-    began: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: str | Path | PreTrainedModel,
         corpora: Any,
         settings: InspectSettings,
@@ -161,18 +161,18 @@ class Inspecting:
         out: str | Path | None,
         seed: int,
         quiet: bool,
-    ) -> "Inspecting":
-        """Open the model and read the texts."""
-        began, processes = time.perf_counter(), launched()
+    ) -> None:
+        self.began, self.processes = time.perf_counter(), launched()
+        self.corpora, self.settings, self.out, self.seed = corpora, settings, out, seed
         if out is not None and not isinstance(model, PreTrainedModel):
             refuse_inside(Path(out), Path(model))
-        moefied = open_model(model, verify=True, dense=False)
-        reading = read(moefied, corpora, tokens=settings.tokens)
+        self.model = open_model(model, verify=True, dense=False)
+        self.reading = read(self.model, corpora, tokens=settings.tokens)
         # A model in memory may have been changed since it was loaded: only folders have parts to keep.
-        work = Path(out) / WORK if out is not None and moefied is not model else None
-        stages = Stages(work, _decided_by(moefied, reading, seed), processes)
-        report = Reporter(quiet=quiet or not processes.main)
-        return cls(moefied, reading, corpora, settings, seed, report, processes, stages, began)
+        work = Path(out) / WORK if out is not None and self.model is not model else None
+        self.stages = Stages(work, _decided_by(self.model, self.reading, seed), self.processes)
+        self.report = Reporter(quiet=quiet or not self.processes.main)
+        self.seconds: dict[str, float] = {}
 
     def described(self) -> dict[str, Table]:
         """Descriptive tables, beside random partitions and other texts."""
@@ -216,11 +216,7 @@ class Inspecting:
             )  # fmt: skip
 
     def result(
-        self,
-        tables: dict[str, Table],
-        prompts: Sequence[str],
-        command: str | None,
-        out: str | Path | None,
+        self, tables: dict[str, Table], prompts: Sequence[str], command: str | None
     ) -> Inspected:
         """What the first process gives: the tables, the quality summary, texts, and prompts."""
         with self._clock("page one"):
@@ -240,7 +236,7 @@ class Inspecting:
             "seconds": {**self.seconds, "in all": round(time.perf_counter() - self.began, 1)},
             "peak_memory": peak_memory(),
         }
-        return inspected(self.reading, tables, about, judged, shown, out)
+        return inspected(self.reading, tables, about, judged, shown, self.out)
 
     def _pass(self, model: PreTrainedModel, reading: Reading, *, controls: bool = False) -> Pass:
         return Pass(model, reading, self.seed, controls, self.report, self.processes)
@@ -319,3 +315,68 @@ def _about(model: PreTrainedModel, reading: Reading) -> dict[str, Any]:
         "kind": reading.kind,
         "hashes": {"model": artefact.source["sha256"], "corpora": reading.corpora},
     }
+
+
+PARTS: dict[str, Callable[[Pass], PassPart[Any]]] = {
+    "contributions": Contributions,
+    "router": RouterQualityOfExperts,
+    "examples": Examples,
+    "spectrum": Spectrum,
+    "direct": DirectEffects,  # after the spectrum, whose directions it follows
+    "predictivity": Predictivity,
+    "near_duplicates": NearDuplicates,
+    "routing": Routing,
+}
+"""What is heard in one pass, in the order in which their columns stand."""
+CONTROLS: dict[str, Callable[[Pass], PassPart[Any]]] = {"random_partitions": RandomPartitions}
+"""Parts that are made with `controls` alone."""
+KEYS = {"layers": ("layer",), "experts": ("layer", "expert")}
+"""Tables of which every part gives columns, and the columns that name a row."""
+
+
+def describe(work: Pass) -> dict[str, Table]:
+    """All descriptive tables of a moefied model, from one pass over what is read.
+
+    With several processes, all of which call this, each runs some of the batches and makes some of the
+    layers' random partitions; the first makes the tables, and in the others there are none.
+    """
+    main = work.processes.main
+    parts = listened(work, (PARTS | CONTROLS if work.controls else PARTS).values())
+    gather(parts, work.modules, work.processes)
+    tables = [part.tables() for part in parts if main or part.everywhere]
+    return merged(tables) if main else {}
+
+
+def listened(
+    work: Pass, makers: Iterable[Callable[[Pass], PassPart[Any]]], batches: list[int] | None = None
+) -> list[PassPart[Any]]:
+    """Parts that have heard these batches, or this process's share of all."""
+    for make in makers:
+        work.parts.append(make(work))
+    before = [part.before for part in work.parts if part.before is not None]
+    if batches is None:
+        batches = list(work.processes.mine(range(len(work.reading.batches))))
+    if 0 not in batches:
+        observe(work.model, work.reading, before, batches=[0])
+    observe(
+        work.model, work.reading, work.parts,
+        unembedding=work.unembedding, batches=batches, report=work.report,
+    )  # fmt: skip
+    return work.parts
+
+
+def merged(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:
+    """Tables of several parts as one set: those of `KEYS` side by side, all others by name."""
+    found: dict[str, Table] = {}
+    for part in parts:
+        for name, given in part.items():
+            if name not in found:
+                found[name] = dict(given)
+                continue
+            have = found[name]
+            assert name in KEYS, f"two parts give the table {name}"
+            assert all(have[key] == given[key] for key in KEYS[name]), f"rows of {name} differ"
+            twice = have.keys() & given.keys() - set(KEYS[name])
+            assert not twice, f"two parts give {sorted(twice)} of {name}"
+            have |= given
+    return found

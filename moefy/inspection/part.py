@@ -1,6 +1,6 @@
 """A part of the one pass: what it keeps of every layer, how processes add up, what tables it gives.
 
-    class Loudest(PassPart[Kept]):                           # and one row of `describe.PARTS`
+    class Loudest(PassPart[Kept]):                           # and one row of `inspect.PARTS`
         def begin(self, ledger):                         # what is kept of a layer, all zero
             return Kept(largest=Largest(np.zeros(ledger.experts)))
 
@@ -36,10 +36,9 @@ from transformers import PreTrainedModel
 from moefy.data.documents import Documents, Ints
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, units
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.inspection.account import Ledger
-from moefy.inspection.account.observe import Unembedding, find_unembedding
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined
+from moefy.inspection.account import Ledger, Unembedding, find_unembedding
+from moefy.inspection.record import Table, joined
+from moefy.inspection.texts import Reading
 from moefy.inspection.texts.tokens import Tokens
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes
@@ -50,6 +49,7 @@ BLOCKS = 512
 P = TypeVar("P", bound="PassPart[Any]")
 S = TypeVar("S", bound="State")
 T = TypeVar("T")
+A = TypeVar("A")
 V = TypeVar("V", Tensor, NDArray[Any])
 
 
@@ -91,17 +91,16 @@ class Pass:
         return next(part for part in self.parts if isinstance(part, kind))
 
 
-class Accumulator(ABC):
+class Accumulator(ABC, Generic[A]):
     """Something that is added up over tokens, and over processes."""
 
-    @property
-    @abstractmethod
-    def part(self) -> Any:
-        """What `merge` takes."""
+    def __init__(self, total: A) -> None:
+        self.total: A = total
+        """All so far; none yet when it is made."""
 
     @abstractmethod
-    def merge(self, part: Any) -> None:
-        """Take in the `part` of another, which heard other documents."""
+    def merge(self, part: A) -> None:
+        """Take in the total of another, which heard other documents."""
 
 
 class State:
@@ -113,9 +112,9 @@ class State:
         found: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Accumulator):
-                found[name] = value.part
+                found[name] = value.total
             elif isinstance(value, dict):
-                found[name] = {key: each.part for key, each in value.items()}
+                found[name] = {key: each.total for key, each in value.items()}
         return found
 
     def merge(self, part: Mapping[str, Any]) -> None:
@@ -190,17 +189,8 @@ def gather(parts: Sequence[PassPart[Any]], layers: Iterable[int], processes: Pro
                     part.merge(layer, other)
 
 
-class Sum(Accumulator, Generic[V]):
+class Sum(Accumulator[V]):
     """A total, from zeros of its shape and type."""
-
-    def __init__(self, zeros: V) -> None:
-        self.total: V = zeros
-
-    @property
-    def part(self) -> V:
-        """The total."""
-        total: V = self.total
-        return total
 
     def add(self, values: V) -> None:
         """Add to the total."""
@@ -211,40 +201,23 @@ class Sum(Accumulator, Generic[V]):
         self.total += part
 
 
-class Largest(Accumulator):
-    """The largest value of each of several."""
-
-    def __init__(self, zeros: NDArray[Any]) -> None:
-        self.total = zeros
-
-    @property
-    def part(self) -> NDArray[Any]:
-        """The largest so far."""
-        return self.total
+class Largest(Accumulator[NDArray[Any]]):
+    """The largest value of each of several, from zeros."""
 
     def merge(self, part: Any) -> None:
         """Take in values, or the largest of others."""
         np.maximum(self.total, part, out=self.total)
 
 
-class Runs(Accumulator, Generic[T]):
+class Runs(Accumulator[list[T]]):
     """Pieces, in the order in which they come."""
 
     def __init__(self) -> None:
-        self._runs: list[T] = []
-
-    @property
-    def part(self) -> list[T]:
-        """The pieces."""
-        return self._runs
-
-    def add(self, run: T) -> None:
-        """Take in one piece."""
-        self._runs.append(run)
+        super().__init__([])
 
     def merge(self, part: list[T]) -> None:
-        """Take in pieces of others, behind these."""
-        self._runs += part
+        """Take in pieces, behind these."""
+        self.total += part
 
 
 class Blocks:
@@ -286,36 +259,31 @@ class Blocks:
         }
 
 
-class BlockSums(Accumulator):
+class BlockSums(Accumulator[Tensor]):
     """Sums `[G, X]`, of first tokens and of all others, in fp64."""
 
     def __init__(self, blocks: Blocks, columns: int) -> None:
         self.blocks = blocks
-        self._sums = torch.zeros(2 * len(blocks), columns, dtype=torch.float64)
+        super().__init__(torch.zeros(2 * len(blocks), columns, dtype=torch.float64))
 
     def add(self, tokens: Tokens, values_TX: Tensor) -> None:
         """Add the values of these tokens."""
         row_T = self.blocks.block_Q[tokens.document_T] * 2 + (tokens.position_T > 0)
-        self._sums.index_add_(0, torch.from_numpy(row_T), values_TX.cpu().double())
-
-    @property
-    def part(self) -> Tensor:
-        """Sums of both kinds."""
-        return self._sums
+        self.total.index_add_(0, torch.from_numpy(row_T), values_TX.cpu().double())
 
     def merge(self, part: Tensor) -> None:
         """Add the sums over other tokens."""
-        self._sums += part
+        self.total += part
 
     @property
     def first_GX(self) -> Floats:
         """Sums over first tokens."""
-        return np.asarray(self._sums[0::2].numpy())
+        return np.asarray(self.total[0::2].numpy())
 
     @property
     def later_GX(self) -> Floats:
         """Sums over all other tokens."""
-        return np.asarray(self._sums[1::2].numpy())
+        return np.asarray(self.total[1::2].numpy())
 
     @property
     def all_GX(self) -> Floats:
@@ -323,31 +291,26 @@ class BlockSums(Accumulator):
         return self.first_GX + self.later_GX
 
 
-class SeenDocuments(Accumulator):
+class SeenDocuments(Accumulator[NDArray[np.uint8]]):
     """In how many documents each of X things happened: a bit for each document and thing."""
 
     def __init__(self, documents: int, things: int) -> None:
         self.things = things
-        self._seen: NDArray[np.uint8] = np.zeros((documents, -(-things // 8)), dtype=np.uint8)
+        super().__init__(np.zeros((documents, -(-things // 8)), dtype=np.uint8))
 
     def add(self, document_T: Ints, happened_TX: NDArray[np.bool_]) -> None:
         """Take in tokens and what happened at each; tokens of a document follow each other."""
         starts = np.flatnonzero(np.diff(document_T, prepend=-1))
         if len(starts):
             any_QX = np.logical_or.reduceat(happened_TX, starts, axis=0)
-            self._seen[document_T[starts]] |= np.packbits(any_QX, axis=1)
-
-    @property
-    def part(self) -> NDArray[np.uint8]:
-        """The bits."""
-        return self._seen
+            self.total[document_T[starts]] |= np.packbits(any_QX, axis=1)
 
     def merge(self, part: NDArray[np.uint8]) -> None:
         """Take in other tokens."""
-        self._seen |= part
+        self.total |= part
 
     @property
     def count_X(self) -> Ints:
         """Documents `[X]`."""
-        seen_QX = np.unpackbits(self._seen, axis=1, count=self.things)
+        seen_QX = np.unpackbits(self.total, axis=1, count=self.things)
         return np.asarray(seen_QX.sum(0, dtype=np.int64))

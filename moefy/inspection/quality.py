@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.conversion.convert import TOLERANCE
-from moefy.data.corpus import IGNORED, Batch, Corpus, Document, Sample, load_corpus, make_batches
+from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, of_conversion
@@ -38,9 +38,9 @@ from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
 from moefy.experts.placement import device_of, memory_of
 from moefy.experts.sparse_mlp import all_experts
+from moefy.inspection.record import Table
 from moefy.inspection.routing import drawn_documents
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table
+from moefy.inspection.texts import Reading, sample_of_ids
 from moefy.recipe import from_dict
 from moefy.run.console import Reporter
 from moefy.run.memory import free_memory
@@ -106,21 +106,17 @@ def quality_summary(
     reading: Reading,
     tables: Mapping[str, Table],
     *,
-    bigram: Bigram | None = None,
-    tokens: int = TOKENS,
     seed: int = 0,
     report: Reporter | None = None,
 ) -> Entries:
     """The entries by name, as JSON values.
 
-    Quality is measured on about `tokens` tokens of the held-out shard of the reading, whole documents
-    drawn evenly. `bigram` is the baseline of language
-    models, fitted on none of its documents; left out, it is fitted on `other_text`. `tables` are those
-    of the inspection: what is missing there is None here.
+    Quality is measured on about `TOKENS` tokens of the held-out shard of the reading, whole documents
+    drawn evenly. The baseline of language models is a bigram fitted on `other_text`. `tables` are those of
+    the inspection: what is missing there is None here.
     """
-    held_out = _drawn(reading, tokens, seed)
-    if bigram is None and held_out[0].targets_BT is not None:
-        bigram = fit_bigram(model, reading)
+    held_out = _drawn(reading, TOKENS, seed)
+    bigram = None if held_out[0].targets_BT is None else fit_bigram(model, reading)
     record = evaluate(model, held_out, bigram=bigram, report=report, seed=seed)
     found = {**_quality(record), **_context(model, reading, seed)}
     found["perfect"] = perfect(model, held_out[0])
@@ -244,12 +240,10 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         got = run_outputs(model, batch, keep_BT=batch.mask())
     dense = load_dense(checkpoint, dtype=model.dtype, device_map={"": device_of(model)})
     error, size, most = difference(got, run_outputs(dense, batch, keep_BT=batch.mask()))
-    entry = _value(most, what)
     relative = error / size
-    entry["relative"] = relative
-    equal = relative <= TOLERANCE[model.dtype]
-    entry["verdict"] = f"{'equal' if equal else 'NOT equal'} up to {relative:.1e} (relative)"
-    return entry
+    equal = "equal" if relative <= TOLERANCE[model.dtype] else "NOT equal"
+    verdict = f"{equal} up to {relative:.1e} (relative)"
+    return _value(most, what) | {"relative": relative, "verdict": verdict}
 
 
 def _from_tables(tables: Mapping[str, Table]) -> Entries:
@@ -280,35 +274,36 @@ def _stability(layers: Table) -> dict[str, Any]:
     values = [float(v) for v in layers.get("stability_ari", []) if v is not None]
     if not values:
         return _value(None, f"{what}; not measured")
-    entry = _value(float(np.mean(values)), f"{what}; mean, least and largest of the layers")
-    words = next(word for least, word in _STABLE.items() if entry["value"] >= least)
-    return entry | {"low": min(values), "high": max(values), "verdict": words}
+    mean, what = float(np.mean(values)), f"{what}; mean, least and largest of the layers"
+    words = next(word for least, word in _STABLE.items() if mean >= least)
+    return _value(mean, what, min(values), max(values)) | {"verdict": words}
 
 
 def _of_routing(routing: Table, name: str, what: str) -> dict[str, Any]:
     """A figure over all layers together."""
     if not routing.get(name) or routing[name][0] is None:
         return _value(None, f"{what}; not measured")
-    ends = {end: routing.get(f"{name}_{end}", [None])[0] for end in ("low", "high")}
-    return _value(routing[name][0], what) | ends
+    ends = (routing.get(f"{name}_{end}", [None])[0] for end in ("low", "high"))
+    return _value(routing[name][0], what, *ends)
 
 
 def _entry(given: dict[str, Any] | None, what: str) -> dict[str, Any]:
     """From what `evaluate` records."""
     if given is None:
         return _value(None, f"{what}; the dense model is no better than the bigram")
-    low, high = given["ci95"] or (None, None)
-    return {**_value(given["mean"], what), "low": low, "high": high}
+    return _value(given["mean"], what, *(given["ci95"] or ()))
 
 
 def _interval(given: Interval, what: str) -> dict[str, Any]:
     mean, low, high = (float(v[0]) for v in (given.mean_C, given.low_C, given.high_C))
-    return {**_value(mean, what), "low": low, "high": high}
+    return _value(mean, what, low, high)
 
 
-def _value(value: float | None, what: str) -> dict[str, Any]:
+def _value(
+    value: float | None, what: str, low: float | None = None, high: float | None = None
+) -> dict[str, Any]:
     value = None if value is None or not math.isfinite(value) else value
-    return {"value": value, "low": None, "high": None, "what": what}
+    return {"value": value, "low": low, "high": high, "what": what}
 
 
 SEQUENCES = 32
@@ -344,7 +339,8 @@ def induction(
     generator = torch.Generator().manual_seed(seed)
     drawn_BT = known[torch.randint(len(known), (SEQUENCES, length), generator=generator)]
     start_BT = torch.tensor([begin] * SEQUENCES, dtype=known.dtype).view(SEQUENCES, len(begin))
-    batches = make_batches(map(_sample, torch.cat([start_BT, drawn_BT, drawn_BT], 1)))
+    ids_BT = torch.cat([start_BT, drawn_BT, drawn_BT], 1)
+    batches = make_batches(sample_of_ids("random", ids_T) for ids_T in ids_BT)
     # A position is judged by the token after it.
     first = slice(len(begin), len(begin) + length - 1)
     second = slice(len(begin) + length, len(begin) + 2 * length - 1)
@@ -400,9 +396,3 @@ def _of_both(
         top_B1 = np.array(away_B)[:, None]
         found[name] = ratio_interval(top_B1, np.ones(len(away_B)), unit_B, seed=seed)
     return found
-
-
-def _sample(ids_T: Tensor) -> Sample:
-    document = Document("random", "random", ids=tuple(ids_T.tolist()))
-    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
-    return Sample(document, inputs, torch.cat([ids_T[1:], torch.tensor([IGNORED])]), 0)

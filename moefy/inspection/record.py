@@ -6,10 +6,13 @@
     found.to_frame("experts")                   # a pandas DataFrame
     found.save("folder")                        # inspection.json
 
+Tables are plain columns, on disk and in memory.
+
 Shapes: E experts, C domains.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,56 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.errors import CheckpointError, MoefyError, unknown_choice
-from moefy.inspection.texts.table import Table, rows
+from moefy.errors import CheckpointError, MoefyError, OutputError, unknown_choice
 from moefy.run.folder import write_whole
 from moefy.run.reading import reading
 
+Table = dict[str, list[Any]]
+"""Columns of equal length by name; values are JSON values."""
+
+
+def table(columns: Mapping[str, Any]) -> Table:
+    """Columns from lists or arrays of one length; numbers that are not finite become None."""
+    found = {name: _values(column) for name, column in columns.items()}
+    lengths = {name: len(column) for name, column in found.items()}
+    assert len(set(lengths.values())) <= 1, lengths
+    return found
+
+
+def of_experts(layer: int, columns: Mapping[str, Any]) -> Table:
+    """A row for every expert of a layer, from 0."""
+    count = len(next(iter(columns.values())))
+    return table({"layer": [layer] * count, "expert": list(range(count)), **columns})
+
+
+def joined(tables: Iterable[Table]) -> Table:
+    """Tables of the same columns, one below the other."""
+    parts = [part for part in tables if part]
+    if not parts:
+        return {}
+    assert all(part.keys() == parts[0].keys() for part in parts), [list(p) for p in parts]
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+def rows(given: Table) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    if isinstance(column, np.ndarray):
+        if column.dtype.kind == "f":
+            # Six digits hold all that a figure means, at half the size on disk.
+            return [float(f"{v:.6g}") if np.isfinite(v) else None for v in column.tolist()]
+        return list(column.tolist())
+    return list(column)
+
+
 FILE = "inspection.json"
 FORMAT = 1
+NOTHING = 255
+"""In a window of an example: no such token. Others are 0 (nothing) to 254 (`norm_max` of the expert, or
+more)."""
 
 
 @dataclass
@@ -104,8 +150,7 @@ class Inspection:
     def save(self, folder: str | Path) -> Path:
         """Write `inspection.json` into a folder; returns the file."""
         path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False))
+        write_file(path, json.dumps(self.to_dict(), ensure_ascii=False))
         return path
 
     @classmethod
@@ -126,6 +171,15 @@ class Inspection:
             )
         parts = ("meta", "honesty", "tables", "texts", "prompts")
         return cls(**{part: values[part] for part in parts})
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file whole, its folder made; raises `OutputError` where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import Inspection, rows
 from moefy.run.tables import number
 
 STRONGEST = 10
@@ -37,7 +36,7 @@ def explained(inspection: Inspection) -> Rows:
     for row in layers:
         shares = [row[name] for name in names]
         rest = None if None in shares else 1 - sum(shares)
-        cells = [_percent(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names]
+        cells = [_share(row, name) for name in names]
         found.append([inspection.layers[row["layer"]], *cells, _percent(rest)])
     return header, found
 
@@ -51,14 +50,7 @@ def strongest(inspection: Inspection) -> Rows:
         if row["csi"] is not None
     ]
     causal.sort(key=lambda row: row["csi"], reverse=True)
-    header = [
-        "expert",
-        "domain",
-        "selectivity, nats",
-        "CE increase, nats",
-        "beside random sets",
-        "q",
-    ]
+    effects = ["selectivity, nats", "CE increase, nats", "beside random sets", "q"]
     found = []
     for row in causal[:STRONGEST]:
         place = "" if row["percentile"] is None else f"percentile {row['percentile']:.0f}"
@@ -66,13 +58,13 @@ def strongest(inspection: Inspection) -> Rows:
             [
                 f"L{row['layer']}.E{row['expert']}",
                 row["domain"],
-                _ranged(row["csi"], row["csi_low"], row["csi_high"]),
-                _ranged(row["ce"], row["ce_low"], row["ce_high"]),
+                _nats(row, "csi"),
+                _nats(row, "ce"),
                 place + (f", z {row['z_random']:.1f}" if row["z_random"] is not None else ""),
                 "" if row["q"] is None else f"{row['q']:.3f}",
             ]
         )
-    return header, found
+    return ["expert", "domain", *effects], found
 
 
 def _ranged(value: Any, low: Any, high: Any) -> str:
@@ -81,8 +73,16 @@ def _ranged(value: Any, low: Any, high: Any) -> str:
     return number(value, (low, high), ".4g", ".3g") if isinstance(value, float) else str(value)
 
 
+def _nats(row: dict[str, Any], name: str) -> str:
+    return _ranged(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
 def _percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
     return "" if value is None else number(value, (low, high), ".1%")
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    return _percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def differences(inspection: Inspection) -> Rows:
@@ -96,16 +96,13 @@ def differences(inspection: Inspection) -> Rows:
         "documents",
     ]
     total = rows(inspection.table("hunt_summary"))[0]
-    found = [["all", *_difference(total), "", "", str(total["documents"])]]
+    found = [["all", _nats(total, "delta"), _nats(total, "kl"), "", "", str(total["documents"])]]
     for name, key in (("hunt_domains", "domain"), ("hunt_classes", "class")):
         for row in rows(inspection.table(name)):
             shares = [_percent(row[column]) for column in ("share_of_losses", "share_of_tokens")]
-            found.append([row[key], *_difference(row), *shares, str(row["documents"])])
+            nats = _nats(row, "delta"), _nats(row, "kl")
+            found.append([row[key], *nats, *shares, str(row["documents"])])
     return header, found
-
-
-def _difference(row: dict[str, Any]) -> list[str]:
-    return [_ranged(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("delta", "kl")]
 
 
 def saturated(inspection: Inspection) -> Rows:
@@ -116,7 +113,7 @@ def saturated(inspection: Inspection) -> Rows:
         "saturation_chance": "by chance",
     }
     found = [
-        [str(row["layer"]), *(_percent(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)]
+        [str(row["layer"]), *(_share(row, name) for name in names)]
         for row in rows(inspection.table("saturation"))
     ]
     return ["layer", *names.values()], found

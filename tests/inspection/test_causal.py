@@ -41,8 +41,8 @@ from moefy.inspection.causal.engine import (
 from moefy.inspection.causal.nulls import energies, energy_matrices, matches, random_sets
 from moefy.inspection.causal.sufficiency import interactions, sufficiency
 from moefy.inspection.causal.token_losses import Reference, dense_against_moefied, token_losses
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import sites
 from moefy.run.console import Reporter

@@ -29,8 +29,8 @@ from moefy.inspection.causal.matrix import (
     strongest,
 )
 from moefy.inspection.causal.nulls import RandomSets, against_null, energy_slope, matches
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 from moefy.run.console import Reporter
 
 DOMAINS = ("low", "middle", "high")

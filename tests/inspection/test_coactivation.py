@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from routing_samples import World, top_k
 
+from moefy.inspection.routing import RoutingFrame
 from moefy.inspection.routing.coactivation import (
     best_phi,
     between_layers,
@@ -12,7 +13,6 @@ from moefy.inspection.routing.coactivation import (
     traded_phi,
     within_layer,
 )
-from moefy.inspection.routing.frame import RoutingFrame
 
 
 def of(sample, *layers):

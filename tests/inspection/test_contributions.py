@@ -16,11 +16,10 @@ from moefy.data.corpus import Document, Sample
 from moefy.data.documents import HELD_OUT, SELECT, Documents
 from moefy.errors import MoefyError
 from moefy.inspection.experts import ERROR, Contributions, RouterQualityOfExperts
-from moefy.inspection.experts.examples import NOTHING, REACH, Best, Chunk, Examples
+from moefy.inspection.experts.examples import REACH, Best, Chunk, Examples
 from moefy.inspection.part import Blocks
-from moefy.inspection.texts import context, spans_of
-from moefy.inspection.texts.reading import Reading, read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import NOTHING, rows
+from moefy.inspection.texts import Reading, context, read, spans_of
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
 SETTINGS = {
@@ -320,7 +319,7 @@ def test_a_document_in_two_chunks_has_one_record():
         norm_TE = np.array(norm)[:, None]
         chunk = Chunk(tokens, norm_TE, norm_TE, norm_TE, norm_TE > 0)
         kept.add(norm_TE, np.arange(2)[:, None], chunk)
-    records = kept.records
+    records = kept.total
     assert records.document_EN[0, :3].tolist() == [9, 7, 8]
     assert records.norm_EN[0, :3].tolist() == [9, 5, 4] and records.key_EN[0, 3] == -np.inf
     assert np.nan_to_num(records.window_ENW[0, 1], nan=-1).tolist() == [-1, 5, 2]

@@ -18,14 +18,14 @@ from moefy.data.documents import Documents
 from moefy.errors import CorpusError
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account.observe import observe
+from moefy.inspection.account import observe
 from moefy.inspection.controls import halves, matched, random_partition, replication, seeds, texts
 from moefy.inspection.controls.random_partition import RandomPartitions, explained
 from moefy.inspection.controls.random_weights import balanced, compared, random_weights, randomise
 from moefy.inspection.part import Pass
+from moefy.inspection.record import rows, table
 from moefy.inspection.routing import RoutingSample
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows, table
+from moefy.inspection.texts import read
 from moefy.inspection.texts.tokens import Tokens
 from moefy.models.locate import read_mlp, sites
 from moefy.run.output import Stages

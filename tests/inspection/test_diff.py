@@ -20,7 +20,7 @@ from moefy.cli.verbs import app
 from moefy.data.corpus import Corpus, load_corpus
 from moefy.data.documents import HELD_OUT
 from moefy.errors import CheckpointError, MoefyError
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
 from moefy.recipe import override
 
 LLAMA = Path(__file__).parents[2] / "moefy" / "demo" / "llama"

@@ -9,11 +9,11 @@ from tiny_models import build
 
 import moefy
 from moefy.errors import MoefyError
-from moefy.inspection.account.observe import find_unembedding
+from moefy.inspection.account import find_unembedding
 from moefy.inspection.account.prompt import ledger_of_prompt
 from moefy.inspection.experts.direct import DirectEffects, Spectrum
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 
 SETTINGS = {
     "llama": {"selection.name": "topk", "compensation.name": "conditional_mean"},

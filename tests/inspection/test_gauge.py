@@ -11,9 +11,9 @@ from tiny_models import build
 from moefy.data.corpus import Corpus, Document
 from moefy.experts.loading import load, load_dense, moefied
 from moefy.inspection.controls import seeds
-from moefy.inspection.describe import describe
+from moefy.inspection.inspect import describe
 from moefy.inspection.part import Pass
-from moefy.inspection.texts.reading import read
+from moefy.inspection.texts import read
 from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import permute, read_mlp, sites

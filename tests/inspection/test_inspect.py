@@ -18,9 +18,8 @@ from moefy.data.documents import HELD_OUT, SELECT
 from moefy.data.shards import split_shards
 from moefy.errors import CheckpointError, CorpusError, MoefyError, UnsupportedModel
 from moefy.inspection.account.prompt import prompt_record
-from moefy.inspection.record import FILE, Inspection
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import FILE, Inspection, rows
+from moefy.inspection.texts import read
 
 DEMO = Path(__file__).parents[2] / "moefy" / "demo"
 RECIPE = Recipe.named(

@@ -18,8 +18,8 @@ from moefy.inspection.account import bare
 from moefy.inspection.experts.concepts import BINS, Counts, Predictivity, enrichment
 from moefy.inspection.experts.near_duplicates import neuron_families, neuron_rows
 from moefy.inspection.part import SeenDocuments, Sum
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import rows
+from moefy.inspection.texts import read
 from moefy.inspection.texts.tokens import CLASSES, classes_of, token_classes
 from moefy.models.mlp import DenseMlp
 
@@ -126,7 +126,7 @@ def test_counts_in_experts_are_hypergeometric_under_random_partitions():
 
     from moefy.inspection.experts.concepts import _counted
 
-    item = _counted(planted().layers[0], 0, 200, 0)
+    item = _counted(planted().layers[0], 0, 0)
     assert item.count_CE.sum(1).tolist() == [item.best] * 6
     assert (item.random_RCE.sum(2) == item.best).all()
     p = item.p(np.arange(item.best + 1))

@@ -10,9 +10,9 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 
 import moefy
-from moefy.inspection.describe import PARTS, describe, listened
+from moefy.inspection.inspect import PARTS, describe, listened
 from moefy.inspection.part import Pass, gather
-from moefy.inspection.texts.reading import read
+from moefy.inspection.texts import read
 from moefy.run.processes import Processes
 
 SOURCE = """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moefy.inspection.part import Largest, PassPart, State
-from moefy.inspection.texts.table import of_experts
+from moefy.inspection.record import of_experts
 
 
 @dataclass

@@ -18,10 +18,10 @@ from moefy.experts.passes import run
 from moefy.experts.sparse_mlp import all_experts
 from moefy.inspection.causal import causal
 from moefy.inspection.quality import fit_bigram, induction, other_text, quality_summary
+from moefy.inspection.record import rows
 from moefy.inspection.routing import RoutingSampler
 from moefy.inspection.routing.statistics import routing_statistics
-from moefy.inspection.texts.reading import read
-from moefy.inspection.texts.table import rows
+from moefy.inspection.texts import read
 
 
 @pytest.fixture(scope="module")

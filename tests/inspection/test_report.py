@@ -23,12 +23,10 @@ from synthetic_inspection import HOSTILE, HOSTILE_TOKENS, inspection
 
 from moefy.errors import MoefyError, OutputError
 from moefy.inspection import report
-from moefy.inspection.record import Inspection
-from moefy.inspection.report import SHOWN, Report, blocks, write_report
+from moefy.inspection.record import Inspection, rows
+from moefy.inspection.report import SHOWN, Report, blocks, server, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
-from moefy.inspection.report.serve import server
-from moefy.inspection.texts.table import rows
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,7 @@ from sklearn.metrics import adjusted_rand_score
 from synthetic_inspection import HOSTILE, inspection
 
 from moefy.inspection.record import Inspection
-from moefy.inspection.report import Report, write_report
-from moefy.inspection.report.serve import server
+from moefy.inspection.report import Report, server, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -8,16 +8,17 @@ from routing_samples import World, entropy, load_matched, sample_of, top_k
 
 from moefy.errors import CorpusError, MoefyError
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.routing.explained import (
-    cross_fitted,
-    explained,
-    lexical_router,
-)
-from moefy.inspection.routing.frame import (
+from moefy.inspection.record import rows, table
+from moefy.inspection.routing import (
     RoutingFrame,
     bin_edges,
     position_bin,
     ratio_columns,
+)
+from moefy.inspection.routing.explained import (
+    cross_fitted,
+    explained,
+    lexical_router,
 )
 from moefy.inspection.routing.specialization import (
     domain_specialization,
@@ -29,7 +30,6 @@ from moefy.inspection.routing.specialization import (
     vocabulary_specialization,
 )
 from moefy.inspection.routing.statistics import router_saturation, routing_statistics
-from moefy.inspection.texts.table import rows, table
 
 
 def frame_of(sample, layer=0, seed=0):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from moefy.cli.verbs import app
 from moefy.errors import OutputError
-from moefy.inspection.report.serve import server
+from moefy.inspection.report import server
 
 
 @pytest.fixture

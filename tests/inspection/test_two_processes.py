@@ -15,18 +15,18 @@ from tiny_models import build
 
 import moefy
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.describe import PARTS, listened, merged
 from moefy.inspection.experts.examples import Best, Records
+from moefy.inspection.inspect import PARTS, listened, merged
 from moefy.inspection.part import Pass, gather
 from moefy.inspection.routing import RoutingSampler, drawn_documents
-from moefy.inspection.texts.reading import read
+from moefy.inspection.texts import read
 from moefy.run.processes import Processes
 
 CODE = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-import moefy, moefy.inspection.describe
-module = sys.modules["moefy.inspection.describe"]
+import moefy, moefy.inspection.inspect
+module = sys.modules["moefy.inspection.inspect"]
 
 def dying(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -157,11 +157,11 @@ def test_of_equal_keys_the_first_token_stands_first():
         blank = {name: [[0.0, 0.0]] for name in ("norm_EN", "share_EN", "margin_EN", "ran_EN")}
         values = {"key_EN": [[5.0, 1.0]], "document_EN": [document], "position_EN": [[3, 4]]}
         arrays = {k: torch.tensor(v).numpy() for k, v in {**blank, **values}.items()}
-        return Records(**arrays, window_ENW=best.records.window_ENW)
+        return Records(**arrays, window_ENW=best.total.window_ENW)
 
-    best.records, other.records = records([7, 8]), records([2, 9])
-    best.merge(other.records)
-    assert best.records.document_EN.tolist() == [[2, 7]]
+    best.total, other.total = records([7, 8]), records([2, 9])
+    best.merge(other.total)
+    assert best.total.document_EN.tolist() == [[2, 7]]
 
 
 def arrays(part):
@@ -186,7 +186,7 @@ def test_the_formulas_of_state_are_what_listeners_hold(loaded):
     sizes = Sizes(
         layers=len(modules), width=module.weights.width, neurons=module.weights.neurons,
         experts=module.experts, shared=module.shared, tokens=len(parts["routing"].sample().tokens),
-        documents=len(reading.documents), blocks=len(parts["contributions"].blocks),
+        documents=len(reading.documents), blocks=len(parts["contributions"].work.blocks),
         concepts=len(parts["predictivity"].names),
     )  # fmt: skip
     want = state_bytes(sizes)

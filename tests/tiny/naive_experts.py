@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.describe import listened
+from moefy.inspection.inspect import listened
 from moefy.inspection.part import Pass
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from moefy.data.corpus import load_corpus
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Inspection, Table, table
 
 HOSTILE = (
     "A </script><script>document.title='run'</script> <b>bold</b> <img src=x onerror=alert(1)> "

@@ -3,7 +3,7 @@
     logit[v] - mean logit = embedding + attention of all layers + all experts + biases + error + constant
 
 where the term of the error is what the experts that are off would have added, with its sign turned:
-it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account.observe`). The terms
+it is missing. The final norm's scale is frozen at its value (`moefy.inspection.account`). The terms
 are measured where they arise: attention at its output projection, experts from the ledger of their
 layer. That they add up to the logit the model gives is checked; where they do not, because the model
 adds something in another way, the account is refused with the reason and the shares are given all the
@@ -23,17 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefy.data.corpus import IGNORED, Batch, Document, Sample
+from moefy.data.corpus import make_batches
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.errors import MoefyError, UnsupportedModel
 from moefy.evaluation.outputs import first_choices, per_position, run_outputs
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
-from moefy.inspection.account import Ledger
-from moefy.inspection.account.observe import Unembedding, find_unembedding, observe
-from moefy.inspection.texts import _of_ids, _rising
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, rows, table
+from moefy.inspection.account import Ledger, Unembedding, find_unembedding, observe
+from moefy.inspection.record import Table, joined, rows, table
+from moefy.inspection.texts import Reading, _of_ids, _rising, sample_of_ids
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
 
@@ -126,16 +124,9 @@ class _Account:
 
 
 def _reading(ids_T: Tensor, vocabulary: int) -> Reading:
-    targets_T = torch.cat([ids_T[1:], torch.tensor([IGNORED])])
-    document = Document("prompt", "prompt", ids=tuple(ids_T.tolist()))
-    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
-    batch = Batch(
-        [Sample(document, inputs, targets_T, 0)],
-        {name: value[None] for name, value in inputs.items()},
-        targets_T[None],
-    )
-    documents = Documents([document], [HELD_OUT], ["prompt"])
-    return Reading([batch], documents, None, "decoder", vocabulary, {})
+    batches = make_batches([sample_of_ids("prompt", ids_T)])
+    documents = Documents([batches[0].samples[0].document], [HELD_OUT], ["prompt"])
+    return Reading(batches, documents, None, "decoder", vocabulary, {})
 
 
 @contextmanager

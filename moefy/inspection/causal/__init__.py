@@ -38,8 +38,8 @@ from moefy.inspection.causal.matrix import Matrix, Measured, labelled, matrix, s
 from moefy.inspection.causal.nulls import RandomSets, energy_matrices, random_sets
 from moefy.inspection.causal.sufficiency import interactions, sufficiency
 from moefy.inspection.causal.token_losses import dense_against_moefied
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.record import Table, joined, table
+from moefy.inspection.texts import Reading
 from moefy.run.computing import versions
 from moefy.run.console import Reporter
 from moefy.run.output import Stages

@@ -25,7 +25,7 @@ from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Base, Engine, means
 from moefy.inspection.causal.matrix import Matrix, cells
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Table, table
 from moefy.methods.routers.baselines import expert_norms
 from moefy.run.console import Reporter
 

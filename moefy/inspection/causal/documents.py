@@ -17,7 +17,7 @@ from moefy.data.corpus import Batch, Sample, make_batches, sample_length
 from moefy.data.documents import Documents, Ints
 from moefy.evaluation.outputs import judged_positions
 from moefy.evaluation.statistics import Floats
-from moefy.inspection.texts.reading import Reading
+from moefy.inspection.texts import Reading
 
 MIN_DOCUMENTS = 30
 """Below this many documents of a domain a figure is shown greyed out."""

@@ -39,7 +39,7 @@ from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Effects, Pair, means
 from moefy.inspection.causal.nulls import RandomSets, against_null
 from moefy.inspection.causal.token_losses import COSINE, NATS
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Table, table
 
 
 @dataclass(frozen=True)

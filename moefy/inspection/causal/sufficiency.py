@@ -20,7 +20,7 @@ from moefy.evaluation.statistics import Floats, Interval, null_p, q_values, rati
 from moefy.inspection.causal.documents import Texts
 from moefy.inspection.causal.engine import Effects, Engine, Pair, means, of_experts, of_sets
 from moefy.inspection.causal.matrix import intervals
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.record import Table, joined, table
 from moefy.run.console import Reporter
 
 SHARES = (0.125, 0.25, 0.5)

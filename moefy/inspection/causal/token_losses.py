@@ -50,10 +50,10 @@ from moefy.evaluation.outputs import (
 from moefy.evaluation.statistics import Floats, Interval, ratio_interval, summed, units
 from moefy.experts.passes import walk
 from moefy.experts.sparse_mlp import all_experts
-from moefy.inspection.account.observe import tokens_of
+from moefy.inspection.account import tokens_of
 from moefy.inspection.causal.documents import MIN_DOCUMENTS
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, table
+from moefy.inspection.record import Table, table
+from moefy.inspection.texts import Reading
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes
 from moefy.run.console import Reporter
 from moefy.run.processes import ALONE, Processes

@@ -40,9 +40,9 @@ from moefy.data.documents import Documents, Ints
 from moefy.evaluation.statistics import q_values, units
 from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.routing import RoutingSample, drawn_documents
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.texts import Reading
 from moefy.methods.partition import partition
 from moefy.recipe import PartitionRecipe, from_dict
 from moefy.run.console import Reporter

@@ -34,8 +34,8 @@ from torch import Tensor
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger, bare
 from moefy.inspection.part import Pass, PassPart, State
+from moefy.inspection.record import Table, joined, table
 from moefy.inspection.routing import drawn_documents
-from moefy.inspection.texts.table import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens
 from moefy.methods.partition.canonical import canonical_order
 from moefy.models.mlp import DenseMlp

@@ -31,8 +31,8 @@ from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
 from moefy.experts.placement import running_dtype
 from moefy.inspection.controls import figures
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, rows
+from moefy.inspection.record import Table, rows
+from moefy.inspection.texts import Reading
 from moefy.methods.partition.canonical import HOMOGENEOUS, canonical_gauge, canonical_order
 from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint

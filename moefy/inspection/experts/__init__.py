@@ -24,7 +24,7 @@ from moefy.evaluation.router_quality import compare_with_oracle
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import BlockSums, Largest, Pass, PassPart, SeenDocuments, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import uniforms
 
 ERROR = -1
@@ -57,13 +57,9 @@ class _ContributionSums(State):
 class Contributions(PassPart[_ContributionSums]):
     """Memory is `16 L G (6 E + 4)` bytes, G at most about 512."""
 
-    def __init__(self, work: Pass) -> None:
-        super().__init__(work)
-        self.documents, self.blocks = work.reading.documents, work.blocks
-
     def begin(self, ledger: Ledger) -> _ContributionSums:
         """No sums yet."""
-        sums = BlockSums(self.blocks, FIGURES * ledger.experts + 4)
+        sums = BlockSums(self.work.blocks, FIGURES * ledger.experts + 4)
         return _ContributionSums(ledger.experts, sums, Largest(np.zeros(1)))
 
     def take(self, state: _ContributionSums, ledger: Ledger) -> None:
@@ -93,9 +89,8 @@ class Contributions(PassPart[_ContributionSums]):
 
     def _experts(self, layer: int) -> Table:
         columns: dict[str, Floats] = {}
-        for suffix, (norm, norm_ran, share, share_ran, energy, ran), whole in self.layers[
-            layer
-        ].ends():
+        for suffix, figures_of, whole in self.layers[layer].ends():
+            norm, norm_ran, share, share_ran, energy, ran = figures_of
             tokens, total = whole[:, 3], whole[:, 2]
             figures = {
                 "norm": (norm, tokens),
@@ -104,7 +99,7 @@ class Contributions(PassPart[_ContributionSums]):
                 "share_routed": (share_ran, ran),
                 "energy": (energy, total),
             }
-            columns |= self.blocks.columns({n + suffix: pair for n, pair in figures.items()})
+            columns |= self.work.blocks.columns({n + suffix: pair for n, pair in figures.items()})
         return of_experts(layer, columns)
 
     def _layer(self, layer: int) -> Table:
@@ -117,32 +112,33 @@ class Contributions(PassPart[_ContributionSums]):
                 "error_energy": (error, y),
                 "output_energy": (y, tokens),
             }
-            columns |= self.blocks.columns({n + suffix: pair for n, pair in figures.items()})
+            columns |= self.work.blocks.columns({n + suffix: pair for n, pair in figures.items()})
         first, whole = (state.split(s)[1] for s in (state.sums.first_GX, state.sums.all_GX))
         rest = {
             "first_token_energy": first[:, 0].sum() / max(whole[:, 0].sum(), 1e-300),
             "share_sum_error": state.share_error.total[0],
-            "contribution_documents": len(self.documents),
+            "contribution_documents": len(self.work.reading.documents),
             "contribution_tokens": int(whole[:, 3].sum()),
         }
         return table(columns | {name: np.array([value]) for name, value in rest.items()})
 
     def _energy(self, layer: int) -> Table:
         state, parts = self.layers[layer], []
-        for number, domain in enumerate(self.documents.domains):
-            here_G = self.blocks.domain_G == number
+        for number, domain in enumerate(self.work.reading.documents.domains):
+            here_G = self.work.blocks.domain_G == number
             columns: dict[str, Floats] = {}
             for suffix, figures, whole in state.ends():
                 top = np.concatenate([figures[4], whole[:, 1:2]], axis=1) * here_G[:, None]
-                found = self.blocks.columns({f"energy{suffix}": (top, whole[:, 3] * here_G)})
-                columns |= found
+                columns |= self.work.blocks.columns(
+                    {f"energy{suffix}": (top, whole[:, 3] * here_G)}
+                )
             count = state.experts + 1
             keys = {
                 "layer": [layer] * count,
                 "expert": [*range(state.experts), ERROR],
                 "domain": [domain] * count,
             }
-            documents = int((self.documents.domain_Q == number).sum())
+            documents = int((self.work.reading.documents.domain_Q == number).sum())
             parts.append(table({**keys, **columns, "documents": [documents] * count}))
         return joined(parts)
 
@@ -167,18 +163,19 @@ class RouterQualityOfExperts(PassPart[_RouterSums]):
 
     def __init__(self, work: Pass, *, tokens: int = ORACLE_TOKENS) -> None:
         super().__init__(work)
-        self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.share = tokens / max(1, int(work.reading.tokens_Q.sum()))
 
     def begin(self, ledger: Ledger) -> _RouterSums:
         """No sums yet."""
         shared, routed = ledger.module.shared, ledger.experts - ledger.module.shared
-        sums = BlockSums(self.blocks, 3 * routed + len(_ENERGIES))
-        return _RouterSums(shared, routed, sums, SeenDocuments(len(self.documents), routed))
+        sums = BlockSums(self.work.blocks, 3 * routed + len(_ENERGIES))
+        return _RouterSums(
+            shared, routed, sums, SeenDocuments(len(self.work.reading.documents), routed)
+        )
 
     def take(self, state: _RouterSums, ledger: Ledger) -> None:
         """Of drawn tokens: what ran, what the oracle would run, and the energies that either misses."""
-        drawn_T = uniforms(ledger.tokens, self.seed) < self.share
+        drawn_T = uniforms(ledger.tokens, self.work.seed) < self.share
         if not drawn_T.any():
             return
         module, at_T = ledger.module, ledger.here(drawn_T)
@@ -200,7 +197,7 @@ class RouterQualityOfExperts(PassPart[_RouterSums]):
         figures = {"router_recall": (hits, oracle), "router_precision": (hits, ran)}
         experts: dict[str, Any] = {
             name: np.concatenate([none, values])
-            for name, values in self.blocks.columns(figures).items()
+            for name, values in self.work.blocks.columns(figures).items()
         }
         experts["router_documents"] = [None] * state.shared + state.seen.count_X.tolist()
         experts["router_tokens"] = [None] * state.shared + ran.sum(0).astype(int).tolist()
@@ -210,5 +207,5 @@ class RouterQualityOfExperts(PassPart[_RouterSums]):
             "unavoidable": (best, energy),
             "router_added": (model - best, energy),
         }
-        layers = table({"layer": [layer], **self.blocks.columns(whole)})
+        layers = table({"layer": [layer], **self.work.blocks.columns(whole)})
         return {"experts": of_experts(layer, experts), "layers": layers}

@@ -29,7 +29,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats, null_p, q_values
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Pass, PassPart, SeenDocuments, State, Sum
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.record import Table, joined, table
 from moefy.inspection.texts.tokens import Tokens, classes_of, token_classes, uniforms
 
 TOKENS = 20_000
@@ -103,7 +103,7 @@ class Predictivity(PassPart[Counts]):
         super().__init__(work)
         reading, documents = work.reading, work.reading.documents
         self.classes = token_classes(reading.tokenizer, reading.vocabulary)
-        self.domain_Q, self.seed = documents.domain_Q, work.seed
+        self.domain_Q = documents.domain_Q
         self.names = [*documents.domains, *self.classes]
         self.kinds = ["domain"] * len(documents.domains) + ["class"] * len(self.classes)
         self.domains = len(documents.domains)
@@ -129,20 +129,19 @@ class Predictivity(PassPart[Counts]):
         """Count the scores of drawn tokens by concept, in either shard."""
         self.scales.hear(ledger)
         tokens = ledger.tokens
-        drawn_T, later_T = uniforms(tokens, self.seed), tokens.position_T > 0
+        drawn_T, later_T = uniforms(tokens, self.work.seed), tokens.position_T > 0
         for shard, here_Q in self.shard_Q.items():
             here_T = here_Q[tokens.document_T] & later_T & (drawn_T < self.share[shard])
             if here_T.any():
                 member_CT = self.members(tokens.take(here_T))
-                self._count(
-                    state.scores[shard], _scores(ledger, ledger.here(here_T)), member_CT, ledger
-                )
+                score_TN = _scores(ledger, ledger.here(here_T))
+                self._count(state.scores[shard], score_TN, member_CT, ledger.layer)
                 state.seen[shard].add(tokens.document_T[here_T], member_CT.T)
 
     def _count(
-        self, scores: Sum[NDArray[Any]], score_TN: Tensor, member_CT: Bools, ledger: Ledger
+        self, scores: Sum[NDArray[Any]], score_TN: Tensor, member_CT: Bools, layer: int
     ) -> None:
-        neurons, mean = score_TN.shape[1], self.scales.layers[ledger.layer].mean
+        neurons, mean = score_TN.shape[1], self.scales.layers[layer].mean
         assert mean is not None
         level_TN = score_TN.div_(mean).log2_().sub_(_LOWEST).mul_(_OCTAVE).clamp_(0, BINS - 1)
         first_N = torch.arange(neurons, device=score_TN.device) * BINS
@@ -161,7 +160,7 @@ class Predictivity(PassPart[Counts]):
 
     def tables(self) -> dict[str, Table]:
         """What `enrichment` finds."""
-        return enrichment(self, seed=self.seed)
+        return enrichment(self, seed=self.work.seed)
 
 
 TOP = 0.01
@@ -201,21 +200,21 @@ class _Layer:
         return np.asarray(chance[count], dtype=float)
 
 
-def enrichment(
-    found: Predictivity, *, partitions: int = PARTITIONS, seed: int = 0
-) -> dict[str, Table]:
+def enrichment(found: Predictivity, *, seed: int = 0) -> dict[str, Table]:
     """`enrichment`, one row for each expert and concept, and columns of `layers`."""
-    layers = [_counted(found.layers[n], n, partitions, seed) for n in sorted(found.layers)]
+    layers = [_counted(found.layers[n], n, seed) for n in sorted(found.layers)]
     if not layers or not len(layers[0].concepts):
         return {}
     p = [item.p(item.count_CE) for item in layers]
     q = _split(q_values(np.concatenate([part.ravel() for part in p])), p)
     random_p = [item.p(item.random_RCE) for item in layers]
-    drawn = np.concatenate([part.reshape(partitions, -1) for part in random_p], axis=1)
+    drawn = np.concatenate([part.reshape(PARTITIONS, -1) for part in random_p], axis=1)
     random_q = stats.false_discovery_control(drawn, axis=1, method="bh")
+    cells = (_cells(found, *of_layer) for of_layer in zip(layers, p, q, strict=True))
+    by_layer = zip(layers, q, _split(random_q, random_p), strict=True)
     return {
-        "enrichment": _cells(found, layers, p, q),
-        "layers": _summary(layers, q, _split(random_q, random_p)),
+        "enrichment": joined(cells),
+        "layers": joined(table(_summary(*of_layer)) for of_layer in by_layer),
     }
 
 
@@ -226,7 +225,7 @@ def _split(values: Floats, like: list[Floats]) -> list[Floats]:
     return [part.reshape(given.shape) for part, given in zip(parts, like, strict=True)]
 
 
-def _counted(counts: Counts, layer: int, partitions: int, seed: int) -> _Layer:
+def _counted(counts: Counts, layer: int, seed: int) -> _Layer:
     auroc_CN, held_CN = counts.auroc(SELECT), counts.auroc(HELD_OUT)
     experts, neurons = counts.experts, auroc_CN.shape[1]
     # Every layer has the same tokens, so the same concepts.
@@ -240,7 +239,7 @@ def _counted(counts: Counts, layer: int, partitions: int, seed: int) -> _Layer:
     order_N = np.lexsort(np.nan_to_num(np.concatenate([held_CN, auroc_CN])))
     top_CK, held_CK = (_best(values[concepts][:, order_N], best) for values in (auroc_CN, held_CN))
     random = np.random.default_rng([seed, layer])
-    owners_RN = random.permuted(np.tile(owner_N, (partitions, 1)), axis=1)
+    owners_RN = random.permuted(np.tile(owner_N, (PARTITIONS, 1)), axis=1)
     known_C1 = np.isfinite(held_CN[concepts, :1])
     return _Layer(
         layer,
@@ -267,11 +266,7 @@ def _counts(owner_RN: Ints, top_CK: Ints, experts: int) -> Ints:
     return cells.reshape(shape)
 
 
-def _cells(found: Predictivity, layers: list[_Layer], p: list[Floats], q: list[Floats]) -> Table:
-    return joined(_cells_of(found, *of_layer) for of_layer in zip(layers, p, q, strict=True))
-
-
-def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> Table:
+def _cells(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> Table:
     concepts, experts = item.count_CE.shape
     concept = np.repeat(item.concepts, experts)
     counts, expected = found.layers[item.layer], item.best / item.experts
@@ -302,13 +297,8 @@ def _cells_of(found: Predictivity, item: _Layer, p_CE: Floats, q_CE: Floats) -> 
     )
 
 
-def _summary(layers: list[_Layer], q: list[Floats], random_q: list[Floats]) -> Table:
+def _summary(item: _Layer, q_CE: Floats, random_RCE: Floats) -> dict[str, Any]:
     """How many cells are rejected, beside random partitions; and how many of them hold again."""
-    found = [_summary_of(*of_layer) for of_layer in zip(layers, q, random_q, strict=True)]
-    return {name: [row[name] for row in found] for name in found[0]}
-
-
-def _summary_of(item: _Layer, q_CE: Floats, random_RCE: Floats) -> dict[str, Any]:
     rejected = q_CE < LEVEL
     random_R = (random_RCE < LEVEL).sum((1, 2))
     extent_CE = item.count_CE * item.experts / item.best
@@ -318,14 +308,14 @@ def _summary_of(item: _Layer, q_CE: Floats, random_RCE: Floats) -> dict[str, Any
     peak = item.count_CE.max(1).mean() / item.best
     peak_R = item.random_RCE.max(2).mean(1) / item.best
     return {
-        "layer": item.layer,
-        "enriched_cells": int(rejected.sum()),
-        "enriched_of": rejected.size,
-        "enriched_random": float(random_R.mean()),
-        "enriched_p": float(null_p(rejected.sum(), random_R)),
-        "enriched_extent": float(extent_CE[rejected].mean()) if rejected.any() else None,
-        "enriched_replicated": float(again.mean()) if known.any() else None,
-        "enrichment_peak": float(peak),
-        "enrichment_peak_random": float(peak_R.mean()),
-        "enrichment_peak_p": float(null_p(peak, peak_R)),
+        "layer": [item.layer],
+        "enriched_cells": [int(rejected.sum())],
+        "enriched_of": [rejected.size],
+        "enriched_random": [float(random_R.mean())],
+        "enriched_p": [float(null_p(rejected.sum(), random_R))],
+        "enriched_extent": [float(extent_CE[rejected].mean()) if rejected.any() else None],
+        "enriched_replicated": [float(again.mean()) if known.any() else None],
+        "enrichment_peak": [float(peak)],
+        "enrichment_peak_random": [float(peak_R.mean())],
+        "enrichment_peak_p": [float(null_p(peak, peak_R))],
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account import Ledger, bare
 from moefy.inspection.part import BlockSums, Pass, PassPart, SeenDocuments, State, Sum
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import NONE, uniforms
 
 DIRECTIONS = 3
@@ -142,7 +142,6 @@ class DirectEffects(PassPart[_Effects]):
 
     def __init__(self, work: Pass, *, tokens: int = TOKENS) -> None:
         super().__init__(work)
-        self.documents, self.blocks, self.seed = work.reading.documents, work.blocks, work.seed
         self.spectrum, self.depth = work.part(Spectrum), len(work.modules)
         self.unembedding = work.unembedding
         self.share = tokens / max(1, int(work.reading.tokens_Q.sum()))
@@ -157,8 +156,8 @@ class DirectEffects(PassPart[_Effects]):
             Sum(torch.zeros(2, ledger.mlp.neurons, dtype=f64)),
             Sum(torch.zeros(2, experts, dtype=f64)),
             Sum(torch.zeros((), dtype=f64)),
-            BlockSums(self.blocks, 3 * experts + 1),
-            SeenDocuments(len(self.documents), experts),
+            BlockSums(self.work.blocks, 3 * experts + 1),
+            SeenDocuments(len(self.work.reading.documents), experts),
         )
 
     def take(self, state: _Effects, ledger: Ledger) -> None:
@@ -179,15 +178,14 @@ class DirectEffects(PassPart[_Effects]):
         """Direct effects on the token that comes next, of some tokens."""
         assert self.unembedding is not None and ledger.scale_T is not None
         tokens = ledger.tokens
-        drawn_T = uniforms(tokens, self.seed) < self.share
+        drawn_T = uniforms(tokens, self.work.seed) < self.share
         at_J = np.flatnonzero(drawn_T & (tokens.target_T != NONE) & (tokens.position_T > 0))
         if not len(at_J):
             return
         target_J = torch.from_numpy(tokens.target_T[at_J]).to(self.unembedding.weight_VD.device)
         direction_JD = self.unembedding.directions(target_J).to(ledger.x_TD.device)
         index_J = ledger.here(at_J)
-        along_JN = ledger.h_TN[index_J] * (direction_JD @ ledger.mlp.down_ND.T)
-        effect_JE = along_JN.view(len(at_J), ledger.experts, -1).sum(-1)
+        effect_JE = ledger.inner(direction_JD, index_J)
         effect_JE = effect_JE / ledger.scale_T[index_J].float()[:, None]
         ran_JE = ledger.mask_TE[index_J]
         one_J1 = torch.ones_like(effect_JE[:, :1])
@@ -223,10 +221,8 @@ class DirectEffects(PassPart[_Effects]):
         return mean_ED.float()
 
     def _logits(self, layer: int) -> list[Table]:
-        found, (inverse_E, routed_E) = (
-            self.spectrum.directions(layer),
-            self.layers[layer].inverse.total,
-        )
+        found = self.spectrum.directions(layer)
+        inverse_E, routed_E = self.layers[layer].inverse.total
         inverse_E = inverse_E / routed_E.clamp_min(1)
         share_E = torch.full_like(routed_E, torch.nan)
         parts = [self._ends(layer, "mean", self.mean_difference(layer), share_E, routed_E)]
@@ -278,7 +274,7 @@ class DirectEffects(PassPart[_Effects]):
         sums_GX = state.sums.later_GX
         routed, ran, every = np.split(sums_GX[:, :-1], 3, axis=1)
         figures = {"dla_target": (routed, ran), "dla_target_all": (every, sums_GX[:, -1])}
-        columns: dict[str, Any] = {**self.blocks.columns(figures)}
+        columns: dict[str, Any] = {**self.work.blocks.columns(figures)}
         columns["dla_documents"] = state.seen.count_X
         columns["dla_tokens"] = ran.sum(0).astype(int)
         return of_experts(layer, columns)

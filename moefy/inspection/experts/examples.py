@@ -27,7 +27,7 @@ from moefy.data.documents import HELD_OUT, SELECT, Ints
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.account import Ledger
 from moefy.inspection.part import Accumulator, Largest, Pass, PassPart, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import NOTHING, Table, joined, of_experts, table
 from moefy.inspection.texts.tokens import Tokens, uniforms
 
 KEPT = 50
@@ -40,13 +40,13 @@ LEAST_KEPT, LEAST_SAMPLE = 10, 100
 BINS = 10
 REACH = 24
 """Tokens to either side of an example whose norms are kept."""
-NOTHING = 255
-"""In a window: no such token. Others are 0 (nothing) to 254 (`norm_max` of the expert, or more)."""
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 LEAST = 20
 """Fewest tokens that quantiles are given for."""
 
 _NEAR = ("near_routed", "near_unrouted")
+SHOWN = ("document", "position", "norm", "share", "margin", "ran")
+"""Figures of `Records` that the table has."""
 
 Array = NDArray[Any]
 
@@ -68,19 +68,13 @@ class Chunk:
         norm_TE = ledger.norm_TE.cpu().numpy()
         margin_TE = np.full_like(norm_TE, np.nan)
         if ledger.margin_TE is not None:
-            ran_TE = ledger.mask_TE[:, ledger.module.shared :]
+            on_TE = ledger.mask_TE[:, ledger.module.shared :]
             # A token that ran all or none of the routed experts has no threshold.
-            some_T1 = ran_TE.any(1, keepdim=True) & ~ran_TE.all(1, keepdim=True)
-            margin_TE[:, ledger.module.shared :] = (
-                ledger.margin_TE.masked_fill(~some_T1, torch.nan).cpu().numpy()
-            )
-        return cls(
-            ledger.tokens,
-            norm_TE,
-            ledger.share_TE.cpu().numpy(),
-            margin_TE,
-            ledger.mask_TE.cpu().numpy(),
-        )
+            some_T1 = on_TE.any(1, keepdim=True) & ~on_TE.all(1, keepdim=True)
+            known_TE = ledger.margin_TE.masked_fill(~some_T1, torch.nan)
+            margin_TE[:, ledger.module.shared :] = known_TE.cpu().numpy()
+        share_TE, ran_TE = ledger.share_TE.cpu().numpy(), ledger.mask_TE.cpu().numpy()
+        return cls(ledger.tokens, norm_TE, share_TE, margin_TE, ran_TE)
 
 
 @dataclass
@@ -99,7 +93,7 @@ class Records:
     """Norms of the tokens around, NaN where there are none or they were in another chunk."""
 
 
-class Best(Accumulator):
+class Best(Accumulator[Records]):
     """Keeps N records of each expert: those of the largest keys, in descending order."""
 
     def __init__(
@@ -109,34 +103,31 @@ class Best(Accumulator):
         document has one record at most, its best."""
         shape = (experts, size)
         self.reach, self.by_document = reach, by_document
-        self.records = Records(
-            np.full(shape, -np.inf),
-            np.full(shape, -1),
-            np.full(shape, -1),
-            np.full(shape, np.nan, dtype=np.float32),
-            np.full(shape, np.nan, dtype=np.float32),
-            np.full(shape, np.nan, dtype=np.float32),
-            np.zeros(shape, dtype=bool),
-            np.full((*shape, 2 * reach + 1 if reach else 0), np.nan, dtype=np.float16),
+        super().__init__(
+            Records(
+                np.full(shape, -np.inf),
+                np.full(shape, -1),
+                np.full(shape, -1),
+                np.full(shape, np.nan, dtype=np.float32),
+                np.full(shape, np.nan, dtype=np.float32),
+                np.full(shape, np.nan, dtype=np.float32),
+                np.zeros(shape, dtype=bool),
+                np.full((*shape, 2 * reach + 1 if reach else 0), np.nan, dtype=np.float16),
+            )
         )
-
-    @property
-    def part(self) -> Records:
-        """The records."""
-        return self.records
 
     def merge(self, part: Records) -> None:
         """Equal keys stand in the order of their tokens."""
-        both = _both(self.records, part)
+        both = _both(self.total, part)
         order_EN = np.lexsort((both["position_EN"], both["document_EN"], -both["key_EN"]), axis=1)
-        order_EN = order_EN[:, : self.records.key_EN.shape[1]]
+        order_EN = order_EN[:, : self.total.key_EN.shape[1]]
         window_ENW = np.take_along_axis(both.pop("window_ENW"), order_EN[..., None], axis=1)
         taken = {name: np.take_along_axis(value, order_EN, 1) for name, value in both.items()}
-        self.records = Records(**taken, window_ENW=window_ENW)
+        self.total = Records(**taken, window_ENW=window_ENW)
 
     def add(self, key_CE: Floats, at_CE: Ints, chunk: Chunk) -> None:
         """Offer candidates: their keys, and the token of the chunk that each is."""
-        kept = self.records
+        kept = self.total
         size = kept.key_EN.shape[1]
         hopeful_C = (key_CE > kept.key_EN[:, -1]).any(1)
         if not hopeful_C.any():
@@ -168,7 +159,7 @@ class Best(Accumulator):
             expert, place = np.nonzero(order_EN >= size)
             at = at_EC[expert, order_EN[expert, place] - size]
             window_ENW[expert, place] = _windows(chunk, at, expert, self.reach)
-        self.records = Records(**taken, window_ENW=window_ENW)
+        self.total = Records(**taken, window_ENW=window_ENW)
 
 
 def _both(one: Records, other: Records, but: str = "") -> dict[str, Array]:
@@ -302,7 +293,7 @@ class Examples(PassPart[_Panels]):
         for (panel, shard), best in self.layers[layer].panels.items():
             if panel == "routed":
                 continue
-            key_EN = best.records.key_EN
+            key_EN = best.total.key_EN
             expert, place = np.nonzero(np.isfinite(key_EN))
             bins: list[int | None] = [None] * len(expert)
             if panel == "spectrum":
@@ -316,7 +307,7 @@ class Examples(PassPart[_Panels]):
 
     def _spectrum(self, best: Best) -> tuple[Array, Array, list[int | None]]:
         """The first of each bin by random key: expert, place and bin of every row."""
-        records = best.records
+        records = best.total
         valid = int(np.isfinite(records.key_EN[0]).sum())
         each = max(1, self.kept // BINS)
         rank_EN = records.norm_EN[:, :valid].argsort(1, kind="stable").argsort(1, kind="stable")
@@ -331,7 +322,7 @@ class Examples(PassPart[_Panels]):
     def _rows(
         self, layer: int, panel: str, shard: str, best: Best, expert: Array, place: Array, bins: Any
     ) -> Table:
-        records, count = best.records, len(expert)
+        records, count = best.total, len(expert)
         windows = _bytes(
             records.window_ENW[expert, place], self.layers[layer].largest.total[expert]
         )
@@ -342,12 +333,7 @@ class Examples(PassPart[_Panels]):
                 "panel": [panel] * count,
                 "shard": [shard] * count,
                 "bin": bins,
-                "document": records.document_EN[expert, place],
-                "position": records.position_EN[expert, place],
-                "norm": records.norm_EN[expert, place],
-                "share": records.share_EN[expert, place],
-                "margin": records.margin_EN[expert, place],
-                "ran": records.ran_EN[expert, place],
+                **{name: getattr(records, f"{name}_EN")[expert, place] for name in SHOWN},
                 "window": windows,
             }
         )
@@ -357,7 +343,7 @@ class Examples(PassPart[_Panels]):
         domain_Q, domains = self.documents.domain_Q, self.documents.domains
         panels = self.layers[layer].panels
         for ran, panel in ((True, "routed"), (False, "spectrum")):
-            shards = [panels[panel, shard].records for shard in (SELECT, HELD_OUT)]
+            shards = [panels[panel, shard].total for shard in (SELECT, HELD_OUT)]
             key, document, norm, on = (
                 np.concatenate([getattr(r, name) for r in shards], axis=1)
                 for name in ("key_EN", "document_EN", "norm_EN", "ran_EN")
@@ -374,14 +360,11 @@ class Examples(PassPart[_Panels]):
                     if len(chosen) >= LEAST:
                         values = np.quantile(norm[expert, chosen], np.array(QUANTILES) / 100)
                         found.append([layer, expert, ran, domain, len(chosen), *values.tolist()])
-        names = ["layer", "expert", "ran", "domain", "tokens", *(f"p{q}" for q in QUANTILES)]
-        columns = list(map(list, zip(*found, strict=True))) or [[] for _ in names]
-        return table(
-            {
-                name: np.array(column, dtype=float) if name[0] == "p" else column
-                for name, column in zip(names, columns, strict=True)
-            }
-        )
+        keys = ("layer", "expert", "ran", "domain", "tokens")
+        columns: dict[str, Any] = {name: [row[at] for row in found] for at, name in enumerate(keys)}
+        for column, quantile in enumerate(QUANTILES, start=len(keys)):
+            columns[f"p{quantile}"] = np.array([row[column] for row in found], dtype=float)
+        return table(columns)
 
 
 def sizes(experts: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from moefy.evaluation.statistics import Floats
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.inspection.account import bare
 from moefy.inspection.part import PassPart, State
-from moefy.inspection.texts.table import Table, joined, of_experts, table
+from moefy.inspection.record import Table, joined, of_experts, table
 from moefy.models.mlp import DenseMlp
 
 KEPT = 50
@@ -31,6 +31,9 @@ DUPLICATE = 0.9
 WORK = 2e13
 """Multiplications between layers: those further apart are not compared where all would take more."""
 _ROWS = 1024
+
+Strongest = tuple[Tensor, Tensor, Tensor]
+"""Values, rows and columns, by falling value."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class _Within:
     nearest_same: float
     """Share of neurons whose nearest neighbour is in their own expert."""
     duplicates: int
-    pairs: tuple[Tensor, Tensor, Tensor]
+    pairs: Strongest
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ class NearDuplicates(PassPart[State]):
 
 
 @torch.no_grad()
-def neuron_families(modules: dict[int, SparseMlp], *, kept: int = KEPT) -> dict[str, Table]:
+def neuron_families(modules: dict[int, SparseMlp]) -> dict[str, Table]:
     """`families`, and columns of `experts` and `layers`; memory is `4 L N P` bytes and `4 K N` of a block.
 
     Layers whose neurons have other features (another width) are compared only with layers like them.
@@ -88,14 +91,14 @@ def neuron_families(modules: dict[int, SparseMlp], *, kept: int = KEPT) -> dict[
     reach = _reach(rows)
     families, of_all, layers = [], [], []
     for layer, rows_NP in rows.items():
-        found = _within(rows_NP, experts[layer], kept)
+        found = _within(rows_NP, experts[layer])
         families.append(_pairs(layer, layer, found.pairs, rows, experts))
         columns = {"within_cosine": found.mean_E, "within_cosine_z": found.z_E}
         of_all.append(of_experts(layer, columns))
         across = 0
         for other in range(layer + 1, layer + reach + 1):
             if other in rows and rows[other].shape[1] == rows_NP.shape[1]:
-                pairs, copies = _between(rows_NP, rows[other], kept)
+                pairs, copies = _between(rows_NP, rows[other])
                 families.append(_pairs(layer, other, pairs, rows, experts))
                 across += copies
         layers.append(_summary(layer, found, len(rows_NP), experts[layer], across, reach))
@@ -123,14 +126,14 @@ def _reach(rows: dict[int, Tensor]) -> int:
     return min(len(rows) - 1, max(1, int(WORK / (most * len(rows))))) if len(rows) > 1 else 0
 
 
-def _within(rows_NP: Tensor, experts: int, kept: int) -> _Within:
+def _within(rows_NP: Tensor, experts: int) -> _Within:
     neurons = len(rows_NP)
     size = neurons // experts
     owner_N = torch.arange(neurons, device=rows_NP.device) // size
     sum_N = torch.zeros(neurons, dtype=torch.float64, device=rows_NP.device)
     square_N, inside_N = torch.zeros_like(sum_N), torch.zeros_like(sum_N)
     same = duplicates = 0
-    best = _Strongest(kept)
+    best = _Strongest()
     for first in range(0, neurons, _ROWS):
         at_R = torch.arange(first, min(first + _ROWS, neurons), device=rows_NP.device)
         cosine_RN = (rows_NP[at_R] @ rows_NP.T).abs_()
@@ -179,11 +182,9 @@ def _against_random(
         return within_E / pairs, (within_E - mean) / spread
 
 
-def _between(
-    rows_NP: Tensor, other_NP: Tensor, kept: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+def _between(rows_NP: Tensor, other_NP: Tensor) -> tuple[Strongest, int]:
     """The strongest pairs of two layers, and how many are duplicates."""
-    best, duplicates = _Strongest(kept), 0
+    best, duplicates = _Strongest(), 0
     for first in range(0, len(rows_NP), _ROWS):
         cosine_RN = (rows_NP[first : first + _ROWS] @ other_NP.T.to(rows_NP.device)).abs_()
         duplicates += int((cosine_RN > DUPLICATE).sum())
@@ -194,26 +195,22 @@ def _between(
 class _Strongest:
     """The K largest entries of a matrix that comes in blocks of rows."""
 
-    def __init__(self, kept: int) -> None:
-        self.kept = kept
-        self.value, self.row, self.column = (
-            torch.zeros(0),
-            torch.zeros(0).long(),
-            torch.zeros(0).long(),
-        )
+    def __init__(self) -> None:
+        self.value = torch.zeros(0)
+        self.row, self.column = (torch.zeros(0, dtype=torch.long) for _ in range(2))
 
     def add(self, values_RN: Tensor, first: int) -> None:
         flat = values_RN.flatten()
-        value, at = flat.topk(min(self.kept, len(flat)))
+        value, at = flat.topk(min(KEPT, len(flat)))
         value, at = value.cpu(), at.cpu()
         row, column = at // values_RN.shape[1] + first, at % values_RN.shape[1]
         value = torch.cat([self.value, value])
-        order = value.argsort(descending=True, stable=True)[: self.kept]
+        order = value.argsort(descending=True, stable=True)[:KEPT]
         self.value = value[order]
         self.row = torch.cat([self.row, row])[order]
         self.column = torch.cat([self.column, column])[order]
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def pairs(self) -> Strongest:
         """Values, rows and columns, by falling value; entries of zero are none."""
         there = self.value > 0
         return self.value[there], self.row[there], self.column[there]
@@ -222,7 +219,7 @@ class _Strongest:
 def _pairs(
     layer: int,
     other: int,
-    pairs: tuple[Tensor, Tensor, Tensor],
+    pairs: Strongest,
     rows: dict[int, Tensor],
     experts: Any,
 ) -> Table:

@@ -18,7 +18,7 @@ from moefy.data.shards import CONTEXT, by_role
 from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.inspection.causal.documents import Texts, draw
 from moefy.inspection.removal import Source
-from moefy.inspection.texts.reading import Reading
+from moefy.inspection.texts import Reading
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.recipe import from_dict

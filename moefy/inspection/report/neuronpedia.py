@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import moefy
-from moefy.errors import MoefyError, OutputError
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.errors import MoefyError
+from moefy.inspection.record import NOTHING, Inspection, rows, write_file
 
 CREATOR = "moefy"
 SET = "moefy"
@@ -109,10 +108,6 @@ def _activations(
     A window holds a byte for each token around the example: 254 is the expert's largest norm, 255
     no token.
     """
-    from moefy.inspection.experts.examples import (
-        NOTHING,  # imports torch, which a page does without
-    )
-
     seen = set()
     for row in examples:
         text = inspection.texts.get(str(row["document"]))
@@ -189,8 +184,4 @@ def _identifier(name: str) -> str:
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(text, 9, mtime=0) if path.suffix == ".gz" else text)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    write_file(path, gzip.compress(text, 9, mtime=0) if path.suffix == ".gz" else text)

@@ -3,6 +3,7 @@
 Colours are told apart by colour-blind people and in grey; text is what the tables call things.
 """
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefy.errors import OutputError
-from moefy.inspection.record import Inspection
-from moefy.inspection.texts.table import rows
+from moefy.inspection.record import Inspection, rows, write_file
 from moefy.run.tables import GRID, INK, SOFT, pyplot
 
 ABOVE, BELOW = "#1f6fb0", "#c8651b"
@@ -25,6 +24,8 @@ SHARES = {
 STRONGEST = 30
 """Rows of the causal matrix and of the picture of domains."""
 SIGNIFICANT = 0.05
+LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1)}
+"""Above the axes, from their left end."""
 
 
 def save_plots(inspection: Inspection, folder: str | Path) -> list[Path]:
@@ -40,13 +41,10 @@ def save_plots(inspection: Inspection, folder: str | Path) -> list[Path]:
             figure = draw(inspection, plt)
             if figure is None:
                 continue
-            path = folder / f"{name}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
-            except OSError as error:
-                raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-            found.append(path)
+            png = io.BytesIO()
+            figure.savefig(png, dpi=200, facecolor="white", bbox_inches="tight")
+            found.append(folder / f"{name}.png")
+            write_file(found[-1], png.getvalue())
     return found
 
 
@@ -69,19 +67,15 @@ def _routing(inspection: Inspection, plt: Any) -> Any:
     axis.set(xlim=(0, 1), yticks=at, yticklabels=[f"L{n}" for n in layers["layer"]])
     axis.invert_yaxis()
     axis.set_xlabel("share of the entropy of routing")
-    axis.legend(
-        ncols=3, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0),
-        columnspacing=1.2, handlelength=1,
-    )  # fmt: skip
+    axis.legend(**LEGEND, ncols=3, fontsize=8, columnspacing=1.2, handlelength=1)
     return figure
 
 
 def _causal(inspection: Inspection, plt: Any) -> Any:
     """Selectivity of the strongest experts by domain; a dot is q < .05 over all cells."""
+    cells = rows(inspection.tables.get("causal", {}))
     cells = [
-        row
-        for row in rows(inspection.tables.get("causal", {}))
-        if row.get("model", "dense") == "dense" and row.get("mode", "mean") == "mean"
+        r for r in cells if (r.get("model", "dense"), r.get("mode", "mean")) == ("dense", "mean")
     ]
     by_expert: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)
     for row in cells:
@@ -135,7 +129,7 @@ def _domains(inspection: Inspection, plt: Any) -> Any:
         axes[0].plot([row[name] for row in top], at, ls="", ms=4.5, label=label, **style)
     axes[0].hlines(at, [r["ds_lex"] for r in top], [r["ds"] for r in top], color=GRID, zorder=0)
     axes[0].set_xlabel("share of the domain's tokens that run it")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes[0].legend(**LEGEND, ncols=2, fontsize=8)
     middle = _numbers([row["ds_adj"] for row in top])
     ends = [_numbers([row.get(f"ds_adj_{end}") for row in top]) for end in ("low", "high")]
     axes[1].axvline(0, color=SOFT, lw=0.8)
@@ -179,7 +173,7 @@ def _random_weights(inspection: Inspection, plt: Any) -> Any:
     axes[-1, 0].set_xlabel("layer")
     figure.tight_layout()
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    figure.legend(handles, labels, **LEGEND, ncols=3)
     return figure
 
 

@@ -28,9 +28,16 @@ from scipy import stats
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.routing.frame import Doubles, Groups, RoutedLayer, RoutingFrame, Singles
+from moefy.inspection.routing import (
+    Columns,
+    Doubles,
+    Groups,
+    RoutedLayer,
+    RoutingFrame,
+    Singles,
+    stacked,
+)
 
-Columns = dict[str, Any]
 Layers = tuple[int, int]
 
 DRAWS = 50
@@ -68,8 +75,8 @@ def within_layer(frame: RoutingFrame, routed: RoutedLayer) -> Pairs:
     mask_TE = routed.mask_TE
     together_EE = (mask_TE.T @ mask_TE).astype(np.float64)
     load_E = routed.load_E
-    unit = Groups(frame.unit_Q[frame.document.index_T], frame.units)
-    error_EE = _error_by_unit(mask_TE - load_E.astype(np.float32), unit) / _spread(load_E, load_E)
+    away_TE = mask_TE - load_E.astype(np.float32)
+    error_EE = _error_by_unit(away_TE, frame.unit) / _spread(load_E, load_E)
     null_EE, null_error_EE = traded_phi(frame, mask_TE)
     phi_EE = phi(together_EE, load_E, load_E, len(frame))
     error_EE = np.maximum(error_EE, null_error_EE * np.sqrt(min(SUBSAMPLE / len(frame), 1)))
@@ -107,15 +114,13 @@ def _spread(load_E: Doubles, load_F: Doubles) -> Doubles:
 
 def _error_by_unit(away_TE: Singles, unit: Groups) -> Doubles:
     """Standard error of every covariance, from its sums over units."""
-    order_T = np.argsort(unit.index_T, kind="stable")
-    ends_G = np.cumsum(unit.count_C)
     size = float(len(away_TE))
     squares, crossed, total = (np.zeros((away_TE.shape[1],) * 2) for _ in range(3))
-    for end, count in zip(ends_G, unit.count_C, strict=True):
-        here_TE = away_TE[order_T[end - count : end]]
+    for at in unit.members():
+        here_TE = away_TE[at]
         product_EE = (here_TE.T @ here_TE).astype(np.float64)
         squares += product_EE**2
-        crossed += count * product_EE
+        crossed += len(at) * product_EE
         total += product_EE
     mean_EE = total / size
     away_EE = squares - 2 * mean_EE * crossed + mean_EE**2 * float((unit.count_C**2.0).sum())
@@ -168,12 +173,8 @@ def _permuted(frame: RoutingFrame, one_TE: Singles, other_TF: Singles) -> tuple[
     variance_EF = vary_SE.T @ (vary_SF / np.maximum(size_S - 1, 1)[:, None])
     # Sums over units of what goes beyond the strata.
     one_TE = one_TE - (one_SE / size_S[:, None]).astype(np.float32)[frame.stratum.index_T]
-    unit_T = frame.unit_Q[frame.document.index_T]
-    order_T = np.argsort(unit_T, kind="stable")
-    count_G = np.bincount(unit_T, minlength=frame.units)
     squares_EF, total_EF = np.zeros_like(mean_EF), np.zeros_like(mean_EF)
-    for end, count in zip(np.cumsum(count_G), count_G, strict=True):
-        at = order_T[end - count : end]
+    for at in frame.unit.members():
         beyond_EF = (one_TE[at].T @ other_TF[at]).astype(np.float64)
         squares_EF += beyond_EF**2
         total_EF += beyond_EF
@@ -256,7 +257,7 @@ def pair_tables(found: list[Pairs]) -> tuple[dict[str, Columns], dict[Layers, di
             "pairs_shown": len(best),
             "duplicates": len(twins),
         }
-    return {"pairs": _joined(kept), "duplicates": _joined(same)}, counts
+    return {"pairs": stacked(kept), "duplicates": stacked(same)}, counts
 
 
 def _rows(pairs: Pairs, q_P: Doubles, at: Ints) -> Columns:
@@ -268,7 +269,3 @@ def _rows(pairs: Pairs, q_P: Doubles, at: Ints) -> Columns:
         **{name: values[at] for name, values in pairs.figures.items()},
         "q": q_P[at],
     }
-
-
-def _joined(parts: list[Columns]) -> Columns:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

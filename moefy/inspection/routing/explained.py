@@ -42,8 +42,7 @@ import numpy as np
 from scipy import sparse
 
 from moefy.data.documents import Ints
-from moefy.evaluation.statistics import ratio_interval
-from moefy.inspection.routing.frame import (
+from moefy.inspection.routing import (
     Bools,
     Doubles,
     Groups,
@@ -51,6 +50,7 @@ from moefy.inspection.routing.frame import (
     RoutingFrame,
     Singles,
     Totals,
+    over_running,
 )
 
 SHARES = ("token", "domain", "previous", "position")
@@ -95,17 +95,13 @@ class Explained:
     def experts(self, frame: RoutingFrame, routed: RoutedLayer) -> dict[str, Doubles]:
         """The same of single experts; None for those that always or never run."""
         moves_E = (routed.load_E > 0) & (routed.load_E < 1)
-        found = {}
-        bits = ratio_interval(self.bits_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
-        pieces = {"bits_entropy": bits}
-        for name in SHARES:
-            pieces[f"share_{name}"] = ratio_interval(
-                self.saved_QE[name], self.bits_QE, frame.unit_Q, seed=frame.seed
-            )
-        for name, interval in pieces.items():
-            for key, values_E in interval.columns(name).items():
-                found[key] = routed.column(np.where(moves_E, values_E, np.nan))
-        return found
+        pieces = {"bits_entropy": (self.bits_QE, frame.tokens_Q.astype(np.float64))}
+        pieces |= {f"share_{name}": (self.saved_QE[name], self.bits_QE) for name in SHARES}
+        return {
+            key: routed.column(np.where(moves_E, values_E, np.nan))
+            for name, (top_QE, bottom_Q) in pieces.items()
+            for key, values_E in frame.interval(top_QE, bottom_Q).columns(name).items()
+        }
 
 
 def explained(frame: RoutingFrame, routed: RoutedLayer) -> Explained:
@@ -290,24 +286,20 @@ def lexical_router(frame: RoutingFrame, routed: RoutedLayer) -> Totals:
     `lexical_recall_random` the same for a random router of the model's loads; `constant_recall` the k
     busiest experts for all tokens; `load_recall` experts drawn by load; `chance_recall` drawn evenly.
     """
-    runs_T = routed.active_T > 0
     k_T = np.maximum(routed.active_T, 1)
-    dealt_T = frame.shuffled(Groups.of(routed.active_T), np.random.default_rng(frame.seed))
     by_k = Groups.of(routed.active_T)
+    dealt_TE = routed.mask_TE[frame.shuffled(by_k, np.random.default_rng(frame.seed))]
     load_KE = by_k.sums(routed.mask_TE) / by_k.count_C[:, None]
-    fitted = cross_fitted(frame, routed.mask_TE)
+    fitted, dealt = cross_fitted(frame, routed.mask_TE), cross_fitted(frame, dealt_TE)
     busiest_CE = _rank(fitted.load_CE)
     found_T = {
         "lexical_recall": _hits(routed.mask_TE, _lexical_rank(fitted)[fitted.cell.index_T], k_T),
-        "lexical_recall_random": _random_hits(frame, routed, dealt_T, k_T),
+        "lexical_recall_random": _hits(dealt_TE, _lexical_rank(dealt)[dealt.cell.index_T], k_T),
         "constant_recall": _hits(routed.mask_TE, busiest_CE[fitted.cell.index_T], k_T),
         "load_recall": (routed.mask_TE * load_KE[by_k.index_T]).sum(1),
         "chance_recall": routed.active_T**2 / max(routed.experts, 1),
     }
-    recall_TX = np.stack([hits_T / k_T for hits_T in found_T.values()], axis=1)
-    top_QX = frame.by_document(recall_TX * runs_T[:, None])
-    bottom_Q = frame.by_document(runs_T[:, None].astype(np.float64))[:, 0]
-    return {name: (top_QX[:, index], bottom_Q) for index, name in enumerate(found_T)}
+    return over_running(frame, routed, found_T)
 
 
 def _rank(score_CE: Doubles) -> Ints:
@@ -323,9 +315,3 @@ def _lexical_rank(fitted: CrossFitted) -> Ints:
 
 def _hits(mask_TE: Singles, rank_TE: Ints, k_T: Ints) -> Singles:
     return np.asarray((mask_TE * (rank_TE < k_T[:, None])).sum(1))
-
-
-def _random_hits(frame: RoutingFrame, routed: RoutedLayer, dealt_T: Ints, k_T: Ints) -> Singles:
-    mask_TE = routed.mask_TE[dealt_T]
-    fitted = cross_fitted(frame, mask_TE)
-    return _hits(mask_TE, _lexical_rank(fitted)[fitted.cell.index_T], k_T)

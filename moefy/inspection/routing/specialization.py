@@ -14,7 +14,6 @@ document, R permutations, K jackknife groups.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +21,20 @@ from scipy import stats
 
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import LEVEL, ratio_interval
-from moefy.inspection.routing.explained import cross_fitted
-from moefy.inspection.routing.frame import (
+from moefy.inspection.routing import (
     MIN_COUNT,
     Bools,
+    Columns,
     Doubles,
     Groups,
     RoutedLayer,
     RoutingFrame,
     Singles,
     bin_edges,
+    stacked,
 )
+from moefy.inspection.routing.explained import cross_fitted
 from moefy.inspection.texts.tokens import NONE
-
-Columns = dict[str, Any]
 
 SHOWN = 20
 """Tokens listed at each end for every expert and kind."""
@@ -56,14 +55,14 @@ _AT_ONCE = 200
 def load(frame: RoutingFrame, routed: RoutedLayer) -> dict[str, Columns]:
     """Columns of `experts` and `layers`, and the tables `dead` and `positions` of one layer."""
     ran_QE = frame.by_document(routed.mask_TE)
-    interval = ratio_interval(ran_QE, frame.tokens_Q, frame.unit_Q, seed=frame.seed)
+    interval = frame.interval(ran_QE, frame.tokens_Q)
     documents_E, tokens_E = (ran_QE > 0).sum(0), ran_QE.sum(0)
     whole = len(frame), len(frame.tokens_Q)
     experts: Columns = {
         name: routed.column(values, shared=1.0) for name, values in interval.columns("load").items()
     }
-    experts["documents"] = _whole(routed.column(documents_E, whole[1]))
-    experts["tokens"] = _whole(routed.column(tokens_E, whole[0]))
+    experts["documents"] = routed.column(documents_E, whole[1]).astype(int).tolist()
+    experts["tokens"] = routed.column(tokens_E, whole[0]).astype(int).tolist()
     dead_E = np.flatnonzero(tokens_E == 0)
     layers = {
         "tokens": [whole[0]],
@@ -118,10 +117,6 @@ def _positions(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
     }
 
 
-def _whole(values_E: Doubles) -> list[int]:
-    return [int(value) for value in values_E]
-
-
 def domain_specialization(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
     """Table `domains` of one layer, without its q:
 
@@ -143,7 +138,7 @@ def domain_specialization(frame: RoutingFrame, routed: RoutedLayer) -> Columns:
         _of_domain(frame, routed, number, (ran_QE, lex_QE, unseen_Q), p_X)
         for number, p_X in enumerate(p_CX)
     ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return stacked(parts)
 
 
 def _of_domain(
@@ -231,7 +226,7 @@ def token_lists(frame: RoutingFrame, routed: RoutedLayer, shown: int = SHOWN) ->
     Types with fewer than 10 occurrences are left out; so are experts that always or never run.
     """
     parts = [_of_kind(frame, routed, kind, shown) for kind in KINDS]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return stacked(parts)
 
 
 def _of_kind(frame: RoutingFrame, routed: RoutedLayer, kind: str, shown: int) -> Columns:
@@ -327,7 +322,7 @@ class _Cells:
         often_T = frame.token.count_C[frame.token.index_T] >= MIN_COUNT
         groups = min(JACKKNIFE, frame.units)
         group_G = random.permutation(frame.units) % groups
-        group_T = group_G[frame.unit_Q[frame.document.index_T]][often_T]
+        group_T = group_G[frame.unit.index_T][often_T]
         id_T = frame.token.index_T[often_T]
         cell = Groups.of(id_T, group_T)
         types, type_C = np.unique(cell.first(id_T), return_inverse=True)

@@ -15,8 +15,6 @@ chance and what the loads alone give.
 Shapes: T tokens, E experts.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
@@ -24,10 +22,23 @@ from transformers import PreTrainedModel
 from moefy.data.documents import HELD_OUT
 from moefy.errors import MoefyError
 from moefy.evaluation.statistics import q_values
-from moefy.inspection.account.observe import observe
+from moefy.inspection.account import observe
 from moefy.inspection.controls import replication
 from moefy.inspection.part import Pass
-from moefy.inspection.routing import RoutingSample, RoutingSampler, drawn_documents
+from moefy.inspection.record import Table, joined, table
+from moefy.inspection.routing import (
+    MANY_EXPERTS,
+    Columns,
+    RoutedLayer,
+    RoutingFrame,
+    RoutingSample,
+    RoutingSampler,
+    Totals,
+    added,
+    drawn_documents,
+    over_running,
+    ratio_columns,
+)
 from moefy.inspection.routing.coactivation import (
     FAR_TOKENS,
     Pairs,
@@ -37,14 +48,6 @@ from moefy.inspection.routing.coactivation import (
     within_layer,
 )
 from moefy.inspection.routing.explained import explained, lexical_router
-from moefy.inspection.routing.frame import (
-    MANY_EXPERTS,
-    RoutedLayer,
-    RoutingFrame,
-    Totals,
-    added,
-    ratio_columns,
-)
 from moefy.inspection.routing.specialization import (
     KINDS,
     SHOWN,
@@ -53,14 +56,11 @@ from moefy.inspection.routing.specialization import (
     token_lists,
     vocabulary_specialization,
 )
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, joined, table
+from moefy.inspection.texts import Reading
 from moefy.run.console import Reporter
 
 TOKEN_ROWS = 400_000
 """Most rows of the table `tokens`; with more experts fewer tokens are listed of each."""
-
-Columns = dict[str, Any]
 
 
 def routing_statistics(
@@ -222,18 +222,12 @@ def router_saturation(first: RoutingSample, second: RoutingSample, *, seed: int 
     parts = []
     for layer in range(len(second.packed)):
         one, other = before.routed(layer), frame.routed(layer)
-        k_T = np.maximum(other.active_T, 1)
-        runs_T = (other.active_T > 0).astype(np.float64)
         shared_T = {
             "saturation": (one.mask_TE * other.mask_TE).sum(1),
             "saturation_chance": one.active_T * other.active_T / max(one.experts, 1),
             "saturation_load": other.mask_TE @ one.load_E,
         }
-        top_QX = frame.by_document(
-            np.stack([runs_T * values_T / k_T for values_T in shared_T.values()], axis=1)
-        )
-        bottom_Q = frame.by_document(runs_T[:, None])[:, 0]
-        totals: Totals = {name: (top_QX[:, at], bottom_Q) for at, name in enumerate(shared_T)}
+        totals = over_running(frame, other, shared_T)
         parts.append(table({"layer": [layer], **ratio_columns(frame, totals)}))
     return joined(parts)
 

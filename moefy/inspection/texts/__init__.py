@@ -1,22 +1,150 @@
-"""What tables point at, in words: the documents of examples, the names of tokens, the text around one.
+"""From a moefied model and texts to what an inspection reads, and back to what its tables point at, in words.
 
-A document is its text and where in it, in characters, every token ends. Without a text, or where the
-tokenizer does not know, its ids stand for it.
+Two disjoint shards of documents are read: examples are chosen from `select`, and every claim is checked on
+`held_out`. Neither has been seen by the partition or the router where the text is that of the conversion;
+other texts are split by a hash of each document.
 
-Tokens are never decoded one by one: a character may be split over several tokens, and a tokenizer may
-change what it reads. The tokenizer's own offsets say which characters a token covers; all pieces of a
-split character cover that character.
+A shown document is its text and where in it, in characters, every token ends. Without a text, or where the
+tokenizer does not know, its ids stand for it. Tokens are never decoded one by one: a character may be split
+over several tokens, and a tokenizer may change what it reads. The tokenizer's own offsets say which
+characters a token covers; all pieces of a split character cover that character.
+
+Shapes: Q documents.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from moefy.data.corpus import Sample
-from moefy.errors import MoefyError
-from moefy.inspection.texts.reading import Reading
-from moefy.inspection.texts.table import Table, table
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.data.corpus import IGNORED, Batch, Corpus, Document, Sample, load_corpus
+from moefy.data.documents import HELD_OUT, SELECT, Documents, Ints
+from moefy.data.inputs import load_tokenizer, read_batches
+from moefy.data.shards import select_and_check
+from moefy.errors import MoefyError, UnsupportedModel
+from moefy.experts.moefied import of
+from moefy.inspection.record import Table, table
+from moefy.models.artefact import Artefact
+from moefy.models.checkpoint import Checkpoint
+from moefy.models.config import read_config
+from moefy.recipe import from_dict
+
+TOKENS = 200_000
+"""Most tokens that are read where nothing else is said."""
+KINDS = ("decoder", "encoder")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, in the order in which it is read."""
+
+    batches: list[Batch]
+    documents: Documents
+    tokenizer: Any
+    """None for models without one; contexts are then shown as ids."""
+    kind: str
+    """`decoder` or `encoder`."""
+    vocabulary: int
+    corpora: dict[str, str]
+    """SHA-256 of every corpus."""
+
+    @cached_property
+    def first_B(self) -> list[int]:
+        """Number of the first document of every batch."""
+        sizes = [len(batch.samples) for batch in self.batches]
+        return [0, *np.cumsum(sizes).tolist()][:-1]
+
+    @cached_property
+    def tokens_Q(self) -> Ints:
+        """Tokens of every document `[Q]`."""
+        sizes = [len(sample.inputs["input_ids"]) for b in self.batches for sample in b.samples]
+        return np.array(sizes, dtype=np.int64)
+
+    def of_shard(self, shard: str) -> list[Batch]:
+        """The batches of one shard."""
+        first = zip(self.batches, self.first_B, strict=True)
+        return [batch for batch, at in first if self.documents.shards[at] == shard]
+
+
+def read(
+    model: PreTrainedModel,
+    corpora: Mapping[str, Any] | Any = None,
+    *,
+    tokens: int = TOKENS,
+) -> Reading:
+    """The documents to inspect `model` (from `moefy.load`) on, about `tokens` tokens of them.
+
+    `corpora` is what `load_corpus` takes, or a mapping of names to that; None is the bundled corpus.
+    Domains are taken in turn, so that each has as many documents as the others where it can.
+
+    Raises `UnsupportedModel` for images and encoder-decoders, `CorpusError` for texts that are too
+    short to be split.
+    """
+    artefact = of(model).artefact
+    checkpoint = of(model).checkpoint
+    kind = of(model).kind
+    if kind not in KINDS:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: inspect reads tokens of decoders and encoders, not of a model "
+            f"of kind '{kind}'"
+        )
+    context = from_dict(artefact.recipe).context
+    return read_texts(checkpoint, kind, context, artefact, corpora, tokens=tokens)
+
+
+def read_texts(
+    checkpoint: Checkpoint,
+    kind: str,
+    context: int,
+    artefact: Artefact | None,
+    corpora: Mapping[str, Any] | Any = None,
+    *,
+    tokens: int = TOKENS,
+) -> Reading:
+    """`read` for any checkpoint, documents cut to `context` tokens; `artefact` says what must be left
+    out because something was fitted on it."""
+    named = corpora if isinstance(corpora, Mapping) else {None: corpora}
+    shards = {shard: Corpus(shard, []) for shard in (SELECT, HELD_OUT)}
+    owner: dict[tuple[str, ...], str] = {}
+    hashes = {}
+    for given, source in named.items():
+        corpus = load_corpus(source)
+        name = given or corpus.name
+        hashes[name] = corpus.sha256
+        for shard, part in zip(shards, select_and_check(corpus, artefact), strict=True):
+            shards[shard].documents.extend(part.documents)
+            owner |= {(shard, *_key(document)): name for document in part.documents}
+    known = sum(len(corpus.documents) for corpus in shards.values())
+    batches: list[Batch] = []
+    labels: list[str] = []
+    for shard, corpus in shards.items():
+        share = max(1, round(tokens * len(corpus.documents) / known))
+        found = read_batches(checkpoint, kind, corpus, context, share)
+        batches += found
+        labels += [shard] * sum(len(batch.samples) for batch in found)
+    chosen = [sample.document for batch in batches for sample in batch.samples]
+    names = [owner[shard, *_key(doc)] for shard, doc in zip(labels, chosen, strict=True)]
+    documents = Documents(chosen, labels, names)
+    vocabulary = read_config(checkpoint).get_text_config().vocab_size
+    return Reading(batches, documents, load_tokenizer(checkpoint.folder), kind, vocabulary, hashes)
+
+
+def _key(document: Any) -> tuple[str, str, str]:
+    return document.domain, document.source_id, document.sha256
+
+
+def sample_of_ids(name: str, ids_T: Tensor) -> Sample:
+    """Token ids as if they had been read: a document of this domain and source without text."""
+    document = Document(name, name, ids=tuple(ids_T.tolist()))
+    inputs = {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)}
+    return Sample(document, inputs, torch.cat([ids_T[1:], torch.tensor([IGNORED])]), 0)
+
 
 _LOST = "\ufffd"
 """What decoding puts in the place of bytes that are no character by themselves."""
