@@ -16,7 +16,7 @@ from moefy_kernels.weighted_rows import weighted_rows
 
 
 def expert_views_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
-    """Output `[T, D]`, the same function as `reference.masked_mlp`.
+    """Views of the experts that run, by torch: output `[T, D]`, the same function as `reference.masked_mlp`.
 
     One token walks over runs of neighbouring experts that are on; many tokens walk over the
     experts, each with the tokens that chose it.

@@ -46,7 +46,7 @@ class ExpertWeights(Protocol):
 
 
 def masked_mlp(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
-    """Output `[T, D]` of the experts that `mask_TE` (bool) turns on for each token.
+    """Every expert for every token, masked where `mask_TE` (bool) turns it off: output `[T, D]`.
 
     The down projection may be of another dtype than the rest (T5 keeps it in fp32); the output has
     that dtype.

@@ -115,14 +115,20 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             if shown.error is not None:
                 _fail(shown.error, debug)
 
-        own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
-        added = [_option(n, RUNS[n], None) for n in runs]
-        added += [_option(n, kind, False) for n, kind in extra.items()]
-        whole = signature.replace(parameters=[*own, *added], return_annotation=None)
-        command.__dict__["__signature__"] = whole
+        command.__dict__["__signature__"] = _with_options(signature, runs, extra)
         app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
 
     return register
+
+
+def _with_options(
+    signature: inspect.Signature, runs: tuple[str, ...], extra: dict[str, Any]
+) -> inspect.Signature:
+    """The signature of a verb with the options that it shares with others."""
+    own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
+    added = [_option(name, RUNS[name], None) for name in runs]
+    added += [_option(name, kind, False) for name, kind in extra.items()]
+    return signature.replace(parameters=[*own, *added], return_annotation=None)
 
 
 def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
@@ -233,15 +239,15 @@ def write(record: dict[str, Any], out: Path | None, name: str) -> None:
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def settings_given(pairs: list[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `--set` says, and the options of their own that were given."""
-    found: dict[str, Any] = {}
+def settings_of(pairs: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `--set` says, and settings that have options of their own, of these only those in use."""
+    settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair}: expected key=value, such as router.name=linear")
-        found[key] = value
-    return found | {key: value for key, value in (given or {}).items() if value is not None}
+        settings[key] = value
+    return settings | {key: value for key, value in (options or {}).items() if value is not None}
 
 
 Model = Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub id.")]
@@ -305,17 +311,17 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     """
     out = arguments.get("out")
     for name in ("model", "base", "other", "against"):
-        given = arguments.get(name)
-        if given is None:
+        model = arguments.get(name)
+        if model is None:
             continue
-        if Path(given).exists():
+        if Path(model).exists():
             if out is not None:
-                refuse_inside(out, Path(given))
+                refuse_inside(out, Path(model))
             continue
-        if isinstance(given, Path):
-            raise CheckpointError(f"{given}: no such folder; give one that moefy convert wrote")
-        if given.startswith(("/", ".", "~")) or given.count("/") > 1:
-            raise CheckpointError(f"{given}: no such folder, and not a Hugging Face Hub id")
+        if isinstance(model, Path):
+            raise CheckpointError(f"{model}: no such folder; give one that moefy convert wrote")
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id")
     if overwrite is False and out is not None and out.exists():
         raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
 
@@ -330,7 +336,7 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".json"
 
 
-def training_settings(dtype: str | None, **given: Any) -> dict[str, Any]:
+def training_settings(dtype: str | None, **options: Any) -> dict[str, Any]:
     """Settings of a training recipe; it calls the dtypes fp32 and bf16."""
     names = {"float32": "fp32", "bfloat16": "bf16"}
-    return {"precision": None if dtype is None else names.get(dtype, dtype), **given}
+    return {"precision": None if dtype is None else names.get(dtype, dtype), **options}

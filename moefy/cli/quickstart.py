@@ -1,6 +1,7 @@
 """The first thing a new user runs: bundled models converted, measured and timed, in one table."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,15 @@ def quickstart(out: Path, *, calibrated: bool = True, quiet: bool = False) -> di
     data: dict[str, Any] = {}
     for name, model in demo_models().items():
         target = out / name
-        records = steps.run(f"convert {name}", lambda m=model, t=target: _converted(m, t, quiet))  # type: ignore[misc]
+        records = steps.run(f"convert {name}", partial(_converted, model, target, quiet))
         if records is None:
             continue
-        speed = steps.run(f"time {name}", lambda t=target: _timed(t, settings))  # type: ignore[misc]
+        speed = steps.run(f"time {name}", partial(_timed, target, settings))
         rows += _rows(name, records["evaluation"], speed)
         notes += [] if speed is None else _refused(name, speed)
         data[name] = {**records, "speed": speed, "out": str(target)}
     name = "time one 7B-shaped layer (synthetic weights)"
-    layer = steps.run(name, lambda: bench(layer=LAYER, batches="1", **settings))
+    layer = steps.run(name, partial(bench, layer=LAYER, batches="1", **settings))
     if layer is not None:
         data["layer"] = layer
         notes += [*_layer_line(layer), *_refused("the layer", layer)]

@@ -6,11 +6,11 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefy.cli import bench as bench
+from moefy.cli import running as running
 from moefy.cli.command import (
     RUNS,
     Control,
@@ -31,11 +31,21 @@ from moefy.cli.command import (
     TrainTokens,
     app,
     is_file,
-    settings_given,
+    settings_of,
     training_settings,
     verb,
     write,
 )
+
+if TYPE_CHECKING:
+    from moefy.recipe import Recipe
+
+
+Density = Annotated[float | None, typer.Option(help="FFN density, 0 to 1: the mean over layers.")]
+TargetKl = Annotated[float | None, typer.Option(help="KL to dense to reach, instead of a density.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="One layer in memory at a time, for large models.")
+]
 
 
 @verb(*RUNS)
@@ -43,18 +53,12 @@ def convert(
     model: Model,
     out: Out,
     recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "default",
-    density: Annotated[
-        float | None, typer.Option(help="FFN density, 0 to 1: the mean over layers.")
-    ] = None,
-    target_kl: Annotated[
-        float | None, typer.Option(help="KL to dense to reach, instead of a density.")
-    ] = None,
+    density: Density = None,
+    target_kl: TargetKl = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="One layer in memory at a time, for large models.")
-    ] = False,
+    stream: Stream = False,
     corpus: Text = None,
     set_: Settings = None,
     seed: RecipeSeed = None,
@@ -67,20 +71,9 @@ def convert(
 
     Example: moefy convert ./llama ./llama-moefied --density 0.25
     """
-    from moefy import recipe as recipes
-
-    flags = {
-        "density": density,
-        "budget.target_kl": target_kl,
-        "partition.expert_size": expert_size,
-        "partition.experts": experts,
-        "seed": seed,
-    }
-    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    if (experts is None) != (expert_size is None):
-        # One of them replaces whichever the recipe has.
-        given |= {"partition.expert_size": expert_size, "partition.experts": experts}
-    chosen = recipes.override(recipes.load(recipe), {**given, **settings_given(set_ or [])})
+    sizes = {"partition.expert_size": expert_size, "partition.experts": experts}
+    options = {"density": density, "budget.target_kl": target_kl, "seed": seed}
+    chosen = _chosen(recipe, options, sizes, set_ or [])
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
     from moefy.conversion.convert import convert as run
@@ -97,17 +90,30 @@ def convert(
     return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
 
 
-def _plan(model: str, recipe: Any, corpus: str | None, adapter: bool, stream: bool) -> Shown:
+def _chosen(
+    name: str, options: dict[str, Any], sizes: dict[str, Any], pairs: list[str]
+) -> "Recipe":
+    """The recipe called `name` with what options and `--set` change."""
+    from moefy import recipe as recipes
+
+    changes = {key: value for key, value in options.items() if value is not None}
+    if any(value is not None for value in sizes.values()):
+        # One of them replaces whichever the recipe has; of both the recipe says what is wrong.
+        changes |= sizes
+    return recipes.override(recipes.load(name), {**changes, **settings_of(pairs)})
+
+
+def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
     from dataclasses import asdict
 
     from moefy.conversion.plan import describe, plan
     from moefy.models.checkpoint import Checkpoint
 
-    found = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
+    planned = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
     data = {
-        key: value for key, value in asdict(found).items() if key not in ("sites", "head_sites")
+        key: value for key, value in asdict(planned).items() if key not in ("sites", "head_sites")
     }
-    return Shown(data, [describe(found, recipe, stream=stream)])
+    return Shown(data, [describe(planned, recipe, stream=stream)])
 
 
 @verb(*RUNS)
@@ -169,24 +175,27 @@ def _trained(record: dict[str, Any], rows: Callable[..., Any], out: Path) -> Sho
     return Shown(record, [terminal(*rows(record)), f"written to {out}"])
 
 
+Trained = Annotated[
+    str | None,
+    typer.Option(help="By comma: experts, routers, compensations, rest (all but rest)."),
+]
+Rank = Annotated[int | None, typer.Option(help="Train through adapters of this rank (0: in full).")]
+Teacher = Annotated[
+    str | None, typer.Option(help="Dense model that teaches, if MODEL was trained before.")
+]
+
+
 @verb("device", "batch_size")
 def recover(
     model: Moefied,
     out: Out,
     train_tokens: TrainTokens = None,
-    train: Annotated[
-        str | None,
-        typer.Option(help="By comma: experts, routers, compensations, rest (all but rest)."),
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Train through adapters of this rank (0: in full).")
-    ] = None,
+    train: Trained = None,
+    lora_rank: Rank = None,
     dtype: TrainDtype = None,
     seed: RecipeSeed = None,
     corpus: Text = None,
-    against: Annotated[
-        str | None, typer.Option(help="Dense model that teaches, if MODEL was trained before.")
-    ] = None,
+    against: Teacher = None,
     control: Control = False,
     set_: Settings = None,
     resume: Resume = False,
@@ -202,11 +211,11 @@ def recover(
     from moefy.training.recipe import RecoverRecipe
     from moefy.training.recover import recover as run
 
-    given = training_settings(
+    options = training_settings(
         dtype, tokens=train_tokens, train=train, lora_rank=lora_rank, seed=seed
     )
     record = run(
-        model, out, recipe=recipes.override(RecoverRecipe(), settings_given(set_ or [], given)),
+        model, out, recipe=recipes.override(RecoverRecipe(), settings_of(set_ or [], options)),
         corpus=corpus, against=against, control=control, resume=resume, overwrite=overwrite,
         quiet=quiet,
     )  # fmt: skip
@@ -239,14 +248,26 @@ def sparsify(
     from moefy.training.recipe import SparsifyRecipe
     from moefy.training.sparsify import sparsify as run
 
-    given = training_settings(
+    options = training_settings(
         dtype, relu=relu or None, penalty=penalty, weight=weight, tokens=train_tokens, seed=seed
     )
     record = run(
-        model, out, recipe=recipes.override(SparsifyRecipe(), settings_given(set_ or [], given)),
+        model, out, recipe=recipes.override(SparsifyRecipe(), settings_of(set_ or [], options)),
         corpus=corpus, control=control, resume=resume, overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     return _trained(record, sparsify_rows, out)
+
+
+Retained = Annotated[
+    list[str] | None,
+    typer.Option(help="Domain that is to stay as it is; may be repeated (all others)."),
+]
+RetainLoss = Annotated[
+    float | None, typer.Option(help="Rise of the cross-entropy to retain that is allowed (0.01).")
+]
+Share = Annotated[
+    float | None, typer.Option(help="Share of the experts that goes instead, 0 to 1.")
+]
 
 
 @verb("device", "batch_size")
@@ -254,18 +275,10 @@ def prune(
     model: Model,
     out: Out,
     forget: Annotated[str, typer.Option(help="Domain whose experts go.")],
-    retain: Annotated[
-        list[str] | None,
-        typer.Option(help="Domain that is to stay as it is; may be repeated (all others)."),
-    ] = None,
+    retain: Retained = None,
     unit: Annotated[str, typer.Option(help="What is removed: expert or neuron.")] = "expert",
-    retain_loss: Annotated[
-        float | None,
-        typer.Option(help="Rise of the cross-entropy to retain that is allowed (0.01)."),
-    ] = None,
-    share: Annotated[
-        float | None, typer.Option(help="Share of the experts that goes instead, 0 to 1.")
-    ] = None,
+    retain_loss: RetainLoss = None,
+    share: Share = None,
     corpus: Text = None,
     tokens: Annotated[
         int, typer.Option(help="Tokens to read for each of ranking, deciding and measuring.")
@@ -318,19 +331,19 @@ def inspect_(
     from moefy.inspection.terminal import explained, quality_summary, strongest
     from moefy.run.tables import terminal
 
-    found = inspect(
+    inspection = inspect(
         model, **_reading(corpus, out), tokens=tokens, causal_tokens=causal_tokens, mode=mode,
         skip=skip or (), prompts=prompt or (), seed=seed, quiet=quiet,
     )  # fmt: skip
-    if not found.tables:  # of many processes only the first has something to show
+    if not inspection.tables:  # of many processes only the first has something to show
         return Shown(None)
     view: list[Any] = [
-        terminal(*quality_summary(found), title="before you believe the rest"),
-        terminal(*explained(found), title="what predicts which experts run, in bits"),
+        terminal(*quality_summary(inspection), title="before you believe the rest"),
+        terminal(*explained(inspection), title="what predicts which experts run, in bits"),
     ]
-    if "causal" in found.tables:
-        view.append(terminal(*strongest(found), title="experts that one domain needs most"))
-    return _inspected(found, view, out)
+    if "causal" in inspection.tables:
+        view.append(terminal(*strongest(inspection), title="experts that one domain needs most"))
+    return _inspected(inspection, view, out)
 
 
 def _reading(corpus: list[str] | None, out: Path | None) -> dict[str, Any]:
@@ -342,10 +355,10 @@ def _reading(corpus: list[str] | None, out: Path | None) -> dict[str, Any]:
     }
 
 
-def _inspected(found: Any, view: list[Any], out: Path | None) -> Shown:
+def _inspected(result: Any, view: list[Any], out: Path | None) -> Shown:
     from moefy.inspection.inspect import REPORT
 
-    data = found.to_dict()
+    data = result.to_dict()
     if out is not None and is_file(out):
         write(data, out, "")
     where = out if out is None or is_file(out) else out / REPORT
@@ -366,14 +379,14 @@ def diff(
     from moefy.inspection.terminal import differences, saturated, tails
     from moefy.run.tables import terminal
 
-    found = diff(base, other, **_reading(corpus, out), tokens=tokens, quiet=quiet)
+    result = diff(base, other, **_reading(corpus, out), tokens=tokens, quiet=quiet)
     view: list[Any] = [
-        terminal(*differences(found), title="log p(base) - log p(other)"),
-        terminal(*tails(found), title="tokens that lose and gain most"),
+        terminal(*differences(result), title="log p(base) - log p(other)"),
+        terminal(*tails(result), title="tokens that lose and gain most"),
     ]
-    if "saturation" in found.tables:
-        view.append(terminal(*saturated(found), title="router saturation"))
-    return _inspected(found, view, out)
+    if "saturation" in result.tables:
+        view.append(terminal(*saturated(result), title="router saturation"))
+    return _inspected(result, view, out)
 
 
 @verb(*RUNS)
@@ -403,26 +416,6 @@ def compare(
     )  # fmt: skip
     write(record, out, "comparison.json")
     return Shown(record, [terminal(*comparison_rows(record))])
-
-
-@verb("device", "dtype")
-def generate(
-    model: Moefied,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Sample instead of the likeliest.")
-    ] = False,
-    seed: Seed = 0,
-    dense: Annotated[bool, typer.Option("--dense", help="Run every expert.")] = False,
-) -> Shown:
-    """Continue a prompt with the moefied model."""
-    from moefy.cli.generate import generate_text
-
-    text = generate_text(
-        model, prompt, tokens=new_tokens, seed=seed if sample else None, dense=dense
-    )
-    return Shown({"prompt": prompt, "text": text}, [text])
 
 
 @verb()
@@ -472,14 +465,17 @@ def serve(
 def ls(
     what: Annotated[
         str | None,
-        typer.Argument(help="recipes, methods, routers, selections, compensations, families."),
+        typer.Argument(
+            help="recipes, methods, routers, selections, compensations, backends, families."
+        ),
     ] = None,
 ) -> Shown:
     """List what there is to choose from."""
+    from moefy.experts.backends import BACKENDS
     from moefy.methods.tables import listing
     from moefy.run.tables import terminal
 
-    tables = listing(what)
+    tables = listing(what, backends=BACKENDS)
     view = [
         terminal([name, "what it is"], [[k, v] for k, v in rows.items()])
         for name, rows in tables.items()
@@ -496,10 +492,10 @@ def env() -> Shown:
     from moefy.run.computing import machine
     from moefy.run.tables import terminal
 
-    found = {"python": platform.python_version(), **machine(), "moved": moved()}
-    flat = {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}
-    flat["moved"] = "; ".join(found["moved"]) or f"nothing of {len(ROWS)} things relied on"
-    return Shown(found, [terminal(["", "value"], [[k, str(v)] for k, v in flat.items()])])
+    facts = {"python": platform.python_version(), **machine(), "moved": moved()}
+    flat = {**{k: v for k, v in facts.items() if k != "versions"}, **facts["versions"]}
+    flat["moved"] = "; ".join(facts["moved"]) or f"nothing of {len(ROWS)} things relied on"
+    return Shown(facts, [terminal(["", "value"], [[k, str(v)] for k, v in flat.items()])])
 
 
 @verb()

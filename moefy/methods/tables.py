@@ -98,14 +98,15 @@ def choose(table: dict[str, T], what: str, name: str) -> T:
     raise RecipeError(unknown_choice(what, name, table))
 
 
-def listing(what: str | None = None) -> dict[str, dict[str, str]]:
-    """One table, or all of them: name -> what it is."""
+def listing(what: str | None = None, **more: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """One table, or all of them with those of other rooms: name -> what it is."""
     tables = {
         "recipes": shipped(),
         "methods": _described(METHODS),
         "routers": _described(ROUTERS),
         "selections": _described(SELECTIONS),
         "compensations": _described(COMPENSATIONS),
+        **{name: _described(table) for name, table in more.items()},
         "families": {
             name: f"{row.kind}, {'gated' if row.gate or row.fused else 'plain'} MLP"
             for name, row in FAMILIES.items()
@@ -120,5 +121,6 @@ def listing(what: str | None = None) -> dict[str, dict[str, str]]:
 
 def _described(table: Mapping[str, Any]) -> dict[str, str]:
     """Entries with the first paragraph of their documentation."""
-    texts = {name: inspect.getdoc(getattr(row, "run", row)) or "" for name, row in table.items()}
+    works = {n: getattr(row, "run", getattr(row, "compute", row)) for n, row in table.items()}
+    texts = {name: inspect.getdoc(work) or "" for name, work in works.items()}
     return {name: " ".join(text.split("\n\n")[0].split()) for name, text in texts.items()}

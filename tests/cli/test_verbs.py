@@ -78,7 +78,16 @@ def test_revert_and_ls_and_env(folder, tmp_path):
     back, source = tmp_path / "back", folder / "source"
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     text = say("ls")
-    for word in ("kmeans", "conditional_mean", "threshold", "export", "gpt_neox"):
+    for word in (
+        "kmeans",
+        "conditional_mean",
+        "threshold",
+        "export",
+        "gpt_neox",
+        "masked",
+        "views",
+        "native",
+    ):
         assert word in text
     assert "torch" in say("env")
     found = json.loads(say("env", "--json"))

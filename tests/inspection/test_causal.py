@@ -33,7 +33,7 @@ from moefy.inspection.causal.engine import (
     MOEFIED,
     WHOLE,
     WITHIN,
-    Engine,
+    AblationEngine,
     neurons_of,
     of_layer,
     of_sets,
@@ -108,8 +108,8 @@ def made_of(said):
     return said.logits(said.rows_JD)
 
 
-def engine_of(model, texts, **options) -> Engine:
-    engine = Engine(model, **options)
+def engine_of(model, texts, **options) -> AblationEngine:
+    engine = AblationEngine(model, **options)
     with engine.running():
         engine.means = statistics(model, texts.batches)
     return engine
@@ -125,7 +125,7 @@ def gone_of(model, layer, numbers):
 def test_runs_are_taken_up_as_late_as_the_family_allows(made, kind):
     model, reading, _ = made(kind)
     texts = draw(reading, HELD_OUT, 200)
-    assert Engine(model).shortcut(texts.batches[0]) == KINDS[kind][0]
+    assert AblationEngine(model).shortcut(texts.batches[0]) == KINDS[kind][0]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -192,7 +192,7 @@ def test_effects_are_those_of_the_stock_model_with_other_inputs_of_its_down_proj
 def test_zero_ablation_of_all_experts_removes_the_mlp_and_keeps_its_bias(made, kind):
     model, reading, folder = made(kind)
     batch = draw(reading, HELD_OUT, 200).batches[0]
-    engine = Engine(model, mode="zero")
+    engine = AblationEngine(model, mode="zero")
     every = {
         layer: torch.ones(m.weights.neurons, dtype=torch.bool)
         for layer, m in sparse_mlps(model).items()

@@ -19,7 +19,7 @@ from moefy.data.corpus import Document
 from moefy.data.documents import HELD_OUT, Documents
 from moefy.evaluation.statistics import q_values
 from moefy.inspection.causal.documents import Texts, draw
-from moefy.inspection.causal.engine import Effects, Engine, neurons_of, of_layer, of_sets
+from moefy.inspection.causal.engine import AblationEngine, Effects, neurons_of, of_layer, of_sets
 from moefy.inspection.causal.matrix import (
     Measured,
     matrix,
@@ -353,7 +353,7 @@ def test_planted_experts_are_selective_for_their_domain_alone(planted):
     reading = read(model, corpus)
     texts = draw(reading, HELD_OUT, 1500)
     assert np.bincount(texts.documents.domain_Q).min() >= 30
-    engine = Engine(model, mode="zero")
+    engine = AblationEngine(model, mode="zero")
     pairs = [(layer, e) for layer in (0, 1) for e in range(8)]
     sets = [of_layer(engine, layer, neurons_of(engine, layer, e)) for layer, e in pairs]
     parts = [Measured(pairs, of_sets(engine, texts, sets, Reporter(quiet=True), ""))]

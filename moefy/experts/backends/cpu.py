@@ -37,7 +37,10 @@ def serves(request: Request) -> str | None:
 
 
 def native_backend(x_TD: Tensor, weights: ExpertWeights, mask_TE: Tensor) -> Tensor:
-    """Output `[T, D]`, the same function as `reference.masked_mlp`; `ValueError` for what does not fit."""
+    """The native kernels of a CPU: output `[T, D]`, the same function as `reference.masked_mlp`.
+
+    Raises `ValueError` for what does not fit.
+    """
     active_TN = weights.active_TN if isinstance(weights, DecidedMlp) else None
     mlp = weights.mlp if isinstance(weights, DecidedMlp) else weights
     assert isinstance(mlp, DenseMlp)

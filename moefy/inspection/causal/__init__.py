@@ -27,8 +27,8 @@ from moefy.inspection.causal.documents import Texts, draw
 from moefy.inspection.causal.engine import (
     DENSE,
     MOEFIED,
+    AblationEngine,
     Effects,
-    Engine,
     Pair,
     neurons_of,
     of_layer,
@@ -137,14 +137,16 @@ class _Run:
         return {DENSE: dense, MOEFIED: statistics(self.model, self.texts.select.batches)}
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> AblationEngine:
         """The dense model."""
         return self.started(DENSE, self.mode)
 
-    def started(self, which: str, mode: str) -> Engine:
+    def started(self, which: str, mode: str) -> AblationEngine:
         """An engine with its runs taken up where the first batch says, the same in all processes."""
         means, processes = self.means[which], self.stages.processes
-        engine = Engine(self.model, which=which, mode=mode, means=means, processes=processes)
+        engine = AblationEngine(
+            self.model, which=which, mode=mode, means=means, processes=processes
+        )
         engine.start = engine.shortcut(self.texts.held_out.batches[0])
         return engine
 
@@ -224,7 +226,9 @@ class _Run:
 
         return self.stages.run("sufficiency", self.mode, make)
 
-    def _measured(self, engine: Engine, what: str, experts: list[Pair], nulls: int) -> Measured:
+    def _measured(
+        self, engine: AblationEngine, what: str, experts: list[Pair], nulls: int
+    ) -> Measured:
         """The effects of these experts, and of random sets beside them where they are of one layer."""
         texts, layer = self.texts.held_out, experts[0][0]
         numbers = [neurons_of(engine, *pair) for pair in experts]
@@ -259,7 +263,7 @@ def _json(arrays: Effects | RandomSets) -> dict[str, Any]:
     }
 
 
-def _experts(engine: Engine, square: Matrix, shown: Table, texts: Texts) -> Table:
+def _experts(engine: AblationEngine, square: Matrix, shown: Table, texts: Texts) -> Table:
     """Columns of `experts`: the domain that each is most selective for; None where it was not run."""
     count = len(texts.documents.domains)
     selective = np.nan_to_num(square.csi.mean_C, nan=-np.inf).argmax(1)

@@ -23,7 +23,7 @@ from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import ce_per_token, judged_positions, run_outputs
 from moefy.evaluation.statistics import Floats, ends, resampled
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Base, Engine, means
+from moefy.inspection.causal.engine import AblationEngine, Base, means
 from moefy.inspection.causal.matrix import Matrix, cells
 from moefy.inspection.record import Table, table
 from moefy.methods.routers.baselines import expert_norms
@@ -32,7 +32,7 @@ from moefy.run.console import Reporter
 GRADIENT, ENERGY = "gradient", "energy"
 
 
-def attribution(engine: Engine, texts: Texts, report: Reporter, what: str) -> Floats:
+def attribution(engine: AblationEngine, texts: Texts, report: Reporter, what: str) -> Floats:
     """A of every expert and document `[S, Q]`."""
     own = []
     for number in report.track(engine.processes.mine(range(len(texts.batches))), what):
@@ -59,7 +59,7 @@ def _along(base: Base, layer: int, experts: int, gradient: dict[int, Tensor] | N
     return along_TN.view(len(along_TN), experts, -1).sum(-1)
 
 
-def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
+def _gradients(engine: AblationEngine, batch: Batch) -> dict[int, Tensor]:
     """dCE/dy `[T, D]` of every layer, CE summed over the tokens of the batch."""
     added: dict[int, Tensor] = {}
 
@@ -77,7 +77,7 @@ def _gradients(engine: Engine, batch: Batch) -> dict[int, Tensor]:
 
 
 def attribution_table(
-    engine: Engine, attribution_SQ: Floats, texts: Texts, square: Matrix, *, seed: int = 0
+    engine: AblationEngine, attribution_SQ: Floats, texts: Texts, square: Matrix, *, seed: int = 0
 ) -> Table:
     """Table `screen`: A beside M where M was computed, and how their ranks agree in every domain."""
     domains, pairs = texts.documents.domains, engine.experts

@@ -52,7 +52,7 @@ _CLOSE, _ROUNDINGS = 1e-3, 8
 """Largest error of a shortcut, as a share of the change that it computes; in 16 bits, rounding errors."""
 
 
-class Engine:
+class AblationEngine:
     """Runs batches of a model with neurons replaced, as the dense model or as the moefied one."""
 
     def __init__(
@@ -143,7 +143,7 @@ class Engine:
         """How late a run may be taken up, from the effect of half of the first and the last layer."""
         if self.which == MOEFIED and any(m.look_ahead for m in self.modules.values()):
             return WHOLE  # a router reads the layer before, which would not have run
-        trial = Engine(self.model, which=DENSE, mode="zero", start=WHOLE)
+        trial = AblationEngine(self.model, which=DENSE, mode="zero", start=WHOLE)
         base = Base(trial, batch)
         for start in (AFTER, WITHIN):
             trial.start = start
@@ -151,7 +151,7 @@ class Engine:
                 return start
         return WHOLE
 
-    def _agrees(self, trial: "Engine", base: "Base", layer: int) -> bool:
+    def _agrees(self, trial: "AblationEngine", base: "Base", layer: int) -> bool:
         half_N = torch.zeros(self.modules[layer].weights.neurons, dtype=torch.bool)
         half_N[: len(half_N) // 2] = True
         with trial.without({layer: half_N}):
@@ -165,7 +165,7 @@ class Engine:
 class Base:
     """One batch as it runs with nothing replaced, and what it becomes when neurons are."""
 
-    def __init__(self, engine: Engine, batch: Batch) -> None:
+    def __init__(self, engine: AblationEngine, batch: Batch) -> None:
         self.engine, self.batch = engine, batch
         self.outputs: list[Any] = [None] * len(engine.blocks)
         """What every block gave."""
@@ -294,20 +294,20 @@ def means(values_SQ: Floats, domain_Q: NDArray[np.int64], domains: int) -> Float
         return np.asarray(values_SQ @ member_QC / member_QC.sum(0))
 
 
-def of_layer(engine: Engine, layer: int, numbers: NDArray[np.int64]) -> Neurons:
+def of_layer(engine: AblationEngine, layer: int, numbers: NDArray[np.int64]) -> Neurons:
     """Some neurons of one layer, by their numbers."""
     chosen_N = torch.zeros(engine.modules[layer].weights.neurons, dtype=torch.bool)
     chosen_N[torch.from_numpy(numbers)] = True
     return {layer: chosen_N}
 
 
-def neurons_of(engine: Engine, layer: int, expert: int) -> NDArray[np.int64]:
+def neurons_of(engine: AblationEngine, layer: int, expert: int) -> NDArray[np.int64]:
     """Numbers of the neurons of an expert."""
     size = engine.modules[layer].expert_size
     return np.arange(expert * size, (expert + 1) * size)
 
 
-def of_experts(engine: Engine, pairs: Iterable[Pair]) -> Neurons:
+def of_experts(engine: AblationEngine, pairs: Iterable[Pair]) -> Neurons:
     """The neurons of these experts, of any layers."""
     neurons: dict[int, Tensor] = {}
     for layer, expert in pairs:
@@ -318,7 +318,7 @@ def of_experts(engine: Engine, pairs: Iterable[Pair]) -> Neurons:
 
 @torch.no_grad()
 def of_sets(
-    engine: Engine, texts: Texts, sets: Sequence[Neurons], report: Reporter, what: str
+    engine: AblationEngine, texts: Texts, sets: Sequence[Neurons], report: Reporter, what: str
 ) -> Effects:
     """Effects of sets of neurons; fastest where sets of one layer stand side by side."""
     own = []

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from moefy.data.corpus import Batch
 from moefy.data.documents import Ints
 from moefy.evaluation.statistics import Floats, ends, null_z, resamples
-from moefy.inspection.causal.engine import Engine
+from moefy.inspection.causal.engine import AblationEngine
 
 BINS, WIDTH = 4, 2.0
 """Bins of a layer at most, and the energy at the upper end of a bin over that at its lower end."""
@@ -40,7 +40,10 @@ _LEAST = 1e-9
 
 @torch.no_grad()
 def energy_matrices(
-    engine: Engine, batches: Iterable[Batch], layers: list[int], weight_Q: Floats | None = None
+    engine: AblationEngine,
+    batches: Iterable[Batch],
+    layers: list[int],
+    weight_Q: Floats | None = None,
 ) -> dict[int, Floats]:
     """`E[change_i change_j] <d_i, d_j>` `[N, N]` of these layers in fp32, over all tokens, which weigh
     what their documents do: 4 N^2 bytes a layer, twice meanwhile."""
@@ -80,7 +83,12 @@ class RandomSets:
 
 
 def random_sets(
-    engine: Engine, energy_NN: Floats, layer: int, experts: list[Ints], count: int, seed: int
+    engine: AblationEngine,
+    energy_NN: Floats,
+    layer: int,
+    experts: list[Ints],
+    count: int,
+    seed: int,
 ) -> RandomSets:
     """`count` random sets for each bin of these experts, given as the numbers of their neurons."""
     energy_E = energies(energy_NN, experts)

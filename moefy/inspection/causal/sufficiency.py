@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moefy.evaluation.statistics import Floats, Interval, null_p, q_values, ratio_interval, units
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Effects, Engine, Pair, means, of_experts, of_sets
+from moefy.inspection.causal.engine import AblationEngine, Effects, Pair, means, of_experts, of_sets
 from moefy.inspection.causal.matrix import intervals
 from moefy.inspection.record import Table, joined, table
 from moefy.run.console import Reporter
@@ -28,7 +28,7 @@ DRAWS = 20
 
 
 def sufficiency(
-    engine: Engine,
+    engine: AblationEngine,
     attribution_SQ: Floats,
     select: Texts,
     texts: Texts,
@@ -118,7 +118,7 @@ PAIRS = 10
 
 
 def interactions(
-    engine: Engine,
+    engine: AblationEngine,
     texts: Texts,
     experts: list[Pair],
     alone: Effects,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, UnsupportedModel, unknown_choice
 from moefy.experts.loading import load_dense, moefied
-from moefy.inspection.causal.engine import WHOLE, Engine, Neurons
+from moefy.inspection.causal.engine import WHOLE, AblationEngine, Neurons
 from moefy.models.artefact import (
     ADAPTER,
     META,
@@ -67,12 +67,12 @@ class Source:
         """Its MLPs."""
         return sites(meta_model(read_config(self.checkpoint)))
 
-    def engine(self) -> Engine:
+    def engine(self) -> AblationEngine:
         """The dense model in fp32, which runs with neurons at zero."""
         model = self._dense()
         moefied(model, self.artefact, permute=not self.in_expert_order)
         model.requires_grad_(False)
-        return Engine(model, mode="zero", start=WHOLE)
+        return AblationEngine(model, mode="zero", start=WHOLE)
 
     def without(self, neurons: Neurons) -> PreTrainedModel:
         """The stock model in fp32, the rows of these neurons zero."""
@@ -174,12 +174,12 @@ def _one_expert_a_layer(checkpoint: Checkpoint) -> Artefact:
     )
 
 
-def size_of(engine: Engine, unit: str, layer: int) -> int:
+def size_of(engine: AblationEngine, unit: str, layer: int) -> int:
     """Neurons of a unit."""
     return engine.modules[layer].expert_size if unit == EXPERT else 1
 
 
-def units_of(engine: Engine, unit: str) -> dict[int, int]:
+def units_of(engine: AblationEngine, unit: str) -> dict[int, int]:
     """Units of every layer."""
     return {
         layer: module.weights.neurons // size_of(engine, unit, layer)
@@ -187,7 +187,7 @@ def units_of(engine: Engine, unit: str) -> dict[int, int]:
     }
 
 
-def neurons_of_units(engine: Engine, unit: str, chosen: Tensor) -> Neurons:
+def neurons_of_units(engine: AblationEngine, unit: str, chosen: Tensor) -> Neurons:
     """The neurons of the units with these numbers `[n]`, which count over all layers."""
     neurons, first = {}, 0
     for layer, count in units_of(engine, unit).items():

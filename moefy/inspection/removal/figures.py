@@ -22,7 +22,7 @@ from moefy.evaluation.judge import judge
 from moefy.evaluation.outputs import run_outputs
 from moefy.evaluation.statistics import Floats, ratios, units
 from moefy.inspection.causal.documents import Texts
-from moefy.inspection.causal.engine import Engine, Neurons
+from moefy.inspection.causal.engine import AblationEngine, Neurons
 from moefy.inspection.removal.parts import Part
 from moefy.run.output import Stages
 
@@ -61,7 +61,7 @@ def measured(model: PreTrainedModel, texts: Texts) -> Point:
 class Judge:
     """Judges removals, each once."""
 
-    engine: Engine
+    engine: AblationEngine
     stages: Stages
 
     def __call__(self, name: str, removed: Neurons, texts: Texts) -> Point:

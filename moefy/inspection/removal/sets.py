@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefy.evaluation.statistics import Floats
 from moefy.inspection.causal.documents import Texts, together
-from moefy.inspection.causal.engine import Engine, Neurons
+from moefy.inspection.causal.engine import AblationEngine, Neurons
 from moefy.inspection.causal.nulls import TOLERANCE, energies, energy_matrices, matched
 from moefy.inspection.removal import EXPERT, NEURON, neurons_of_units, units_of
 from moefy.inspection.removal.parts import Part
@@ -29,7 +29,7 @@ ALPHA = 0.01
 
 @torch.no_grad()
 def importance(
-    engine: Engine, texts: Texts, unit: str, report: Reporter, what: str
+    engine: AblationEngine, texts: Texts, unit: str, report: Reporter, what: str
 ) -> list[Tensor]:
     """Importance `[E]` of the units of every layer to the domains of these texts."""
     counts = units_of(engine, unit)
@@ -66,7 +66,7 @@ layer: the higher, the more it is of the domain to forget."""
 
 
 def ranked(
-    engine: Engine, part: Part, unit: str, report: Reporter, ranking: str = "relative"
+    engine: AblationEngine, part: Part, unit: str, report: Reporter, ranking: str = "relative"
 ) -> Tensor:
     """Numbers of the units `[S]`, which count over all layers, those to go first in front."""
     forget = importance(engine, part.forget, unit, report, "rank: to forget")
@@ -83,7 +83,7 @@ _BYTES = 2**31
 class Removal:
     """The removal that controls stand beside."""
 
-    engine: Engine
+    engine: AblationEngine
     unit: str
     count: int
     removed: Neurons
@@ -184,7 +184,7 @@ CONTROLS = {
 }
 
 
-def random_neurons(engine: Engine, count: int, seed: int) -> Neurons:
+def random_neurons(engine: AblationEngine, count: int, seed: int) -> Neurons:
     """The first `count` neurons of one random order of all: more hold fewer within them."""
     total = sum(units_of(engine, NEURON).values())
     chosen = np.random.default_rng([seed, 23]).permutation(total)[:count]

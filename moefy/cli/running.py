@@ -1,11 +1,13 @@
-"""The verbs that time: `moefy bench` and `moefy calibrate`."""
+"""The verbs that run a model on what one gives it: `moefy generate`, `moefy bench`, `moefy calibrate`."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.command import DTYPE, Report, Shown, verb, write
+from moefy.cli.command import DTYPE, Moefied, Report, Seed, Shown, verb, write
+from moefy.errors import MoefyError
 
 Timed = Annotated[
     Path | None, typer.Argument(help="Folder that moefy convert wrote; none: --layer.")
@@ -37,6 +39,9 @@ Batches = Annotated[str | None, typer.Option(help="By comma (1,2,4,8,16; of a mo
 Densities = Annotated[
     str | None, typer.Option(help="By comma, of masks that are drawn and of synthetic layers.")
 ]
+NoCalibration = Annotated[
+    bool, typer.Option("--no-calibrate", help="Time no layers first that are new to this machine.")
+]
 
 
 @verb("device")
@@ -56,10 +61,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Prompt tokens, of a model.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
     samples: Annotated[int | None, typer.Option(help="Samples (15; of a model: 7).")] = None,
-    no_calibrate: Annotated[
-        bool,
-        typer.Option("--no-calibrate", help="Time no layers first that are new to this machine."),
-    ] = False,
+    no_calibrate: NoCalibration = False,
     out: Report = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (PNG) of speedups to write.")] = None,
     quiet: bool = False,
@@ -69,9 +71,7 @@ def bench(
     Example: moefy bench ./out --level layer --batches 1,4,16 --plot layer.png
     """
     from moefy.benchmark.bench import bench as run
-    from moefy.benchmark.plot import check_plot, draw_speed
-    from moefy.benchmark.record import speed_lines, speed_rows
-    from moefy.run.tables import terminal
+    from moefy.benchmark.plot import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -83,6 +83,15 @@ def bench(
         quiet=quiet,
     )  # fmt: skip
     write(record, out, "speed.json")
+    return _speed(record, plot)
+
+
+def _speed(record: dict[str, Any], plot: Path | None) -> Shown:
+    """The table of a speed record, and its picture where one is asked for."""
+    from moefy.benchmark.plot import draw_speed
+    from moefy.benchmark.record import speed_lines, speed_rows
+    from moefy.run.tables import terminal
+
     lines = speed_lines(record)
     if plot is not None:
         draw_speed(record, plot)
@@ -109,3 +118,45 @@ def calibrate(
     record = calibrate_machine(model, layer=layer, dtype=dtype, quiet=quiet)
     write(record, out, "calibration.json")
     return Shown(record, [terminal(*calibration_rows(record)), f"wrote {record['file']}"])
+
+
+@verb("device", "dtype")
+def generate(
+    model: Moefied,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample instead of the likeliest.")
+    ] = False,
+    seed: Seed = 0,
+    dense: Annotated[bool, typer.Option("--dense", help="Run every expert.")] = False,
+) -> Shown:
+    """Continue a prompt with the moefied model."""
+    text = _continued(model, prompt, tokens=new_tokens, seed=seed if sample else None, dense=dense)
+    return Shown({"prompt": prompt, "text": text}, [text])
+
+
+def _continued(folder: Path, prompt: str, *, tokens: int, seed: int | None, dense: bool) -> str:
+    """Prompt and continuation. With a `seed` tokens are drawn, else the likeliest are taken."""
+    import torch
+
+    from moefy.data.inputs import load_tokenizer
+    from moefy.experts.loading import open_model
+    from moefy.experts.moefied import of
+    from moefy.experts.placement import device_of
+    from moefy.experts.sparse_mlp import all_experts
+
+    model: Any = open_model(folder, verify=True, dense=False)
+    if not model.can_generate():
+        raise MoefyError(f"{folder}: a {type(model).__name__} does not generate text")
+    tokenizer = load_tokenizer(of(model).checkpoint.folder)
+    if tokenizer is None:
+        raise MoefyError(f"{folder}: has no tokenizer; use moefy.load and token ids from Python")
+    encoded = tokenizer(prompt, return_tensors="pt").to(device_of(model))
+    encoded.pop("token_type_ids", None)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with all_experts(model) if dense else nullcontext():
+        ids = model.generate(**encoded, max_new_tokens=tokens, do_sample=seed is not None)
+    text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+    return text
