@@ -24,7 +24,7 @@ from moefy.errors import MoefyError
 from moefy.experts.passes import listen, walk
 from moefy.models.locate import Place, side_of
 from moefy.run.console import Reporter
-from moefy.run.output import write_whole
+from moefy.run.folder import write_whole
 from moefy.run.processes import ALONE, Processes
 
 

@@ -9,9 +9,10 @@ Shapes: N neurons, D width.
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
 from moefy.run.reading import reading
 
+P = ParamSpec("P")
+_LOADING = RLock()
 METHODS = (experts, hooks, run_with_cache, run_with_hooks)
 """What every moefied model can do beyond its class."""
 
@@ -66,6 +69,18 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def _one_at_a_time(load: Callable[P, PreTrainedModel]) -> Callable[P, PreTrainedModel]:
+    """While transformers loads a model, it changes what torch does in every thread."""
+
+    @wraps(load)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> PreTrainedModel:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return waiting
+
+
+@_one_at_a_time
 def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
     config = read_config(checkpoint)
@@ -136,6 +151,7 @@ def open_model(
     return _loaded(artefact, checkpoint, **options)
 
 
+@_one_at_a_time
 def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)

@@ -39,7 +39,7 @@ from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.computing import now
 from moefy.run.console import Reporter
-from moefy.run.output import put_in_place, write_whole
+from moefy.run.folder import put_in_place, write_whole
 from moefy.training.recipe import TrainingRecipe
 
 WARMUP = 0.05
