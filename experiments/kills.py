@@ -81,7 +81,7 @@ def verbs(root: Path) -> dict[str, list[str]]:
             "OUT",
             "--corpus",
             text,
-            "--tokens",
+            "--train-tokens",
             "3000",
             "--set",
             "batch_tokens=512",
@@ -92,7 +92,7 @@ def verbs(root: Path) -> dict[str, list[str]]:
             "OUT",
             "--corpus",
             text,
-            "--tokens",
+            "--train-tokens",
             "3000",
             "--set",
             "batch_tokens=512",
@@ -208,8 +208,18 @@ def case(number: int, root: Path, whole: dict[str, tuple[dict[str, str], float]]
         if out.exists() and digest(out) != right:
             return kill("FAILURE", f"killed, it left part of a result: {_differences(out, right)}")
         if overwrite and not out.exists():
-            outcome = "same bytes, the old result was away meanwhile"
-        if not out.exists() or (overwrite and code != 0):
+            old = out.with_name(f".{out.name}.moefy-old")
+            if not old.exists() or digest(old) != right:
+                return kill("FAILURE", f"killed, it lost the old result: {_names(place)}")
+            if (
+                run([word for word in words if word != "--overwrite"], said) != 1
+                or not out.exists()
+            ):
+                return kill("FAILURE", f"the old result did not come back: {_names(place)}")
+            outcome = "same bytes, the old result was away until the next run"
+        if not out.exists() or code != 0:
+            if out.exists() and not overwrite:  # killed after it had its name: what is left goes
+                words.append("--overwrite")
             again = [*words, "--resume"] if verb in RESUMES else words
             code = run(again, said)
             if code != 0 and verb in RESUMES and "--resume" in said.read_text()[-1000:]:
@@ -218,10 +228,14 @@ def case(number: int, root: Path, whole: dict[str, tuple[dict[str, str], float]]
                 return kill("FAILURE", f"the next run ended with {code}: {said.read_text()[-500:]}")
         if digest(out) != right:
             return kill("FAILURE", f"other bytes: {_differences(out, right)}")
-        left = sorted(path.name for path in Path(place).iterdir())
+        left = _names(place)
         if left != ["out", "said"]:
             return kill("FAILURE", f"left behind: {left}")
         return kill(outcome)
+
+
+def _names(place: str) -> list[str]:
+    return sorted(path.name for path in Path(place).iterdir())
 
 
 def _differences(out: Path, right: dict[str, str]) -> list[str]:

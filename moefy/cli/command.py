@@ -6,6 +6,7 @@ Results go to stdout, as tables or with `--json` as one document; progress and e
 error of the user's is one line and exit code 1, a usage error exit code 2.
 """
 
+import errno
 import functools
 import inspect
 import io
@@ -23,6 +24,7 @@ from typer.core import TyperCommand
 
 import moefy
 from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError
+from moefy.run.folder import refuse_inside
 
 app = typer.Typer(
     help="Turn the MLPs of a trained transformer into experts.",
@@ -68,6 +70,13 @@ READERS = {
     "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
+_WRITE = "choose a place that may be read and written"
+_ROOM = "free some room and run again"
+_REMEDIES = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _WRITE),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+}
 PLUGINS = "Import code that the folder names; only for folders that you trust."
 
 
@@ -141,11 +150,20 @@ def _computing(asked: dict[str, Any]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _errors(*, debug: bool, resumes: bool) -> Iterator[None]:
-    """An error of the user's is one line, and so is Ctrl-C."""
+    """An error of the user's is one line, and so are one of the operating system's and Ctrl-C."""
     try:
         yield
     except MoefyError as error:
         _fail(error, debug)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        remedy = _REMEDIES.get(error.errno, "--debug shows where")
+        failed = MoefyError(f"{error.filename or 'a file'}: {error.strerror}; {remedy}")
+        failed.__cause__ = error
+        _fail(failed, debug)
     except KeyboardInterrupt:
         again = "run the same command again" + (" with --resume" if resumes else "")
         typer.echo(f"moefy: interrupted; nothing is lost, {again}", err=True)
@@ -291,15 +309,19 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
 
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
+    out = arguments.get("out")
     for name in ("model", "base", "other", "against"):
         model = arguments.get(name)
-        if model is None or Path(model).exists():
+        if model is None:
+            continue
+        if Path(model).exists():
+            if out is not None:
+                refuse_inside(out, Path(model))
             continue
         if isinstance(model, Path):
             raise CheckpointError(f"{model}: no such folder; give one that moefy convert wrote")
         if model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id")
-    out = arguments.get("out")
     if overwrite is False and out is not None and out.exists():
         raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
 

@@ -51,9 +51,9 @@ from moefy.models.refusals import refuse_adapted
 from moefy.models.reorder import reorder
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine, now
+from moefy.run.folder import write_whole
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
-from moefy.run.output import write_whole
 from moefy.run.processes import launched
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -94,7 +94,11 @@ def convert(
     `out` then is as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    job = Job("convert", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched())
+    reads = [model] if isinstance(model, str | Path) else _behind(model)
+    job = Job(
+        "convert", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
+        reads=reads,
+    )  # fmt: skip
     with _on_disk(model, adapter) as folder:
         task = _planned(job, folder, recipe, load_corpus(corpus), adapter, stream)
         disk = streamed.disk(task) if stream else task.todo.disk
@@ -117,6 +121,7 @@ def _planned(
     map_large_blocks()
     with job.clock.stage("plan"):
         checkpoint = Checkpoint.open(folder)
+        job.output.apart_from(checkpoint.folder)
         task = Conversion.planned(
             checkpoint, recipe, corpus, job.work, report=job.report, clock=job.clock,
             processes=job.processes, adapter=adapter,
@@ -166,6 +171,11 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder))
         yield folder
+
+
+def _behind(model: PreTrainedModel) -> list[str]:
+    """The folder that a model in memory came from, if any: it may still be mapped from there."""
+    return [model.name_or_path] if model.name_or_path else []
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

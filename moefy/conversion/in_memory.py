@@ -38,8 +38,9 @@ from moefy.evaluation.outputs import (
     BACKWARD_TOKENS,
     LOGITS_BYTES,
 )
-from moefy.experts.loading import moefied, with_routing_of
+from moefy.experts.loading import moefied
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.experts.stock_names import with_routing_of
 from moefy.methods.partition import Partition
 from moefy.models.heads import read_heads
 from moefy.models.locate import Place, Site, read_mlp

@@ -44,7 +44,7 @@ from moefy.models.locate import Place, Site, side_of
 from moefy.models.mlp import DenseMlp, HeadOutputs
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
-from moefy.run.output import write_whole
+from moefy.run.folder import write_whole
 from moefy.run.processes import ALONE, Processes
 
 

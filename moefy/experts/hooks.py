@@ -14,7 +14,7 @@ Shapes: b sequences, p positions, E experts (the shared ones first), D width.
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.routed import EXPERT_OUT, OF_ALL, POINTS, SCORES, say_once
+from moefy.experts.routed import EXPERT_OUT, OF_ALL, POINTS, SCORES, alone, say_once
 from moefy.experts.sparse_mlp import sparse_mlps
 
 Which = str | Callable[[str], bool]
@@ -51,11 +51,11 @@ def hooks(
     """While this lasts, call functions at hook points, in the order given.
 
     A point whose value needs every expert has its layer computed from all neurons, the same function
-    in another order of sums. Raises `MoefyError` for a name that no point has.
+    in another order of sums. Raises `MoefyError` for a name that no point has, and where another thread
+    runs the model: it may not until this ends.
     """
     points = _points(model)
-    handles = []
-    try:
+    with alone(sparse_mlps(model).values()), ExitStack() as handles:
         for which, function in fwd_hooks:
             for name in _chosen(points, which):
                 if name.rpartition(".")[2] in OF_ALL:
@@ -63,11 +63,9 @@ def hooks(
                         f"{', '.join(OF_ALL)} need every expert: layers hooked there compute all "
                         "neurons, and are as slow as the dense model's"
                     )
-                handles.append(points[name].register_forward_hook(_calling(function, Hook(name))))
+                handle = points[name].register_forward_hook(_calling(function, Hook(name)))
+                handles.callback(handle.remove)
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run_with_hooks(

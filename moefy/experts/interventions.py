@@ -31,7 +31,7 @@ from moefy.errors import CorpusError, MoefyError, unknown_choice
 from moefy.experts.means import statistics as statistics
 from moefy.experts.moefied import ExpertStatistics as ExpertStatistics
 from moefy.experts.moefied import of
-from moefy.experts.routed import Intervention
+from moefy.experts.routed import Intervention, alone
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 
 MODES = ("zero", "mean", "peak", "resample")
@@ -64,8 +64,8 @@ def experts(
     the bundled corpus is measured once and remembered. `resample` needs batches of two documents
     or more (sequences that beam search makes of one document count as several).
 
-    Raises `MoefyError` for unknown experts, experts that are asked for in two ways, and a `mode`
-    that is not possible here.
+    Raises `MoefyError` for unknown experts, experts that are asked for in two ways, a `mode` that is
+    not possible here, and where another thread runs the model: it may not until this ends.
     """
     if mode not in MODES:
         raise MoefyError(unknown_choice("mode", mode, MODES))
@@ -73,16 +73,17 @@ def experts(
     ablated = _ablated(model, ablate, keep)
     factors = _factors(model, scale or {}, ablated)
     constants = _constants(model, mode, means) if any(n.any() for n in ablated) else {}
-    before = {layer: module.intervention for layer, module in modules.items()}
-    try:
-        for layer, module in modules.items():
-            own = [_Edit(ablated[layer], constants[layer])] if ablated[layer].any() else []
-            for edit in (*own, *([factors[layer]] if layer in factors else [])):
-                module.intervention = _after(module.intervention, edit)
-        yield
-    finally:
-        for layer, module in modules.items():
-            module.intervention = before[layer]
+    with alone(modules.values()):
+        before = {layer: module.intervention for layer, module in modules.items()}
+        try:
+            for layer, module in modules.items():
+                own = [_Edit(ablated[layer], constants[layer])] if ablated[layer].any() else []
+                for edit in (*own, *([factors[layer]] if layer in factors else [])):
+                    module.intervention = _after(module.intervention, edit)
+            yield
+        finally:
+            for layer, module in modules.items():
+                module.intervention = before[layer]
 
 
 @dataclass(frozen=True)

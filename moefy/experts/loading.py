@@ -7,11 +7,12 @@
 Shapes: N neurons, D width.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -29,29 +30,28 @@ from moefy.experts.hooks import hooks, run_with_cache, run_with_hooks
 from moefy.experts.interventions import experts
 from moefy.experts.moefied import NAME, Moefied, of, share_context
 from moefy.experts.placement import StoredMlp, offload, offloaded, placement, stored_names
-from moefy.experts.routed import Routed
+from moefy.experts.saving import generation_settings, save_pretrained
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.base import stored
+from moefy.experts.stock_names import keep_places, take_stock_names
 from moefy.models.artefact import (
     ADAPTER,
     Artefact,
-    Entry,
     HeadEntry,
     LayerEntry,
     allow_plugins,
     open_artefact,
     open_folder,
     part_of,
-    write_side_files,
 )
-from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
+from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
-from moefy.models.locate import Site, check_weights, disk_names, meta_model, read_mlp, sites
-from moefy.models.locate import permute as permuted
+from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
 from moefy.run.reading import reading
 
+P = ParamSpec("P")
+_LOADING = RLock()
 METHODS = (experts, hooks, run_with_cache, run_with_hooks)
 """What every moefied model can do beyond its class."""
 
@@ -69,6 +69,18 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def _one_at_a_time(load: Callable[P, PreTrainedModel]) -> Callable[P, PreTrainedModel]:
+    """While transformers loads a model, it changes what torch does in every thread."""
+
+    @wraps(load)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> PreTrainedModel:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return waiting
+
+
+@_one_at_a_time
 def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     """The stock transformers model of a checkpoint folder, in its own dtype unless told otherwise."""
     config = read_config(checkpoint)
@@ -139,6 +151,7 @@ def open_model(
     return _loaded(artefact, checkpoint, **options)
 
 
+@_one_at_a_time
 def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     model = load_dense(checkpoint, **kwargs)
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
@@ -173,7 +186,9 @@ def moefied(
     for block, heads in zip(blocks, artefact.heads, strict=True):
         _install_heads(model, block, heads, artefact)
     mlps, routed = sparse_mlps(model), sparse_heads(model)
-    vars(model)[NAME] = Moefied(artefact, found, blocks, mlps, routed, checkpoint)
+    settings = (copy.deepcopy(model.config.to_dict()), generation_settings(model))
+    vars(model)[NAME] = Moefied(artefact, found, blocks, mlps, routed, checkpoint, settings)
+    model.register_load_state_dict_pre_hook(take_stock_names)
     share_context(model)
     for method in METHODS:
         _bind(model, method)
@@ -223,6 +238,7 @@ def install(
     )
     if entry.active is not None:
         sparse.density = entry.active / entry.experts
+    keep_places(site, sparse)
     replace_module(model, site, sparse)
     return sparse
 
@@ -256,89 +272,3 @@ def _install_heads(
     )
     _replace(model, site.projection, heads)
     hand_over(model.get_submodule(site.block), site.projection.removeprefix(f"{site.block}."))
-
-
-def with_routing_of(model: PreTrainedModel) -> Artefact:
-    """The artefact of a moefied model with its routers, selections and compensations as they are."""
-    artefact = of(model).artefact
-    tensors, layers, heads = dict(artefact.tensors), [], []
-    for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
-        tensors |= _routing(f"layers.{index}", module)
-        layers.append(replace(entry, selection=_selection(entry, module)))
-    for (index, block), head in zip(sparse_heads(model).items(), artefact.heads, strict=True):
-        tensors |= _routing(f"heads.{index}", block)
-        heads.append(replace(head, selection=_selection(head, block)))
-    return replace(artefact, tensors=tensors, layers=layers, heads=heads)
-
-
-def _routing(prefix: str, module: Routed) -> dict[str, Tensor]:
-    tensors = stored(module.router, module.compensation)
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
-def _selection(entry: Entry, module: Routed) -> dict[str, Any]:
-    return {"name": entry.selection["name"], **module.selection.settings()}
-
-
-def stock_parameter(site: Site, sparse: SparseMlp, name: str) -> Tensor:
-    """A SparseMlp's weights as the dense parameter called `name`, in its stored layout."""
-    mlp, role = sparse.weights, "down" if name.startswith(site.path("down") + ".") else "up"
-    if site.gated and not site.family.fused and name.startswith(site.path("gate") + "."):
-        role = "gate"
-    kind = "bias" if name.endswith(".bias") else "weight"
-    if role == "down":
-        value = mlp.down_bias_D if kind == "bias" else mlp.down_ND.T
-    else:
-        pick = {"weight": ("gate_ND", "up_ND"), "bias": ("gate_bias_N", "up_bias_N")}[kind]
-        gate, up = getattr(mlp, pick[0]), getattr(mlp, pick[1])
-        fused = site.family.fused and gate is not None
-        value = torch.cat([gate, up]) if fused else (gate if role == "gate" else up)
-    assert value is not None
-    return value.T if kind == "weight" and site.family.transposed else value
-
-
-def save(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model that `load` gave, in the same form: `load`, `save`, `load` changes no byte.
-
-    The files are copied from where the model was loaded; tensors whose values have changed since
-    are overwritten in place, and `weights_modified` then says so. An adapter whose weights have
-    changed is refused: convert it in full form to train it.
-    """
-    artefact, checkpoint, folder = of(model).artefact, of(model).checkpoint, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    adapter = artefact.form == ADAPTER
-    meta = meta_model(read_config(checkpoint))
-    found = sites(meta)
-    owners = {name: site for site in found for name in site.parameters}
-    if not adapter:
-        copy_folder(checkpoint.folder, folder)
-    stored = Checkpoint.open(folder if not adapter else checkpoint.folder)
-    state, modules = model.state_dict(), sparse_mlps(model)
-    if any(value.is_meta for value in state.values()):
-        raise MoefyError(
-            f"{folder}: some layers are offloaded; load the model without offloading to save it"
-        )
-    changed = False
-    for disk, name in disk_names(meta, stored.tensors).items():
-        site = owners.get(name)
-        now = state[name] if site is None else stock_parameter(site, modules[site.index], name)
-        if adapter and site is not None:
-            now = permuted(site, name, now, artefact.permutation(site.index).argsort())
-        before = stored.read(disk)
-        now = now.detach().cpu().to(before.dtype)
-        if not torch.equal(now, before):
-            if adapter:
-                raise MoefyError(f"{folder}: {name} has changed; an adapter cannot hold weights")
-            changed = True
-            overwrite(stored.tensors[disk], now)
-    written = replace(
-        with_routing_of(model),
-        weights_modified=artefact.weights_modified or changed,
-        sha256={} if adapter else Checkpoint(folder, stored.config).hashes(),
-    )
-    write_side_files(folder, written)
-
-
-def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **_: Any) -> None:
-    """`save` under the name that transformers has for it."""
-    save(model, save_directory)

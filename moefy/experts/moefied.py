@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.experts.sparse_heads import SparseHeads
+from moefy.experts.placement import offloaded
+from moefy.experts.routed import Turn
+from moefy.experts.sparse_heads import SparseHeads, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import Context
 from moefy.models.artefact import Artefact
@@ -72,6 +74,8 @@ class Moefied:
     """The output projections of heads in experts, by attention block."""
     stored: Checkpoint | None = None
     """What it was loaded from; None for a model that was made in memory."""
+    settings: tuple[dict[str, Any], dict[str, Any] | None] = ({}, None)
+    """What its config and its generation config said then."""
     means: dict[bool, ExpertStatistics] = field(default_factory=dict)
     """Statistics on the bundled corpus that were asked for, by whether every expert was on."""
 
@@ -99,7 +103,7 @@ def of(model: nn.Module) -> Moefied:
 
 
 def share_context(model: PreTrainedModel) -> None:
-    """Give all layers one context, and have it filled from what the model is called with.
+    """Give all layers one context and one turn, and have them kept by what the model is called with.
 
     Raises `MoefyError` where a selection depends on the prompt and the model could not show it.
     """
@@ -107,6 +111,10 @@ def share_context(model: PreTrainedModel) -> None:
     context = Context()
     for module in modules:
         module.context = context
+    turn = Turn()
+    turn.single = any(offloaded(module) is not None for module in model.modules())
+    for routed in (*modules, *sparse_heads(model).values()):
+        routed.turn = turn
     reads = any(not module.selection.by_score for module in modules)
     ahead = any(module.look_ahead for module in modules)
     roots: list[Any] = [model]
@@ -117,9 +125,22 @@ def share_context(model: PreTrainedModel) -> None:
         decodes = reads and model.can_generate() and root is roots[-1]
         if decodes:
             cache_argument(root)
+        root.register_forward_pre_hook(functools.partial(_enter, turn))
+        root.register_forward_hook(functools.partial(_leave, turn), always_call=True)
         # Bound to the hook, which is copied with the model: a copy fills a context of its own.
         hook = functools.partial(_fill, context, positions(root.forward), reads, ahead, decodes)
         root.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _enter(turn: Turn, *_: Any) -> None:
+    # A trace has no threads: whoever compiles a model runs it in one.
+    if not torch.compiler.is_compiling():
+        turn.enter()
+
+
+def _leave(turn: Turn, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        turn.leave()
 
 
 def _fill(

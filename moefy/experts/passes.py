@@ -32,7 +32,7 @@ from transformers.utils.generic import ModelOutput
 from moefy.data.corpus import Batch
 from moefy.experts.moefied import of
 from moefy.experts.placement import device_of
-from moefy.experts.routed import SCORES, Routed
+from moefy.experts.routed import SCORES, Routed, alone
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.models.library import hidden_of
 from moefy.models.locate import Place, side_of
@@ -176,14 +176,15 @@ Observer = Callable[[int, Tensor, Tensor], None]
 @contextmanager
 def watching(modules: Mapping[int, Routed], observer: Observer) -> Iterator[None]:
     """While this lasts, call `observer` whenever one of these modules runs, padding included."""
-    before = {number: module.observer for number, module in modules.items()}
-    try:
-        for number, module in modules.items():
-            module.observer = partial(observer, number)
-        yield
-    finally:
-        for number, module in modules.items():
-            module.observer = before[number]
+    with alone(modules.values()):
+        before = {number: module.observer for number, module in modules.items()}
+        try:
+            for number, module in modules.items():
+                module.observer = partial(observer, number)
+            yield
+        finally:
+            for number, module in modules.items():
+                module.observer = before[number]
 
 
 @dataclass(frozen=True)

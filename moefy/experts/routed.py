@@ -13,9 +13,10 @@ Shapes: T tokens, of b sequences at p positions each, D width, N neurons, E expe
 first), F neurons per expert.
 """
 
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
@@ -26,6 +27,61 @@ from moefy.methods.base import Compensation, Context, Router, Selection
 from moefy.methods.routers.baselines import expert_norms
 
 
+class Turn:
+    """Which threads have a pass of a model under way, and the one that has changed what its passes do."""
+
+    def __init__(self) -> None:
+        self.running: set[int] = set()
+        self.owner: int | None = None
+        self.single = False
+        """Whether weights come and go while it runs, as of layers that are offloaded."""
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        """Nobody runs a copied or pickled model."""
+        return Turn, ()
+
+    def enter(self) -> None:
+        """Begin a pass; `MoefyError` while another thread is `alone`, and while one runs a `single` model."""
+        thread = threading.get_ident()
+        with self._lock:
+            if self.owner not in (None, thread):
+                raise MoefyError(
+                    "this model runs in one thread while another has all_experts, hooks, experts or an "
+                    "observer on; enter those in the thread that runs it, or give each thread a copy.deepcopy"
+                )
+            if self.single and self._others():
+                raise MoefyError(
+                    "another thread runs this model, whose layers are offloaded: one thread at a time can"
+                )
+            self.running.add(thread)
+
+    def leave(self) -> None:
+        """End a pass."""
+        self.running.discard(threading.get_ident())
+
+    def _others(self) -> set[int]:
+        """Other threads at a pass; one may have died in it."""
+        alive = {thread.ident for thread in threading.enumerate() if thread.ident is not None}
+        return self.running & alive - {threading.get_ident()}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts no other thread may run the model; `MoefyError` where one does."""
+        thread = threading.get_ident()
+        with self._lock:
+            if self._others() or self.owner not in (None, thread):
+                raise MoefyError(
+                    "all_experts, hooks, experts and observers change every pass of a model, and another "
+                    "thread is at one; wait until it has ended, or give each thread a copy.deepcopy"
+                )
+            before, self.owner = self.owner, thread
+        try:
+            yield
+        finally:
+            self.owner = before
+
+
 class Routed(nn.Module):
     """A module that runs, for each token, the experts that its router and selection choose."""
 
@@ -34,6 +90,8 @@ class Routed(nn.Module):
         self.router, self.selection, self.compensation = router, selection, compensation
         self.context = Context()
         """What is known of the current pass; one object for all MLPs of a model."""
+        self.turn = Turn()
+        """Who runs the model; one object for all of it."""
         self.all_on = False
         self.straight_through = False
         """Training: the mask carries the gradient of a sigmoid of the scores."""
@@ -71,15 +129,29 @@ def midpoint(scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
 
 @contextmanager
 def all_experts(model: nn.Module) -> Iterator[None]:
-    """Every expert of every layer runs, and every head: the dense function."""
+    """Every expert of every layer runs, and every head: the dense function.
+
+    Raises `MoefyError` where another thread runs the model; it may not until this ends.
+    """
     modules = [module for module in model.modules() if isinstance(module, Routed)]
-    for module in modules:
-        module.all_on = True
-    try:
+    with alone(modules):
+        before = [module.all_on for module in modules]
+        try:
+            for module in modules:
+                module.all_on = True
+            yield
+        finally:
+            for module, was in zip(modules, before, strict=True):
+                module.all_on = was
+
+
+@contextmanager
+def alone(modules: Iterable[Routed]) -> Iterator[None]:
+    """While this lasts, this thread alone runs the models of these modules; `MoefyError` where another does."""
+    with ExitStack() as stack:
+        for turn in {id(module.turn): module.turn for module in modules}.values():
+            stack.enter_context(turn.alone())
         yield
-    finally:
-        for module in modules:
-            module.all_on = False
 
 
 SCORES, MASK, IN, OUT = "hook_router_scores", "hook_expert_mask", "hook_in", "hook_out"

@@ -43,8 +43,6 @@ class SparseHeads(Routed):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.transposed, self.experts = transposed, experts
-        self.read: Tensor | None = None
-        """What the attention module was given in the pass that is under way; see `hand_over`."""
 
     @property
     def summed(self) -> HeadOutputs:
@@ -60,13 +58,14 @@ class SparseHeads(Routed):
 
     def forward(self, heads: Tensor) -> Tensor:
         """Project what the heads put out, `[..., N]`, without those that are off: `[..., D]`."""
-        if self.read is None:
+        attended = self.context.attended
+        if attended is None:
             raise MoefyError(
                 "the output projection was called without its attention module, whose input "
                 "decides which heads run"
             )
-        x_TD = self.read.reshape(-1, self.read.shape[-1]).to(heads.device)
-        self.read = None
+        x_TD = attended.reshape(-1, attended.shape[-1]).to(heads.device)
+        self.context.attended = None
         mask_TE = self.mask(x_TD)
         if self.observer is not None:
             self.observer(x_TD, mask_TE)
@@ -88,7 +87,7 @@ def _before(
 ) -> None:
     heads = block.get_submodule(projection)
     assert isinstance(heads, SparseHeads)
-    heads.read = hidden_of(args, kwargs)
+    heads.context.attended = hidden_of(args, kwargs)
 
 
 def sparse_heads(model: nn.Module) -> dict[int, SparseHeads]:

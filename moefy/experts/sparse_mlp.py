@@ -84,6 +84,11 @@ class SparseMlp(Hooked):
         return self.neurons // self.experts
 
     @property
+    def weight_names(self) -> list[str]:
+        """Names of the parameters that it has, of matrices and biases."""
+        return [name for name in _WEIGHTS if getattr(self, name) is not None]
+
+    @property
     def weights(self) -> DenseMlp:
         """All neurons in expert order, as views of the parameters."""
         return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
@@ -196,11 +201,11 @@ class SparseMlp(Hooked):
         ):
             return None
         own: list[Tensor | None] = [self._parameters.get(name) for name in _WEIGHTS]
-        if self._one_token is None or not self._one_token.follows(own):
+        held = self._one_token
+        if held is None or not held.follows(own):
             mask_1E = torch.ones(1, self.experts, dtype=torch.bool)
             request = Request(self.up_ND[:1].detach(), self.weights, mask_1E)
-            self._one_token = OneToken.of(request, able(request), own)
-        held = self._one_token
+            self._one_token = held = OneToken.of(request, able(request), own)
         return held if held is not None and held.dtype == hidden.dtype else None
 
     def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:
@@ -214,19 +219,19 @@ class SparseMlp(Hooked):
             mask_TE = torch.cat([mask_TE.new_ones(1, self.shared), mask_TE], 1)
         share = about(int(mask_TE.count_nonzero()) / self.experts)
         work = Workload("cpu", held.layer, 1, share, share, torch.get_num_threads())
-        self.chosen = fastest(held.able, work)
-        if self.chosen == "native":
+        self.chosen = chosen = fastest(held.able, work)
+        if chosen == "native":
             return held(x_TD, mask_TE).view(hidden.shape)
-        return BACKENDS[self.chosen].compute(x_TD, self.weights, mask_TE).view(hidden.shape)
+        return BACKENDS[chosen].compute(x_TD, self.weights, mask_TE).view(hidden.shape)
 
     def compute(self, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
         """Output `[T, D]` of the experts in the mask, by the backend that `backend` names."""
         request = Request(x_TD, weights, mask_TE)
-        if self.backend == "auto":
-            self.chosen = choose(request, self.density)
-        else:
-            self.chosen = named(self.backend, request)
-        return BACKENDS[self.chosen].compute(x_TD, weights, mask_TE)
+        backend = self.backend
+        # In a name of its own: another thread may choose another one meanwhile.
+        chosen = choose(request, self.density) if backend == "auto" else named(backend, request)
+        self.chosen = chosen
+        return BACKENDS[chosen].compute(x_TD, weights, mask_TE)
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:

@@ -38,6 +38,7 @@ from moefy.models.config import read_config
 from moefy.models.heads import head_sites
 from moefy.models.locate import meta_model
 from moefy.models.reorder import reorder
+from moefy.run.folder import OutputFolder
 from moefy.run.job import Job
 
 CARD, SOURCE_CARD = "README.md", "README.source.md"
@@ -68,8 +69,9 @@ def export(
         raise MoefyError(
             f"quantize={quantize}: {to} keeps the dtype of its source; export --to gguf"
         )
-    job = Job("export", out, resume=None, overwrite=overwrite, quiet=True)
+    job = Job("export", out, resume=None, overwrite=overwrite, quiet=True, reads=[folder])
     artefact, checkpoint = open_artefact(folder)
+    job.output.apart_from(checkpoint.folder)
     source = Exportable(checkpoint, artefact)
     check_artefact(artefact, source.sites, head_sites(source.meta) if artefact.heads else ())
     if target is not None:
@@ -88,11 +90,12 @@ def _gguf(folder: Path, out: Path, quantize: str | None, overwrite: bool) -> dic
     """Write a GGUF of the artefact's stock counterpart, or of a model that is stock already."""
     from moefy.exporting.gguf import check_request, write_gguf  # needs the extra `gguf`
 
-    check_request(out, quantize=quantize, overwrite=overwrite)
+    check_request(folder, out, quantize=quantize, overwrite=overwrite)
     options: dict[str, Any] = {"quantize": quantize, "overwrite": overwrite}
     if not (folder / META).exists():
         return write_gguf(folder, out, **options)
     artefact, checkpoint = open_artefact(folder)
+    OutputFolder(out).apart_from(checkpoint.folder)
     shared = any(entry.shared for entry in artefact.layers)
     to = native_target(read_config(checkpoint), shared=shared)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from moefy.inspection.texts import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
+from moefy.run.folder import refuse_inside
 
 
 @asked
@@ -50,6 +51,8 @@ def diff(
 
     Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
     """
+    for model in (base, other) if out is not None else ():
+        refuse_inside(Path(str(out)), Path(model))
     reading, shared = _read(base, other, corpora, tokens)
     models, report = [_language_model(name) for name in (base, other)], Reporter(quiet=quiet)
     tables = token_losses(models[0], models[1], reading, tokens=tokens, report=report)

@@ -51,6 +51,7 @@ from moefy.inspection.routing.statistics import Routing
 from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
 from moefy.run.computing import asked, machine, versions
 from moefy.run.console import Reporter
+from moefy.run.folder import refuse_inside
 from moefy.run.memory import peak_memory
 from moefy.run.output import Stages
 from moefy.run.processes import ALONE, launched
@@ -163,6 +164,8 @@ class Inspecting:
     ) -> None:
         self.began, self.processes = time.perf_counter(), launched()
         self.corpora, self.settings, self.out, self.seed = corpora, settings, out, seed
+        if out is not None and not isinstance(model, PreTrainedModel):
+            refuse_inside(Path(out), Path(model))
         self.model = open_model(model, verify=True, dense=False)
         self.reading = read(self.model, corpora, tokens=settings.tokens)
         # A model in memory may have been changed since it was loaded: only folders have parts to keep.

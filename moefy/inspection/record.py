@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefy.errors import CheckpointError, MoefyError, OutputError, unknown_choice
-from moefy.run.output import write_whole
+from moefy.run.folder import write_whole
 from moefy.run.reading import reading
 
 Table = dict[str, list[Any]]

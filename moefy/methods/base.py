@@ -4,6 +4,7 @@ Shapes: T tokens, D width, E routed experts.
 """
 
 import inspect
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
@@ -17,20 +18,22 @@ from moefy.models.mlp import DenseMlp
 from moefy.models.schema import Field, number, optional
 
 
-@dataclass
-class Context:
-    """What is known of one forward pass beyond the input of a layer."""
+class Context(threading.local):
+    """What is known of one forward pass beyond the input of a layer; every thread sees that of its own pass."""
 
-    mask_BT: Tensor | None = None
-    """Positions that hold tokens, for the tokens of this pass."""
-    batch: int = 1
-    """Sequences in the batch."""
-    cache: object | None = None
-    """The key-value cache, whose identity stands for the sequences that are being generated."""
-    prompt: bool = True
-    """Whether nothing came before these tokens: prefill, or a pass without a cache."""
-    previous_TD: Tensor | None = None
-    """Input of the MLP before this one in the same pass, for routers that look ahead."""
+    def __init__(self) -> None:
+        self.mask_BT: Tensor | None = None
+        """Positions that hold tokens, for the tokens of this pass."""
+        self.batch = 1
+        """Sequences in the batch."""
+        self.cache: object | None = None
+        """The key-value cache, whose identity stands for the sequences that are being generated."""
+        self.prompt = True
+        """Whether nothing came before these tokens: prefill, or a pass without a cache."""
+        self.previous_TD: Tensor | None = None
+        """Input of the MLP before this one in the same pass, for routers that look ahead."""
+        self.attended: Tensor | None = None
+        """What an attention module was given, until its heads are projected."""
 
     def __reduce__(self) -> tuple[type["Context"], tuple[()]]:
         """A copied or pickled model has no pass behind it: none of its tensors go along."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from moefy.errors import CheckpointError
 from moefy.models.refusals import refuse_adapter, refuse_pointer
 from moefy.models.schema import is_inside
-from moefy.run.output import whole
+from moefy.run.folder import whole
 from moefy.run.reading import read_json, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -52,7 +52,8 @@ def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> N
     Raises `MoefyError` where training has changed the weights since, and for an adapter, whose
     source never changed.
     """
-    job, folder = Job("revert", out, resume=None, overwrite=overwrite, quiet=True), Path(folder)
+    folder = Path(folder)
+    job = Job("revert", out, resume=None, overwrite=overwrite, quiet=True, reads=[folder])
     artefact = read_artefact(folder)
     if artefact.form == ADAPTER:
         raise MoefyError(

@@ -12,22 +12,24 @@ same. A verb that does not go on with what is there (`resume=None`) leaves nothi
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moefy.run.computing import now, read_and_written, versions
 from moefy.run.console import Reporter
+from moefy.run.folder import OutputFolder
 from moefy.run.memory import peak_memory
-from moefy.run.output import OutputFolder, Stages, digest
+from moefy.run.output import Stages, digest
 from moefy.run.processes import ALONE, Processes
 
 
 class Job:
     """One run of a verb; `processes` is `launched()` for a verb that shares its work out.
 
-    Raises `OutputError` where `out` is in the way.
+    `reads` are the folders that the run reads (what is no folder is left out); `apart_from` of `output` takes
+    those that are found out later. Raises `OutputError` where `out` is in the way, or in or around one of them.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Job:
         overwrite: bool,
         quiet: bool = False,
         processes: Processes = ALONE,
+        reads: Sequence[str | Path] = (),
     ) -> None:
         self.verb, self.processes, self.clock = verb, processes, Clock()
         self.report = Reporter(quiet=quiet or not processes.main)
         self.output = OutputFolder(Path(out))
         self.resume, self.overwrite = resume, overwrite
+        self.output.apart_from(*reads)
         processes.once(lambda: self.output.check(overwrite=overwrite))
 
     @property
@@ -83,6 +87,9 @@ class Job:
             except worthless:
                 if self.processes.main:
                     self.output.discard()
+                raise
+            except BaseException:
+                self.output.release()
                 raise
 
     def _begin(self, decided: Any, disk: int) -> None:

@@ -1,145 +1,24 @@
-"""What a run writes: a file or a folder that appears under its name only when it is complete, and finished parts.
+"""Finished parts of a long run: JSON values, and tensors where there are any, kept so that the next run takes them up.
 
-A part is JSON values, and tensors where it has any, kept so that the next run takes it up. Where its folder
-serves many runs its file is named after everything that decides it: a run with other settings makes its own,
-and what both need is computed once.
+Where their folder serves many runs a part's file is named after everything that decides it: a run with other
+settings makes its own, and what both need is computed once.
 """
 
-import errno
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moefy.errors import MoefyError, OutputError
 from moefy.run.computing import now
+from moefy.run.folder import write_whole
 from moefy.run.processes import ALONE, Processes
 from moefy.run.reading import reading
-
-NOTHING = 2**20
-"""Bytes free on a disk that counts as full."""
-
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Where to write `file` meanwhile, beside it; it gets its name when the block ends without an error."""
-    part = file.with_name(file.name + ".part")
-    yield part
-    part.replace(file)
-
-
-def write_whole(file: Path, content: bytes | str) -> None:
-    """Write a file that is never seen half written; text is UTF-8."""
-    with whole(file) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def put_in_place(new: Path, place: Path, old: Path) -> None:
-    """Rename the folder `new` to `place`; what lay there is `old` for a moment, and stays that in a run
-    that is killed just then."""
-    if place.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        place.replace(old)
-    new.replace(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class OutputFolder:
-    """A folder that appears under its name only when it is complete.
-
-    Work goes on in a hidden folder beside it, which stays when a run is killed, so that the next
-    one may resume. `fingerprint` says which run it belongs to.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.work = out.parent / f".{out.name}.moefy-unfinished"
-
-    def check(self, *, overwrite: bool) -> None:
-        """Raise `OutputError` where something lies there that nobody said to overwrite."""
-        if self.out.exists() and not overwrite:
-            raise OutputError(
-                f"{self.out}: exists already; choose another name or pass --overwrite"
-            )
-
-    def begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
-        """Make the work folder; True where an unfinished run is taken up.
-
-        Raises `OutputError` where something is in the way that nobody said to overwrite.
-        """
-        self.check(overwrite=overwrite)
-        stamp = self.work / "fingerprint"
-        if self.work.exists():
-            if resume:
-                if not stamp.exists() or stamp.read_text() == fingerprint:
-                    stamp.write_text(fingerprint)
-                    return True
-                raise OutputError(
-                    f"{self.out}: the unfinished run was started with another model, recipe or "
-                    "corpus; repeat those, or pass --overwrite to start anew"
-                )
-            if not overwrite:
-                raise OutputError(
-                    f"{self.out}: an unfinished run lies in {self.work.name}; pass --resume to "
-                    "continue it or --overwrite to start anew"
-                )
-            shutil.rmtree(self.work)
-        try:
-            self.work.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be written ({error.strerror})") from None
-        stamp.write_text(fingerprint)
-        return False
-
-    def need(self, size: int) -> None:
-        """Raise `OutputError`, and leave no work behind, where the disk has less than `size` bytes free."""
-        free = shutil.disk_usage(self.work).free
-        if free < size:
-            self.discard()
-            raise OutputError(
-                f"{self.out}: needs {size / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-                "free some or choose another place"
-            )
-
-    @contextmanager
-    def full_disk(self) -> Iterator[None]:
-        """Turn a disk that fills up meanwhile into an `OutputError`; what is done stays."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not self._is_full(error):
-                raise
-            raise OutputError(
-                f"{self.out}: the disk is full; free some room and pass --resume, nothing is lost"
-            ) from error
-
-    def _is_full(self, error: Exception) -> bool:
-        """Whether this is what is raised on a full disk: by Python, by safetensors, by torch."""
-        codes = (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, OSError):
-            return error.errno in codes
-        if isinstance(error, SafetensorError):
-            return any(f"os error {code}" in str(error) for code in codes)
-        # torch's writer does not say why it failed; what it has written still fills the disk.
-        return shutil.disk_usage(self.out.parent).free < NOTHING
-
-    def discard(self) -> None:
-        """Drop the work of a run that left nothing to go on with."""
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def commit(self, finished: Path) -> None:
-        """Put the finished folder in its place by rename and drop the rest of the work."""
-        put_in_place(finished, self.out, self.out.parent / f".{self.out.name}.moefy-old")
-        shutil.rmtree(self.work, ignore_errors=True)
-
 
 ANEW = "it is of an unfinished run; pass --overwrite to start anew"
 
@@ -198,7 +77,7 @@ class Stages:
         file = self._file(name, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         if tensors is not None:
-            file.with_suffix(".safetensors").write_bytes(save(dict(tensors)))
+            write_whole(file.with_suffix(".safetensors"), save(dict(tensors)))
         # Last, and by rename: its presence says that the part is finished.
         write_whole(file, json.dumps(values))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moefy.evaluation.tables import COLUMNS, cell_text
+from moefy.run.folder import write_whole
 from moefy.run.job import Job
-from moefy.run.output import write_whole
 from moefy.run.tables import NO_PLOTS, has_plots, pyplot
 
 PANELS = (

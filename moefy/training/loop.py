@@ -43,7 +43,7 @@ from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.computing import now
 from moefy.run.console import Reporter
-from moefy.run.output import put_in_place
+from moefy.run.folder import put_in_place
 from moefy.training.curves import Log
 from moefy.training.learning import in_training
 from moefy.training.recipe import TrainingRecipe

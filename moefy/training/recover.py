@@ -23,8 +23,9 @@ from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.outputs import language
 from moefy.evaluation.tables import model_card
-from moefy.experts.loading import load, load_dense, save
+from moefy.experts.loading import load, load_dense
 from moefy.experts.routed import Routed
+from moefy.experts.saving import save
 from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
@@ -74,7 +75,10 @@ def recover(
     Returns the record of the run, which is also in `out/records.json` as `recovery`. Raises
     `MoefyError` for anything that is the user's to mend; `out` then is as it was.
     """
-    job = Job("recover", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched())
+    job = Job(
+        "recover", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
+        reads=[model] if against is None else [model, against],
+    )  # fmt: skip
     recovery = _Recovery.read(job, Path(model), recipe or RecoverRecipe(), corpus, against)
     if control and recovery.texts.held[0].targets_BT is None:
         raise MoefyError("--control trains on cross-entropy, and this model predicts no tokens")
@@ -115,6 +119,7 @@ class _Recovery:
         """Raises `MoefyError` where it cannot be trained."""
         artefact = read_artefact(folder)
         source = _dense_source(artefact, folder, against)
+        job.output.apart_from(source.folder)
         converted, text = recipes.from_dict(artefact.recipe), load_corpus(corpus)
         texts = read_texts(source, text, recipe, converted.seed)
         accelerator = make_accelerator(recipe)

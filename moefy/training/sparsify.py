@@ -73,8 +73,9 @@ def sparsify(
     """
     recipe = recipe or SparsifyRecipe()
     job = Job(
-        "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched()
-    )
+        "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
+        reads=[model],
+    )  # fmt: skip
     run = _Sparsifying.read(job, Checkpoint.open(model), load_corpus(corpus), recipe)
     with job.running(run.decided(), disk=disk_of(run.source), worthless=(Diverged,)):
         record = run.run(control)
@@ -104,6 +105,7 @@ class _Sparsifying:
         cls, job: Job, source: Checkpoint, corpus: Corpus, recipe: SparsifyRecipe
     ) -> "_Sparsifying":
         """Raises `MoefyError` where it cannot be trained."""
+        job.output.apart_from(source.folder)
         mlps = sites(meta_model(read_config(source)))
         key = _activation_key(source, mlps) if recipe.relu else None
         texts = read_texts(source, corpus, recipe, recipe.seed)

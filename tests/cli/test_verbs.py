@@ -1,6 +1,8 @@
 """The verbs as a user types them, on the bundled demo models where those are there."""
 
+import errno
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -43,10 +45,10 @@ def say(*arguments: object) -> str:
 
 def test_dry_run_reads_the_config_only(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "source" / "config.json").read_text())
-    text = say("convert", tmp_path, tmp_path / "out", "--dry-run", "--expert-size", 16)
+    text = say("convert", tmp_path, folder / "new", "--dry-run", "--expert-size", 16)
     assert "64 neurons in 4 experts of 16" in text
-    assert not (tmp_path / "out").exists()
-    data = json.loads(say("convert", tmp_path, tmp_path / "out", "--dry-run", "--json"))
+    assert not (folder / "new").exists()
+    data = json.loads(say("convert", tmp_path, folder / "new", "--dry-run", "--json"))
     assert data["layers"][0]["experts"] == 64
 
 
@@ -250,3 +252,36 @@ def test_what_is_asked_for_holds_in_the_block_alone():
     with computing(dtype="bfloat16", batch_size=3), computing(batch_size=2):
         assert (placement.now().dtype, placement.now().batch_size) == (torch.bfloat16, 2)
     assert placement.now().batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.ENOSPC, "free some room and run again"),
+        (errno.EACCES, "choose a place that may be read and written"),
+        (errno.EIO, "--debug shows where"),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_line(folder, tmp_path, monkeypatch, code, remedy):
+    def failing(*_):
+        raise OSError(code, os.strerror(code), "record.json")
+
+    monkeypatch.setattr("moefy.cli.verbs.write", failing)
+    monkeypatch.setattr("moefy.evaluation.folder.evaluate", lambda *_, **__: {})
+    line = refused("eval", folder / "out", code=1)
+    assert line == f"moefy: record.json: {os.strerror(code)}; {remedy}\n"
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_is_one_line(folder, length):
+    words = [
+        "convert",
+        folder / "source",
+        folder / ("x" * length),
+        "--corpus",
+        folder / "ids.jsonl",
+    ]
+    line = refused(*words, "--expert-size", 16, "-q", code=1)
+    assert "File name too long); choose" in line or "File name too long; choose" in line
+    assert line.splitlines()[-1].startswith("moefy: ")

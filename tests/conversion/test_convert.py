@@ -19,6 +19,7 @@ from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint, sha256
 from moefy.models.locate import meta_model, read_mlp, sites
 from moefy.models.reorder import revert
+from moefy.run.folder import MARK
 
 NAMES = [*FAMILIES_TINY, *SEARCHED_TINY]
 
@@ -130,7 +131,7 @@ def test_adapter_is_the_same_model_as_the_full_form(name, made, tmp_path):
     source, out = made(name)
     convert_tiny(name, source, tmp_path / "adapter", adapter=True)
     assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
-        "moefy.json", "moefy.safetensors", "records.json", "README.md",
+        "moefy.json", "moefy.safetensors", "records.json", "README.md", MARK,
     }  # fmt: skip
     full, adapter = moefy.load(out), moefy.load(tmp_path / "adapter")
     assert relative(run(adapter, name), run(full, name)) < 1e-6

@@ -19,7 +19,7 @@ from tiny_exports import CASES, SETTINGS, Case, moefied, source
 from tiny_models import build
 from torch import Tensor
 
-from moefy.errors import CheckpointError, MoefyError, RecipeError, UnsupportedModel
+from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError, UnsupportedModel
 from moefy.experts.loading import load
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.exporting import tensors
@@ -30,6 +30,7 @@ from moefy.models.artefact import LayerEntry, read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
+from moefy.run.folder import MARK
 from moefy.run.output import digest
 
 NEW_TOKENS = 64
@@ -396,8 +397,11 @@ def test_an_existing_folder_is_kept_unless_told(
     (out / "mine").touch()
     refused(MoefyError, exported["llama"].moefied, out, "mixtral", "--overwrite")
     assert (out / "mine").exists()
-    export(exported["llama"].moefied, out, to="mixtral", overwrite=True)
-    assert not (out / "mine").exists()
+    with pytest.raises(OutputError, match="holds mine, which no run of moefy wrote"):
+        export(exported["llama"].moefied, out, to="mixtral", overwrite=True)
+    (out / "mine").unlink()
+    for _ in range(2):
+        export(exported["llama"].moefied, out, to="mixtral", overwrite=True)
     same(out / "model.safetensors", exported["llama"].out / "model.safetensors")
 
 
@@ -438,7 +442,7 @@ def test_dense_export_is_the_source_in_another_order(
     record = export(one.moefied, tmp_path / "out", to="dense")
     assert record["architecture"] == "Qwen2ForCausalLM"
     assert record["warnings"] == []
-    names = {file.name for file in (tmp_path / "out").iterdir()}
+    names = {file.name for file in (tmp_path / "out").iterdir()} - {MARK}
     assert names == {file.name for file in one.source.iterdir()} | {"tokenizer_config.json"}
     got, want = (
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

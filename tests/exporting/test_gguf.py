@@ -450,6 +450,8 @@ def test_what_is_in_the_way_and_what_is_missing(
     refused(OutputError, one.moefied, out, "--overwrite")
     refused(OutputError, one.moefied, tmp_path / "gpt2", "is a folder")
     assert out.read_text() == "mine"
+    refused(OutputError, one.source, out, "no run of moefy wrote", overwrite=True)
+    out.write_bytes(b"GGUF of before")
     export(one.source, out, to="gguf", overwrite=True)
     assert out.read_bytes()[:4] == b"GGUF"
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -470,7 +472,7 @@ def test_a_file_appears_when_it_is_whole(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, out = written["qwen3"], tmp_path / "out.gguf"
-    out.write_text("mine")
+    out.write_text("GGUF of before")
     plain = tensors._stacked
 
     def broken(checkpoint: Any, parts: list[str], gain: float) -> Tensor:
@@ -481,7 +483,7 @@ def test_a_file_appears_when_it_is_whole(
     monkeypatch.setattr(tensors, "_stacked", broken)
     with pytest.raises(CheckpointError, match="gone"):
         write_gguf(one.stock, out, overwrite=True)
-    assert out.read_text() == "mine"
+    assert out.read_text() == "GGUF of before"
     assert list(tmp_path.iterdir()) == [out]
 
 

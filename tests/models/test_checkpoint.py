@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from moefy.errors import CheckpointError, OutputError
 from moefy.models.checkpoint import INDEX, Checkpoint, copy_folder, outline, overwrite, read_header
-from moefy.run.output import OutputFolder
+from moefy.run.folder import OutputFolder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -1,6 +1,13 @@
 """What is written appears when it is whole; what is finished is not made again."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +15,9 @@ import pytest
 import torch
 
 from moefy.errors import MoefyError, OutputError
+from moefy.run.folder import MARK, OutputFolder, put_in_place, refuse_inside, whole, write_whole
 from moefy.run.job import Job
-from moefy.run.output import Stages, digest, put_in_place, whole, write_whole
+from moefy.run.output import Stages, digest
 
 
 def names(folder: Path) -> list[str]:
@@ -99,7 +107,7 @@ def test_a_run_that_goes_on_is_the_same_one(tmp_path: Path) -> None:
     again = job(out, resume=True)
     assert again.stages.read("part") == 7
     finish(again, [1])
-    assert names(tmp_path) == ["out", "out/result"]
+    assert names(tmp_path) == ["out", f"out/{MARK}", "out/result"]
 
 
 def test_an_error_that_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
@@ -119,14 +127,227 @@ def test_a_verb_that_does_not_resume_begins_anew(tmp_path: Path) -> None:
     killed.__enter__()
     left.finished.mkdir()
     (left.finished / "junk").touch()
+    left.output.release()  # as the end of its process does
     finish(job(tmp_path / "out", resume=None))
-    assert names(tmp_path) == ["out", "out/result"]
-    del killed
+    assert names(tmp_path) == ["out", f"out/{MARK}", "out/result"]
 
 
 def test_what_is_in_the_way_is_told_before_anything_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
     with pytest.raises(OutputError, match=r"exists already; .* --overwrite"):
-        job(tmp_path)
-    (tmp_path / "old").touch()
-    finish(job(tmp_path, overwrite=True))
-    assert names(tmp_path) == ["result"]
+        job(out)
+    finish(job(out, overwrite=True))
+    finish(job(out, overwrite=True), [1])
+    assert names(tmp_path) == ["out", f"out/{MARK}", "out/result"]
+
+
+def stranger_file(out: Path) -> str:
+    (out / "notes.txt").touch()
+    return "notes.txt"
+
+
+def stranger_below(out: Path) -> str:
+    (out / "a" / "b").mkdir(parents=True)
+    (out / "a" / "b" / "c").touch()
+    return "a/b/c"
+
+
+def stranger_link(out: Path) -> str:
+    (out / "link").symlink_to(out.parent)
+    return "link"
+
+
+def stranger_all(out: Path) -> str:
+    (out / "result").touch()
+    (out / MARK).write_text('{"nested": [')
+    return "result"
+
+
+@pytest.mark.parametrize("put", [stranger_file, stranger_below, stranger_link, stranger_all])
+@pytest.mark.parametrize("late", [False, True])
+def test_overwrite_deletes_only_what_a_run_wrote(
+    put: Callable[[Path], str], late: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finish(job(out))
+    if late:  # while the run is at work
+        run = job(out, overwrite=True)
+        with run.running():
+            run.finished.mkdir()
+            name = put(out)
+    else:
+        name = put(out)
+    before = names(out)
+    with pytest.raises(OutputError, match=re.escape(name)):
+        run.commit() if late else job(out, overwrite=True)
+    assert names(out) == before
+
+
+def test_overwrite_replaces_no_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="no run of moefy wrote"):
+        job(tmp_path / "out", overwrite=True)
+
+
+def around(tmp_path: Path) -> list[tuple[Path, Path]]:
+    """Where a run would write, and what it would read there, under all kinds of names."""
+    source, other = tmp_path / "a" / "source", tmp_path / "other"
+    for folder in (source / "inner", other, tmp_path / ".x.moefy-unfinished" / "model"):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (source / "weights").symlink_to(other / "weights")
+    (other / "weights").touch()
+    return [
+        (source, source),
+        (source / "..", source),
+        (tmp_path / "a" / "nothing" / ".." / "source", source),
+        (tmp_path / "link", source),
+        (source, tmp_path / "link"),
+        (tmp_path / "a" / "up" / "a" / "source", source),
+        (source / "new", source),
+        (tmp_path / "link" / "inner" / "new" / "newer", source),
+        (source / "inner", source),
+        (tmp_path, source),
+        (tmp_path / "a", tmp_path / "link"),
+        (other, source),  # holds the weights
+        (tmp_path / "x", tmp_path / ".x.moefy-unfinished" / "model"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_nothing_is_written_where_a_run_reads(number: int, tmp_path: Path) -> None:
+    out, source = around(tmp_path)[number]
+    before = names(tmp_path)
+    with pytest.raises(OutputError, match=r"which is read; choose a place"):
+        Job("test", out, resume=False, overwrite=True, quiet=True, reads=[source])
+    assert names(tmp_path) == before
+    Job("test", tmp_path / "y", resume=False, overwrite=True, quiet=True, reads=[source, "gpt2"])
+
+
+def test_a_folder_system_without_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are compared by what they are: a bind mount or another case has another path."""
+    (tmp_path / "Source").mkdir()
+    (tmp_path / "source").mkdir()
+    own = Path.samefile
+    monkeypatch.setattr(
+        Path, "samefile", lambda a, b: own(a, b) or str(a).lower() == str(b).lower()
+    )
+    for out in ("source", "source/out"):
+        with pytest.raises(OutputError, match="which is read"):
+            refuse_inside(tmp_path / out, tmp_path / "Source")
+
+
+def test_two_runs_into_one_folder(tmp_path: Path) -> None:
+    out, first = tmp_path / "out", job(tmp_path / "out")
+    with first.running():
+        first.finished.mkdir()
+        (first.finished / "result").touch()
+        for late in (job(out), job(out, resume=True), job(out, overwrite=True)):
+            with pytest.raises(OutputError, match=rf"another run .*process {os.getpid()} on"):
+                finish(late)
+        waiting = job(out)
+    first.commit()
+    with pytest.raises(OutputError, match="exists already"):
+        finish(waiting)
+    assert names(tmp_path) == ["out", f"out/{MARK}", "out/result"]
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from moefy.run.folder import OutputFolder\n"
+        "OutputFolder(Path(sys.argv[1])).begin('x', resume=False, overwrite=False); os.abort()"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
+    folder = OutputFolder(tmp_path / "out")
+    assert folder.begin("x", resume=True, overwrite=False)
+    folder.discard()
+    assert not names(tmp_path)
+
+
+class Killed(BaseException):
+    """The end of a process, between two of its calls."""
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_killed_at_any_rename(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever a run that replaces a result is killed, the next one finds the old result or a new one."""
+    out, calls = tmp_path / "out", iter(range(100))
+    finish(job(out), "old")
+
+    def killed(own: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise Killed
+        return own(*args, **kwargs)
+
+    run = job(out, overwrite=True)
+    with run.running("new"):
+        run.finished.mkdir()
+        (run.finished / "result").write_text('"new"')
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (Path, "replace"),
+            (Path, "unlink"),
+            (Path, "rmdir"),
+            (shutil, "rmtree"),
+        ):
+            patch.setattr(owner, name, in_place_of(killed, owner, name))
+        with suppress(Killed):
+            run.commit()
+    run.output._lock = None  # as the end of its process does
+    with pytest.raises(OutputError, match="exists already"):
+        job(out)
+    assert json.loads((out / "result").read_text()) in ("old", "new")
+    assert set(names(tmp_path)) <= {
+        "out", f"out/{MARK}", "out/result", *(n for n in names(tmp_path) if n.startswith(".out.moefy-unf"))
+    }  # fmt: skip
+    finish(job(out, overwrite=True), "newer")
+    assert names(tmp_path) == ["out", f"out/{MARK}", "out/result"]
+    assert json.loads((out / "result").read_text()) == "newer"
+
+
+def in_place_of(killed: Callable[..., Any], owner: Any, name: str) -> Any:
+    """`killed` in the place of a method or a function."""
+    own = getattr(owner, name)
+    return lambda *args, **kwargs: killed(own, *args, **kwargs)
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    def renamed(path: Path, place: Path) -> Path:
+        done.append(f"{path.name} -> {Path(place).name}")
+        return replace(path, place)
+
+    (tmp_path / "new" / "below").mkdir(parents=True)
+    for file in ("a", "below/b"):
+        (tmp_path / "new" / file).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(Path, "replace", renamed)
+        write_whole(tmp_path / "file", "x")
+        put_in_place(tmp_path / "new", tmp_path / "place", tmp_path / "old")
+    assert done[:2] == ["file.part", "file.part -> file"]
+    assert sorted(done[2:6]) == ["a", "b", "below", "new"]
+    assert done[6:] == ["new -> place", tmp_path.name]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for out in (
+        tmp_path / ("x" * 250),
+        tmp_path / ("y" * 300),
+        tmp_path / "file" / "out",
+        tmp_path / "circle" / "x",
+    ):
+        with pytest.raises(OutputError, match=r"cannot be written \(.*\); choose another place"):
+            finish(job(out))

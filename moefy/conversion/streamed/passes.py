@@ -37,10 +37,11 @@ from moefy.evaluation.evaluate import document_sums, figures, summarise
 from moefy.evaluation.groups import Sinks
 from moefy.evaluation.outputs import Outputs, distances, judge, judged
 from moefy.evaluation.routing import FfnLoad, HeadLoad, RouterQuality
-from moefy.experts.loading import install, with_routing_of
+from moefy.experts.loading import install
 from moefy.experts.passes import listen, observing
 from moefy.experts.placement import running_dtype
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
+from moefy.experts.stock_names import with_routing_of
 from moefy.methods.base import stored
 from moefy.models.artefact import Artefact, LayerEntry
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite

@@ -20,7 +20,7 @@ from moefy.data.corpus import Batch
 from moefy.experts.passes import listen
 from moefy.experts.placement import stored_dtype
 from moefy.models.locate import Place
-from moefy.run.output import whole
+from moefy.run.folder import whole
 
 
 @dataclass(frozen=True)

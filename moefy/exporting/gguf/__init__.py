@@ -50,8 +50,8 @@ from moefy.exporting.gguf.vocabulary import add_vocabulary
 from moefy.exporting.tensors import EMBEDDING, HEAD, Planned, stored_as, times
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.run.folder import OutputFolder, to_disk
 from moefy.run.job import Job
-from moefy.run.output import OutputFolder
 
 QUANTIZATIONS = {"q8_0": GGMLQuantizationType.Q8_0}
 _TYPES = {
@@ -67,13 +67,15 @@ _FILE_TYPES = {
 }
 
 
-def check_request(out: Path, *, quantize: str | None, overwrite: bool) -> None:
-    """Raise `MoefyError` for an unknown quantization, and `OutputError` where `out` is in the way."""
+def check_request(folder: Path, out: Path, *, quantize: str | None, overwrite: bool) -> None:
+    """Raise `MoefyError` for an unknown quantization, and `OutputError` where `out` is in the way, or in `folder`."""
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise MoefyError(unknown_choice("quantization", quantize, QUANTIZATIONS))
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file, such as {out / 'model.gguf'}")
-    OutputFolder(out).check(overwrite=overwrite)
+    output = OutputFolder(out)
+    output.apart_from(folder)
+    output.check(overwrite=overwrite)
 
 
 def write_gguf(
@@ -92,7 +94,7 @@ def write_gguf(
     the file appears when it is whole.
     """
     checkpoint, out = Checkpoint.open(folder), Path(out)
-    check_request(out, quantize=quantize, overwrite=overwrite)
+    check_request(checkpoint.folder, out, quantize=quantize, overwrite=overwrite)
     config = read_config(checkpoint)
     architecture = architecture_of(config)
     gain = expert_gain(architecture, config, checkpoint)
@@ -178,7 +180,8 @@ def _write(
                 writer.write_tensor_data(_encoded(tensor, types[tensor.name]))
         finally:
             writer.close()
-        part.replace(out)
+        to_disk(part)
+        part.replace(job.output.place)
     job.output.discard()
 
 

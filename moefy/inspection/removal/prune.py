@@ -78,8 +78,9 @@ def prune(
     the user's to mend; `out` then is as it was.
     """
     allowed = _allowed(share, retain_loss)
-    job = Job("prune", out, resume=resume, overwrite=overwrite, quiet=quiet)
+    job = Job("prune", out, resume=resume, overwrite=overwrite, quiet=quiet, reads=[model])
     source, text = open_source(model, unit), load_corpus(corpus)
+    job.output.apart_from(source.checkpoint.folder)
     domains = choose_domains(text, forget, None if retain is None else list(retain))
     parts = read_parts(source, text, domains, tokens, seed=seed)
     about = {"forget": forget, "retain": list(domains.retain), "unit": unit, "allowed": allowed}

@@ -1,0 +1,163 @@
+"""The MLPs of a moefied model under the names that the stock model has for them.
+
+`stock_parameter` gives the tensors for files, `take_stock_names` takes them from files, and `keep_places`
+has what looks for the modules by name, such as peft, find something that says what has become of them.
+
+Shapes: N neurons, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moefy.errors import MoefyError
+from moefy.experts.moefied import of
+from moefy.experts.routed import Routed
+from moefy.experts.sparse_heads import sparse_heads
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.methods.base import stored
+from moefy.models.artefact import ADAPTER, Artefact, Entry
+from moefy.models.locate import Site, disk_names, meta_model, read_mlp
+from moefy.models.mlp import DenseMlp
+
+
+class InExperts(nn.Module):
+    """Where a linear map of a dense MLP was. It holds nothing and does nothing."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self.role = role
+
+    def extra_repr(self) -> str:
+        """What to do instead; peft shows it where it refuses the module."""
+        return (
+            f"the {self.role} projection is in experts: leave it out of target_modules and name it in "
+            f"target_parameters as mlp.{self.role}_ND, or use moefy recover --lora-rank"
+        )
+
+
+def keep_places(site: Site, sparse: SparseMlp) -> None:
+    """Leave an `InExperts` where each of the dense maps was that lay inside of what was replaced."""
+    for role in ("gate", "up", "down") if site.gated else ("up", "down"):
+        path = site.path(role).removeprefix(f"{site.module}.")
+        if path == site.path(role):
+            continue  # a splice: nothing was inside
+        parent: nn.Module = sparse
+        *outer, name = path.split(".")
+        for part in outer:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, InExperts(role))
+
+
+def stock_parameter(site: Site, mlp: DenseMlp, name: str) -> Tensor:
+    """The weights of an MLP in experts as the dense parameter called `name`, in its stored layout."""
+    role = "down" if name.startswith(site.path("down") + ".") else "up"
+    if site.gated and not site.family.fused and name.startswith(site.path("gate") + "."):
+        role = "gate"
+    kind = "bias" if name.endswith(".bias") else "weight"
+    if role == "down":
+        value = mlp.down_bias_D if kind == "bias" else mlp.down_ND.T
+    else:
+        pick = {"weight": ("gate_ND", "up_ND"), "bias": ("gate_bias_N", "up_bias_N")}[kind]
+        gate, up = getattr(mlp, pick[0]), getattr(mlp, pick[1])
+        fused = site.family.fused and gate is not None
+        value = torch.cat([gate, up]) if fused else (gate if role == "gate" else up)
+    assert value is not None
+    return value.T if kind == "weight" and site.family.transposed else value
+
+
+def take_stock_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before tensors are loaded into a moefied model: MLPs by their stock names become those of the model.
+
+    Trainers load the weight files of a folder in this way. The neurons have to lie as in the model's
+    own files. Raises `MoefyError` where only some tensors of the MLPs are there, and where routers learn
+    or have changed since the model was loaded, since no weight file holds them.
+    """
+    carried = of(model)
+    keys = _stock_keys(model, {k.removeprefix(prefix): k for k in state if k.startswith(prefix)})
+    owned = sorted(name for site in carried.sites for name in site.parameters)
+    if not any(name in keys for name in owned):
+        return
+    for name in owned:
+        if name not in keys:
+            raise MoefyError(
+                f"{name}: not among the tensors to be loaded, others of the MLPs are; give all of them"
+            )
+    _refuse_other_routing(carried.artefact, [*carried.mlps.values(), *carried.blocks.values()])
+    values: dict[str, Tensor] = {}
+    for site, sparse in zip(carried.sites, carried.mlps.values(), strict=True):
+        mlp = read_mlp(site, lambda name: state[keys[name]])
+        if carried.artefact.form == ADAPTER:
+            mlp = mlp.take(carried.artefact.permutation(site.index).long())
+        values |= {f"{site.module}.{name}": getattr(mlp, name) for name in sparse.weight_names}
+        values |= {f"{site.module}.{n}": v for n, v in _routing_of(sparse).items()}
+    for block, heads in zip(carried.heads, carried.blocks.values(), strict=True):
+        values |= {f"{block.projection}.{n}": v for n, v in _routing_of(heads).items()}
+    renamed = {name: state.pop(key) for name, key in keys.items()}
+    for name in owned:
+        del renamed[name]
+    state.update({prefix + name: value for name, value in {**renamed, **values}.items()})
+
+
+def _stock_keys(model: Any, keys: dict[str, str]) -> dict[str, str]:
+    """The keys of tensors to be loaded by the names that the model has for them; `keys` by their own."""
+    own = model.state_dict()
+    if all(name in own for name in keys):
+        return keys
+    names = disk_names(meta_model(model.config), keys)
+    return {name if name in own else names.get(name, name): key for name, key in keys.items()}
+
+
+def _routing_of(module: Routed) -> dict[str, Tensor]:
+    return stored(module.router, module.compensation)
+
+
+def _refuse_other_routing(artefact: Artefact, modules: list[Routed]) -> None:
+    """Raise `MoefyError` where routers are not, or will not be, those that the model was loaded with."""
+    before = artefact.tensors
+    for index, module in enumerate(modules):
+        heads = index >= len(artefact.layers)
+        place = f"heads.{index - len(artefact.layers)}" if heads else f"layers.{index}"
+        changed = [
+            n for n, v in _routing_of(module).items() if not torch.equal(v, before[f"{place}.{n}"])
+        ]
+        if module.straight_through or changed:
+            raise MoefyError(
+                f"{place}: its routing learns or has changed, and weight files hold none (they are read by "
+                "a Trainer that resumes or takes up its best model); open that folder with moefy.load"
+            )
+
+
+def with_routing_of(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> Artefact:
+    """The artefact of a moefied model with its routers, selections and compensations as they are, or
+    with their tensors as `state` has them by the names that they have in the model."""
+    artefact = of(model).artefact
+    tensors, layers, heads = dict(artefact.tensors), [], []
+    for (index, module), entry in zip(sparse_mlps(model).items(), artefact.layers, strict=True):
+        place = of(model).sites[index].module
+        tensors |= _routing(f"layers.{index}", module, place, state)
+        layers.append(replace(entry, selection=_selection(entry, module)))
+    for (index, block), head in zip(sparse_heads(model).items(), artefact.heads, strict=True):
+        place = of(model).heads[index].projection
+        tensors |= _routing(f"heads.{index}", block, place, state)
+        heads.append(replace(head, selection=_selection(head, block)))
+    return replace(artefact, tensors=tensors, layers=layers, heads=heads)
+
+
+def _routing(
+    prefix: str, module: Routed, place: str, state: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    tensors = stored(module.router, module.compensation)
+    if state is not None:
+        tensors = {name: state[f"{place}.{name}"].detach().cpu().contiguous() for name in tensors}
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def _selection(entry: Entry, module: Routed) -> dict[str, Any]:
+    return {"name": entry.selection["name"], **module.selection.settings()}

@@ -1,0 +1,129 @@
+"""Every verb that writes, told to write where it reads: refused, and not a byte has changed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_conversion import convert_tiny
+from tiny_models import build
+from typer.testing import CliRunner
+
+import moefy
+from moefy.cli.quickstart import demo_models, quickstart
+from moefy.cli.verbs import app
+from moefy.conversion.convert import convert
+from moefy.errors import OutputError
+from moefy.experts.loading import load_dense
+from moefy.exporting.export import export
+from moefy.inspection.diff import diff
+from moefy.inspection.inspect import inspect
+from moefy.inspection.removal.prune import prune
+from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.reorder import revert
+from moefy.training.recover import recover
+from moefy.training.sparsify import sparsify
+
+Verb = Callable[[Path, Path], Any]
+OF_DENSE: dict[str, Verb] = {
+    "convert": lambda model, out: convert(model, out, overwrite=True, quiet=True),
+    "convert --adapter": lambda model, out: convert(model, out, adapter=True, overwrite=True),
+    "convert --stream": lambda model, out: convert(model, out, stream=True, overwrite=True),
+    "convert in memory": lambda model, out: convert(
+        load_dense(Checkpoint.open(model)), out, overwrite=True, quiet=True
+    ),
+    "sparsify": lambda model, out: sparsify(model, out, overwrite=True),
+    "prune neurons": lambda model, out: prune(
+        model, out, forget="a", unit="neuron", overwrite=True
+    ),
+    "export --to gguf": lambda model, out: export(model, out, to="gguf", overwrite=True),
+}
+OF_MOEFIED: dict[str, Verb] = {
+    "recover": lambda model, out: recover(model, out, overwrite=True),
+    "prune": lambda model, out: prune(model, out, forget="a", overwrite=True),
+    "export --to dense": lambda model, out: export(model, out, to="dense", overwrite=True),
+    "export --to mixtral": lambda model, out: export(model, out, to="mixtral", overwrite=True),
+    "revert": lambda model, out: revert(model, out, overwrite=True),
+}
+REPORTS: dict[str, Verb] = {
+    "inspect": lambda model, out: inspect(model, out=out, quiet=True),
+    "diff": lambda model, out: diff(model, "elsewhere", out=out, quiet=True),
+    "diff with": lambda model, out: diff("elsewhere", model, out=out, quiet=True),
+}
+OF_ADAPTER = {name: OF_MOEFIED[name] for name in ("prune", "export --to dense")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, `out` made from it, `adapter` on it, and links to them."""
+    root = tmp_path_factory.mktemp("places")
+    build("llama", root / "source")
+    convert_tiny("llama", root / "source", root / "out")
+    convert_tiny("llama", root / "source", root / "adapter", adapter=True)
+    for name in ("source", "out", "adapter"):
+        (root / f"link to {name}").symlink_to(root / name)
+    return root
+
+
+def held(root: Path) -> dict[str, str]:
+    return {str(p): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def refused(verb: Verb, model: Path, out: Path, root: Path) -> None:
+    before = held(root)
+    with pytest.raises(OutputError, match=r"which is read; choose a place|no run of moefy wrote"):
+        verb(model, out)
+    assert held(root) == before
+
+
+@pytest.mark.parametrize("place", ["{}", "{}/new", "link to {}", "link to {}/new", "."])
+@pytest.mark.parametrize("name", [*OF_DENSE, *OF_MOEFIED])
+def test_a_verb_does_not_write_where_it_reads(name: str, place: str, folders: Path) -> None:
+    model = "source" if name in OF_DENSE else "out"
+    if name.endswith("gguf") and place in ("{}", "link to {}", "."):
+        pytest.skip("names a file, a folder is no place for it")
+    verb = (OF_DENSE | OF_MOEFIED)[name]
+    refused(verb, folders / model, folders / place.format(model), folders)
+    refused(verb, folders / f"link to {model}", folders / place.format(model), folders)
+
+
+@pytest.mark.parametrize("name", OF_ADAPTER)
+@pytest.mark.parametrize("place", ["source", "link to source/new", "adapter", "."])
+def test_the_base_of_an_adapter_is_read_too(name: str, place: str, folders: Path) -> None:
+    refused(OF_ADAPTER[name], folders / "adapter", folders / place, folders)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("place", ["out", "link to out/report"])
+def test_a_report_is_not_written_into_a_model(name: str, place: str, folders: Path) -> None:
+    refused(REPORTS[name], folders / "out", folders / place, folders)
+
+
+@pytest.mark.parametrize("verb", ["eval", "inspect", "bench", "compare", "diff"])
+def test_a_record_does_not_replace_a_file_of_a_model(verb: str, folders: Path) -> None:
+    before, out = held(folders), folders / "out"
+    words = [verb, out, *([out] if verb == "diff" else []), "-o", out / "config.json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1 and "which is read; choose a place" in result.output
+    assert held(folders) == before
+
+
+def test_quickstart_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    name, model = next(iter(demo_models().items()))
+    moefied = tmp_path / name
+    shutil.copytree(model, moefied)
+    before = held(tmp_path)
+    assert "is not a moefied model" in str(
+        quickstart(tmp_path, calibrated=False, quiet=True)["notes"]
+    )
+    assert {k: v for k, v in held(tmp_path).items() if k in before} == before
+
+
+def test_a_model_in_memory_that_came_from_nowhere_is_converted(
+    folders: Path, tmp_path: Path
+) -> None:
+    model = load_dense(Checkpoint.open(folders / "source"))
+    model.name_or_path = ""
+    convert_tiny("llama", model, tmp_path / "out")
+    assert moefy.load(tmp_path / "out")
