@@ -35,8 +35,8 @@ class InExperts(nn.Module):
     def extra_repr(self) -> str:
         """What to do instead; peft shows it where it refuses the module."""
         return (
-            f"the {self.role} projection is in experts: leave it out of target_modules and name it in "
-            f"target_parameters as mlp.{self.role}_ND, or use moefy recover --lora-rank"
+            f"the {self.role} projection is in experts: leave it out of target_modules; moefy recover "
+            "trains experts, with LoRA by --lora-rank"
         )
 
 
