@@ -7,6 +7,7 @@ from tiny_conversion import convert_tiny
 from tiny_models import build
 from typer.testing import CliRunner
 
+from moefy.cli import quickstart
 from moefy.cli.verbs import app
 from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS
@@ -67,8 +68,15 @@ def test_all_goes_well(tmp_path):
 def test_a_backend_that_is_refused_is_named(tmp_path, monkeypatch):
     row = replace(BACKENDS["masked"], compute=lambda x, w, mask: masked_mlp(x, w, mask.roll(1, 1)))
     monkeypatch.setitem(BACKENDS, "wrong", row)
-    monkeypatch.setattr("moefy.experts.sparse_mlp.choose", lambda *_: "wrong")
-    monkeypatch.setattr(SparseMlp, "_held", lambda *_: None)
+    timed = quickstart.bench
+
+    def wrongly(*args, **options):
+        """After the conversion, which would refuse it."""
+        monkeypatch.setattr("moefy.experts.sparse_mlp.choose", lambda *_: "wrong")
+        monkeypatch.setattr(SparseMlp, "_held", lambda *_: None)
+        return timed(*args, **options)
+
+    monkeypatch.setattr("moefy.cli.quickstart.bench", wrongly)
     result = say(tmp_path)
     assert result.exit_code == 0, (result.output, result.exception)
     dense, moefied = rows(result)
