@@ -158,7 +158,7 @@ def test_what_was_saved_is_read_again(found, tmp_path):
     assert again.to_dict() == json.loads(json.dumps(inspection.to_dict()))
     assert (out / "report.html").stat().st_size > 100_000
     (tmp_path / FILE).write_text((out / FILE).read_text()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read.*inspect again"):
+    with pytest.raises(CheckpointError, match="inspect again"):
         Inspection.load(tmp_path)
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(CheckpointError, match="no inspection"):
