@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2.5, 2**31, 2**40, 10**12, 1e300, float("nan"), float("inf"), "", "x",
     "7", "../x", "/etc/passwd", "os:system", "subprocess:Popen", "a" * 5000, "\u202e\x00", [], {}, [None],
-    [[1, 2], [3]], {"name": "os:system"}, {"name": "subprocess:Popen", "args": ["touch", "moefy-was-made-to-run-this"]}, {"a": {"b": None}},
+    [[1, 2], [3]], {"name": "os:system"}, {"a": {"b": None}},
+    {"name": "subprocess:Popen", "args": ["touch", "moefy-was-made-to-run-this"]},
 )  # fmt: skip
 """What a field may hold that it should not."""
 DEEP = "[" * 100_000 + "]" * 100_000

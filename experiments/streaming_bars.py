@@ -301,8 +301,8 @@ class Growth:
     with the width (logits), and for each layer one that grows with its weights and one with the width
     (tokens, of which all models see the same number). Memory: what is more of the first pass, one layer in
     16 bits and its MLP once more in fp32, which are known, and of the comparison of logits at the end,
-    which needs no layer; beside both a constant and a part that grows with the width. Written in the first pass: the checkpoint, and the
-    states before the first layer and behind every layer.
+    which needs no layer; beside both a constant and a part that grows with the width. Written in the first
+    pass: the checkpoint, and the states before the first layer and behind every layer.
     """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:

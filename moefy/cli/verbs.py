@@ -137,7 +137,7 @@ def eval_(
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.evaluation.folder import evaluate as evaluate_folder
-    from moefy.evaluation.tables import domain_rows, layer_rows, sceptic_lines, sceptic_rows
+    from moefy.evaluation.tables import domain_rows, group_lines, group_rows, layer_rows
     from moefy.run.tables import terminal
 
     record = evaluate_folder(
@@ -150,8 +150,8 @@ def eval_(
         return Shown(record, view)
     view.append(_budgets(record))
     if "positions" in record:
-        view.append(terminal(*sceptic_rows(record), title="the sceptic's box"))
-    view += sceptic_lines(record)
+        view.append(terminal(*group_rows(record), title="some tokens only"))
+    view += group_lines(record)
     if verbose:
         view.append(terminal(*layer_rows(record), title="by layer"))
     return Shown(record, view)

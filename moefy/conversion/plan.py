@@ -174,8 +174,8 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             *_describe_heads(todo, recipe),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
-            f"needs {(todo.weights + todo.other) / 1e9:.2f} GB of disk for the result and some for its tokens, memory for "
-            f"one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
+            f"needs {(todo.weights + todo.other) / 1e9:.2f} GB of disk for the result and some for its tokens, "
+            f"memory for one layer, {4e-9 * todo.layer_parameters:.2f} GB in fp32, and for its tokens"
             if stream
             else f"needs {todo.disk / 1e9:.2f} GB of disk while it runs and {todo.memory / 1e9:.2f} GB "
             f"of memory: {todo.weights / 1e9:.2f} the model, "

@@ -167,7 +167,7 @@ def summarise(
         **heads.record(),
         "total": _summary(documents, seed),
         "domains": _by_domain(documents, seed),
-        **_sceptical(documents, seed),
+        **_by_group(documents, seed),
         "router_quality": quality.record(),
         "ffn_density_by_layer": load.table(),
         "machine": machine(),
@@ -271,8 +271,8 @@ def _labels(documents: list[DocumentSums]) -> tuple[list[str], list[tuple[str, s
     return [doc.domain for doc in documents], [(doc.domain, doc.source_id) for doc in documents]
 
 
-def _sceptical(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
-    """The damage over all tokens beside that over some of them."""
+def _by_group(documents: list[DocumentSums], seed: int) -> dict[str, Any]:
+    """The loss increase over all tokens beside that over some of them."""
     unit_Q, sums = units_of(*_labels(documents)), [doc.sums for doc in documents]
 
     def record(group: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Which tokens a figure is over: all of them, or those that a sceptic would look at alone.
+"""Which tokens a figure is over: all of them, or some that deserve a look of their own.
 
     positions   all tokens; without position 0; without position 0 and the attention sinks
     strata      by how far down a bigram ranks the right token: first, 2 to 10, or below 10
 
 A token stands at the position that is read; what it is judged by is the prediction made there. `tail`
-says how unevenly the damage is spread over tokens: a mean hides the few that are ruined.
+says how unevenly the loss increase is spread over tokens: a mean hides the few that are ruined.
 
 A token is a sink if in any layer of the dense pass the norm of its hidden state (the layer's output)
 or of the MLP's input is more than 10 times the median over the tokens of its document. Such tokens
@@ -72,7 +72,7 @@ def sums_of(values: dict[str, Tensor], marks: dict[str, Tensor]) -> list[Sums]:
 
 
 def group_record(documents: list[Sums], group: str, unit_Q: Ints, seed: int) -> dict[str, Any]:
-    """One group: its tokens, its share of all tokens and of all KL, and the damage in it."""
+    """One group: its tokens, its share of all tokens and of all KL, and its loss increase."""
 
     def column(name: str, of: str = group) -> Any:
         return np.array([doc[of][name] for doc in documents])

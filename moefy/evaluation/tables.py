@@ -48,8 +48,8 @@ _GROUPS = {
 }
 
 
-def sceptic_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the damage over some tokens only; no rows for images."""
+def group_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the loss increase over some tokens only; no rows for images."""
     found = [
         (label, record[part][name])
         for (part, name), label in _GROUPS.items()
@@ -64,7 +64,7 @@ def sceptic_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def sceptic_lines(record: dict[str, Any]) -> list[str]:
+def group_lines(record: dict[str, Any]) -> list[str]:
     """The other figures that a mean hides, a line each."""
     lines, total = [], record["total"]
     if "kl_tail" in total:

@@ -107,8 +107,8 @@ def load(
 
     `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
     the weights. A folder is data: with `plugins=True` alone, code that it names
-    (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that
-    `device_map` offloads are read from disk whenever they run.
+    (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to
+    `from_pretrained`; layers that `device_map` offloads are read from disk whenever they run.
 
     Raises `CheckpointError` for an artefact that is damaged or whose base is not available.
     """

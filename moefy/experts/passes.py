@@ -15,7 +15,8 @@ the hidden states of two positions in place of all, so that the model itself mak
 called again with the same modules handing on other hidden states, it makes logits of these. What it
 does to them (biases, scales, caps) is therefore its own code, and no family is known here.
 
-Shapes: B documents, T tokens (where one listens, without padding), C positions of a chunk, D width, E experts, V vocabulary.
+Shapes: B documents, T tokens (where one listens, without padding), C positions of a chunk, D width, E experts,
+V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

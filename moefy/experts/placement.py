@@ -29,9 +29,9 @@ from moefy.run.memory import free_memory
 def placement(checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """How this machine runs models best, as arguments of `load` and `load_dense`.
 
-    As the caller asks (`moefy.run.computing`), else all GPUs where there are some, or in many processes each its own. On a CPU without arithmetic in 16 bits, which it would emulate
-    fifty times slower, fp32. The layers of a `checkpoint` that memory cannot hold stay on disk until
-    they run.
+    As the caller asks (`moefy.run.computing`), else all GPUs if there are any, or in many processes each its own.
+    On a CPU without arithmetic in 16 bits, which it would emulate fifty times slower, fp32. The layers of a
+    `checkpoint` that memory cannot hold stay on disk until they run.
     """
     asked = now()
     found: dict[str, Any] = {}

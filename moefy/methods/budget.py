@@ -45,7 +45,8 @@ def solve(costs: Table, losses: Table, total: float) -> list[int]:
 def greedy(costs: Table, losses: Table, total: float) -> list[int]:
     """The candidate `[L]` of each layer, by steps down from the last ones.
 
-    A step goes to the next candidate below that costs less. Raises `ValueError` where even the cheapest candidates cost more.
+    A step goes to the next candidate below that costs less. Raises `ValueError` where even the cheapest candidates
+    cost more.
     """
     _affordable(costs, total)
     chosen = [len(row) - 1 for row in costs]

@@ -73,7 +73,9 @@ class Job:
         disk: int = 0,
         worthless: tuple[type[BaseException], ...] = (),
     ) -> Iterator[None]:
-        """Work in the folder that JSON values `decided` (versions and what is computed on are added), with `disk` bytes free for it.
+        """Work in the folder that JSON values `decided`, with `disk` bytes free for it.
+
+        Versions and what is computed on are added to what decides.
 
         After an error of the types `worthless` nothing is left to go on with. Raises `OutputError` where
         something is in the way or the disk is too small or fills up.
