@@ -285,7 +285,7 @@ class Ratio:
         return self.low <= 1 <= self.high
 
     def record(self) -> dict[str, Any]:
-        """JSON values; `speedup` is None where there is no difference, `ratio` what was measured."""
+        """JSON values; `speedup` is None if there is no difference, `ratio` what was measured."""
         speedup = None if self.is_none else self.value
         return {"speedup": speedup, "ratio": self.value, "interval": [self.low, self.high]}
 

@@ -108,7 +108,7 @@ def allocate(
     """Choose the density of every layer and set it; returns densities and measured KL.
 
     `metric`, of every layer, is what its output error costs (`moefy.conversion.backward`); the greedy budget
-    takes the residual stream's where there is none.
+    takes the residual stream's if there is none.
     """
     recipe, modules = task.recipe, sparse_mlps(model)
     planned = [planned_active(task.todo, index, m.shared) for index, m in modules.items()]

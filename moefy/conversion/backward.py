@@ -69,7 +69,7 @@ def distil_model(
 ) -> list[float]:
     """Train routers and compensations of `model` in place, end to end; returns the losses.
 
-    Raises `MoefyError` where a selection does not decide by scores, where there is nothing to train,
+    Raises `MoefyError` if a selection does not decide by scores, if there is nothing to train,
     or the loss is not finite.
     """
     modules = list(sparse_mlps(model).values())

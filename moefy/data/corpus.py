@@ -80,7 +80,7 @@ class Sample:
     document: Document
     inputs: dict[str, Tensor]
     targets_T: Tensor | None
-    """Token to predict at each position, `IGNORED` where there is none."""
+    """Token to predict at each position, `IGNORED` if there is none."""
     bytes: int
     """UTF-8 bytes of the predicted tokens; 0 where the document has no text."""
 
@@ -94,7 +94,7 @@ class Batch:
     targets_BT: Tensor | None
 
     def mask(self, side: str = "decoder") -> Tensor | None:
-        """Positions that hold tokens `[B, T]` (bool); None where there is no padding at all."""
+        """Positions that hold tokens `[B, T]` (bool); None if there is no padding at all."""
         name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
         mask = self.inputs.get(name, self.inputs.get("attention_mask"))
         return None if mask is None else mask.bool()
@@ -158,7 +158,7 @@ def load_corpus(source: str | Path | Corpus | Sequence[Any] | None = None) -> Co
     `None` is the bundled one. `.jsonl` has one record a line, `{"text"` or `"input_ids"`, `"domain"`,
     `"source_id"}`; `.json` an array of such, `.csv`, `.tsv` and `.parquet` rows; any other file is
     text, its documents separated by `<|endoftext|>` lines; all may end in `.gz`, `.bz2` or `.xz`.
-    Texts longer than `PIECE_BYTES` are cut, at line ends where there are any. A folder has one
+    Texts longer than `PIECE_BYTES` are cut, at line ends if there are any. A folder has one
     sub-folder per domain with such files in it, or such files, or images; hidden ones are left out.
     `.npy` or `.safetensors` is a stack of `pixel_values`. A name that is no path is given to
     `datasets`. A list holds texts, lists of token ids, records, or images `[C, H, W]`.

@@ -219,7 +219,7 @@ def _said(value: Any) -> str:
 
 
 def cut_text(text: str) -> list[str]:
-    """Pieces of at most `PIECE_BYTES`, cut at line ends where there are any."""
+    """Pieces of at most `PIECE_BYTES`, cut at line ends if there are any."""
     pieces, piece = [], ""
     for line in re.findall(r"[^\n]*\n|[^\n]+", text.strip("\n")):
         raw, at = line.encode(), 0

@@ -214,7 +214,7 @@ def null_z(observed_C: ArrayLike, null_RC: ArrayLike) -> Floats:
 
 
 def pooled_p(z_EC: Floats, null_z: Floats) -> Floats:
-    """One-sided p of every z among those of all random sets; NaN where there is no z."""
+    """One-sided p of every z among those of all random sets; NaN if there is no z."""
     reached_EC = len(null_z) - np.searchsorted(np.sort(null_z), z_EC)
     return np.where(np.isfinite(z_EC), (1 + reached_EC) / (1 + len(null_z)), np.nan)
 

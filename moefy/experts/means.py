@@ -96,14 +96,14 @@ class _Tally:
         self.zeros_N += zero_TN.sum(0)
         self._lay_out(value_TN[:_LAID_OUT])
         bin_TN = ((value_TN - self.low_N) / self.width_N).floor()
-        outside_TN = zero_TN | ~((bin_TN >= 0) & (bin_TN < BINS))  # NaN where there are no bins
+        outside_TN = zero_TN | ~((bin_TN >= 0) & (bin_TN < BINS))  # NaN if there are no bins
         flat_TN = bin_TN.masked_fill(outside_TN, BINS).long()
         flat_TN += torch.arange(flat_TN.shape[1], device=flat_TN.device) * (BINS + 1)
         count = torch.bincount(flat_TN.flatten(), minlength=self.count_NB.numel())
         self.count_NB += count.view(self.count_NB.shape)
 
     def _lay_out(self, value_TN: Tensor) -> None:
-        """Bins about the median of the values that are not zero, where there are none yet."""
+        """Bins about the median of the values that are not zero, if there are none yet."""
         new_N = self.low_N.isnan() & ((value_TN != 0).sum(0) >= _LEAST)
         if not new_N.any():
             return

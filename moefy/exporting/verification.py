@@ -67,7 +67,7 @@ class Difference:
 
 
 def verification_batches(checkpoint: Checkpoint, vocabulary: int) -> list[Batch]:
-    """A few documents: of the bundled corpus where there is a tokenizer, else of random token ids."""
+    """A few documents: of the bundled corpus if there is a tokenizer, else of random token ids."""
     if load_tokenizer(checkpoint.folder) is not None:
         corpus = load_corpus().take(DOCUMENTS)
     else:
@@ -157,7 +157,7 @@ def compare(reference: Trace, got: Trace, batches: list[Batch], dtype: torch.dty
 
 
 def _relative(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
-    """Norm of the differences over the norm of the second ones; None where there is nothing."""
+    """Norm of the differences over the norm of the second ones; None if there is nothing."""
     norm = _norm([want for _, want in pairs])
     return _norm([have - want for have, want in pairs]) / norm if norm else None
 

@@ -15,7 +15,7 @@ come out exactly as in one process; sums are in fp64 and differ in their last di
 in another order. Nothing goes through a file.
 
 A block of documents is a unit of the statistics (a document, or a source where a domain has many), or
-several units of one domain where there are more than `BLOCKS`: memory then no longer grows with the text.
+several units of one domain if there are more than `BLOCKS`: memory then no longer grows with the text.
 The first token of a document is kept apart, because in many models its norms dwarf all others.
 
 Shapes: Q documents, G blocks, X columns.

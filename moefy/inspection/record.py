@@ -97,7 +97,7 @@ class Inspection:
         return sorted(set(self.table("documents")["domain"]))
 
     def table(self, name: str) -> Table:
-        """One table by name; `MoefyError` with the nearest name where there is none."""
+        """One table by name; `MoefyError` with the nearest name if there is none."""
         if name not in self.tables:
             raise MoefyError(unknown_choice("table", name, self.tables))
         return self.tables[name]

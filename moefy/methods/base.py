@@ -150,7 +150,7 @@ class Selection:
 
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
-        """What each of `settings` may be where there are `experts` routed ones.
+        """What each of `settings` may be if there are `experts` routed ones.
 
         Nothing is made of settings that are something else. A selection that does not say takes a
         number, or null, for each of its arguments.

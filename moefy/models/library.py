@@ -60,7 +60,7 @@ def given_to(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, An
 def find_cache(given: Given) -> Cache | None:
     """The key-value cache of the tokens themselves: of an encoder-decoder's, the self-attention part.
 
-    Raises `MoefyError` where there are several and no name tells which it is.
+    Raises `MoefyError` if there are several and no name tells which it is.
     """
     found = {name: value for name, value in given.items() if isinstance(value, Cache)}
     if len({id(cache) for cache in found.values()}) > 1:
@@ -76,7 +76,7 @@ def find_cache(given: Given) -> Cache | None:
 
 
 def find_tokens(given: Given) -> Tensor | None:
-    """Ids `[B, T]`, embeddings `[B, T, D]` or images `[B, C, H, W]`; None where there are none.
+    """Ids `[B, T]`, embeddings `[B, T, D]` or images `[B, C, H, W]`; None if there are none.
 
     Of several like ids the shortest: a mask covers at least the tokens.
     """
@@ -93,7 +93,7 @@ def find_tokens(given: Given) -> Tensor | None:
 
 
 def find_mask(given: Given, tokens: Tensor, *, surely: bool) -> Tensor | None:
-    """The padding mask `[B, S]`, True or 1 where a token is; None where there is none.
+    """The padding mask `[B, S]`, True or 1 where a token is; None if there is none.
 
     Masks of four axes say who attends to whom, and are none. With `surely` a mask of whole numbers is
     also found under another name, by its values, and several candidates raise `MoefyError`.
@@ -342,7 +342,7 @@ ROWS = (
     Row("activations", "transformers.activations:ACT2FN", "functions by the name in config.json", _T),
     Row("transposed linear map", "transformers.pytorch_utils:Conv1D", "weights [in, out]", _T),
     Row("epsilon of a norm", "transformers.models.llama.modeling_llama:LlamaRMSNorm",
-        "variance_epsilon, or eps in other norms; taken for 0 where there is neither", _T),
+        "variance_epsilon, or eps in other norms; taken for 0 if there is neither", _T),
     Row("MLP method of BERT", "transformers.models.bert.modeling_bert:BertLayer.feed_forward_chunk",
         "an MLP that is no module", _T),
     Row("rotary scalings", "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS", "GGUF", _T),

@@ -78,7 +78,7 @@ class DenseMlp:
         return h_TN if self.centre_N is None else h_TN - self.centre_N[rows].to(h_TN.dtype)
 
     def deciding(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the activation is taken of `[T, N]`: the gates, or where there are none, up."""
+        """What the activation is taken of `[T, N]`: the gates, or if there are none, up."""
         return linear(x_TD, self.selecting_ND[rows], _rows(self.deciding_bias_N, rows))
 
     def up(self, x_TD: Tensor, rows: slice = slice(None)) -> Tensor:

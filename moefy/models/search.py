@@ -131,7 +131,7 @@ def _row_of_list(path: str, layers: nn.ModuleList, model: PreTrainedModel) -> Fa
 
 
 def _row_of_layer(layer: nn.Module, model: PreTrainedModel) -> Family | None:
-    """The row of the only MLP in a layer; None where there is none, or more than one."""
+    """The row of the only MLP in a layer; None if there is none, or more than one."""
     maps = _linear_maps(layer)
     generator = torch.Generator().manual_seed(0)
     probed = _probed_copy(layer, maps, generator)

@@ -1,4 +1,4 @@
-"""Finished parts of a long run: JSON values, and tensors where there are any, kept so that the next run takes them up.
+"""Finished parts of a long run: JSON values, and tensors if there are any, kept so that the next run takes them up.
 
 Where their folder serves many runs a part's file is named after everything that decides it: a run with other
 settings makes its own, and what both need is computed once.

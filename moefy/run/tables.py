@@ -35,7 +35,7 @@ def number(
 
 
 def figure(entry: dict[str, Any], form: str = ".3f") -> str:
-    """The same of an entry of a record: its `mean`, and `ci95` where there is one."""
+    """The same of an entry of a record: its `mean`, and `ci95` if there is one."""
     return number(entry["mean"], entry["ci95"], form)
 
 

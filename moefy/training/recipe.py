@@ -64,7 +64,7 @@ class RecoverRecipe(TrainingRecipe):
     """Weight of KL(dense || moefied) in the loss; cross-entropy on the text has the rest."""
 
     def __post_init__(self) -> None:
-        """Refuse parts that there are not."""
+        """Refuse unknown parts."""
         super().__post_init__()
         if not self.parts:
             raise RecipeError(f"train: names nothing; choose of {', '.join(PARTS)}")
@@ -95,7 +95,7 @@ class SparsifyRecipe(TrainingRecipe):
     """What the penalty counts beside the cross-entropy."""
 
     def __post_init__(self) -> None:
-        """Refuse penalties that there are not."""
+        """Refuse unknown penalties."""
         super().__post_init__()
         if self.gradient_checkpointing:
             raise RecipeError(

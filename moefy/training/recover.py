@@ -270,7 +270,7 @@ def _closed(
     before: dict[str, Any], after: dict[str, Any], control: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Share of the gap in cross-entropy that training closed, against the dense model as it was and,
-    where there is one, against the dense model trained on the same tokens; None without a gap."""
+    if there is one, against the dense model trained on the same tokens; None without a gap."""
     if "ce" not in before:
         return {}
     first, last = before["ce"]["mean"], after["ce"]["mean"]

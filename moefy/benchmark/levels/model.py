@@ -122,7 +122,7 @@ class Expected:
         return max(most, ELSEWHERE if self.why else LEAST)
 
     def record(self) -> dict[str, Any]:
-        """JSON values; figures are None where there is no run in fp32."""
+        """JSON values; figures are None if there is no run in fp32."""
         own = {name: None if self.why else fidelity.record() for name, fidelity in self.own.items()}
         return {"why_not": self.why, "allowed": self.allowed(), **own}
 

@@ -62,7 +62,7 @@ class Ledger:
     """Scores of the routed experts; None where nothing was scored (prompt-static decoding)."""
     tokens: Tokens
     scale_T: Tensor | None
-    """sigma of the final norm; None where there is no `Unembedding`."""
+    """sigma of the final norm; None if there is no `Unembedding`."""
 
     @property
     def experts(self) -> int:

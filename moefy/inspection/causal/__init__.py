@@ -74,7 +74,7 @@ def causal(
     models the token losses of the moefied model beside the dense one.
 
     About `tokens` tokens of the held-out shard are read, as many documents of every domain. They are
-    drawn from `source`, a larger `Reading` of the same corpora, or from `reading` where there is none;
+    drawn from `source`, a larger `Reading` of the same corpora, or from `reading` if there is none;
     document numbers of token losses are those of `reading`. `nulls` random sets stand beside every bin
     of experts; 0 leaves them out. With `work`, a folder, a run that was broken off is taken up again
     after the last layer; another model, text or setting starts anew. `processes`, all of which call

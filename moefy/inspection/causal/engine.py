@@ -288,7 +288,7 @@ class Effects:
 
 
 def means(values_SQ: Floats, domain_Q: NDArray[np.int64], domains: int) -> Floats:
-    """Mean of every row over the documents of each domain `[S, C]`; NaN where there is none."""
+    """Mean of every row over the documents of each domain `[S, C]`; NaN if there is none."""
     member_QC = np.eye(domains)[domain_Q]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(values_SQ @ member_QC / member_QC.sum(0))

@@ -94,7 +94,7 @@ def _some(sample: RoutingSample, chosen_Q: NDArray[np.bool_], seed: int) -> NDAr
 
 def texts(documents: Documents, seed: int) -> dict[str, NDArray[np.bool_]]:
     """Which documents `[Q]` each corpus has; of one corpus two halves, of the sources of every domain,
-    or of its documents where there are few sources."""
+    or of its documents if there are few sources."""
     names = sorted(set(documents.corpora))
     if len(names) > 1:
         return {name: np.array([c == name for c in documents.corpora]) for name in names}

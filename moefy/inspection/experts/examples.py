@@ -82,7 +82,7 @@ class Records:
     """What is known of the kept tokens of every expert `[E, N]`."""
 
     key_EN: Floats
-    """Minus infinity where there is no record."""
+    """Minus infinity if there is no record."""
     document_EN: Ints
     position_EN: Ints
     norm_EN: Array
@@ -90,7 +90,7 @@ class Records:
     margin_EN: Array
     ran_EN: Array
     window_ENW: Array
-    """Norms of the tokens around, NaN where there are none or they were in another chunk."""
+    """Norms of the tokens around, NaN if there are none or they were in another chunk."""
 
 
 class Best(Accumulator[Records]):

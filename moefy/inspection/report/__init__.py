@@ -248,7 +248,7 @@ _TYPES = {
 def server(folder: str | Path, port: int = 0) -> http.server.ThreadingHTTPServer:
     """A server of this folder that only this machine can reach; port 0 is any that is free.
 
-    `serve_forever()` runs it; `server_address` says where. Raises `MoefyError` where there is no
+    `serve_forever()` runs it; `server_address` says where. Raises `MoefyError` if there is no
     report, or the port is none or taken.
     """
     folder = Path(folder)

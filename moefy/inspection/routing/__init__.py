@@ -224,7 +224,7 @@ class RoutingFrame:
     """A sample with everything about it that does not depend on a layer."""
 
     def __init__(self, sample: RoutingSample, seed: int = 0) -> None:
-        """Raises `CorpusError` where there are under three units.
+        """Raises `CorpusError` if there are under three units.
 
         Where the mask of a layer would have more than `ENTRIES` entries, documents are drawn.
         """

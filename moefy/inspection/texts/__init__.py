@@ -259,7 +259,7 @@ def sample_of(reading: Reading, document: int) -> Sample:
 
 
 def spans_of(reading: Reading, document: int) -> list[tuple[int, int]] | None:
-    """Where every token of a document begins and ends in its text, in characters; None where there is
+    """Where every token of a document begins and ends in its text, in characters; None if there is
     no text, or the tokenizer does not know."""
     sample = sample_of(reading, document)
     ids, tokenizer = sample.inputs["input_ids"].tolist(), reading.tokenizer

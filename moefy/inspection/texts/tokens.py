@@ -28,7 +28,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens `[T]`, all int64; `NONE` where there is no such token."""
+    """Tokens `[T]`, all int64; `NONE` if there is no such token."""
 
     ids_T: Ints
     """The token that is read."""
