@@ -21,14 +21,21 @@ from moefy.models.schema import Field, number, optional
 class Context(threading.local):
     """What is known of one forward pass beyond the input of a layer; every thread sees that of its own pass."""
 
-    def __init__(self) -> None:
-        self.mask_BT: Tensor | None = None
+    def __init__(
+        self,
+        *,
+        mask_BT: Tensor | None = None,
+        batch: int = 1,
+        cache: object | None = None,
+        prompt: bool = True,
+    ) -> None:
+        self.mask_BT = mask_BT
         """Positions that hold tokens, for the tokens of this pass."""
-        self.batch = 1
+        self.batch = batch
         """Sequences in the batch."""
-        self.cache: object | None = None
+        self.cache = cache
         """The key-value cache, whose identity stands for the sequences that are being generated."""
-        self.prompt = True
+        self.prompt = prompt
         """Whether nothing came before these tokens: prefill, or a pass without a cache."""
         self.previous_TD: Tensor | None = None
         """Input of the MLP before this one in the same pass, for routers that look ahead."""

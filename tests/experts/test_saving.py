@@ -42,7 +42,9 @@ def logits(model, name="llama_tied"):
 
 
 def files_of(folder: Path):
-    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    """What every file holds, but for the list of what a run may overwrite."""
+    files = (f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return {f.relative_to(folder): f.read_bytes() for f in files}
 
 
 def nothing_in(folder: Path):
