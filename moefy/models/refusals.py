@@ -5,6 +5,7 @@ tell. Every refusal names the folder, what was found there and the remedy.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.models.families import FAMILIES
+
+logger = logging.getLogger(__name__)
 
 POINTER = b"version https://git-lfs"
 _ADAPTER = "adapter_config.json"
@@ -169,8 +172,16 @@ def refuse_outputs(model: PreTrainedModel, layers: Iterable[str]) -> None:
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         with torch.no_grad():
             model(input_ids=ids, **more)
-    except Exception:
-        pass  # some models look at numbers, which there are none of; layers that ran are known
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # Some models look at numbers, which there are none of; layers that ran are known.
+        logger.info("%s does not run without numbers: %s", type(model).__name__, error)
     finally:
         for handle in handles:
             handle.remove()

@@ -85,7 +85,8 @@ def test_an_adapter_in_the_folder_of_its_base(source):
 
 
 def test_adapters_of_a_model_in_memory(llama, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for adapted in (wrapped, model):
