@@ -79,17 +79,20 @@ def bench(
     generated: int = 32,
     samples: int | None = None,
     calibrated: bool = True,
+    seed: int = 0,
     device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Time the folder `model`, or a synthetic `layer` written `D,N,E,k`; returns the record.
 
     `level` is `kernel`, `layer` (if left out, of a shape) or `model` (of a folder), engines as in `choose`. With
-    `calibrated`, layers new to this machine are timed first for `auto`. Raises `MoefyError` for wrong settings.
+    `calibrated`, layers new to this machine are timed first for `auto`. `seed` draws synthetic weights, inputs and
+    random token ids. Raises `MoefyError` for wrong settings.
     """
     settings = Settings(
         model=None if model is None else Path(model), layer=layer, dtype=dtype, against=against,
         level=level or (LAYER if model is None else MODEL), prompt=prompt_tokens, generated=generated,
+        seed=seed,
     )  # fmt: skip
     sweep = Sweep(
         engines=choose(engines, compiled=compiled, linears=linears, experts=experts, gguf=gguf),
@@ -130,6 +133,7 @@ class Settings:
     against: str | Path | None = None
     prompt: int = 1
     generated: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.layer is None):
@@ -179,7 +183,7 @@ def _load(settings: Settings, sweep: Sweep) -> tuple[Callable[[], dict[str, Any]
     models, weights, what = _models(settings)
     tokens = settings.prompt + settings.generated
     vocabulary = _vocabulary(models.sparse, settings)
-    ids = prompt(weights.folder, vocabulary, max(sweep.batches), tokens)
+    ids = prompt(weights.folder, vocabulary, max(sweep.batches), tokens, settings.seed)
     run = partial(bench_model, models, ids, sweep, what=what, generated=settings.generated)
     return run, [*sparse_mlps(models.sparse).values()]
 
@@ -188,13 +192,15 @@ def _layers(settings: Settings, tokens: int) -> Layers:
     """Layers of the folder with their inputs, or synthetic ones."""
     if settings.model is None:
         shape = Shape.parse(settings.layer or "")
-        return synthetic(shape, dtype=DTYPES[settings.dtype or "float32"], tokens=tokens)
+        dtype = DTYPES[settings.dtype or "float32"]
+        return synthetic(shape, dtype=dtype, tokens=tokens, seed=settings.seed)
     model = open_model(settings.model, dtype=settings.torch_dtype, dense=False)
     weights, artefact = of(model).checkpoint, of(model).artefact
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH)
     length = min(LENGTH, positions)
-    ids = prompt(weights.folder, _vocabulary(model, settings), -(-tokens // length), length)
-    return own_layers(model, str(artefact.source["name"]), ids, tokens=tokens)
+    rows, seed = -(-tokens // length), settings.seed
+    ids = prompt(weights.folder, _vocabulary(model, settings), rows, length, seed)
+    return own_layers(model, str(artefact.source["name"]), ids, tokens=tokens, seed=seed)
 
 
 def _models(settings: Settings) -> tuple[Models, Checkpoint, str]:

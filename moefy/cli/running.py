@@ -62,6 +62,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded with the cache.")] = 32,
     samples: Annotated[int | None, typer.Option(help="Samples (15; of a model: 7).")] = None,
     no_calibrate: NoCalibration = False,
+    seed: Seed = 0,
     out: Report = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (PNG) of speedups to write.")] = None,
     quiet: bool = False,
@@ -80,7 +81,7 @@ def bench(
         linears=linears, experts=dict(one.partition("=")[::2] for one in experts or []),
         gguf=gguf or [], batches=batches, densities=densities, dtype=dtype,
         prompt_tokens=prompt_tokens, generated=new_tokens, samples=samples, calibrated=not no_calibrate,
-        quiet=quiet,
+        seed=seed, quiet=quiet,
     )  # fmt: skip
     write(record, out, "speed.json")
     return _speed(record, plot)
