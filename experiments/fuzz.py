@@ -54,25 +54,13 @@ class Case:
 
 def originals(root: Path) -> dict[str, Path]:
     """Unharmed folders by target."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from small_llama import small_llama
 
     import moefy
     from moefy.recipe import override
 
-    words = {f"w{i}": i for i in range(60)} | {"<unk>": 60, "<s>": 61, "</s>": 62, "<pad>": 63}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=63, bos_token_id=61, eos_token_id=62,
-    )  # fmt: skip
-    torch.manual_seed(0)
     dense = root / "plan"
-    LlamaForCausalLM(config).save_pretrained(dense, max_shard_size="20KB")
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(dense)
+    small_llama(dense, words=60, width=16, heads=2, max_shard_size="20KB")
     draw = random.Random(0)
     texts = [
         {

@@ -154,21 +154,9 @@ def _timeless(value: Any) -> Any:
 
 def prepare(root: Path) -> None:
     """A small model, texts of two domains, and conversions of it."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from small_llama import small_llama
 
-    words = {f"w{i}": i for i in range(90)} | {"<unk>": 90, "<s>": 91, "</s>": 92, "<pad>": 93}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=93, bos_token_id=91, eos_token_id=92,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(root / "dense")
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(root / "dense")
+    small_llama(root / "dense", words=90, width=32, heads=4)
     draw = random.Random(0)
     with (root / "texts.jsonl").open("w") as file:
         for number in range(320):

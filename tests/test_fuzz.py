@@ -16,7 +16,7 @@ def fuzz(monkeypatch):
     import fuzz
 
     yield fuzz
-    for name in ("fuzz", "mutations"):
+    for name in ("fuzz", "mutations", "small_llama"):
         sys.modules.pop(name, None)
 
 
