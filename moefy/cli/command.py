@@ -313,7 +313,7 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     out = arguments.get("out")
     for name in ("model", "base", "other", "against", "adapter"):
         model = arguments.get(name)
-        if model is None:
+        if not isinstance(model, str | Path):  # none, or convert's flag of that name
             continue
         if Path(model).exists():
             if out is not None:
