@@ -130,7 +130,7 @@ def _for_class(config: Any, sample: Sample) -> Sample:
     """A sample as the class of the model takes it: without targets where it predicts no next token,
     padded by its own padding token where that says which token is a text's last."""
     answer = answer_of_class(model_class(config), config)
-    pad = config.get_text_config().pad_token_id if answer.pooled else None
+    pad = getattr(config.get_text_config(), "pad_token_id", None) if answer.pooled else None
     targets_T = sample.targets_T if answer.form == "next" else None
     return replace(sample, targets_T=targets_T, pad=pad or 0)
 

@@ -93,7 +93,7 @@ ABSENT = -1e4
 """Logit of a position that a document does not have: its probability is zero in any precision."""
 
 
-def values_of(model: PreTrainedModel, result: Any, batch: Batch) -> Tensor:
+def values_of(model: PreTrainedModel, result: Any, mask_BT: Tensor | None = None) -> Tensor:
     """What a forward pass is compared by `[B, P, V]`, by the class of the model.
 
     Logits or hidden states of all positions; labels or values of a document, P = 1, or two labels (there or
@@ -102,10 +102,9 @@ def values_of(model: PreTrainedModel, result: Any, batch: Batch) -> Tensor:
     answer = answer_of(model)
     value: Tensor = result[answer.field]
     if answer.form == "spans":
-        mask_BT = batch.mask()
         value = torch.stack([value, result["end_logits"]], 1)
-        assert mask_BT is not None
-        return value.masked_fill(~mask_BT[:, None].to(value.device), ABSENT)
+        absent_BT = torch.zeros_like(value[:, 0]) if mask_BT is None else ~mask_BT.to(value.device)
+        return value.masked_fill(absent_BT[:, None].bool(), ABSENT)
     if answer.binary:
         return torch.stack([torch.zeros_like(value), value], -1)
     return value[:, None] if answer.pooled else value
@@ -136,7 +135,7 @@ def run_outputs(
     inputs, answer = inputs_of(model, batch, device), answer_of(model)
     with short_logits(model) as trunk:
         result: Any = (through or model)(**inputs)
-    found, head = values_of(model, result, batch), None
+    found, head = values_of(model, result, batch.mask()), None
     if trunk.hidden is not None:
         head = Head(model, inputs, trunk.last, trunk.given)
         size, found = found.shape[-1], trunk.hidden

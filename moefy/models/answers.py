@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
 from moefy.errors import UnsupportedModel
@@ -65,8 +66,10 @@ _JUDGED_BY: dict[Form, str] = {
 }
 _LABELS = ("ForSequenceClassification", "ForImageClassification", "ForNextSentencePrediction")
 _TOKEN_LABELS = ("ForTokenClassification",)
-_DISCRIMINATOR = "ForPreTraining"
+_PRETRAINING = "ForPreTraining"
 """With `logits` and no `prediction_logits`: whether each token was replaced (ELECTRA)."""
+_SPANS = ("AlbertForQuestionAnswering",)
+"""Classes that return spans and declare something else."""
 
 
 def answer_of(model: PreTrainedModel) -> Answer:
@@ -81,18 +84,21 @@ def answer_of_class(kind: Any, config: PreTrainedConfig) -> Answer:
     """
     problem = str(getattr(config, "problem_type", None))
     one = getattr(config, "num_labels", None) == 1
-    return _answer(kind, problem, one, getattr(config, "is_decoder", True))
+    # BERT and its kin see what comes next unless they are set up as decoders.
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    masked = masked and not (getattr(config, "is_decoder", False) or config.is_encoder_decoder)
+    return _answer(kind, problem, one, masked)
 
 
 @cache
-def _answer(kind: Any, problem: str, one: bool, is_decoder: bool) -> Answer:
+def _answer(kind: Any, problem: str, one: bool, masked: bool) -> Answer:
     declared, name = _declared(kind), kind.__name__
     found = None
-    if "start_logits" in declared:
+    if "start_logits" in declared or name in _SPANS:
         found = Answer("spans", "start_logits")
     elif "MultipleChoice" in name:
         pass  # reads several texts at a time
-    elif "prediction_logits" in declared:
+    elif "prediction_logits" in declared and name.endswith(_PRETRAINING):
         found = Answer("masked", "prediction_logits")
     elif name.endswith(_LABELS):
         binary = problem == "multi_label_classification"
@@ -101,11 +107,10 @@ def _answer(kind: Any, problem: str, one: bool, is_decoder: bool) -> Answer:
     elif name.endswith(_TOKEN_LABELS):
         found = Answer("token labels", binary=one)
     elif kind.can_generate():
-        # BERT and its kin see what comes next unless they are set up as decoders.
-        found = Answer("next" if is_decoder or reads_two_texts(kind) else "masked")
+        found = Answer("masked" if masked else "next")
     elif name.endswith("ForMaskedLM"):
         found = Answer("masked")
-    elif name.endswith(_DISCRIMINATOR) and "logits" in declared:
+    elif name.endswith(_PRETRAINING) and "logits" in declared:
         found = Answer("token labels", binary=True)
     elif "last_hidden_state" in declared or (not declared and name.endswith("Model")):
         found = Answer("states", "last_hidden_state")
