@@ -127,6 +127,7 @@ def test_a_head_is_judged_by_its_own_output(name, tmp_path):
     record = convert_tiny("llama", source, out)
     assert record["conversion"]["all_experts_relative_error"] < 1e-5
     dense, sparse = getattr(transformers, case[1]).from_pretrained(source), moefy.load(out)
+    assert sparse.moefy.kind == ("encoder-decoder" if case[1] == "T5Model" else "encoder")
     want = reference(dense, sparse, evaluated(), form)
     assert want.get("kl", want.get("mse", 1 - want.get("cosine", 1.0))) > 1e-6
     again = moefy.evaluate(out, corpus=corpus_for("llama"), quiet=True)

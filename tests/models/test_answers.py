@@ -17,29 +17,10 @@ TASKS = {
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": {"spans"},
     "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": set(),
 }
-TYPES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "gemma2",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "falcon",
-    "t5",
-    "bart",
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "albert",
-    "deberta-v2",
-    "modernbert",
-    "xlm-roberta",
-    "mpnet",
-]
+TYPES = (
+    "llama", "mistral", "qwen2", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "t5", "bart",
+    "bert", "roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert", "xlm-roberta", "mpnet",
+)  # fmt: skip
 
 
 def classes() -> Iterator[tuple[str, str, str]]:
