@@ -67,7 +67,8 @@ EXTRA = {
     "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
 }
 READERS = {
-    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "permute_adapter", "prune",
+    "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
 _WRITE = "choose a place that may be read and written"
@@ -116,7 +117,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
                 _fail(shown.error, debug)
 
         command.__dict__["__signature__"] = _with_options(signature, runs, extra)
-        app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
+        app.command(run.__name__.rstrip("_").replace("_", "-"), cls=_Verb)(command)
 
     return register
 
@@ -310,9 +311,9 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
     out = arguments.get("out")
-    for name in ("model", "base", "other", "against"):
+    for name in ("model", "base", "other", "against", "adapter"):
         model = arguments.get(name)
-        if model is None:
+        if not isinstance(model, str | Path):  # none, or convert's flag of that name
             continue
         if Path(model).exists():
             if out is not None:
