@@ -15,8 +15,9 @@ COLUMNS = {
     "agreement": "top-1",
     "accuracy": "top-1 right",
     "cosine": "cosine",
+    "mse": "squared error",
 }
-_WITH_INTERVAL = ("ce_increase", "kl", "cosine")
+_WITH_INTERVAL = ("ce_increase", "kl", "cosine", "mse")
 
 
 def domain_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
