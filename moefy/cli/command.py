@@ -67,9 +67,13 @@ EXTRA = {
     "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
 }
 READERS = {
-    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "permute_adapter", "prune",
+    "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
+_BASED = READERS - {"permute_adapter", "recover", "revert"}
+"""Of these, verbs that take the adapter form, whose weights lie somewhere else."""
+BASE = "Folder of the dense model, for an adapter whose base has moved."
 _WRITE = "choose a place that may be read and written"
 _ROOM = "free some room and run again"
 _REMEDIES = {
@@ -92,6 +96,8 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
         extra = dict(EXTRA)
         if run.__name__.rstrip("_") in READERS:
             extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
+        if run.__name__.rstrip("_") in _BASED:
+            extra["moved_base"] = Annotated[Path | None, typer.Option("--base", help=BASE)]
 
         @functools.wraps(run)
         def command(
@@ -100,6 +106,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             verbose: bool,
             debug: bool,
             plugins: bool = False,
+            moved_base: Path | None = None,
             **arguments: Any,
         ) -> None:
             common = {"quiet": quiet, "verbose": verbose}
@@ -108,15 +115,16 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             _hush(verbose)
             _say_anything()
             with _errors(debug=debug, resumes="resume" in takes):
-                check_paths(arguments, overwrite=_overwrites(arguments))
-                with _computing(asked), _plugins() if plugins else nullcontext():
+                paths = arguments | {"moved_base": moved_base}
+                check_paths(paths, overwrite=_overwrites(arguments))
+                with _computing(asked), _plugins(plugins), _based(moved_base, arguments):
                     shown = run(**arguments)
             _show(shown, as_json)
             if shown.error is not None:
                 _fail(shown.error, debug)
 
         command.__dict__["__signature__"] = _with_options(signature, runs, extra)
-        app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
+        app.command(run.__name__.rstrip("_").replace("_", "-"), cls=_Verb)(command)
 
     return register
 
@@ -127,7 +135,7 @@ def _with_options(
     """The signature of a verb with the options that it shares with others."""
     own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
     added = [_option(name, RUNS[name], None) for name in runs]
-    added += [_option(name, kind, False) for name, kind in extra.items()]
+    added += [_option(n, kind, None if n == "moved_base" else False) for n, kind in extra.items()]
     return signature.replace(parameters=[*own, *added], return_annotation=None)
 
 
@@ -186,10 +194,27 @@ def _main(
     """Turn the MLPs of a trained transformer into experts."""
 
 
-def _plugins() -> AbstractContextManager[None]:
+def _plugins(allowed: bool) -> AbstractContextManager[None]:
+    if not allowed:
+        return nullcontext()
     from moefy.models.artefact import allow_plugins
 
     return allow_plugins()
+
+
+def _based(base: Path | None, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Raise `MoefyError` where no model that is named has its weights somewhere else."""
+    if base is None:
+        return nullcontext()
+    from moefy.models.artefact import ADAPTER, base_at, is_artefact, read_artefact
+
+    named = [
+        arguments[name] for name in ("model", "base", "other", "against") if arguments.get(name)
+    ]
+    for folder in named:
+        if is_artefact(folder) and read_artefact(folder, verify=False).form == ADAPTER:
+            return base_at(base)
+    raise MoefyError(f"--base {base}: no model here is an adapter on a base; leave --base out")
 
 
 def _show(shown: Shown, as_json: bool) -> None:
@@ -310,9 +335,9 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
     out = arguments.get("out")
-    for name in ("model", "base", "other", "against"):
+    for name in ("model", "base", "other", "against", "adapter", "moved_base"):
         model = arguments.get(name)
-        if model is None:
+        if not isinstance(model, str | Path):  # none, or convert's flag of that name
             continue
         if Path(model).exists():
             if out is not None:

@@ -428,6 +428,24 @@ def revert(model: Moefied, out: Out, overwrite: Overwrite = False) -> Shown:
 
 
 @verb()
+def permute_adapter(
+    adapter: Annotated[Path, typer.Argument(help="LoRA adapter of the dense model.")],
+    model: Moefied,
+    out: Out,
+    overwrite: Overwrite = False,
+) -> Shown:
+    """Write a LoRA adapter of the dense model for the moefied one, where its neurons lie otherwise.
+
+    Example: moefy permute-adapter ./lora ./llama-moefied ./lora-moefied
+    """
+    from moefy.models.lora import permute_adapter as run
+
+    record = run(adapter, model, out, overwrite=overwrite)
+    moved = f"{record['moved']} of {record['tensors']} tensors have neurons and were moved"
+    return Shown(record, [f"wrote {out}: {moved}", *(f"note: {n}" for n in record["notes"])])
+
+
+@verb()
 def export(
     model: Annotated[
         Path, typer.Argument(help="Folder that moefy convert wrote; for gguf, a stock model too.")

@@ -37,7 +37,7 @@ from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, run_outputs
+from moefy.evaluation.outputs import difference, outputs_of_all
 from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
@@ -228,8 +228,8 @@ def _write(task: Conversion, artefact: Artefact) -> None:
 def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
     """Relative error of the written model with every expert on, against the source itself."""
     with all_experts(sparse):
-        got = run_outputs(sparse, batch, keep_BT=batch.mask())
-    want = run_outputs(load_dense(checkpoint, **placement()), batch, keep_BT=batch.mask())
+        got = outputs_of_all(sparse, batch)
+    want = outputs_of_all(load_dense(checkpoint, **placement()), batch)
     error, size, _ = difference(got, want)
     return error / size
 

@@ -83,7 +83,7 @@ def test_layer_by_layer_is_the_stock_model(name, tmp_path):
         with layerwise.layer(index):
             states = [layerwise.run(index, b, h) for b, h in zip(batches, states, strict=True)]
     for batch, hidden in zip(batches, states, strict=True):
-        want, got = values_of(stock(**batch.inputs)), layerwise.leave(batch, hidden)
+        want, got = values_of(stock, stock(**batch.inputs)), layerwise.leave(batch, hidden)
         assert relative(got.logits(got.rows_JD), want[got.keep_BT]) < 1e-6
 
 

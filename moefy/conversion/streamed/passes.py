@@ -33,7 +33,7 @@ from moefy.conversion.streamed.states import States, forward, inputs
 from moefy.conversion.task import Conversion, Reading
 from moefy.data.corpus import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
-from moefy.evaluation.evaluate import document_sums, figures, summarise
+from moefy.evaluation.evaluate import document_sums, figures_of, summarise
 from moefy.evaluation.groups import Sinks
 from moefy.evaluation.outputs import Outputs, distances, judge, judged
 from moefy.evaluation.routing import FfnLoad, HeadLoad, RouterQuality
@@ -43,6 +43,7 @@ from moefy.experts.placement import running_dtype
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
 from moefy.experts.stock_names import with_routing_of
 from moefy.methods.base import stored
+from moefy.models.answers import answer_of
 from moefy.models.artefact import Artefact, LayerEntry
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.locate import Site, permute, read_mlp
@@ -350,13 +351,15 @@ class SecondPass:
 
     def record(self) -> dict[str, Any]:
         """The evaluation, made of the last states."""
-        batches = self.routed.batches
+        batches, model = self.routed.batches, self.layerwise.model
         sinks_BT = [
-            row_T[None, : len(sample.inputs["input_ids"])]
+            None if answer_of(model).pooled else row_T[None, : len(sample.inputs["input_ids"])]
             for batch, sinks in zip(batches, self.sinks, strict=True)
             for sample, row_T in zip(batch.samples, sinks.marked_BT, strict=True)
         ]
-        every = judged(self._left(self.routed), _singles(batches), self._left(self.dense), figures)
+        every = judged(
+            self._left(self.routed), _singles(batches), self._left(self.dense), figures_of(model)
+        )
         documents, kl = document_sums(every, sinks_BT, None)
         return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
 
