@@ -71,6 +71,9 @@ READERS = {
     "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
+_BASED = READERS - {"permute_adapter", "recover", "revert"}
+"""Of these, verbs that take the adapter form, whose weights lie somewhere else."""
+BASE = "Folder of the dense model, for an adapter whose base has moved."
 _WRITE = "choose a place that may be read and written"
 _ROOM = "free some room and run again"
 _REMEDIES = {
@@ -93,6 +96,8 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
         extra, name = dict(EXTRA), run.__name__.rstrip("_").replace("_", "-")
         if run.__name__.rstrip("_") in READERS:
             extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
+        if run.__name__.rstrip("_") in _BASED:
+            extra["moved_base"] = Annotated[Path | None, typer.Option("--base", help=BASE)]
 
         @functools.wraps(run)
         def command(
@@ -101,6 +106,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             verbose: bool,
             debug: bool,
             plugins: bool = False,
+            moved_base: Path | None = None,
             **arguments: Any,
         ) -> None:
             common = {"quiet": quiet, "verbose": verbose}
@@ -109,9 +115,10 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             _hush(verbose)
             _say_anything()
             with _errors(debug=debug, resumes="resume" in takes):
-                check_paths(arguments, overwrite=_overwrites(arguments))
+                paths = arguments | {"moved_base": moved_base}
+                check_paths(paths, overwrite=_overwrites(arguments))
                 check_results(arguments.get("out"), RESULTS.get(name, ()))
-                with _computing(asked), _plugins() if plugins else nullcontext():
+                with _computing(asked), _plugins(plugins), _based(moved_base, arguments):
                     shown = run(**arguments)
             _show(shown, as_json)
             if shown.error is not None:
@@ -129,7 +136,7 @@ def _with_options(
     """The signature of a verb with the options that it shares with others."""
     own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
     added = [_option(name, RUNS[name], None) for name in runs]
-    added += [_option(name, kind, False) for name, kind in extra.items()]
+    added += [_option(n, kind, None if n == "moved_base" else False) for n, kind in extra.items()]
     return signature.replace(parameters=[*own, *added], return_annotation=None)
 
 
@@ -188,10 +195,27 @@ def _main(
     """Turn the MLPs of a trained transformer into experts."""
 
 
-def _plugins() -> AbstractContextManager[None]:
+def _plugins(allowed: bool) -> AbstractContextManager[None]:
+    if not allowed:
+        return nullcontext()
     from moefy.models.artefact import allow_plugins
 
     return allow_plugins()
+
+
+def _based(base: Path | None, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Raise `MoefyError` where no model that is named has its weights somewhere else."""
+    if base is None:
+        return nullcontext()
+    from moefy.models.artefact import ADAPTER, base_at, is_artefact, read_artefact
+
+    named = [
+        arguments[name] for name in ("model", "base", "other", "against") if arguments.get(name)
+    ]
+    for folder in named:
+        if is_artefact(folder) and read_artefact(folder, verify=False).form == ADAPTER:
+            return base_at(base)
+    raise MoefyError(f"--base {base}: no model here is an adapter on a base; leave --base out")
 
 
 def _show(shown: Shown, as_json: bool) -> None:
@@ -313,7 +337,7 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
     out = arguments.get("out")
-    for name in ("model", "base", "other", "against", "adapter"):
+    for name in ("model", "base", "other", "against", "adapter", "moved_base"):
         model = arguments.get(name)
         if not isinstance(model, str | Path):  # none, or convert's flag of that name
             continue

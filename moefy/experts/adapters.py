@@ -6,6 +6,7 @@ An adapter is put onto the stock model before its MLPs become experts, its numbe
 lie if it was trained on the source, and merged. Routers stay as they were fitted, on the weights without it.
 """
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ def _merged(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
         import peft
     except ImportError:
         raise MoefyError("adapter: adapters need peft: pip install moefy[train]") from None
+    names = [field.name for field in fields(peft.LoraConfig)]
+    settings = {name: lora.settings[name] for name in names if name in lora.settings}
     try:
-        wrapped: Any = peft.PeftModel(model, peft.LoraConfig.from_pretrained(str(lora.folder)))
+        wrapped: Any = peft.PeftModel(model, peft.LoraConfig(**settings))
         result: Any = peft.set_peft_model_state_dict(wrapped, dict(lora.tensors))
         missing = [n for n in result.missing_keys if any(part in n for part in _LEARNT)]
         if missing or result.unexpected_keys:

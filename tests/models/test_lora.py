@@ -252,3 +252,12 @@ def test_where_the_neurons_did_not_move_nothing_is_to_be_done(folders, tmp_path)
     convert_tiny("llama", folders("llama") / "source", tmp_path / "out", adapter=True)
     with pytest.raises(CheckpointError, match=r"in their order; moefy\.load\("):
         moefy.permute_adapter(tmp_path / "old", tmp_path / "out", tmp_path / "new")
+
+
+def test_nothing_is_written_where_it_is_read(folders, tmp_path):
+    lora_of(folders, "llama", tmp_path / "old")
+    out = folders("llama") / "out"
+    for place in (tmp_path / "old", tmp_path / "old" / "new", out, out / "new", tmp_path):
+        with pytest.raises(OutputError, match=r"which is read"):
+            moefy.permute_adapter(tmp_path / "old", out, place, overwrite=True)
+    assert {file.name for file in (tmp_path / "old").iterdir()} == {CONFIG, WEIGHTS, "README.md"}
