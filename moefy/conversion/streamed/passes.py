@@ -31,6 +31,7 @@ from moefy.conversion.layer import Fitted, LayerSample, domains_of, fit_layer
 from moefy.conversion.streamed.layerwise import LayerwiseModel
 from moefy.conversion.streamed.states import States, forward, inputs
 from moefy.conversion.task import UNROUNDED, Conversion, Reading
+from moefy.conversion.verification import AsRouted
 from moefy.data.corpus import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.evaluate import document_sums, figures_of, summarise
@@ -192,7 +193,8 @@ class FirstPass:
 
     def _running(self, name: str) -> Tensor:
         """The same as it runs."""
-        return self.layerwise.model.get_parameter(name).detach().cpu()
+        parameter: Tensor = self.layerwise.model.get_parameter(name).detach().cpu()
+        return parameter
 
     def _installed(self, site: Site, fitted: Fitted[LayerEntry], written: Checkpoint) -> SparseMlp:
         """Write the layer in expert order, and put its experts in the place of its MLP."""
@@ -296,6 +298,7 @@ class SecondPass:
         }
         self.dense, self.routed = (states(name, evaluated, 0) for name in ("dense", "routed"))
         model = self.layerwise.model
+        self.check = AsRouted(task, model)
         self.load, self.quality = FfnLoad(model), RouterQuality(model, evaluated)
         self.heads = HeadLoad(model)
         masks = [batch.mask() for batch in evaluated]
@@ -339,6 +342,8 @@ class SecondPass:
             states.write(index + 1, forward(self.layerwise, index, states))
         with all_experts(model):
             self.dense.write(index + 1, self._watched(index))
+        with self.check.checking():
+            self.layerwise.run(index, *next(self.routed.before(index)))
         self.routed.write(index + 1, self._heard(index))
 
     def _watched(self, index: int) -> Iterator[Tensor]:
