@@ -105,12 +105,17 @@ def _chosen(
 
 
 def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from moefy.conversion.plan import describe, plan
+    from moefy.data.corpus import load_corpus
+    from moefy.data.inputs import try_reading
     from moefy.models.checkpoint import Checkpoint
 
-    planned = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
+    checkpoint = Checkpoint.open_config(model)
+    planned = plan(checkpoint, recipe, corpus or "bundled", adapter=adapter)
+    notes = try_reading(checkpoint, planned.kind, load_corpus(corpus), recipe.context)
+    planned = replace(planned, notes=[*planned.notes, *notes])
     data = {
         key: value for key, value in asdict(planned).items() if key not in ("sites", "head_sites")
     }
@@ -428,6 +433,24 @@ def revert(model: Moefied, out: Out, overwrite: Overwrite = False) -> Shown:
 
     run(model, out, overwrite=overwrite)
     return Shown({"out": str(out)}, [f"wrote {out}: the tensors of the source, byte for byte"])
+
+
+@verb()
+def permute_adapter(
+    adapter: Annotated[Path, typer.Argument(help="LoRA adapter of the dense model.")],
+    model: Moefied,
+    out: Out,
+    overwrite: Overwrite = False,
+) -> Shown:
+    """Write a LoRA adapter of the dense model for the moefied one, where its neurons lie otherwise.
+
+    Example: moefy permute-adapter ./lora ./llama-moefied ./lora-moefied
+    """
+    from moefy.models.lora import permute_adapter as run
+
+    record = run(adapter, model, out, overwrite=overwrite)
+    moved = f"{record['moved']} of {record['tensors']} tensors have neurons and were moved"
+    return Shown(record, [f"wrote {out}: {moved}", *(f"note: {n}" for n in record["notes"])])
 
 
 @verb()

@@ -29,7 +29,8 @@ from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError, RecipeError
-from moefy.evaluation.outputs import Outputs, compared, cosine, judge, run_outputs
+from moefy.evaluation.evaluate import figures_of
+from moefy.evaluation.outputs import Figures, Outputs, judge, run_outputs
 from moefy.evaluation.routing import FfnLoad
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import load_dense, replace_module
@@ -181,7 +182,7 @@ class Comparison:
                 return run_outputs(model, batch)
 
         dense = self._dense()
-        judgement = judge(run, self._evaluation, dense, _figures)
+        judgement = judge(run, self._evaluation, dense, partial(_shown, figures_of(model)))
         found: dict[str, Any] = {
             name: mean for name in judgement.sums_Q if (mean := judgement.mean(name))
         }
@@ -241,13 +242,13 @@ class Comparison:
         return self._dense_outputs
 
 
-def _figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
+def _shown(of: Figures, dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
     """What recipes are compared by `[J]`."""
-    if sparse.targets_J is None:
-        return {"cosine": cosine(dense, sparse)}
-    figures = compared(dense, sparse)
-    increase = {"ce_increase": figures["ce"] - figures["ce_dense"]}
-    return {"kl": figures["kl"], **increase, "agreement": figures["agreement"]}
+    found = of(dense, sparse)
+    if "ce" not in found:
+        return found
+    increase = {"ce_increase": found["ce"] - found["ce_dense"]}
+    return {"kl": found["kl"], **increase, "agreement": found["agreement"]}
 
 
 @asked
@@ -293,11 +294,20 @@ def compare(
 
 def comparison_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a comparison of recipes, best first at every budget."""
-    header = ["budget", "recipe", "KL to dense", "CE increase", "cosine", "bits read", "computed"]
-    keys = ("kl", "ce_increase", "cosine", "bits_read", "active_compute")
+    header = [
+        "budget",
+        "recipe",
+        "KL to dense",
+        "CE increase",
+        "cosine",
+        "squared error",
+        "bits read",
+        "computed",
+    ]
+    keys = ("kl", "ce_increase", "cosine", "mse", "bits_read", "active_compute")
 
     def order(row: dict[str, Any]) -> tuple[float, bool, float]:
-        return row["budget"], "n/a" in row, row.get("kl", -row.get("cosine", 0.0))
+        return row["budget"], "n/a" in row, row.get("kl", row.get("mse", -row.get("cosine", 0.0)))
 
     rows = []
     for row in sorted(record["rows"], key=order):

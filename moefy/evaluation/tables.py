@@ -15,8 +15,9 @@ COLUMNS = {
     "agreement": "top-1",
     "accuracy": "top-1 right",
     "cosine": "cosine",
+    "mse": "squared error",
 }
-_WITH_INTERVAL = ("ce_increase", "kl", "cosine")
+_WITH_INTERVAL = ("ce_increase", "kl", "cosine", "mse")
 
 
 def domain_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -143,7 +144,8 @@ parameters {parameters:.3f}.{heads}
 """
 _FORM = {
     "full": "The weights are the source's, their neurons in expert order: plain `transformers` "
-    "loads this folder as the dense model.",
+    "loads this folder as the dense model. A LoRA adapter that was trained on the source is silently wrong "
+    "on it where it adapts MLPs: `moefy permute-adapter LORA FOLDER NEW` moves it first.",
     "trained": "The weights were trained after conversion (`moefy recover`): plain `transformers` loads "
     "this folder as a dense model, but not as the source.",
     "adapter": "This folder holds the side files only; the weights stay in the source.",
