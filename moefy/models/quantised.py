@@ -162,7 +162,8 @@ def _grouped(w_ND: Tensor, along: int) -> Tensor:
     if missing:
         last = w_ND.narrow(along, w_ND.shape[along] - 1, 1)
         w_ND = torch.cat([w_ND, last.repeat_interleave(missing, along)], along)
-    return w_ND.unflatten(along, (-1, GROUP))
+    groups: Tensor = w_ND.unflatten(along, (-1, GROUP))
+    return groups
 
 
 def _flat(groups: Tensor, along: int) -> Tensor:
