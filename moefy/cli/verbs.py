@@ -148,7 +148,13 @@ def eval_(
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.evaluation.folder import evaluate as evaluate_folder
-    from moefy.evaluation.tables import domain_rows, group_lines, group_rows, layer_rows
+    from moefy.evaluation.tables import (
+        domain_rows,
+        group_lines,
+        group_rows,
+        layer_rows,
+        sample_lines,
+    )
     from moefy.run.tables import terminal
 
     record = evaluate_folder(
@@ -156,7 +162,7 @@ def eval_(
         quiet=quiet,
     )  # fmt: skip
     write(record, out, "evaluation.json")
-    view: list[Any] = [terminal(*domain_rows(record))]
+    view: list[Any] = [terminal(*domain_rows(record)), *sample_lines(record)]
     if "active_budget" not in record:
         return Shown(record, view)
     view.append(_budgets(record))

@@ -65,6 +65,16 @@ def group_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def sample_lines(record: dict[str, Any]) -> list[str]:
+    """What the documents are too few for, a line each."""
+    lines, alone = [], [n for n, row in record["domains"].items() if row["documents"] == 1]
+    if record.get("domains_left_out"):
+        lines.append(f"no document of: {', '.join(record['domains_left_out'])}")
+    if alone:
+        lines.append(f"no interval over one document: {', '.join(alone)}")
+    return lines
+
+
 def group_lines(record: dict[str, Any]) -> list[str]:
     """The other figures that a mean hides, a line each."""
     lines, total = [], record["total"]
