@@ -244,6 +244,7 @@ class _Stepping:
         """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
         accelerator = self.accelerator
         sums: dict[str, Tensor] = {}
+        assert self.recipe.micro_tokens is not None  # `for_this_machine` has said
         batches = make_batches(documents, tokens=self.recipe.micro_tokens)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)

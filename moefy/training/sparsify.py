@@ -42,10 +42,11 @@ from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
 from moefy.run.computing import asked, machine
 from moefy.run.job import Job
+from moefy.run.memory import map_large_blocks
 from moefy.run.processes import launched
 from moefy.training.curves import keep_log, stopped
 from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts, train_dense
-from moefy.training.recipe import SparsifyRecipe
+from moefy.training.recipe import SparsifyRecipe, for_this_machine
 
 
 @asked
@@ -71,7 +72,8 @@ def sparsify(
     Returns the record of the run, which is also in `out/sparsify.json`. Raises `MoefyError` for
     anything that is the user's to mend; `out` then is as it was.
     """
-    recipe = recipe or SparsifyRecipe()
+    map_large_blocks()
+    recipe = for_this_machine(recipe or SparsifyRecipe())
     job = Job(
         "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
         reads=[model],
