@@ -89,6 +89,8 @@ class Learning:
     """While it lasts the model's own weights are those that have been learned."""
     teacher: Teacher
     """The dense model, inside the one that learns."""
+    adapted: list[nn.Parameter]
+    """What adapters are added to."""
 
 
 @contextmanager
@@ -99,6 +101,7 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
     model.requires_grad_(False)
     low_rank = [part for part in recipe.parts if recipe.rank and part in THROUGH_ADAPTERS]
     whole = [p for part in recipe.parts if part not in low_rank for p in found[part]]
+    adapted = [p for part in low_rank for p in found[part]]
     groups = scaled_groups(whole, recipe.learning_rate)
     wrapped: Any = model
     merged: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -107,7 +110,6 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             wrapped = _adapters(model, low_rank, recipe.rank)
-        adapted = [p for part in low_rank for p in found[part]]
         merged, without = partial(_merged, wrapped, adapted), wrapped.disable_adapter
         rate = recipe.learning_rate * ADAPTER_RATE
         new = [p for n, p in wrapped.named_parameters() if "lora_" in n]
@@ -123,7 +125,7 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
     own = {id(p) for part in ("routers", "compensations") for p in found[part]}
     teacher = DenseSelf(model, [p for p in whole if id(p) not in own], without)
     try:
-        yield Learning(wrapped, groups, merged, teacher)
+        yield Learning(wrapped, groups, merged, teacher, adapted)
     finally:
         if low_rank:
             wrapped.merge_and_unload()
@@ -224,12 +226,16 @@ class RecoveryCheck:
         batches: list[Batch],
         recipe: Recipe,
         weight: float,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.batches, self.recipe, self.weight = model, batches, recipe, weight
-        self.want = [teacher(batch) for batch in batches]
+        self.precision = precision
+        """What passes run in: autocast, where training does."""
+        with precision():
+            self.want = [teacher(batch) for batch in batches]
         self.active: dict[int, float] = {}
         self.merged: Callable[[], AbstractContextManager[None]] = nullcontext
-        """While it lasts the model has the weights that have been learned (`parts.Learning`)."""
+        """While it lasts the model has the weights that have been learned (`Learning`)."""
         self.effective: list[float] = []
         """Effective experts of every layer before training."""
 
@@ -251,7 +257,7 @@ class RecoveryCheck:
 
     def __call__(self) -> dict[str, Any]:
         """Held-out KL, cross-entropy and loss; density, dead and effective experts, collapsed layers."""
-        with self.merged():
+        with self.merged(), self.precision():
             return self._figures()
 
     @torch.no_grad()

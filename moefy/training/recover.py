@@ -8,6 +8,8 @@ straight-through sigmoid. docs/training.md says what to expect.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
 from moefy.experts.routed import Routed
 from moefy.experts.saving import save
+from moefy.experts.sparse_mlp import use_backend
 from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
@@ -35,7 +38,7 @@ from moefy.run.job import Job
 from moefy.run.memory import map_large_blocks, peak_memory
 from moefy.run.processes import launched
 from moefy.training.curves import keep_log, stopped
-from moefy.training.learning import RecoveryCheck, in_training, towards, trained
+from moefy.training.learning import Learning, RecoveryCheck, in_training, towards, trained
 from moefy.training.loop import (
     Diverged,
     Outcome,
@@ -48,7 +51,7 @@ from moefy.training.loop import (
     train_dense,
 )
 from moefy.training.recipe import RecoverRecipe, for_this_machine
-from moefy.training.teacher import another
+from moefy.training.teacher import another, sixteen_bits
 
 
 @asked
@@ -213,9 +216,11 @@ class _Recovery:
                 "routers cannot learn; name the other parts with --train"
             )
         in_training(student, recipe.gradient_checkpointing)
-        with trained(student, recipe) as learning:
+        with self._learning(student) as (learning, precision):
             teacher = learning.teacher if dense is None else another(dense)
-            check = RecoveryCheck(student, teacher, self.texts.held, self.converted, recipe.distil)
+            check = RecoveryCheck(
+                student, teacher, self.texts.held, self.converted, recipe.distil, precision
+            )
             check.merged = learning.merged
             accelerator.register_for_checkpointing(check)
             for module in modules:
@@ -230,6 +235,19 @@ class _Recovery:
         self._warn(outcome.after.get("collapsed_layers", []))
         accelerator.free_memory()
         return outcome
+
+    @contextmanager
+    def _learning(
+        self, student: PreTrainedModel
+    ) -> Iterator[tuple[Learning, Callable[[], AbstractContextManager[Any]]]]:
+        """The model as it learns, and what its passes run in."""
+        with trained(student, self.recipe) as learning:
+            if self.recipe.precision == "fp32":
+                yield learning, nullcontext
+                return
+            use_backend(student, "masked")  # others ask for one dtype of weights and inputs
+            with sixteen_bits(student, learning.adapted):
+                yield learning, self.accelerator.autocast
 
     def _warn(self, collapsed: list[int]) -> None:
         if collapsed:

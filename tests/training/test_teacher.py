@@ -1,6 +1,7 @@
 """The teacher inside the student, and a loss that is made in pieces: both against the plain definition."""
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from moefy.experts.routed import Routed
 from moefy.models.checkpoint import Checkpoint
 from moefy.training.learning import in_training, towards, trained
 from moefy.training.recipe import RecoverRecipe
-from moefy.training.teacher import another
+from moefy.training.teacher import another, sixteen_bits
 
 EVERYTHING = "experts,routers,compensations,norms,projections,embeddings"
 
@@ -131,3 +132,40 @@ def test_a_dense_model_of_its_own_teaches_alike(
         inside, beside = learning.teacher(batch), another(dense)(batch)
     assert torch.allclose(inside.rows_JD, beside.rows_JD, atol=1e-10)
     assert not beside.keeps_gradient
+
+
+@pytest.mark.parametrize("train", ["routers,compensations", EVERYTHING, "lora"])
+def test_sixteen_bits_have_nearly_the_gradient_of_thirty_two(
+    train: str, moefied: Path, batch: Batch
+) -> None:
+    """After a step away from the dense model, which teaches through the same parameters."""
+    student = moefy.load(moefied, dtype=torch.float32)
+    in_training(student, checkpointing=False)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.copy_(p.bfloat16())
+    found: dict[str, dict[str, Tensor]] = {}
+    with trained(student, RecoverRecipe(train=train)) as learning, torch.enable_grad():
+        g = torch.Generator().manual_seed(1)
+        for group in learning.groups:
+            for p in group["params"]:
+                p.data += 0.1 * p.data.std(correction=0) * torch.randn(p.shape, generator=g)
+        for name in ("fp32", "bf16"):
+            half = name == "bf16"
+            with ExitStack() as stack:
+                if half:
+                    stack.enter_context(sixteen_bits(student, learning.adapted))
+                    narrow = {p.dtype for p in student.parameters()}
+                    assert (torch.bfloat16 in narrow) == (train != EVERYTHING)
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    figures = towards(student, learning.teacher, 1.0)(learning.wrapped, batch)
+                figures["loss"].backward()
+            found[name] = {
+                n: p.grad for n, p in learning.wrapped.named_parameters() if p.grad is not None
+            }
+            learning.wrapped.zero_grad(set_to_none=True)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert found["fp32"].keys() == found["bf16"].keys()
+    want, got = (torch.cat([v.flatten() for v in found[n].values()]) for n in ("fp32", "bf16"))
+    # 8 bits of mantissa through two layers, and a threshold falls the other way for a few
+    assert (got - want).norm() < 0.2 * want.norm()
