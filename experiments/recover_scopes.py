@@ -74,7 +74,7 @@ def run(folder: Path, recipe: RecoverRecipe, documents: int) -> dict[str, Any]:
             )
             steps.outcome.before = first
             seconds, losses = 0.0, []
-            drawn = sampler(texts.train, recipe.batch_tokens, recipe.seed)
+            drawn = sampler(texts.train, recipe.step_tokens, recipe.seed)
             began_cpu = time.process_time()
             for _ in range(recipe.steps):
                 began = time.perf_counter()

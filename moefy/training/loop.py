@@ -125,7 +125,7 @@ def fine_tune(
         outcome.before = outcome.after = check()
         store.save()
     log = Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
-    drawn = sampler(samples, recipe.batch_tokens, recipe.seed, least=accelerator.num_processes)
+    drawn = sampler(samples, recipe.step_tokens, recipe.seed, least=accelerator.num_processes)
     began, first = time.perf_counter(), outcome.steps
     with report.progress(recipe.steps, what, first) as progress:
         for documents in islice(drawn, outcome.steps, recipe.steps):
@@ -283,10 +283,10 @@ def read_texts(
     read = read_batches(source, kind, texts["training"], recipe.context)
     samples = [sample for batch in read for sample in batch.samples]
     tokens = sum(map(sample_length, samples))
-    if tokens < recipe.batch_tokens:
+    if tokens < recipe.step_tokens:
         raise CorpusError(
             f"corpus {text.name}: {tokens} tokens to train on, one step takes "
-            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
+            f"{recipe.step_tokens}; give more text or a smaller batch_tokens"
         )
     evaluated = texts["evaluation"].take(EVALUATED_DOCUMENTS)
     return TrainingTexts(

@@ -35,8 +35,9 @@ class TrainingRecipe:
 
     tokens: int | None = None
     """Predicted tokens that are trained on, in all; None takes `TOKENS` of the machine."""
-    batch_tokens: int = 4096
-    """Tokens of one optimiser step, over all processes."""
+    batch_tokens: int | None = None
+    """Tokens of one optimiser step, over all processes; None takes 1024 on a CPU, so that few tokens make
+    many steps, and 4096 on a GPU."""
     micro_tokens: int | None = None
     """Most positions of one forward and backward pass; gradients of several are accumulated. None takes
     512 on a CPU, where memory is short and nothing is gained by more, and 4096 on a GPU."""
@@ -69,7 +70,13 @@ class TrainingRecipe:
     def steps(self) -> int:
         """Optimiser steps, of a recipe that says how many tokens."""
         assert self.tokens is not None
-        return -(-self.tokens // self.batch_tokens)
+        return -(-self.tokens // self.step_tokens)
+
+    @property
+    def step_tokens(self) -> int:
+        """`batch_tokens` of a recipe that says it."""
+        assert self.batch_tokens is not None
+        return self.batch_tokens
 
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -88,6 +95,7 @@ def for_this_machine(recipe: R) -> R:
     return replace(
         recipe,
         tokens=recipe.tokens or TOKENS[kind],
+        batch_tokens=recipe.batch_tokens or (4096 if gpu else 1024),
         micro_tokens=recipe.micro_tokens or (4096 if gpu else 512),
         precision=precision,
     )
@@ -104,7 +112,7 @@ class RecoverRecipe(TrainingRecipe):
     lora_rank: int = 0
     """Train experts and projections through adapters of this rank (LoRA), which are merged at the end; 0
     trains the weights themselves."""
-    distil: float = 0.5
+    distil: float = 1.0
     """Weight of KL(dense || moefied) in the loss; cross-entropy on the text has the rest."""
 
     def __post_init__(self) -> None:

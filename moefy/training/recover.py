@@ -148,7 +148,7 @@ class _Recovery:
         job, recipe, accelerator = self.job, self.recipe, self.accelerator
         job.report.say(
             f"{self.folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, "
-            f"{recipe.steps} steps of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
+            f"{recipe.steps} steps of {recipe.step_tokens}, in {accelerator.num_processes} process(es)"
         )
         before, outcome = self._trained()
         controlled = self._control() if control else None

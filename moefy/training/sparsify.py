@@ -127,7 +127,7 @@ class _Sparsifying:
         job, recipe, state = self.job, self.recipe, PartialState()
         job.report.say(
             f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
-            f"{recipe.weight:g}, {recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
+            f"{recipe.weight:g}, {recipe.tokens} tokens, {recipe.steps} steps of {recipe.step_tokens}"
         )
         plain = load_dense(self.source, dtype=torch.float32)
         nn.Module.to(plain, state.device)
