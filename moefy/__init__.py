@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moefy.methods.base import Compensation as Compensation
     from moefy.methods.base import Router as Router
     from moefy.methods.base import Selection as Selection
+    from moefy.models.lora import permute_adapter as permute_adapter
     from moefy.models.reorder import revert as revert
     from moefy.recipe import Recipe as Recipe
     from moefy.training.recipe import RecoverRecipe as RecoverRecipe
@@ -58,6 +59,7 @@ _HOME = {
     "MoefyError": "moefy.errors",
     "native_linears": "moefy.experts.backends.cpu",
     "open_model": "moefy.experts.loading",
+    "permute_adapter": "moefy.models.lora",
     "prune": "moefy.inspection.removal.prune",
     "recover": "moefy.training.recover",
     "Recipe": "moefy.recipe",

@@ -103,7 +103,9 @@ class SelectionRecipe:
     """Hard cap of selections that vary: experts of one token over their mean number, at least 1."""
 
     def __post_init__(self) -> None:
-        """Refuse a cap below the mean."""
+        """Refuse a cap below the mean, and layers in which no expert is chosen."""
+        if self.k is not None and self.k < 1:
+            raise RecipeError(f"selection.k: got {self.k}, must be at least 1")
         if self.most is not None and self.most < 1:
             raise RecipeError(f"selection.most: got {self.most}, must be at least 1")
 

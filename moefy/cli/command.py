@@ -12,7 +12,7 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 
 import moefy
 from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError
-from moefy.run.folder import refuse_inside
+from moefy.run.folder import refuse_inside, refuse_stranger, write_whole
 
 app = typer.Typer(
     help="Turn the MLPs of a trained transformer into experts.",
@@ -67,9 +67,13 @@ EXTRA = {
     "debug": Annotated[bool, typer.Option("--debug", help="Traceback of errors.")],
 }
 READERS = {
-    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "prune", "recover", "revert",
+    "bench", "calibrate", "diff", "eval", "export", "generate", "inspect", "permute_adapter", "prune",
+    "recover", "revert",
 }  # fmt: skip
 """Verbs that read folders which moefy convert wrote."""
+_BASED = READERS - {"permute_adapter", "recover", "revert"}
+"""Of these, verbs that take the adapter form, whose weights lie somewhere else."""
+BASE = "Folder of the dense model, for an adapter whose base has moved."
 _WRITE = "choose a place that may be read and written"
 _ROOM = "free some room and run again"
 _REMEDIES = {
@@ -89,9 +93,11 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
     def register(run: Callable[..., Shown]) -> None:
         signature = inspect.signature(run, eval_str=True)
         takes = signature.parameters.keys()
-        extra = dict(EXTRA)
+        extra, name = dict(EXTRA), run.__name__.rstrip("_").replace("_", "-")
         if run.__name__.rstrip("_") in READERS:
             extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
+        if run.__name__.rstrip("_") in _BASED:
+            extra["moved_base"] = Annotated[Path | None, typer.Option("--base", help=BASE)]
 
         @functools.wraps(run)
         def command(
@@ -100,6 +106,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             verbose: bool,
             debug: bool,
             plugins: bool = False,
+            moved_base: Path | None = None,
             **arguments: Any,
         ) -> None:
             common = {"quiet": quiet, "verbose": verbose}
@@ -108,15 +115,17 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             _hush(verbose)
             _say_anything()
             with _errors(debug=debug, resumes="resume" in takes):
-                check_paths(arguments, overwrite=_overwrites(arguments))
-                with _computing(asked), _plugins() if plugins else nullcontext():
+                paths = arguments | {"moved_base": moved_base}
+                check_paths(paths, overwrite=_overwrites(arguments))
+                check_results(arguments.get("out"), RESULTS.get(name, ()))
+                with _computing(asked), _plugins(plugins), _based(moved_base, arguments):
                     shown = run(**arguments)
             _show(shown, as_json)
             if shown.error is not None:
                 _fail(shown.error, debug)
 
         command.__dict__["__signature__"] = _with_options(signature, runs, extra)
-        app.command(run.__name__.rstrip("_"), cls=_Verb)(command)
+        app.command(name, cls=_Verb)(command)
 
     return register
 
@@ -127,7 +136,7 @@ def _with_options(
     """The signature of a verb with the options that it shares with others."""
     own = [p for p in signature.parameters.values() if p.name not in ("quiet", "verbose")]
     added = [_option(name, RUNS[name], None) for name in runs]
-    added += [_option(name, kind, False) for name, kind in extra.items()]
+    added += [_option(n, kind, None if n == "moved_base" else False) for n, kind in extra.items()]
     return signature.replace(parameters=[*own, *added], return_annotation=None)
 
 
@@ -186,10 +195,27 @@ def _main(
     """Turn the MLPs of a trained transformer into experts."""
 
 
-def _plugins() -> AbstractContextManager[None]:
+def _plugins(allowed: bool) -> AbstractContextManager[None]:
+    if not allowed:
+        return nullcontext()
     from moefy.models.artefact import allow_plugins
 
     return allow_plugins()
+
+
+def _based(base: Path | None, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Raise `MoefyError` where no model that is named has its weights somewhere else."""
+    if base is None:
+        return nullcontext()
+    from moefy.models.artefact import ADAPTER, base_at, is_artefact, read_artefact
+
+    named = [
+        arguments[name] for name in ("model", "base", "other", "against") if arguments.get(name)
+    ]
+    for folder in named:
+        if is_artefact(folder) and read_artefact(folder, verify=False).form == ADAPTER:
+            return base_at(base)
+    raise MoefyError(f"--base {base}: no model here is an adapter on a base; leave --base out")
 
 
 def _show(shown: Shown, as_json: bool) -> None:
@@ -235,8 +261,9 @@ def write(record: dict[str, Any], out: Path | None, name: str) -> None:
     """Where `-o` says: FILE.json, or the file `name` in a folder."""
     file = file_of(out, name)
     if file is not None:
+        refuse_stranger(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(record, indent=1) + "\n")
 
 
 def settings_of(pairs: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -311,9 +338,9 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
     `overwrite` is None for a verb that does not ask. What may be a Hub id is looked for later.
     """
     out = arguments.get("out")
-    for name in ("model", "base", "other", "against"):
+    for name in ("model", "base", "other", "against", "adapter", "moved_base"):
         model = arguments.get(name)
-        if model is None:
+        if not isinstance(model, str | Path):  # none, or convert's flag of that name
             continue
         if Path(model).exists():
             if out is not None:
@@ -325,6 +352,28 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
             raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id")
     if overwrite is False and out is not None and out.exists():
         raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
+
+
+RESULTS = {
+    "eval": ("evaluation.json",),
+    "compare": ("comparison.json",),
+    "bench": ("speed.json",),
+    "calibrate": ("calibration.json",),
+    "inspect": ("inspection.json", "report.html"),
+    "diff": ("inspection.json", "report.html"),
+}
+"""What verbs with `-o` write into a folder."""
+
+
+def check_results(out: Path | None, names: Sequence[str]) -> None:
+    """Raise `OutputError` for what lies where `-o` puts results and is no result, before hours of work."""
+    if out is None or not names:
+        return
+    if out.is_file() and not is_file(out):
+        raise OutputError(f"{out}: is a file; give a folder, or a name that ends in .json")
+    for file in {file_of(out, name) for name in names}:
+        assert file is not None
+        refuse_stranger(file)
 
 
 def file_of(out: Path | None, name: str) -> Path | None:

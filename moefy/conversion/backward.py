@@ -37,7 +37,7 @@ from moefy.evaluation.outputs import (
     BACKWARD_TOKENS,
     Outputs,
     distance,
-    judged_positions,
+    judged_count,
     run_outputs,
 )
 from moefy.experts.passes import walk
@@ -77,22 +77,15 @@ def distil_model(
 
     def of_step(group: list[Sample]) -> Iterator[Tensor]:
         batches = make_batches(group, tokens=BACKWARD_TOKENS)
-        total = sum(_count(batch) for batch in batches)
+        total = sum(judged_count(model, batch) for batch in batches)
         # The largest first: its memory serves the others.
         for batch in reversed(batches):
             with torch.no_grad(), all_experts(model):
                 dense = run_outputs(model, batch)
-            yield distance(dense, run_outputs(model, batch)) * (_count(batch) / total)
+            yield distance(dense, run_outputs(model, batch)) * (judged_count(model, batch) / total)
 
     steps = (of_step(group) for group in sampler(samples, recipe.tokens, seed))
     return _train(model, modules, steps, recipe, report)
-
-
-def _count(batch: Batch) -> int:
-    """Judged positions of a batch."""
-    if "pixel_values" in batch.inputs:
-        return len(batch.samples)
-    return int(judged_positions(batch).sum())
 
 
 def distil_layer(

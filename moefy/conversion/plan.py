@@ -19,6 +19,7 @@ from moefy.methods.routers.gates import FLAT, LargestInputsRouter
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models import refusals
+from moefy.models.answers import Answer, answer_of
 from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
@@ -34,6 +35,8 @@ class Plan:
     source: str
     model_class: str
     kind: str
+    answer: Answer
+    """By what the result is judged."""
     sites: list[Site]
     layers: list[LayerEntry]
     k: list[int]
@@ -79,6 +82,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         source=str(checkpoint.folder),
         model_class=type(model).__name__,
         kind=mlps[0].family.kind,
+        answer=answer_of(model),
         sites=mlps,
         layers=[entry for entry, _ in layers],
         k=[k for _, k in layers],
@@ -139,6 +143,7 @@ def _model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, list[Site]]:
     folder, tensors = checkpoint.folder, checkpoint.tensors if checkpoint.has_weights else {}
     model = meta_model(read_config(checkpoint))
     found = sites(model)
+    refusals.refuse_pooling(model, checkpoint.folder)
     refusals.refuse_outputs(model, [site.layer for site in found])
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
     ours = {name for site in found for name in site.parameters}
@@ -172,6 +177,7 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
             + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
             *_describe_heads(todo, recipe),
+            *([] if todo.answer.form == "next" else [f"judged by {todo.answer.describe()}"]),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
             f"needs {(todo.weights + todo.other) / 1e9:.2f} GB of disk for the result and some for its tokens, "

@@ -83,6 +83,8 @@ class Sample:
     """Token to predict at each position, `IGNORED` if there is none."""
     bytes: int
     """UTF-8 bytes of the predicted tokens; 0 where the document has no text."""
+    pad: int = 0
+    """Token that fills up ids behind it."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +382,8 @@ def _pad(samples: list[Sample]) -> Batch:
     inputs = {}
     for name, first in samples[0].inputs.items():
         rows = [sample.inputs[name] for sample in samples]
-        inputs[name] = torch.stack(rows) if first.ndim > 1 else _stack(rows, 0)
+        fill = samples[0].pad if name.endswith("input_ids") else 0
+        inputs[name] = torch.stack(rows) if first.ndim > 1 else _stack(rows, fill)
     if samples[0].targets_T is None:
         return Batch(samples, inputs, None)
     targets = _stack([s.targets_T for s in samples if s.targets_T is not None], IGNORED)

@@ -1,6 +1,7 @@
 """From a checkpoint folder and a corpus to the batches its model can run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from transformers import AutoTokenizer
 
 from moefy.data.corpus import Batch, Corpus, Sample, make_batches
 from moefy.errors import CheckpointError, CorpusError
+from moefy.models.answers import answer_of_class
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
-from moefy.models.locate import meta_model
+from moefy.models.locate import meta_model, model_class
 from moefy.models.refusals import refuse_pointer
+from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
 _TOKENIZER_FILES = (
@@ -32,6 +35,7 @@ _FIXED_SIZE = ("vit", "deit")
 """Types of models that take images of one size alone."""
 
 
+@checked
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, or None where it has none.
 
@@ -106,6 +110,7 @@ def read_batches(
         reader = load_processor(checkpoint.folder)
     everything = corpus.take(len(corpus.documents))
     samples = everything.samples(reader, kind, min(context, _positions(config, kind)))
+    samples = [_for_class(config, sample) for sample in samples]
     if limit is not None:
         size, count = 0, 0
         while count < len(samples) and size < limit:
@@ -121,6 +126,46 @@ def read_batches(
         _require_known(samples, vocabulary, reader, corpus.name)
     # Logits are the largest thing in memory: about half a gigabyte of them at a time.
     return make_batches(samples, tokens=min(4096, max(512, 2**27 // vocabulary)))
+
+
+TRIED = 8
+"""Documents that a plan reads."""
+
+
+def try_reading(checkpoint: Checkpoint, kind: str, corpus: Corpus, context: int) -> list[str]:
+    """Read a few documents as a run would; returns what a plan should say of it.
+
+    Raises what `read_batches` raises, but for a folder that holds no tokenizer or a corpus without images,
+    which a plan can do without.
+    """
+    few = corpus.take(TRIED)
+    if kind == "image":
+        if all(document.image is None for document in few.documents):
+            return [
+                f"note: the model reads images, and corpus {corpus.name} has none; give --corpus"
+            ]
+        read_batches(checkpoint, kind, few, context)
+        return []
+    reader = load_tokenizer(checkpoint.folder) if any(doc.text for doc in few.documents) else None
+    if reader is None and any(doc.text for doc in few.documents):
+        return ["note: the folder has no tokenizer; a corpus has to be given as token ids"]
+    read_batches(checkpoint, kind, few, context)
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None) or 0
+    if reader is None or len(reader) <= known:
+        return []
+    return [
+        f"note: the tokenizer has {len(reader)} tokens, the model knows {known}; a text with one of the "
+        "others is refused"
+    ]
+
+
+def _for_class(config: Any, sample: Sample) -> Sample:
+    """A sample as the class of the model takes it: without targets where it predicts no next token,
+    padded by its own padding token where that says which token is a text's last."""
+    answer = answer_of_class(model_class(config), config)
+    pad = getattr(config.get_text_config(), "pad_token_id", None) if answer.pooled else None
+    targets_T = sample.targets_T if answer.form == "next" else None
+    return replace(sample, targets_T=targets_T, pad=pad or 0)
 
 
 def _require_known(samples: list[Sample], vocabulary: int, tokenizer: Any, corpus: str) -> None:

@@ -3,8 +3,9 @@
     record = evaluate(model, batches)
 
 Language models: cross-entropy (nats/token), bits/byte, KL(dense || sparse) mean and tail
-(nats/token), top-1 agreement. Encoders: cosine of the last hidden states, token by token. Images:
-KL and agreement of the class scores, one image a document. Every mean comes per domain with a 95 %
+(nats/token), top-1 agreement. Encoders and models without a head: cosine of the last hidden states, token
+by token. Labels of tokens, documents or images, and where an answer starts and ends: KL and agreement.
+Regressors: squared error. Every mean comes per domain with a 95 %
 bootstrap interval over sources, or over documents where a domain has fewer than 20 sources
 ("single-source" then). Selection is always applied, and padding never counts.
 
@@ -45,20 +46,23 @@ from moefy.evaluation.groups import (
     tail,
 )
 from moefy.evaluation.outputs import (
+    Figures,
     Judged,
     Outputs,
     compared,
     cosine,
     judged,
-    outputs_of,
     predictions,
     run_outputs,
+    squared_error,
+    states_of,
 )
 from moefy.evaluation.routing import FfnLoad, HeadLoad, RouterQuality
 from moefy.evaluation.statistics import ratios, unit_words, units_of
 from moefy.experts.moefied import of
-from moefy.experts.passes import inputs_of, observing, short_logits
+from moefy.experts.passes import observing
 from moefy.experts.sparse_mlp import all_experts
+from moefy.models.answers import answer_of
 from moefy.models.locate import sites
 from moefy.run.computing import machine
 from moefy.run.console import Reporter
@@ -105,7 +109,7 @@ def evaluate(
         with observing(model, batch, load, quality, heads=heads):
             return _outputs(model, batch)
 
-    every = judged(sparse, report.track(batches, "evaluate"), dense, figures)
+    every = judged(sparse, report.track(batches, "evaluate"), dense, figures_of(model))
     documents, kl = document_sums(every, sinks_BT, bigram)
     record = summarise(documents, kl, load, quality, heads, seed)
     if against is not None:
@@ -161,6 +165,7 @@ def summarise(
         "tokens": int(sum(doc.sums[ALL]["tokens"] for doc in documents)),
         "first_token": "included",
         "ffn_density": load.density(),
+        "bits_read": load.bits_read(),
         "active_budget": load.active_budget(),
         "active_compute": load.active_compute(),
         "active_parameters": load.active_parameters(),
@@ -185,8 +190,8 @@ def _dense(model: PreTrainedModel, against: PreTrainedModel | None) -> AbstractC
 def _sinks(
     model: PreTrainedModel, against: PreTrainedModel | None, batch: Batch
 ) -> AbstractContextManager[Sinks | None]:
-    """Find sinks in the dense pass; images have none to look for."""
-    if batch.mask() is None:
+    """Find sinks in the dense pass; images, and outputs of whole documents, have none to look for."""
+    if batch.mask() is None or answer_of(model).pooled:
         return nullcontext()
     if against is not None:
         return finding_sinks(against, sites(against), batch)
@@ -195,21 +200,18 @@ def _sinks(
 
 def _outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """What a batch is compared by, from one pass: whoever listens hears every token once."""
-    if batch.targets_BT is not None or "pixel_values" in batch.inputs:
-        return run_outputs(model, batch)
-    with short_logits(model):
-        result = model(**inputs_of(model, batch), output_hidden_states=True)
-    hidden = getattr(result, "last_hidden_state", None)
-    return outputs_of(
-        batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden)
-    )
+    masked = answer_of(model).form == "masked"
+    return states_of(model, batch) if masked else run_outputs(model, batch)
 
 
-def figures(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
-    """What an evaluation measures `[J]`."""
-    if sparse.classes:
-        return compared(dense, sparse)
-    return {"cosine": cosine(dense, sparse)}
+def figures_of(model: PreTrainedModel) -> Figures:
+    """What an evaluation of this model measures `[J]`."""
+    answer = answer_of(model)
+    if answer.classes:
+        return compared
+    if answer.form == "values":
+        return lambda dense, sparse: {"mse": squared_error(dense, sparse)}
+    return lambda dense, sparse: {"cosine": cosine(dense, sparse)}
 
 
 def document_sums(

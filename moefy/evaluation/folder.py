@@ -92,6 +92,7 @@ def _evaluate_moefied(
     )
     return {
         **record,
+        "domains_left_out": _left_out(texts.evaluated, record),
         "bigram": record.get("bigram", {}) | of_bigram,
         "overlap": evaluated.overlap(texts.not_evaluated),
         "overlap_with": texts.compared,
@@ -101,6 +102,11 @@ def _evaluate_moefied(
         "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,
     }
+
+
+def _left_out(corpus: Corpus, record: dict[str, Any]) -> list[str]:
+    """Domains of which no document was evaluated: too few were asked for, or theirs are too short."""
+    return sorted(set(corpus.domains) - set(record["domains"]))
 
 
 def _bigram(
@@ -128,8 +134,10 @@ def _evaluate_dense(
         raise UnsupportedModel(
             f"{where}: a dense {type(model).__name__}, which predicts no tokens; there is nothing to measure"
         )
+    record = evaluate_dense(model, batches, report=Reporter(quiet=quiet), seed=seed)
     return {
-        **evaluate_dense(model, batches, report=Reporter(quiet=quiet), seed=seed),
+        **record,
+        "domains_left_out": _left_out(text, record),
         "model": str(where),
         "peak_memory": peak_memory(),
         "corpus": {"name": text.name, "sha256": text.sha256},

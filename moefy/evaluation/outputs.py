@@ -9,15 +9,14 @@ memory than many a model. A pass therefore keeps its last hidden states; logits 
 `LOGITS_BYTES`, and with a gradient made again in the backward pass (`moefy.experts.passes`). In every pass they
 are compared with logits that the model makes at once; where they differ, it is left to make them all.
 
-Judged are the positions that predict a token; without targets all tokens, or images. Models without
-logits are compared by their last hidden states.
+Judged are the positions that predict a token; without targets all tokens, or whole documents and images
+where the model has one output for each. What a model puts out its class says (`moefy.models.answers`).
 
-Shapes: Q documents in the order of the batches, B of one batch, T positions, J judged positions, C of a
-chunk, V vocabulary or classes, D width.
+Shapes: Q documents in the order of the batches, B of one batch, T positions, P outputs of a document
+(positions, or fewer), J judged ones, C of a chunk, V vocabulary or classes, D width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from moefy.data.corpus import IGNORED, Batch
-from moefy.experts.passes import SHOWN, Head, Trunk, inputs_of, short_logits
+from moefy.experts.passes import SHOWN, Head, inputs_of, short_logits
 from moefy.experts.routed import say_once
+from moefy.models.answers import answer_of
 
 LOGITS_BYTES = 2**24
 """Memory of one chunk's logits in fp32; a comparison takes several times as much."""
@@ -60,7 +60,7 @@ class Outputs:
     classes: bool
     """Whether the numbers are log-probabilities of tokens or classes, but for a constant."""
     is_logits: bool
-    """Whether they are logits at all."""
+    """Whether they are logits of the vocabulary."""
     keeps_gradient: bool = False
     """Whether logits carry a gradient, where gradients are taken."""
 
@@ -90,13 +90,25 @@ class Outputs:
         return replace(self, rows_JD=self.rows_JD.detach(), keeps_gradient=False)
 
 
-def values_of(result: Any) -> Tensor:
-    """What a forward pass is compared by: logits `[B, T, V]`, or last hidden states `[B, T, D]`.
+ABSENT = -1e4
+"""Logit of a position that a document does not have: its probability is zero in any precision."""
 
-    Class scores `[B, V]` come as `[B, 1, V]`.
+
+def values_of(model: PreTrainedModel, result: Any, mask_BT: Tensor | None = None) -> Tensor:
+    """What a forward pass is compared by `[B, P, V]`, by the class of the model.
+
+    Logits or hidden states of all positions; labels or values of a document, P = 1, or two labels (there or
+    not) for each of P; distributions over its V = T positions, P = 2, of where an answer starts and ends.
     """
-    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    return value if value.ndim == 3 else value[:, None]
+    answer = answer_of(model)
+    value: Tensor = result[answer.field]
+    if answer.form == "spans":
+        value = torch.stack([value, result["end_logits"]], 1)
+        absent_BT = torch.zeros_like(value[:, 0]) if mask_BT is None else ~mask_BT.to(value.device)
+        return value.masked_fill(absent_BT[:, None].bool(), ABSENT)
+    if answer.binary:
+        return torch.stack([torch.zeros_like(value), value], -1)
+    return value[:, None] if answer.pooled else value
 
 
 def judged_positions(batch: Batch, shape: torch.Size | None = None) -> Tensor:
@@ -121,11 +133,10 @@ def run_outputs(
 ) -> Outputs:
     """Run a batch; `through` is `model` as it may be wrapped, `keep_BT` other positions to judge,
     `device` where the inputs are to be if not with the weights."""
-    inputs = inputs_of(model, batch, device)
-    images = "pixel_values" in inputs
-    with nullcontext(Trunk()) if images else short_logits(model) as trunk:
+    inputs, answer = inputs_of(model, batch, device), answer_of(model)
+    with short_logits(model) as trunk:
         result: Any = (through or model)(**inputs)
-    found, head = values_of(result), None
+    found, head = values_of(model, result, batch.mask()), None
     if trunk.hidden is not None:
         head = Head(model, inputs, trunk.last, trunk.given)
         size, found = found.shape[-1], trunk.hidden
@@ -137,14 +148,42 @@ def run_outputs(
             found, head = head(trunk.hidden), None
     else:
         size = found.shape[-1]
-    keep_BT = judged_positions(batch, found.shape[:2]) if keep_BT is None else keep_BT
-    speaks = hasattr(result, "logits")
+    if answer.pooled:
+        keep_BT = torch.ones(found.shape[:2], dtype=torch.bool)
+    elif keep_BT is None:
+        keep_BT = judged_positions(batch, found.shape[:2])
     return Outputs(
         found[keep_BT.to(found.device)], head, size, keep_BT, _targets(batch, keep_BT, found.device),
-        classes=speaks and (batch.targets_BT is not None or images),
-        is_logits=speaks,
+        classes=answer.classes,
+        is_logits=answer.tokens,
         keeps_gradient=torch.is_grad_enabled(),
     )  # fmt: skip
+
+
+def states_of(model: PreTrainedModel, batch: Batch) -> Outputs:
+    """The last hidden states of every token, whatever the model makes of them."""
+    with short_logits(model):
+        result = model(**inputs_of(model, batch), output_hidden_states=True)
+    hidden = getattr(result, "last_hidden_state", None)
+    return outputs_of(
+        batch, torch.as_tensor(result.hidden_states[-1] if hidden is None else hidden)
+    )
+
+
+def outputs_of_all(model: PreTrainedModel, batch: Batch) -> Outputs:
+    """What shows at every token whether two models are the same: outputs, or, where a text has one alone,
+    hidden states, which that one is made of."""
+    mask_BT = batch.mask()
+    if answer_of(model).pooled and mask_BT is not None:
+        return states_of(model, batch)
+    return run_outputs(model, batch, keep_BT=mask_BT)
+
+
+def judged_count(model: PreTrainedModel, batch: Batch) -> int:
+    """J of a batch, without running it."""
+    if answer_of(model).pooled or batch.mask() is None:
+        return len(batch.samples)
+    return int(judged_positions(batch).sum())
 
 
 def outputs_of(batch: Batch, values_BTV: Tensor) -> Outputs:
@@ -261,6 +300,11 @@ def cosine(dense: Outputs, sparse: Outputs) -> Tensor:
         return (cosine_similarity(p, q, dim=-1),)
 
     return per_position(of, dense, sparse)[0]
+
+
+def squared_error(dense: Outputs, sparse: Outputs) -> Tensor:
+    """Mean squared error `[J]` of values."""
+    return per_position(lambda _, p, q: ((p - q).square().mean(-1),), dense, sparse)[0]
 
 
 def distances(dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:

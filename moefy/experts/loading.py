@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
+from moefy.experts.adapters import guard, merge_adapter
 from moefy.experts.entries import (
     build_compensation,
     build_router,
@@ -33,7 +34,7 @@ from moefy.experts.placement import StoredMlp, offload, offloaded, placement, st
 from moefy.experts.saving import generation_settings, save_pretrained
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.experts.stock_names import keep_places, take_stock_names
+from moefy.experts.stock_names import InExperts, keep_places, take_stock_names
 from moefy.models.artefact import (
     ADAPTER,
     Artefact,
@@ -48,6 +49,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
+from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
 P = ParamSpec("P")
@@ -95,28 +97,39 @@ def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+@checked
 def load(
     folder: str | Path,
     *,
     base: str | Path | None = None,
     verify: bool = True,
     plugins: bool = False,
+    adapter: str | Path | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a moefied checkpoint as a transformers model whose MLPs are SparseMlps.
 
     `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
     the weights. A folder is data: with `plugins=True` alone, code that it names
-    (`package.module:Name`) is imported. Other arguments (`dtype`, `device_map`, ...) go to
-    `from_pretrained`; layers that `device_map` offloads are read from disk whenever they run.
+    (`package.module:Name`) is imported. `adapter` is the folder of a LoRA adapter of peft, trained on
+    the source or on this folder: it is merged, and routers stay as they are. Other arguments
+    (`dtype`, `device_map`, ...) go to `from_pretrained`; layers that `device_map` offloads are read
+    from disk whenever they run.
 
-    Raises `CheckpointError` for an artefact that is damaged or whose base is not available.
+    Raises `CheckpointError` for an artefact that is damaged or whose base is not available, and for an
+    adapter whose neurons may lie otherwise.
     """
     with allow_plugins(plugins):
         artefact, checkpoint = open_artefact(folder, base=base, verify=verify)
-        return _loaded(artefact, checkpoint, **kwargs)
+        change = (
+            None
+            if adapter is None
+            else partial(merge_adapter, artefact=artefact, folder=Path(folder), adapter=adapter)
+        )
+        return _loaded(artefact, checkpoint, change, **kwargs)
 
 
+@checked
 def open_model(
     where: str | Path | PreTrainedModel,
     *,
@@ -146,14 +159,25 @@ def open_model(
         options["dtype"] = dtype
     if device is not None:
         options["device_map"] = {"": device}
-    if artefact is None or dense:
-        return load_dense(checkpoint, **options)
-    return _loaded(artefact, checkpoint, **options)
+    if artefact is not None and not dense:
+        return _loaded(artefact, checkpoint, **options)
+    model = load_dense(checkpoint, **options)
+    if artefact is not None:
+        guard(model, artefact, Path(where))
+    return model
 
 
 @_one_at_a_time
-def _loaded(artefact: Artefact, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
+def _loaded(
+    artefact: Artefact,
+    checkpoint: Checkpoint,
+    change: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """`change` is what is done to the stock model before its MLPs become experts."""
     model = load_dense(checkpoint, **kwargs)
+    if change is not None:
+        model = change(model)
     moefied(model, artefact, permute=artefact.form == ADAPTER, checkpoint=checkpoint)
     _bind(model, save_pretrained)
     return model
@@ -240,6 +264,8 @@ def install(
         sparse.density = entry.active / entry.experts
     keep_places(site, sparse)
     replace_module(model, site, sparse)
+    if site.act is not None:
+        _replace(model, site.path("down"), InExperts(site.path("down")))
     return sparse
 
 

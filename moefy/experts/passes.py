@@ -35,6 +35,7 @@ from moefy.experts.moefied import of
 from moefy.experts.placement import device_of
 from moefy.experts.routed import SCORES, Routed, alone
 from moefy.experts.sparse_mlp import SparseMlp
+from moefy.models.answers import answer_of, arguments
 from moefy.models.library import hidden_of
 from moefy.models.locate import Place, side_of
 
@@ -123,8 +124,8 @@ def short_logits(model: PreTrainedModel) -> Iterator[Trunk]:
 
 def _trunk(model: PreTrainedModel) -> tuple[list[str], str]:
     """Modules that hold lists of layers, and the list whose layers run last; none without a head."""
-    head = model.get_output_embeddings()
-    if head is None:
+    head, answer = model.get_output_embeddings(), answer_of(model)
+    if head is None or not answer.tokens or answer.field != "logits":
         return [], ""
     names = {module: path for path, module in model.named_modules()}
     modules = {p: module for module, p in names.items() if isinstance(module, nn.ModuleList)}
@@ -303,7 +304,7 @@ def inputs_of(
     inputs: dict[str, Any] = {name: value.to(where) for name, value in batch.inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    elif model.config.is_encoder_decoder or model.can_generate():
+    elif "use_cache" in arguments(type(model)) or model.can_generate():
         inputs["use_cache"] = False
     return inputs
 

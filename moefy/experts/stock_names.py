@@ -25,18 +25,37 @@ from moefy.models.locate import Site, disk_names, meta_model, read_mlp
 from moefy.models.mlp import DenseMlp
 
 
-class InExperts(nn.Module):
-    """Where a linear map of a dense MLP was. It holds nothing and does nothing."""
+class NoLinearMap(MoefyError, AttributeError):
+    """Something was asked of a linear map whose weights are in experts."""
 
-    def __init__(self, role: str) -> None:
-        super().__init__()
-        self.role = role
+
+class InExperts(nn.Linear):
+    """Where a linear map of a dense MLP was: it holds nothing, and hands on what it is given.
+
+    It counts as a linear map, so that what looks for all of these, as `target_modules="all-linear"` of
+    peft does, comes upon it, asks for its weights and is refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        nn.Module.__init__(self)
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What lies behind it in a splice goes on from here."""
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises `NoLinearMap`, which `hasattr` takes for an answer, for what only a linear map has."""
+        if name in ("weight", "bias", "in_features", "out_features"):
+            raise NoLinearMap(self.extra_repr())
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """What to do instead; peft shows it where it refuses the module."""
+        """What to do instead."""
         return (
-            f"the {self.role} projection is in experts: leave it out of target_modules; moefy recover "
-            "trains experts, with LoRA by --lora-rank"
+            f"{self.path}: is in experts, which no adapter of peft can be put onto; to train attention alone, "
+            "name its projections in target_modules; moefy recover --lora-rank trains experts, and "
+            "moefy.load(folder, adapter=...) merges an adapter that was trained before"
         )
 
 
@@ -52,7 +71,7 @@ def keep_places(site: Site, sparse: SparseMlp) -> None:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.add_module(name, InExperts(role))
+        parent.add_module(name, InExperts(site.path(role)))
 
 
 def stock_parameter(site: Site, mlp: DenseMlp, name: str) -> Tensor:

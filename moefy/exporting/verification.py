@@ -212,7 +212,7 @@ def _run(model: PreTrainedModel, batches: list[Batch], masks: list[Tensor]) -> T
     logits, routing = [], []
     for batch in batches:
         masks.clear()
-        logits.append(values_of(run(model, batch)).float().cpu())
+        logits.append(values_of(model, run(model, batch)).float().cpu())
         shape = logits[-1].shape[:2]
         routing.append(
             torch.stack([m.view(*shape, -1) for m in masks]) if masks else torch.empty(0)

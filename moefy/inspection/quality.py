@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.convert import TOLERANCE
+from moefy.conversion.verification import TOLERANCE
 from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, HELD_OUT, SELECT, Ints, of_conversion
 from moefy.errors import CorpusError
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, judged, run_outputs
+from moefy.evaluation.outputs import difference, judged, outputs_of_all, run_outputs
 from moefy.evaluation.statistics import Interval, ratio_interval, units
 from moefy.experts.loading import load_dense
 from moefy.experts.moefied import of
@@ -95,7 +95,8 @@ _COUNTS = {
     "documents": "held-out documents behind these figures",
     "tokens": "tokens of them",
     "ffn_density": "share of MLP neurons that ran",
-    "active_budget": "MLP weights read per token, router included, over the dense MLPs'",
+    "active_budget": "bits read per token over those of the dense MLPs, router included",
+    "bits_read": "bits read per token and MLP weight, router included; 16 is dense",
 }
 
 
@@ -235,9 +236,9 @@ def perfect(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if memory_of(checkpoint) > free_memory():
         return _value(None, f"{what}; memory does not hold both models")
     with all_experts(model):
-        got = run_outputs(model, batch, keep_BT=batch.mask())
+        got = outputs_of_all(model, batch)
     dense = load_dense(checkpoint, dtype=model.dtype, device_map={"": device_of(model)})
-    error, size, most = difference(got, run_outputs(dense, batch, keep_BT=batch.mask()))
+    error, size, most = difference(got, outputs_of_all(dense, batch))
     relative = error / size
     equal = "equal" if relative <= TOLERANCE[model.dtype] else "NOT equal"
     verdict = f"{equal} up to {relative:.1e} (relative)"

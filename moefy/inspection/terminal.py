@@ -98,7 +98,8 @@ def differences(inspection: Inspection) -> Rows:
     total = rows(inspection.table("hunt_summary"))[0]
     found = [["all", _nats(total, "delta"), _nats(total, "kl"), "", "", str(total["documents"])]]
     for name, key in (("hunt_domains", "domain"), ("hunt_classes", "class")):
-        for row in rows(inspection.table(name)):
+        # Without a tokenizer there are no classes of tokens.
+        for row in rows(inspection.table(name)) if name in inspection.tables else ():
             shares = [_percent(row[column]) for column in ("share_of_losses", "share_of_tokens")]
             nats = _nats(row, "delta"), _nats(row, "kl")
             found.append([row[key], *nats, *shares, str(row["documents"])])

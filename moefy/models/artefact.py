@@ -36,6 +36,7 @@ MOST_HIDDEN = 2**20
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TENSOR = re.compile(r"(layers|heads)\.(\d+)\.(permutation|(?:router|compensation)\.[\w.]+)")
 _PLUGINS: ContextVar[bool] = ContextVar("_PLUGINS", default=False)
+_BASE: ContextVar[Path | None] = ContextVar("_BASE", default=None)
 
 T = TypeVar("T", bound="Entry")
 
@@ -51,6 +52,16 @@ def allow_plugins(allowed: bool = True) -> Iterator[None]:
         yield
     finally:
         _PLUGINS.reset(before)
+
+
+@contextmanager
+def base_at(folder: Path) -> Iterator[None]:
+    """The base of artefacts of adapter form that are opened meanwhile lies there; its hashes are compared."""
+    before = _BASE.set(folder)
+    try:
+        yield
+    finally:
+        _BASE.reset(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,12 +304,15 @@ def open_artefact(
 ) -> tuple[Artefact, Checkpoint]:
     """An artefact and the checkpoint that holds its weights: its own folder, or the base of an adapter.
 
-    `base` says where the source of an adapter lies if it moved; `verify=False` skips the hashes of
-    the weights. Raises `CheckpointError` for a damaged artefact, and for a base that is not available.
+    `base` says where the source of an adapter lies if it moved, and overrules `base_at`;
+    `verify=False` skips the hashes of the weights. Raises `CheckpointError` for a damaged artefact, and
+    for a base that is not available.
     """
     artefact = read_artefact(folder, verify=verify)
     if artefact.form != ADAPTER:
         return artefact, Checkpoint.open(folder)
+    if base is None and _BASE.get() is not None:
+        base, verify = _BASE.get(), True
     try:
         checkpoint = _base(Path(folder), artefact) if base is None else Checkpoint.open(base)
     except CheckpointError as error:
@@ -318,7 +332,7 @@ def _base(folder: Path, artefact: Artefact) -> Checkpoint:
     if path.exists():
         return Checkpoint.open(path)
     if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{path}: no such folder; say where it is with base=")
+        raise CheckpointError(f"{path}: no such folder; say where it is with base= or --base")
     if revision is None:
         # Nothing says which revision it was: only what was downloaded before is taken.
         return Checkpoint.open_hub(name, local=True)

@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 
 from moefy.errors import CheckpointError, UnsupportedModel
 from moefy.models import search as structure
+from moefy.models.answers import kind_of
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.families import FAMILIES, Family, config_value
 from moefy.models.mlp import DenseMlp
@@ -148,7 +149,8 @@ def sites(model: PreTrainedModel) -> list[Site]:
     known = FAMILIES.get(config.model_type)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
-    for family in [known] if known else structure.search(model):
+    for row in [known] if known else structure.search(model):
+        family = replace(row, kind=kind_of(model))
         for key in family.refuse:
             if config_value(config, key):
                 raise UnsupportedModel(
@@ -243,6 +245,16 @@ def _class_of(config: PreTrainedConfig, where: str) -> Any:
         raise UnsupportedModel(f"{where} has no model_type '{config.model_type}'")
     family = FAMILIES.get(config.model_type)
     return getattr(transformers, _DEFAULT_CLASS[family.kind] if family else "AutoModel")
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model of `config`, without building it."""
+    kind = _class_of(config, f"config.json: transformers {transformers.__version__}")
+    if not issubclass(kind, PreTrainedModel):
+        found = kind._model_mapping[type(config)]
+        kind = found[0] if isinstance(found, list | tuple) else found
+    one: type[PreTrainedModel] = kind
+    return one
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from moefy.errors import CheckpointError, UnsupportedModel
+from moefy.models.answers import answer_of
 from moefy.models.families import FAMILIES
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,17 @@ def _values(value: Any) -> Iterator[Any]:
             open_ += one.values() if isinstance(one, dict) else one
         elif one is not None:
             yield one
+
+
+def refuse_pooling(model: PreTrainedModel, folder: Path) -> None:
+    """Raise `UnsupportedModel` where a class judges a text by its last token and cannot know which that is."""
+    answer = answer_of(model)
+    texts = answer.form in ("labels", "values") and model.main_input_name == "input_ids"
+    if texts and model.config.get_text_config().pad_token_id is None:
+        raise UnsupportedModel(
+            f"{folder}: {type(model).__name__} without a pad_token_id in config.json takes one text at a "
+            "time; set it to the id of the tokenizer's padding token, or to one that no text has"
+        )
 
 
 def refuse_outputs(model: PreTrainedModel, layers: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder, outline, overwrite
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute, sites
+from moefy.run.arguments import checked
 from moefy.run.console import Reporter
 from moefy.run.job import Job
 
@@ -46,6 +47,7 @@ def outlined(source: Checkpoint, target: Path) -> Checkpoint:
     return Checkpoint.open(target)
 
 
+@checked
 def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     """Write the dense checkpoint that `folder` was made from: every tensor byte for byte.
 

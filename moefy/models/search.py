@@ -23,7 +23,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from moefy.errors import UnsupportedModel
-from moefy.models.families import Family, Kind
+from moefy.models.answers import kind_of
+from moefy.models.families import Family
 
 _TOKENS = 16
 _TOLERANCE = 1e-9
@@ -308,7 +309,7 @@ def _row(
 ) -> Family:
     return Family(
         model_type=model.config.model_type,
-        kind=_kind(model),
+        kind=kind_of(model),
         layers=(),
         depth=(),
         up=up,
@@ -352,14 +353,6 @@ def _activations(config: PreTrainedConfig) -> dict[str, Callable[[Tensor], Tenso
     """Functions without parameters from ACT2FN, those that the config names first."""
     named = [v for v in config.to_dict().values() if isinstance(v, str) and v in ACT2FN]
     return {name: ACT2FN[name] for name in (*named, *ACT2FN) if name not in _NOT_ACTIVATIONS}
-
-
-def _kind(model: PreTrainedModel) -> Kind:
-    if model.config.is_encoder_decoder:
-        return "encoder-decoder"
-    if model.main_input_name == "pixel_values":
-        return "image"
-    return "decoder" if model.can_generate() else "encoder"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

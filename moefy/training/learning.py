@@ -47,6 +47,7 @@ from moefy.evaluation.outputs import (
 from moefy.experts.passes import Heard, observing
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import MATRICES, SparseMlp, sparse_mlps
+from moefy.experts.stock_names import InExperts
 from moefy.recipe import Recipe
 from moefy.training.recipe import THROUGH_ADAPTERS, RecoverRecipe
 from moefy.training.teacher import DenseSelf, Teacher
@@ -166,6 +167,7 @@ def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and not isinstance(module, InExperts)
         and id(module) not in routed
         and module is not model.get_output_embeddings()
     ]

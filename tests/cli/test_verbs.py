@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,56 @@ def test_a_name_that_is_too_long_is_one_line(folder, length):
     line = refused(*words, "--expert-size", 16, "-q", code=1)
     assert "File name too long); choose" in line or "File name too long; choose" in line
     assert line.splitlines()[-1].startswith("moefy: ")
+
+
+@pytest.fixture(scope="module")
+def moved(folder, tmp_path_factory) -> Path:
+    """`side`, of adapter form, whose base has become `elsewhere`."""
+    place = tmp_path_factory.mktemp("moved")
+    shutil.copytree(folder / "source", place / "source")
+    say(
+        "convert", place / "source", place / "side", "--corpus", folder / "ids.jsonl", "--adapter",
+        "--recipe", "export", "--expert-size", 8, "--density", 0.5, "--set", "router.epochs=2",
+    )  # fmt: skip
+    (place / "source").rename(place / "elsewhere")
+    return place
+
+
+def test_the_base_of_an_adapter_that_has_moved_is_said_once_for_every_verb(folder, moved, tmp_path):
+    ids, side, base = folder / "ids.jsonl", moved / "side", ("--base", moved / "elsewhere")
+    assert "--base" in refused("eval", side, "--corpus", ids, code=1)
+    here = json.loads(say("eval", side, *base, "--corpus", ids, "--json"))
+    full = json.loads(say("eval", folder / "out", "--corpus", ids, "--json"))
+    assert here["total"] == full["total"]
+    say("diff", side, folder / "out", *base, "--corpus", ids, "--tokens", 400, "-q")
+    assert "has no tokenizer" in refused("generate", side, "x", *base, code=1)
+    few = ("--tokens", 400, "--skip", "controls", "--skip", "causal", "-q")
+    say("inspect", side, *base, "--corpus", ids, *few)
+    say("export", side, tmp_path / "dense", "--to", "dense", *base)
+    name = "model.safetensors"
+    assert (tmp_path / "dense" / name).read_bytes() == (folder / "out" / name).read_bytes()
+    say("bench", side, *base, "--engine", "auto", "--samples", 5, "--new-tokens", 1, "--prompt-tokens", 4,
+        "--no-calibrate", "-q")  # fmt: skip
+
+
+def test_a_base_that_is_not_the_one_is_refused(folder, moved, tmp_path):
+    build("gpt2", tmp_path / "other")
+    ids = ("--corpus", folder / "ids.jsonl")
+    for verb in (("eval", *ids), ("diff", *ids)):
+        words = [
+            verb[0],
+            moved / "side",
+            *([folder / "out"] if verb[0] == "diff" else []),
+            *verb[1:],
+        ]
+        text = refused(*words, "--base", tmp_path / "other", code=1)
+        assert "this artefact was made from" in text
+    text = refused("eval", moved / "side", *ids, "--base", tmp_path / "none", code=1)
+    assert "none: no such folder" in text
+    text = refused("eval", folder / "out", *ids, "--base", moved / "elsewhere", code=1)
+    assert "no model here is an adapter on a base; leave --base out" in text
+    inside = moved / "elsewhere" / "new"
+    text = refused(
+        "export", moved / "side", inside, "--to", "dense", "--base", moved / "elsewhere", code=1
+    )
+    assert "which is read" in text and not inside.exists()

@@ -196,11 +196,9 @@ def held_out(model: PreTrainedModel, source: Path, name: str) -> list[Batch]:
 def check_invariant(model: PreTrainedModel, folder: Path, name: str) -> None:
     """Every expert on is the dense model: the whole in fp32, each MLP in fp64."""
     source = Checkpoint.open(folder / "source")
+    stock = load_dense(source)
     with all_experts(model):
-        got, want = (
-            values_of(model(**example_inputs(name))),
-            values_of(load_dense(source)(**example_inputs(name))),
-        )
+        got, want = (values_of(one, one(**example_inputs(name))) for one in (model, stock))
     assert ((got - want).norm() / want.norm()) < 1e-5
     sparse, dense = (
         moefy.load(folder / "out", dtype=torch.float64),

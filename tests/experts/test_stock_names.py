@@ -1,5 +1,8 @@
 """What goes by the stock names of a model finds its MLPs, or an error."""
 
+import copy
+import pickle
+
 import peft
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 import moefy
 from moefy.errors import MoefyError
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.experts.stock_names import InExperts
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,41 @@ def test_stock_tensors_that_do_not_say_all_are_refused(out):
 
 def test_the_usual_target_names_are_refused_loudly(out):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    with pytest.raises(ValueError, match="is in experts"):
+    with pytest.raises(MoefyError, match=r"layers\.0\.mlp\.\w+_proj: is in experts"):
         peft.get_peft_model(moefy.load(out), peft.LoraConfig(r=2, target_modules=names))
     peft.get_peft_model(moefy.load(out), peft.LoraConfig(r=2, target_modules=names[:4]))(
         **example_inputs("llama")
     )
+
+
+METHODS = {
+    "lora": peft.LoraConfig(r=2, target_modules="all-linear"),
+    "adalora": peft.AdaLoraConfig(target_modules="all-linear", total_step=3),
+    "ia3": peft.IA3Config(target_modules="all-linear", feedforward_modules=[]),
+    "loha": peft.LoHaConfig(target_modules="all-linear"),
+    "oft": peft.OFTConfig(target_modules="all-linear"),
+    "vera": peft.VeraConfig(target_modules="all-linear"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_linear_maps_include_those_in_experts(method, out):
+    """Without their places peft would train attention alone, and say nothing."""
+    with pytest.raises(MoefyError, match=r"\.mlp\.\w+_proj: is in experts.*name its projections"):
+        peft.get_peft_model(moefy.load(out), copy.deepcopy(METHODS[method]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "phi3", "t5_gated"])
+def test_all_linear_maps_of_other_families(name, tmp_path):
+    convert_tiny(name, build(name, tmp_path / "source"), tmp_path / "out")
+    model = moefy.load(tmp_path / "out")
+    want = model(**example_inputs(name)).logits
+    with pytest.raises(MoefyError, match="is in experts"):
+        peft.get_peft_model(
+            moefy.load(tmp_path / "out"), peft.LoraConfig(target_modules="all-linear")
+        )
+    # Whoever looks for linear maps to do something else finds nothing there.
+    places = [m for m in model.modules() if isinstance(m, InExperts)]
+    assert places and not any(hasattr(m, "weight") or [*m.parameters()] for m in places)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy.deepcopy(again)(**example_inputs(name)).logits, want)

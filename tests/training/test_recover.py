@@ -116,7 +116,7 @@ def test_training_closes_the_gap_and_says_so(moefied: Path, tmp_path: Path) -> N
     # The folder loads, and knows that its weights are no longer the source's.
     assert read_artefact(tmp_path / "out").weights_modified
     model = moefy.load(tmp_path / "out")
-    assert values_of(model(**example_inputs("llama"))).isfinite().all()
+    assert values_of(model, model(**example_inputs("llama"))).isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [1, 6, 60])
@@ -293,7 +293,7 @@ def test_a_run_that_goes_wrong_later_gives_the_last_good_model(
         record["training"]["after"]["held_out_loss"] < record["training"]["before"]["held_out_loss"]
     )
     model = moefy.load(tmp_path / "out")
-    assert values_of(model(**example_inputs("llama"))).isfinite().all()
+    assert values_of(model, model(**example_inputs("llama"))).isfinite().all()
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_made(
@@ -444,6 +444,7 @@ def test_all_experts_of_a_trained_model_are_the_trained_dense_model(
     model, given = moefy.load(tmp_path / "out"), example_inputs("llama")
     for module in sparse_mlps(model).values():
         module.all_on = True
-    dense = values_of(load_dense(Checkpoint.open(tmp_path / "out"))(**given))
-    got = values_of(model(**given))
+    stock = load_dense(Checkpoint.open(tmp_path / "out"))
+    dense = values_of(stock, stock(**given))
+    got = values_of(model, model(**given))
     assert (got - dense).norm() < 1e-5 * dense.norm()

@@ -31,9 +31,10 @@ from moefy.conversion.layer import Fitted, LayerSample, domains_of, fit_layer
 from moefy.conversion.streamed.layerwise import LayerwiseModel
 from moefy.conversion.streamed.states import States, forward, inputs
 from moefy.conversion.task import Conversion, Reading
+from moefy.conversion.verification import AsRouted
 from moefy.data.corpus import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
-from moefy.evaluation.evaluate import document_sums, figures, summarise
+from moefy.evaluation.evaluate import document_sums, figures_of, summarise
 from moefy.evaluation.groups import Sinks
 from moefy.evaluation.outputs import Outputs, distances, judge, judged
 from moefy.evaluation.routing import FfnLoad, HeadLoad, RouterQuality
@@ -43,6 +44,7 @@ from moefy.experts.placement import running_dtype
 from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_backend
 from moefy.experts.stock_names import with_routing_of
 from moefy.methods.base import stored
+from moefy.models.answers import answer_of
 from moefy.models.artefact import Artefact, LayerEntry
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.locate import Site, permute, read_mlp
@@ -261,6 +263,7 @@ class SecondPass:
         }
         self.dense, self.routed = (states(name, evaluated, 0) for name in ("dense", "routed"))
         model = self.layerwise.model
+        self.check = AsRouted(task, model)
         self.load, self.quality = FfnLoad(model), RouterQuality(model, evaluated)
         self.heads = HeadLoad(model)
         masks = [batch.mask() for batch in evaluated]
@@ -304,6 +307,8 @@ class SecondPass:
             states.write(index + 1, forward(self.layerwise, index, states))
         with all_experts(model):
             self.dense.write(index + 1, self._watched(index))
+        with self.check.checking():
+            self.layerwise.run(index, *next(self.routed.before(index)))
         self.routed.write(index + 1, self._heard(index))
 
     def _watched(self, index: int) -> Iterator[Tensor]:
@@ -350,13 +355,15 @@ class SecondPass:
 
     def record(self) -> dict[str, Any]:
         """The evaluation, made of the last states."""
-        batches = self.routed.batches
+        batches, model = self.routed.batches, self.layerwise.model
         sinks_BT = [
-            row_T[None, : len(sample.inputs["input_ids"])]
+            None if answer_of(model).pooled else row_T[None, : len(sample.inputs["input_ids"])]
             for batch, sinks in zip(batches, self.sinks, strict=True)
             for sample, row_T in zip(batch.samples, sinks.marked_BT, strict=True)
         ]
-        every = judged(self._left(self.routed), _singles(batches), self._left(self.dense), figures)
+        every = judged(
+            self._left(self.routed), _singles(batches), self._left(self.dense), figures_of(model)
+        )
         documents, kl = document_sums(every, sinks_BT, None)
         return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
 
