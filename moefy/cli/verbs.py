@@ -57,6 +57,9 @@ def convert(
     target_kl: TargetKl = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a stored MLP weight: 16, 8, 4, 3 or 2.")
+    ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
     stream: Stream = False,
     corpus: Text = None,
@@ -72,7 +75,9 @@ def convert(
     Example: moefy convert ./llama ./llama-moefied --density 0.25
     """
     sizes = {"partition.expert_size": expert_size, "partition.experts": experts}
-    options = {"density": density, "budget.target_kl": target_kl, "seed": seed}
+    options = {
+        "density": density, "budget.target_kl": target_kl, "storage.bits": bits, "seed": seed,
+    }  # fmt: skip
     chosen = _chosen(recipe, options, sizes, set_ or [])
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
@@ -87,7 +92,8 @@ def convert(
     if not records:  # of many processes only the first has something to show
         return Shown(None)
     table = terminal(*domain_rows(records["evaluation"]))
-    return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
+    shares = _budgets(records["evaluation"])
+    return Shown({**records, "out": str(out)}, [table, shares, f"wrote {out}"])
 
 
 def _chosen(
@@ -104,12 +110,17 @@ def _chosen(
 
 
 def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from moefy.conversion.plan import describe, plan
+    from moefy.data.corpus import load_corpus
+    from moefy.data.inputs import try_reading
     from moefy.models.checkpoint import Checkpoint
 
-    planned = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
+    checkpoint = Checkpoint.open_config(model)
+    planned = plan(checkpoint, recipe, corpus or "bundled", adapter=adapter)
+    notes = try_reading(checkpoint, planned.kind, load_corpus(corpus), recipe.context)
+    planned = replace(planned, notes=[*planned.notes, *notes])
     data = {
         key: value for key, value in asdict(planned).items() if key not in ("sites", "head_sites")
     }
@@ -137,7 +148,13 @@ def eval_(
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.evaluation.folder import evaluate as evaluate_folder
-    from moefy.evaluation.tables import domain_rows, group_lines, group_rows, layer_rows
+    from moefy.evaluation.tables import (
+        domain_rows,
+        group_lines,
+        group_rows,
+        layer_rows,
+        sample_lines,
+    )
     from moefy.run.tables import terminal
 
     record = evaluate_folder(
@@ -145,10 +162,11 @@ def eval_(
         quiet=quiet,
     )  # fmt: skip
     write(record, out, "evaluation.json")
-    view: list[Any] = [terminal(*domain_rows(record))]
+    view: list[Any] = [terminal(*domain_rows(record)), *sample_lines(record)]
     if "active_budget" not in record:
         return Shown(record, view)
     view.append(_budgets(record))
+    view += _rounding(record)
     if "positions" in record:
         view.append(terminal(*group_rows(record), title="some tokens only"))
     view += group_lines(record)
@@ -157,11 +175,20 @@ def eval_(
     return Shown(record, view)
 
 
+def _rounding(record: dict[str, Any]) -> list[str]:
+    if "rounding_kl" not in record:
+        return []
+    return [
+        f"against {record['dense']}; that is KL {record['rounding_kl']:.4g} from the source, measured when it "
+        "was converted"
+    ]
+
+
 def _budgets(record: dict[str, Any]) -> str:
     names = {
-        "ffn_density": "FFN density", "active_budget": "active budget",
-        "active_parameters": "active parameters", "head_density": "head density",
-        "attention_budget": "attention budget",
+        "ffn_density": "FFN density", "bits_read": "bits read per MLP weight (of 16)",
+        "active_compute": "MLP multiplications", "active_parameters": "active parameters",
+        "head_density": "head density", "attention_budget": "attention budget",
     }  # fmt: skip
     return ", ".join(f"{what} {record[name]:.3f}" for name, what in names.items() if name in record)
 
@@ -395,16 +422,18 @@ def compare(
     recipe_names: Annotated[
         str, typer.Option("--recipes", help="Recipes or YAML files, by comma.")
     ] = "fast,default,moefication,cmoe,teal",
-    budgets: Annotated[str, typer.Option(help="Active budgets, by comma.")] = "0.25,0.5",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets, by comma: above 1 bits per MLP weight, else share of 16.")
+    ] = "0.25,0.5",
     corpus: Text = None,
     documents: Documents = 44,
     seed: Seed = 0,
     out: Report = None,
     quiet: bool = False,
 ) -> Shown:
-    """Run recipes on one model at equal active budgets, in memory, and compare them.
+    """Run recipes on one model at equal budgets of bits read, in memory, and compare them.
 
-    Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
+    Example: moefy compare ./llama --recipes fast,teal,cats --budgets 4,8
     """
     from moefy.conversion.compare import compare as run
     from moefy.conversion.compare import comparison_rows

@@ -16,6 +16,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, model_class
 from moefy.models.refusals import refuse_pointer
+from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
 _TOKENIZER_FILES = (
@@ -34,6 +35,7 @@ _FIXED_SIZE = ("vit", "deit")
 """Types of models that take images of one size alone."""
 
 
+@checked
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, or None where it has none.
 
@@ -124,6 +126,37 @@ def read_batches(
         _require_known(samples, vocabulary, reader, corpus.name)
     # Logits are the largest thing in memory: about half a gigabyte of them at a time.
     return make_batches(samples, tokens=min(4096, max(512, 2**27 // vocabulary)))
+
+
+TRIED = 8
+"""Documents that a plan reads."""
+
+
+def try_reading(checkpoint: Checkpoint, kind: str, corpus: Corpus, context: int) -> list[str]:
+    """Read a few documents as a run would; returns what a plan should say of it.
+
+    Raises what `read_batches` raises, but for a folder that holds no tokenizer or a corpus without images,
+    which a plan can do without.
+    """
+    few = corpus.take(TRIED)
+    if kind == "image":
+        if all(document.image is None for document in few.documents):
+            return [
+                f"note: the model reads images, and corpus {corpus.name} has none; give --corpus"
+            ]
+        read_batches(checkpoint, kind, few, context)
+        return []
+    reader = load_tokenizer(checkpoint.folder) if any(doc.text for doc in few.documents) else None
+    if reader is None and any(doc.text for doc in few.documents):
+        return ["note: the folder has no tokenizer; a corpus has to be given as token ids"]
+    read_batches(checkpoint, kind, few, context)
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None) or 0
+    if reader is None or len(reader) <= known:
+        return []
+    return [
+        f"note: the tokenizer has {len(reader)} tokens, the model knows {known}; a text with one of the "
+        "others is refused"
+    ]
 
 
 def _for_class(config: Any, sample: Sample) -> Sample:

@@ -65,6 +65,16 @@ def group_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def sample_lines(record: dict[str, Any]) -> list[str]:
+    """What the documents are too few for, a line each."""
+    lines, alone = [], [n for n, row in record["domains"].items() if row["documents"] == 1]
+    if record.get("domains_left_out"):
+        lines.append(f"no document of: {', '.join(record['domains_left_out'])}")
+    if alone:
+        lines.append(f"no interval over one document: {', '.join(alone)}")
+    return lines
+
+
 def group_lines(record: dict[str, Any]) -> list[str]:
     """The other figures that a mean hides, a line each."""
     lines, total = [], record["total"]
@@ -134,8 +144,9 @@ model = moefy.load("path/to/this/folder")
 ## Measured
 
 On {documents} documents ({tokens} tokens) of the corpus `{corpus}` on which nothing was fitted,
-against {dense}. FFN density {measured:.3f}, active budget {budget:.3f} (MLP weights read per token,
-router and compensation included, over the dense MLPs'), active parameters {parameters:.3f}.{heads}
+against {dense}. FFN density {measured:.3f}; {bits:.2f} bits read per token and MLP weight of the dense model
+(dense: 16; scales, router and compensation included); {computed:.3f} of its MLP multiplications; active
+parameters {parameters:.3f}.{heads}
 
 {table}
 
@@ -178,7 +189,8 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         corpus=corpus,
         dense=quality["dense"],
         measured=quality["ffn_density"],
-        budget=quality["active_budget"],
+        bits=quality["bits_read"],
+        computed=quality["active_compute"],
         parameters=quality["active_parameters"],
         heads=_heads(quality),
         table=domain_table(quality),

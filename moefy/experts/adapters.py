@@ -38,21 +38,22 @@ def merge_adapter(
             "memory; give a device_map that keeps every layer on a device"
         )
     lora = Lora.open(adapter)
-    in_source = artefact.form == ADAPTER
-    if not in_source and touches(mlp_paths(model), lora.tensors):
+    if touches(mlp_paths(model), lora.tensors):
         place = lies_as(lora.base, lora.mark, folder, artefact)
+        in_source, source = artefact.form == ADAPTER, artefact.source["name"]
         if place is None:
             raise CheckpointError(
-                f"{adapter}: names '{lora.base}' as its base, {folder} was made from "
-                f"'{artefact.source['name']}', so where its neurons lie is not known; if that is the same "
-                f"model: moefy permute-adapter {adapter} {folder} NEW, and give NEW"
+                f"{adapter}: names '{lora.base}' as its base, {folder} was made from '{source}', so where its "
+                f"neurons lie is not known; if that is the same model, write '{source}' as "
+                f"base_model_name_or_path into its {CONFIG}"
             )
-        lora = lora.moved(model, artefact) if place == "source" else lora
-    elif in_source and lora.mark is not None:
-        raise CheckpointError(
-            f"{adapter}: was moved for another folder's neurons; those of {folder} lie as in "
-            f"'{artefact.source['name']}': give the adapter of that model"
-        )
+        if in_source and place != "source":
+            raise CheckpointError(
+                f"{adapter}: is for a folder whose neurons lie in expert order ({lora.base}); those of "
+                f"{folder} lie as in '{source}': give the adapter of that model"
+            )
+        if place == "source" and not in_source:
+            lora = lora.moved(model, artefact)
     return _merged(model, lora)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.convert import TOLERANCE
+from moefy.conversion.verification import TOLERANCE
 from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, HELD_OUT, SELECT, Ints, of_conversion
@@ -95,7 +95,8 @@ _COUNTS = {
     "documents": "held-out documents behind these figures",
     "tokens": "tokens of them",
     "ffn_density": "share of MLP neurons that ran",
-    "active_budget": "MLP weights read per token, router included, over the dense MLPs'",
+    "active_budget": "bits read per token over those of the dense MLPs, router included",
+    "bits_read": "bits read per token and MLP weight, router included; 16 is dense",
 }
 
 

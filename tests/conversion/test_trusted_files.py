@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 import moefy
 from moefy.cli.verbs import app
 from moefy.conversion import convert as converting
+from moefy.conversion.streamed import passes
 from moefy.errors import CheckpointError, MoefyError, OutputError
 from moefy.experts.loading import load_dense
-from moefy.models.artefact import open_artefact
+from moefy.experts.sparse_heads import SparseHeads
+from moefy.models.artefact import base_at, open_artefact
 from moefy.models.checkpoint import Checkpoint, overwrite
 from moefy.models.reorder import outlined, revert
 
@@ -173,6 +175,34 @@ def test_experts_of_other_neurons_than_were_fitted_are_seen(
     assert not (tmp_path / "out").exists()
 
 
+def test_streaming_sees_experts_of_other_neurons_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "permute", lambda site, name, tensor, order_N: tensor)
+    with pytest.raises(MoefyError, match=r"model\.layers\.0 runs other experts than were fitted"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_heads_than_were_fitted_are_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all of them on, as when outputs are compared with the source's, nothing is wrong."""
+    source, options = build(name, tmp_path / "heads"), {"settings": {"attention.density": 0.5}}
+    convert_tiny(name, source, tmp_path / "good", **options)
+    plain = SparseHeads.forward
+
+    def other(self: SparseHeads, heads: torch.Tensor) -> torch.Tensor:
+        size = heads.shape[-1] // self.experts
+        return plain(self, heads if self.all_on else heads.roll(size, -1))
+
+    monkeypatch.setattr(SparseHeads, "forward", other)
+    with pytest.raises(MoefyError, match=r"0\.\w*attn runs other heads than were fitted"):
+        convert_tiny(name, source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unfinished_run_is_not_resumed_with_another_tokenizer(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +248,19 @@ def test_a_relative_base_is_relative_to_the_artefact(
     shutil.copytree(source, tmp_path / "here" / "source" / "base")
     with pytest.raises(CheckpointError, match="base of this adapter"):
         open_artefact(adapter)
+
+
+def test_a_base_that_is_said_for_a_while_is_hashed(
+    adapter: Path, source: Path, tmp_path: Path
+) -> None:
+    moved = source.rename(tmp_path / "moved")
+    with base_at(moved):
+        assert open_artefact(adapter, verify=False)[1].folder == moved
+    with pytest.raises(CheckpointError, match=r"base= or --base"):
+        open_artefact(adapter, verify=False)
+    other = build("llama_tied", tmp_path / "other")
+    with base_at(other), pytest.raises(CheckpointError, match="this artefact was made from"):
+        open_artefact(adapter, verify=False)
 
 
 def test_a_base_on_the_hub_is_pinned_and_said_and_hashed(

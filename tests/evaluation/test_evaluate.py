@@ -1,3 +1,4 @@
+import json
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,14 +10,17 @@ from plain_bigram import plain_bigram, plain_score
 from scipy.stats import bootstrap
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
+from typer.testing import CliRunner
 
 import moefy
+from moefy.cli.verbs import app
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.groups import Sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
+from moefy.evaluation.tables import sample_lines
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.methods.tables import ROUTERS
@@ -82,9 +86,30 @@ def test_active_budget_counts_router_and_compensation(llama):
     extra = experts * width + experts // 2 * width
     read = 0.5 * 3 * neurons * width + extra
     assert record["active_budget"] == pytest.approx(read / (3 * neurons * width))
+    assert record["bits_read"] == pytest.approx(16 * read / (3 * neurons * width))
     dense = sum(p.numel() for p in load_dense(Checkpoint.open(llama / "source")).parameters())
     off = 2 * (0.5 * 3 * neurons * width - extra)
     assert record["active_parameters"] == pytest.approx((dense - off) / dense)
+
+
+def test_bits_count_what_a_router_has_read_of_a_neuron_once(llama):
+    class Planes(type(sparse_mlps(moefy.load(llama / "out"))[0].router)):
+        """Reads 2 bits of gate and up of every neuron, which are the neurons' own."""
+
+        def bits_read(self, mlp):
+            return 2 * 2 * mlp.neurons * mlp.width
+
+        def bits_reused(self, mlp):
+            return self.bits_read(mlp)
+
+    model = moefy.load(llama / "out")
+    for module in sparse_mlps(model).values():
+        module.router.__class__ = Planes
+    record = evaluate(model, batches_of(llama))
+    width, neurons, experts = 32, 64, sparse_mlps(model)[0].experts
+    weights, planes, means = 3 * neurons * width, 4 * neurons * width, experts // 2 * width
+    read = planes + 0.5 * (16 * weights - planes) + 16 * means
+    assert record["bits_read"] == pytest.approx(read / weights)
 
 
 def test_domains_and_single_source(llama):
@@ -307,3 +332,29 @@ def test_a_domain_of_few_sources_is_drawn_by_document():
 
 def test_one_document_alone_has_no_interval():
     assert ratios({"x": ([3.0], [2.0])}, [0])["x"] == {"mean": 1.5, "ci95": None}
+
+
+def test_what_the_documents_are_too_few_for_is_said(llama, tmp_path):
+    rows = [
+        {"input_ids": ids, "domain": "abc"[i % 3], "source_id": str(i)}
+        for i, ids in enumerate(corpus_for("llama"))
+    ]
+    rows.append({"input_ids": [5], "domain": "short", "source_id": "s"})  # predicts nothing
+    record = moefy.evaluate(llama / "out", corpus=rows, documents=2, quiet=True)
+    assert record["domains_left_out"] == ["c", "short"]
+    assert sample_lines(record) == [
+        "no document of: c, short",
+        "no interval over one document: a, b",
+    ]
+    for row in record["domains"].values():
+        assert row["kl"]["ci95"] is None
+    record = moefy.evaluate(llama / "out", corpus=rows, quiet=True)
+    assert record["domains_left_out"] == ["short"]
+    assert sample_lines(record) == ["no document of: short"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = ["eval", str(llama / "out"), "--corpus", str(file), "--documents", "2", "-q"]
+    said = CliRunner().invoke(app, words).stdout
+    assert "no document of: c" in said and "no interval over one document: a, b" in said
+    dense = moefy.evaluate(llama / "source", corpus=rows, documents=2, quiet=True)
+    assert dense["domains_left_out"] == ["c", "short"]
