@@ -33,22 +33,27 @@ struct QuantisedArguments {
     int64_t decided;
     // Of a layer:
     int64_t width, groups, neurons;      // groups of 32 inputs; neurons in whole groups of 32
-    int64_t top, rest, bits, is_half;    // bits of a code in tiles, in records; of down; 16-bit scales
+    int64_t top, under, tile_is_half;    // bits of a code in tiles, bits of it below them; 16-bit scales
+    int64_t nested, rest, bits, is_half; // records go on where tiles end; bits of a code in them; of down; scales
     int64_t activation, tile, record;    // bytes of a tile, of a record
     int64_t scales_at, down_at, columns; // where they are in a record; width in whole vectors
     const uint8_t* gate;                 // tiles, or null without a gate
     const uint8_t* up;                   // tiles, or null if `top` is 0
     const uint8_t* records;
     const uint8_t* down;                 // for every 32 neurons scales [columns], then offsets [columns]
-    const float* gate_units;             // [2, neurons]: of scales, of offsets
+    const float* gate_rough_units;       // [2, neurons]: of scales, of offsets, in tiles
+    const float* up_rough_units;
+    const float* gate_units;             // the same in records
     const float* up_units;
     const float* down_units;             // [2, columns]: of scales; of offsets, over those of scales
     const float* gate_bias;              // [neurons] or null
     const float* up_bias;
     const float* down_bias;              // [columns] or null
     const float* size;                   // [neurons]: what makes a score of a rough activation
-    const float* gate_spread;            // [neurons]: variances of what the rough gate and up leave out
-    const float* up_spread;
+    const float* gate_mean;              // [neurons] or null: what the rough gate and up leave out, mean and variance
+    const float* up_mean;
+    const float* gate_variance;
+    const float* up_variance;
 };
 
 // The twin of `_MAP` in quantised.py.
@@ -96,27 +101,16 @@ inline Vector exponential(Vector v) {
     return p * (Vector)((__builtin_convertvector(n, Sums) + 127) << 23);
 }
 
-// The activation and its slope.
-inline void activated(Vector v, int64_t kind, Vector& value, Vector& slope) {
-    if (kind == SILU) {
-        const Vector sigmoid = 1.0f / (1.0f + exponential(-v));
-        value = v * sigmoid;
-        slope = sigmoid * (1.0f + v * (1.0f - sigmoid));
-        return;
-    }
-    for (int i = 0; i < LANES; ++i) {
-        const float x = v[i];
-        value[i] = activate(x, static_cast<int>(kind));
-        if (kind == RELU) slope[i] = x > 0 ? 1.0f : 0.0f;
-        else if (kind == RELU2) slope[i] = x > 0 ? 2.0f * x : 0.0f;
-        else if (kind == LINEAR) slope[i] = 1.0f;
-        else if (kind == GELU)
-            slope[i] = 0.5f * (1.0f + std::erf(x * 0.70710678f)) + x * 0.39894228f * std::exp(-0.5f * x * x);
-        else {
-            const float t = std::tanh(0.79788456f * (x + 0.044715f * x * x * x));
-            slope[i] = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456f * (1.0f + 0.134145f * x * x);
-        }
-    }
+inline Vector activated(Vector v, int64_t kind) {
+    if (kind == SILU) return v / (1.0f + exponential(-v));
+    for (int i = 0; i < LANES; ++i) v[i] = activate(v[i], static_cast<int>(kind));
+    return v;
+}
+
+// Slopes over the distance that the router measures them over (moefy.methods.routers.bit_planes).
+inline Vector slope(Vector v, int64_t kind) {
+    constexpr float STEP_OF_SLOPE = 1e-2f;
+    return (activated(v + STEP_OF_SLOPE, kind) - activated(v - STEP_OF_SLOPE, kind)) / (2 * STEP_OF_SLOPE);
 }
 
 // The inputs of a token in 8 bits.
@@ -285,8 +279,8 @@ Record record_of(int64_t bits) {
 
 template <class S>
 Record record_of(const QuantisedArguments& a) {
-    if (a.gate_units) return a.top ? record_of<S, true, 2>(a.rest) : record_of<S, false, 2>(a.rest);
-    return a.top ? record_of<S, true, 1>(a.rest) : record_of<S, false, 1>(a.rest);
+    if (a.gate_units) return a.nested ? record_of<S, true, 2>(a.rest) : record_of<S, false, 2>(a.rest);
+    return a.nested ? record_of<S, true, 1>(a.rest) : record_of<S, false, 1>(a.rest);
 }
 
 // Adds what some neurons of one group give: `row` are their rows of down, a multiple of four, `h` their numbers in
@@ -338,7 +332,7 @@ class QuantisedMlp {
     void run(const QuantisedArguments& arguments) {
         constexpr int64_t CHUNK = 16;
         a = arguments;
-        rough_tiles = a.is_half ? tiles_of<half>(a.top) : tiles_of<uint8_t>(a.top);
+        rough_tiles = a.tile_is_half ? tiles_of<half>(a.top) : tiles_of<uint8_t>(a.top);
         exact_record = a.is_half ? record_of<half>(a) : record_of<uint8_t>(a);
         add = a.is_half ? down_of<half>(a.bits) : down_of<uint8_t>(a.bits);
         for (first = 0; first < a.tokens; first += CHUNK) {
@@ -402,7 +396,8 @@ class QuantisedMlp {
 
     // Who runs of 32 neurons.
     void decide(int64_t unit, const Token* token) {
-        const bool read = a.top && !(a.decided && !any(unit));
+        // Where someone else has decided, tiles matter as far as records go on from them.
+        const bool read = a.top && (!a.decided || (a.nested && any(unit)));
         for (int64_t n = unit * GROUP; n < (unit + 1) * GROUP && read; n += LANES) {
             Tile gate[16], up[16];
             if (a.gate) rough_tiles(a.gate + n / LANES * a.tile, token, tokens, a.groups, gate);
@@ -431,30 +426,26 @@ class QuantisedMlp {
     }
 
     // What the tile of a matrix says of LANES neurons from n on: its rough outputs, and what is known of the exact ones.
-    Vector rough(int64_t n, const Tile& tile, const float* units, const float* bias, float* to) const {
+    Vector rough(int64_t n, const Tile& tile, const float* units, const float* bias, const float* mean,
+                 float* to) const {
         const Vector scale = load(units + n), offset = load(units + a.neurons + n) * tile.offsets;
-        const float step = static_cast<float>(1 << a.rest);
+        const float step = static_cast<float>(1 << a.under);
         Vector value = scale * tile.codes * step - offset;
         if (bias) value += load(bias + n);
         store(to + n, value);
-        return value + scale * tile.scales * ((step - 1.0f) / 2.0f);
+        value += scale * tile.scales * ((step - 1.0f) / 2.0f);
+        return mean ? value + load(mean + n) : value;
     }
 
     void judge(int64_t n, int64_t t, const Tile& gate, const Tile& up) {
         float* to = &known[t * 2 * a.neurons];
-        Vector value = rough(n, up, a.up_units, a.up_bias, to + a.neurons), slope, other;
-        if (a.gate) other = rough(n, gate, a.gate_units, a.gate_bias, to);
+        Vector value = rough(n, up, a.up_rough_units, a.up_bias, a.up_mean, to + a.neurons), other{};
+        if (a.gate) other = rough(n, gate, a.gate_rough_units, a.gate_bias, a.gate_mean, to);
         if (!a.size) return;
-        Vector square;
-        if (a.gate) {
-            const Vector u = value;
-            activated(other, a.activation, value, slope);
-            square = (value * value + slope * slope * load(a.gate_spread + n)) * (u * u + load(a.up_spread + n));
-        } else {
-            other = value;
-            activated(other, a.activation, value, slope);
-            square = value * value + slope * slope * load(a.up_spread + n);
-        }
+        const Vector decided = a.gate ? other : value, value_of = activated(decided, a.activation);
+        const Vector steep = slope(decided, a.activation);
+        Vector square = value_of * value_of + steep * steep * load((a.gate ? a.gate_variance : a.up_variance) + n);
+        if (a.gate) square *= value * value + load(a.up_variance + n);
         float score[LANES];
         for (int i = 0; i < LANES; ++i) score[i] = std::sqrt(square[i]) * a.size[n + i];
         if (a.scores) std::memcpy(a.scores + (first + t) * a.neurons + n, score, sizeof score);
@@ -500,8 +491,7 @@ class QuantisedMlp {
         }
         if (!n) return;
         for (int64_t i = 0; i < n; i += LANES) {
-            Vector value, slope;
-            activated(a.gate_units ? load(gate + i) : load(up + i), a.activation, value, slope);
+            const Vector value = activated(load((a.gate_units ? gate : up) + i), a.activation);
             store(h + i, a.gate_units ? value * load(up + i) : value);
         }
         std::fill(h + n, h + GROUP, 0.0f);
@@ -519,12 +509,12 @@ class QuantisedMlp {
         exact_record(at, a, token, next, scratch, sum);
         const auto exact = [&](const float* part, const float* units, const float* bias, const float* before) {
             const float more = units[n] * part[0];
-            if (a.top) return before[n] + more;
+            if (a.nested) return before[n] + more;
             return more - units[a.neurons + n] * part[1] + (bias ? bias[n] : 0.0f);
         };
-        const float* held = a.top ? &known[t * 2 * a.neurons] : nullptr;
+        const float* held = a.nested ? &known[t * 2 * a.neurons] : nullptr;
         if (a.gate_units) gate = exact(sum, a.gate_units, a.gate_bias, held);
-        up = exact(sum + (a.gate_units ? 2 : 0), a.up_units, a.up_bias, a.top ? held + a.neurons : nullptr);
+        up = exact(sum + (a.gate_units ? 2 : 0), a.up_units, a.up_bias, a.nested ? held + a.neurons : nullptr);
     }
 
     void sum(int thread, int threads) {

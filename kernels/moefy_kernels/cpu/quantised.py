@@ -1,6 +1,6 @@
 """MLPs and linear maps in codes of few bits on CPUs, for few tokens; `quantised.cpp` computes them.
 
-    packed = pack_mlp(gate, up, down, activation="silu", planes=2, judge=judge)
+    packed = pack_mlp(gate, up, down, activation="silu", judge=judge)
     y_TD = packed(x_TD, threshold_T)       # who runs is said by the top bits of the codes
     y_TD = packed(x_TD, mask_TN=mask_TN)   # or by someone else
     y_TD = packed(x_TD)                    # or all do
@@ -16,7 +16,7 @@ Shapes: T tokens, D width, N neurons, G groups of 32 inputs, R rows of a linear 
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ GROUP = 32
 """Inputs that share a scale and an offset."""
 BITS = (2, 3, 4, 8)
 """Bits of a code."""
+PLANES = (0, 1, 2, 3, 4)
+"""Top bits of it that may be read to judge."""
 MOST = 16
 """Tokens up to which reading the weights is what decides."""
 _WHOLE = 64
 """Inputs that are laid out together: the largest vector."""
 _ROOM = 128
 """Bytes behind the last weight, since vectors are read whole."""
-_CALL, _LAYER = struct.Struct("3q5Pq"), struct.Struct("13q13P")
+_CALL, _LAYER = struct.Struct("3q5Pq"), struct.Struct("16q17P")
 """The two halves of `QuantisedArguments` in quantised.cpp."""
 _MAP = struct.Struct("3q2P6q3P")
 """`QuantisedMap` in quantised.cpp."""
@@ -71,17 +73,31 @@ class Stored(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judge:
-    """What makes a score of the rough gate g and up u of a neuron:
+    """What makes a score of a neuron of its rough gate g and up u, their mean errors added:
 
     `size sqrt((act(g)^2 + act'(g)^2 gate_variance) (u^2 + up_variance))`, or without a gate
     `size sqrt(act(u)^2 + act'(u)^2 up_variance)`.
     """
 
+    planes: int
+    """Top bits that are read."""
+    up: Stored
+    """Whose top bits these are, and those of the gate."""
     size_N: Tensor
-    up_variance_N: Tensor
-    gate_variance_N: Tensor | None = None
+    up_error_N: tuple[Tensor, Tensor]
+    """Mean and variance of what the rough up leaves out."""
+    gate: Stored | None = None
+    gate_error_N: tuple[Tensor, Tensor] | None = None
+
+    def nested(self, gate: Stored | None, up: Stored) -> bool:
+        """Whether its top bits are those of these matrices, so that they need not be read again."""
+        return all(
+            own is not None and stored is not None and _begins(own, stored, self.planes)
+            for own, stored in ((self.gate, gate), (self.up, up))
+            if own is not None or stored is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -105,16 +121,20 @@ class PackedMlp:
 
     width: int
     neurons: int
-    planes: int
     parts: dict[str, Tensor] = field(repr=False)
     """What the kernel reads, by its name in quantised.cpp."""
     numbers: tuple[int, ...] = field(repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have places of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_layer"}
+
     @cached_property
     def _layer(self) -> bytes:
         names = (
-            "gate", "up", "records", "down", "gate_units", "up_units", "down_units",
-            "gate_bias", "up_bias", "down_bias", "size", "gate_spread", "up_spread",
+            "gate", "up", "records", "down", "gate_rough_units", "up_rough_units", "gate_units", "up_units",
+            "down_units", "gate_bias", "up_bias", "down_bias", "size", "gate_mean", "up_mean",
+            "gate_variance", "up_variance",
         )  # fmt: skip
         return _LAYER.pack(*self.numbers, *(address(self.parts.get(name)) for name in names))
 
@@ -156,8 +176,8 @@ class PackedMlp:
         scores_TN: Tensor | None,
         threshold_T: Tensor | None,
     ) -> None:
-        if threshold_T is not None and (not self.planes or "size" not in self.parts):
-            raise ValueError("a packed MLP without planes and a judge has no scores to compare")
+        if (y_TD is None or threshold_T is not None) and "size" not in self.parts:
+            raise ValueError("a packed MLP without a judge has no scores")
         if not serves(x_TD) or x_TD.shape[1:] != (self.width,):
             raise ValueError(
                 f"a packed MLP takes inputs [T, {self.width}] in fp32 or bf16 on a CPU, without gradients: "
@@ -179,43 +199,62 @@ def pack_mlp(
     down: Stored,
     *,
     activation: str,
-    planes: int = 0,
     judge: Judge | None = None,
     biases: Biases | None = None,
 ) -> PackedMlp:
-    """Lay an MLP out: `planes` top bits of gate and up for all neurons, the others neuron by neuron.
+    """Lay an MLP out: what the judge reads for all neurons, the rest neuron by neuron.
 
-    Groups of gate and up run along D, those of down along neurons. Without `planes` nothing is known before
+    Groups of gate and up run along D, those of down along neurons. Without a judge nothing is known before
     somebody says which neurons run. Raises `ValueError` for codes or scales that no kernel reads.
     """
-    inner = [up] if gate is None else [gate, up]
-    _check(planes, *inner, down)
+    inner = {"up": up} if gate is None else {"gate": gate, "up": up}
+    judged: dict[str, Stored] = {}
+    if judge is not None:
+        judged = {"up": judge.up} if judge.gate is None else {"gate": judge.gate, "up": judge.up}
+        _check(judge.planes, judged)
+    _check(0, {**inner, "down": down})
     neurons, width = up.codes_ND.shape
     padded_N, padded_D = _up(neurons, GROUP), _up(width, _WHOLE)
     parts = {"down_units": _down_units(down, padded_D)}
-    for name, matrix in zip(("gate", "up")[-len(inner) :], inner, strict=True):
-        parts[f"{name}_units"] = _units(matrix, padded_N)
-        if planes:
-            parts[name] = _tiles(matrix, planes, padded_N, padded_D)
-    biases = biases or Biases()
-    vectors: dict[str, Tensor | None]
-    vectors = {"gate_bias": biases.gate_N, "up_bias": biases.up_N, "down_bias": biases.down_D}
-    if judge is not None:
-        vectors["size"] = judge.size_N
-        vectors |= {"gate_spread": judge.gate_variance_N, "up_spread": judge.up_variance_N}
-    for name, vector in vectors.items():
+    parts |= {f"{name}_units": _units(matrix, padded_N) for name, matrix in inner.items()}
+    for name, matrix in judged.items():
+        assert judge is not None
+        parts[f"{name}_rough_units"] = _units(matrix, padded_N)
+        parts[name] = _tiles(matrix, judge.planes, padded_N, padded_D)
+    for name, vector in _vectors(judge, biases or Biases()).items():
         if vector is not None:
             parts[name] = _filled(vector.float(), padded_D if name == "down_bias" else padded_N)
-    records, scales_at, down_at = _records(inner, down, planes, padded_N, padded_D)
+    nested = judge is not None and judge.nested(gate, up)
+    rest = up.bits - judge.planes if nested and judge is not None else up.bits
+    records, *places = _records(list(inner.values()), down, rest, nested, padded_N, padded_D)
     parts |= {"records": _with_room(records), "down": _with_room(_group_scales(down, padded_D))}
-    lanes = vector_bytes() // 4
-    tile = (parts["up"].numel() - _ROOM) // (padded_N // lanes) if planes else 0
     numbers = (
-        width, padded_D // GROUP, padded_N, planes, up.bits - planes, down.bits,
-        up.scale.dtype == torch.float16, ACTIVATIONS.index(activation), tile, records.shape[1],
-        scales_at, down_at, padded_D,
+        width, padded_D // GROUP, padded_N, *_tile_numbers(judge), nested, rest, down.bits, _is_half(up),
+        ACTIVATIONS.index(activation), _tile_bytes(parts["up"], padded_N) if judged else 0,
+        records.shape[1], *places, padded_D,
     )  # fmt: skip
-    return PackedMlp(width, neurons, planes, parts, numbers)
+    return PackedMlp(width, neurons, parts, numbers)
+
+
+def _tile_numbers(judge: Judge | None) -> tuple[int, int, int]:
+    """Bits of a code in tiles, those below them, and whether scales have 16 bits."""
+    return (
+        (0, 0, 0)
+        if judge is None
+        else (judge.planes, judge.up.bits - judge.planes, _is_half(judge.up))
+    )
+
+
+def _vectors(judge: Judge | None, biases: Biases) -> dict[str, Tensor | None]:
+    named = {"gate_bias": biases.gate_N, "up_bias": biases.up_N, "down_bias": biases.down_D}
+    if judge is None:
+        return named
+    gate_mean_N, gate_variance_N = judge.gate_error_N or (None, None)
+    up_mean_N, up_variance_N = judge.up_error_N
+    return {
+        **named, "size": judge.size_N, "gate_mean": gate_mean_N, "up_mean": up_mean_N,
+        "gate_variance": gate_variance_N, "up_variance": up_variance_N,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,11 +268,14 @@ class PackedMap:
     numbers: tuple[int, int, int] = field(repr=False)
     """Groups, bits, and whether scales have 16 bits."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have places of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_map"}
+
     @cached_property
     def _map(self) -> tuple[int, ...]:
         groups, bits, is_half = self.numbers
-        lanes = vector_bytes() // 4
-        tile = (self.parts[0].numel() - _ROOM) // -(-self.rows // lanes)
+        tile = _tile_bytes(self.parts[0], self.rows)
         return self.width, groups, self.rows, bits, is_half, tile, *map(address, self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -254,28 +296,51 @@ class PackedMap:
 
 def pack_map(matrix: Stored, bias_R: Tensor | None = None) -> PackedMap:
     """Lay a linear map `[R, D]` out in tiles of rows. Raises `ValueError` for what no kernel reads."""
-    _check(0, matrix)
+    _check(0, {"map": matrix})
     rows, width = matrix.codes_ND.shape
     padded_R, padded_D = _up(rows, GROUP), _up(width, _WHOLE)
     tiles = _tiles(matrix, matrix.bits, _up(rows, vector_bytes() // 4), padded_D)
     bias = None if bias_R is None else _filled(bias_R.float(), padded_R)
-    numbers = padded_D // GROUP, matrix.bits, int(matrix.scale.dtype == torch.float16)
+    numbers = padded_D // GROUP, matrix.bits, _is_half(matrix)
     return PackedMap(width, rows, (tiles, _units(matrix, padded_R), bias), numbers)
 
 
-def _check(planes: int, *matrices: Stored) -> None:
-    kinds = {matrix.scale.dtype for matrix in matrices} | {m.offset.dtype for m in matrices}
-    bits = {matrix.bits for matrix in matrices[:2] or matrices}
+def _check(planes: int, matrices: dict[str, Stored]) -> None:
+    kinds = {kind for m in matrices.values() for kind in (m.scale.dtype, m.offset.dtype)}
+    bits = {m.bits for name, m in matrices.items() if name != "down"}
+    ready = len(kinds) == 1 and kinds <= {torch.uint8, torch.float16} and len(bits) == 1
     if (
-        not kinds < {torch.uint8, torch.float16}
-        or any(matrix.bits not in BITS for matrix in matrices)
-        or planes not in (0, 1, 2, 3, 4)
-        or planes > min(bits)
+        not ready
+        or not {m.bits for m in matrices.values()} <= {*BITS}
+        or planes not in PLANES[: min(bits) + 1]
     ):
         raise ValueError(
-            f"packed weights have codes of {BITS} bits, of which up to 4 are planes, and scales of one kind, "
-            f"uint8 or fp16: got {[(m.bits, m.scale.dtype) for m in matrices]}, {planes} planes"
+            f"packed weights have codes of {BITS} bits, of which up to {PLANES[-1]} are planes, and scales of "
+            f"one kind, uint8 or fp16: got {[(m.bits, m.scale.dtype) for m in matrices.values()]}, {planes} planes"
         )
+
+
+def _begins(own: Stored, stored: Stored, planes: int) -> bool:
+    """Whether codes of one matrix begin with `planes` bits of those of another, on the same grid."""
+    same = own.bits == stored.bits and (own.most_O is None) == (stored.most_O is None)
+    if own.most_O is not None and stored.most_O is not None:
+        same = same and torch.equal(own.most_O, stored.most_O)
+    rest = own.bits - planes
+    return (
+        same
+        and torch.equal(own.scale, stored.scale)
+        and torch.equal(own.offset, stored.offset)
+        and torch.equal(own.codes_ND >> rest, stored.codes_ND >> rest)
+    )
+
+
+def _is_half(matrix: Stored) -> int:
+    return int(matrix.scale.dtype == torch.float16)
+
+
+def _tile_bytes(tiles: Tensor, rows: int) -> int:
+    """Bytes of each of the tiles of so many rows."""
+    return (tiles.numel() - _ROOM) // -(-rows // (vector_bytes() // 4))
 
 
 def _up(number: int, grain: int) -> int:
@@ -321,7 +386,8 @@ def _fields(codes: Tensor, bits: int) -> Tensor:
         return torch.cat([_fields(codes >> rest, bits - rest), _fields(low, rest)], -1)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     parts = codes.unflatten(-1, (8 // bits, -1)) << shifts[:, None]
-    return parts.sum(-2, dtype=torch.uint8)
+    packed: Tensor = parts.sum(-2, dtype=torch.uint8)
+    return packed
 
 
 def _tiles(matrix: Stored, bits: int, rows: int, columns: int) -> Tensor:
@@ -341,17 +407,16 @@ def _tiles(matrix: Stored, bits: int, rows: int, columns: int) -> Tensor:
 
 
 def _records(
-    inner: list[Stored], down: Stored, planes: int, rows: int, columns: int
+    inner: list[Stored], down: Stored, rest: int, nested: bool, rows: int, columns: int
 ) -> tuple[Tensor, int, int]:
     """What is read of a neuron that runs `[N, P]`, and where its scales and its row of down begin."""
-    grain, rest = vector_bytes(), inner[0].bits - planes
-    parts = []
+    grain, parts = vector_bytes(), []
     for matrix in inner if rest else []:
         low = _block(matrix.codes_ND & (2**rest - 1), rows, columns)
         parts.append(_fields(low.unflatten(1, (-1, grain)), rest).flatten(1))
     scales_at = sum(part.shape[1] for part in parts)
     kinds = [[matrix.scale for matrix in inner], [matrix.offset for matrix in inner]]
-    for kind in kinds if not planes else kinds[:1]:
+    for kind in kinds[:1] if nested else kinds:
         parts += [_bytes(_block(value, rows, columns // GROUP)) for value in kind]
     down_at = sum(part.shape[1] for part in parts)
     # The order in which `transpose` gives them back in turn.
