@@ -27,9 +27,13 @@ from moefy.recipe import Recipe, from_dict
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
+from moefy.run.reading import read_json
 
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""
+
+RECORDS = "records.json"
+"""What was measured when a folder was made."""
 
 INPUTS = 0.25
 """Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
@@ -55,7 +59,8 @@ def evaluate(
     whole. The bigram of language models is fitted on the other shards, or on the bundled corpus
     where another one is evaluated. `router` puts another router that needs no fitting in the place
     of the fitted one. `seed` draws the resamples of intervals. A dense checkpoint, folder or Hub id, has
-    its cross-entropy alone.
+    its cross-entropy alone. Weights that were rounded are compared with themselves, all experts on, unless
+    `against` names the source; `rounding_kl` is what the conversion measured between the two.
     """
     if documents < 1:
         raise MoefyError(f"--documents {documents}: expected 1 or more")
@@ -66,7 +71,21 @@ def evaluate(
         return _evaluate_dense(folder, load_corpus(corpus), documents, seed, quiet)
     model = open_model(folder, verify=True, dense=False)
     dense = None if against is None else open_model(against, dense=True)
-    return _evaluate_moefied(model, dense, load_corpus(corpus), documents, router, seed, quiet)
+    record = _evaluate_moefied(model, dense, load_corpus(corpus), documents, router, seed, quiet)
+    bits = of(model).artefact.rounded
+    if bits is None or against is not None:
+        return record
+    dense_is = f"{record['dense']}, its MLP weights rounded to {bits} bits"
+    return {**record, "dense": dense_is, **_rounding(Path(folder))}
+
+
+def _rounding(folder: Path) -> dict[str, float]:
+    """What rounding alone costs, where the records of a folder say so."""
+    file = folder / RECORDS
+    records = read_json(file) if file.is_file() else {}
+    conversion = records.get("conversion") if isinstance(records, dict) else None
+    value = conversion.get("rounding_kl") if isinstance(conversion, dict) else None
+    return {"rounding_kl": value} if isinstance(value, float) else {}
 
 
 def _evaluate_moefied(
