@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moefy.models.artefact import Artefact
+from moefy.models.artefact import Artefact, LayerEntry
 from moefy.run.tables import figure, markdown
 
 COLUMNS = {
@@ -163,9 +163,11 @@ _FORM = {
 
 
 _EXACT = (
-    "With every expert on, outputs equal the source up to a relative error of "
-    "{all_experts_relative_error:.1e}."
+    "With every expert on, outputs equal the source{rounded} up to a relative error of "
+    "{all_experts_relative_error:.1e}.{rounding}"
 )
+_ROUNDED = ", its MLP weights rounded to {bits} bits ({scales}-bit scales and offsets for 32),"
+_ROUNDING = " Rounding alone costs KL {rounding_kl:.4f} (all experts on, against the source)."
 _TRAINED = "With every expert on it is a dense model of its own, not the source."
 
 
@@ -194,8 +196,14 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         parameters=quality["active_parameters"],
         heads=_heads(quality),
         table=domain_table(quality),
-        exact=_TRAINED if trained else _EXACT.format(**records["conversion"]),
+        exact=_TRAINED if trained else _exact(first, records["conversion"]),
     )
+
+
+def _exact(first: LayerEntry, conversion: dict[str, Any]) -> str:
+    rounded = "" if first.storage is None else _ROUNDED.format(**first.storage)
+    rounding = _ROUNDING.format(**conversion) if "rounding_kl" in conversion else ""
+    return _EXACT.format(**conversion, rounded=rounded, rounding=rounding)
 
 
 def _heads(quality: dict[str, Any]) -> str:

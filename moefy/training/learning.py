@@ -67,7 +67,9 @@ def parameters_of(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
         ],
     }
     known = {id(p) for part in found.values() for p in part}
-    inside = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    # What stands in the place of an MLP's linear maps has no weight.
+    inside = {id(p): m for m in linears for p in m.parameters(recurse=False) if p.ndim == 2}
     head = model.get_output_embeddings()
     rest: dict[str, list[nn.Parameter]] = {"norms": [], "projections": [], "embeddings": []}
     for p in model.parameters():

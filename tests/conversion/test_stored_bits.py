@@ -347,3 +347,49 @@ def test_sixteen_bits_leave_no_trace(tmp_path):
 def test_other_numbers_of_bits_are_refused(settings):
     with pytest.raises(MoefyError, match="must be one of"):
         recipes.override(RECIPE, settings)
+
+
+def test_a_lora_adapter_of_mlps_is_refused_and_one_of_attention_merged(made, tmp_path):
+    peft = pytest.importorskip("peft")
+    source, out, _ = made("llama")
+    for name, targets in {"mlp": ["up_proj"], "attention": ["q_proj"]}.items():
+        base = load_dense(Checkpoint.open(source))
+        config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        named = json.loads(file.read_text()) | {"base_model_name_or_path": str(source)}
+        file.write_text(json.dumps(named))
+    with pytest.raises(MoefyError, match="holds them in 4 bits"):
+        moefy.load(out, adapter=tmp_path / "mlp")
+    module = sparse_mlps(moefy.load(out, adapter=tmp_path / "attention"))[0]
+    assert torch.equal(module.stored.matrix("up").values(), module.up_ND)
+
+
+def test_pruning_a_rounded_adapter_is_refused(made, tmp_path):
+    _, out, _ = made("llama", adapter=True)
+    with pytest.raises(MoefyError, match="prune the base"):
+        moefy.prune(out, tmp_path / "pruned", forget="d0", quiet=True)
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+@torch.no_grad()
+def test_exports_hold_the_values(made, form, tmp_path):
+    source, out, _ = made("llama", **({"adapter": True} if form == "adapter" else {}))
+    moefy.export(out, tmp_path / "dense", to="dense")
+    stock, model = load_dense(Checkpoint.open(tmp_path / "dense")), moefy.load(out)
+    for site, module in zip(sites(stock), sparse_mlps(model).values(), strict=True):
+        plain = read_mlp(site, stock.get_parameter)
+        assert torch.equal(plain.down_ND, module.down_ND)
+        assert torch.equal(plain.gate_ND, module.gate_ND)
+    settings = {**BITS, "selection.name": "softmax_topk", "compensation.name": "none"}
+    options = {"adapter": True} if form == "adapter" else {}
+    convert_tiny("llama", source, tmp_path / "linear", settings=settings, **options)
+    # The export compares itself with moefy's own model, and refuses what is another function.
+    moefy.export(tmp_path / "linear", tmp_path / "mixtral", to="mixtral")
+
+
+def test_the_card_says_what_is_rounded(made):
+    _, out, records = made("llama")
+    card = " ".join((out / "README.md").read_text().split())
+    assert "rounded to 4 bits (8-bit scales and offsets for 32)" in card
+    assert f"Rounding alone costs KL {records['conversion']['rounding_kl']:.4f}" in card
