@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moefy.experts.loading import load as load
     from moefy.experts.loading import open_model as open_model
     from moefy.experts.sparse_mlp import all_experts as all_experts
+    from moefy.experts.sparse_mlp import native_codes as native_codes
     from moefy.exporting.export import export as export
     from moefy.inspection.diff import diff as diff
     from moefy.inspection.inspect import inspect as inspect
@@ -57,6 +58,7 @@ _HOME = {
     "load_corpus": "moefy.data.corpus",
     "load_tokenizer": "moefy.data.inputs",
     "MoefyError": "moefy.errors",
+    "native_codes": "moefy.experts.sparse_mlp",
     "native_linears": "moefy.experts.backends.cpu",
     "open_model": "moefy.experts.loading",
     "permute_adapter": "moefy.models.lora",

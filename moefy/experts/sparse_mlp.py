@@ -6,7 +6,7 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from moefy.errors import MoefyError
 from moefy.experts.backends import BACKENDS, able, about, choose, fastest, named
 from moefy.experts.backends.base import ExpertWeights, Request, Workload
+from moefy.experts.backends.codes import MOST, InCodes
 from moefy.experts.backends.cpu import OneToken
 from moefy.experts.routed import IN, MASK, OUT, SCORES, Hooked
 from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
+from moefy.methods.selections import Threshold
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
 from moefy.models.quantised import GROUPED, Quantised, QuantisedMlp, quantise
 
@@ -74,6 +76,9 @@ class SparseMlp(Hooked):
         self.chosen = ""
         """The backend of the last forward pass."""
         self._one_token: OneToken | None = None
+        self.reads_codes = False
+        """Whether few tokens are computed from the codes (`moefy.native_codes`)."""
+        self._in_codes: InCodes | None = None
         self._stored, self._versions = mlp.stored, self._written()
 
     @property
@@ -125,7 +130,8 @@ class SparseMlp(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies count from their own parameters."""
-        return {**self.__dict__, "_versions": None if self.stored else self._versions}
+        versions = None if self.stored else self._versions
+        return {**self.__dict__, "_versions": versions, "_in_codes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base: Any = super()
@@ -230,9 +236,9 @@ class SparseMlp(Hooked):
 
         `residual` is for families whose MLP module adds it itself.
         """
-        held = self._held(hidden)
-        if held is not None:
-            y = self._decode(held, hidden)
+        held = None if self.reads_codes else self._held(hidden)
+        y = self._read_codes(hidden) if held is None else self._decode(held, hidden)
+        if y is not None:
             return y if residual is None else y + residual
         x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
         watched = self.watched
@@ -263,16 +269,10 @@ class SparseMlp(Hooked):
         """What decodes one token on a CPU, where nobody asks for more than the output."""
         if (
             hidden.numel() != hidden.shape[-1]
-            or not hidden.is_cpu
             or self.backend != "auto"
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or self.all_on
             or self.look_ahead
-            or self.observer is not None
-            or self.watched
-            or self.tells_all
-            or self.compensation.adds
+            or not self._unheard(hidden)
             or not self.router.reads_input_alone
         ):
             return None
@@ -283,6 +283,45 @@ class SparseMlp(Hooked):
             request = Request(self.up_ND[:1].detach(), self.weights, mask_1E)
             self._one_token = held = OneToken.of(request, able(request), own)
         return held if held is not None and held.dtype == hidden.dtype else None
+
+    def _unheard(self, hidden: Tensor) -> bool:
+        """Whether nobody asks for more than the output, on a CPU without gradients."""
+        return not (
+            not hidden.is_cpu
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.observer is not None
+            or self.watched
+            or self.tells_all
+            or self.compensation.adds
+        )
+
+    def _read_codes(self, hidden: Tensor) -> Tensor | None:
+        """Few tokens from the codes of the weights, where that was asked for and can be."""
+        few = 0 < hidden.numel() <= MOST * hidden.shape[-1]
+        if not self.reads_codes or not few or not self._unheard(hidden):
+            return None
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        weights = self.running
+        if not InCodes.able(weights, x_TD):
+            return None
+        judged = not self.shared and not self.look_ahead and self.experts == self.neurons
+        parts = [*self._parameters.values(), *self.router._buffers.values()]
+        made_of = [value for value in parts if value is not None]
+        held = self._in_codes
+        if held is None or not held.follows(weights, made_of):
+            self._in_codes = held = InCodes(weights, self.router if judged else None, made_of)
+        self.chosen = "codes"
+        selection, packed = self.selection, held.packed
+        if self.all_on:
+            y_TD = packed(x_TD)
+        elif held.judges and type(selection) is Threshold and selection.most is None:
+            y_TD = packed(x_TD, torch.full((len(x_TD),), selection.threshold))
+        else:
+            mask_TE, _ = self._route(x_TD)
+            y_TD = packed(x_TD, mask_TN=mask_TE.repeat_interleave(self.expert_size, 1))
+        self.context.previous_TD = x_TD
+        return y_TD.view(hidden.shape)
 
     def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:
         """One token, as `forward` computes it, with as little around the kernel as can be."""
@@ -326,3 +365,16 @@ def use_backend(model: nn.Module, name: str) -> None:
     """Compute every layer with this entry of `BACKENDS`, or with `auto`."""
     for module in sparse_mlps(model).values():
         module.backend = name
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def native_codes(model: Model, on: bool = True) -> Model:
+    """Compute few tokens of every layer that is stored in codes from those, or no longer; gives the model back.
+
+    Inputs are then rounded to 8 bits (`moefy.experts.backends.codes`). Layers that no kernel serves stay as they are.
+    """
+    for module in sparse_mlps(model).values():
+        module.reads_codes, module._in_codes = on, None
+    return model

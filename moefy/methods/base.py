@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moefy.errors import RecipeError
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
+from moefy.models.quantised import Quantised
 from moefy.models.schema import Field, number, optional
 
 WIDE_BITS = 16
@@ -48,6 +49,22 @@ class Context(threading.local):
     def __reduce__(self) -> tuple[type["Context"], tuple[()]]:
         """A copied or pickled model has no pass behind it: none of its tensors go along."""
         return Context, ()
+
+
+class RoughCodes(NamedTuple):
+    """What scores are made of that are the expected size of a neuron's contribution, given its top bits.
+
+    `size sqrt((act(g)^2 + act'(g)^2 v_g) (u^2 + v_u))` of the rough gate g and up u, their mean errors added; without a
+    gate `size sqrt(act(u)^2 + act'(u)^2 v_u)`.
+    """
+
+    planes: int
+    """Top bits that are read."""
+    matrices: Mapping[str, Quantised]
+    """The codes of `gate` and `up` that they are the top bits of."""
+    errors: Mapping[str, tuple[Tensor, Tensor]]
+    """Mean and variance `[N]` of what each leaves out."""
+    size_N: Tensor
 
 
 class Router(nn.Module):
@@ -120,6 +137,10 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`; `mlp` holds the routed neurons in expert order."""
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def rough_codes(self) -> RoughCodes | None:
+        """What its scores are made of, if a kernel that reads codes can make them."""
+        return None
 
     def weights_read(self, mlp: DenseMlp) -> int:
         """Weights read for one token: what this router adds to the active parameters."""

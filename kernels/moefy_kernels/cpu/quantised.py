@@ -16,61 +16,24 @@ Shapes: T tokens, D width, N neurons, G groups of 32 inputs, R rows of a linear 
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moefy_kernels.cpu import packing
 from moefy_kernels.cpu.experts import DTYPES, address
 from moefy_kernels.cpu.library import available, call, vector_bytes
+from moefy_kernels.cpu.packing import GROUP, WHOLE, Stored, padded
 from moefy_kernels.expert_mlp import ACTIVATIONS
 
-GROUP = 32
-"""Inputs that share a scale and an offset."""
-BITS = (2, 3, 4, 8)
-"""Bits of a code."""
-PLANES = (0, 1, 2, 3, 4)
-"""Top bits of it that may be read to judge."""
 MOST = 16
 """Tokens up to which reading the weights is what decides."""
-_WHOLE = 64
-"""Inputs that are laid out together: the largest vector."""
-_ROOM = 128
-"""Bytes behind the last weight, since vectors are read whole."""
 _CALL, _LAYER = struct.Struct("3q5Pq"), struct.Struct("16q17P")
 """The two halves of `QuantisedArguments` in quantised.cpp."""
 _MAP = struct.Struct("3q2P6q3P")
 """`QuantisedMap` in quantised.cpp."""
-
-
-class Stored(Protocol):
-    """A matrix `[N, D]` on a grid, as `moefy.models.quantised.Quantised` is: `scale * code - offset`."""
-
-    @property
-    def codes_ND(self) -> Tensor:
-        """uint8, from 0 to `2**bits - 1`."""
-        ...
-
-    @property
-    def scale(self) -> Tensor:
-        """`[N, G]`, or `[G, D]` in groups along neurons: fp16, or uint8 in 255ths of `most_O[0]`."""
-        ...
-
-    @property
-    def offset(self) -> Tensor:
-        """As `scale`, of `most_O[1]`."""
-        ...
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        ...
-
-    @property
-    def most_O(self) -> Tensor | None:
-        """fp16 `[2, O]`: the largest scale and offset of an output."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +57,7 @@ class Judge:
     def nested(self, gate: Stored | None, up: Stored) -> bool:
         """Whether its top bits are those of these matrices, so that they need not be read again."""
         return all(
-            own is not None and stored is not None and _begins(own, stored, self.planes)
+            own is not None and stored is not None and packing.begins(own, stored, self.planes)
             for own, stored in ((self.gate, gate), (self.up, up))
             if own is not None or stored is not None
         )
@@ -208,41 +171,45 @@ def pack_mlp(
     somebody says which neurons run. Raises `ValueError` for codes or scales that no kernel reads.
     """
     inner = {"up": up} if gate is None else {"gate": gate, "up": up}
-    judged: dict[str, Stored] = {}
-    if judge is not None:
-        judged = {"up": judge.up} if judge.gate is None else {"gate": judge.gate, "up": judge.up}
-        _check(judge.planes, judged)
-    _check(0, {**inner, "down": down})
+    packing.check(0, {**inner, "down": down})
     neurons, width = up.codes_ND.shape
-    padded_N, padded_D = _up(neurons, GROUP), _up(width, _WHOLE)
-    parts = {"down_units": _down_units(down, padded_D)}
-    parts |= {f"{name}_units": _units(matrix, padded_N) for name, matrix in inner.items()}
-    for name, matrix in judged.items():
-        assert judge is not None
-        parts[f"{name}_rough_units"] = _units(matrix, padded_N)
-        parts[name] = _tiles(matrix, judge.planes, padded_N, padded_D)
-    for name, vector in _vectors(judge, biases or Biases()).items():
-        if vector is not None:
-            parts[name] = _filled(vector.float(), padded_D if name == "down_bias" else padded_N)
+    padded_N, padded_D = padded(neurons, GROUP), padded(width, WHOLE)
     nested = judge is not None and judge.nested(gate, up)
     rest = up.bits - judge.planes if nested and judge is not None else up.bits
-    records, *places = _records(list(inner.values()), down, rest, nested, padded_N, padded_D)
-    parts |= {"records": _with_room(records), "down": _with_room(_group_scales(down, padded_D))}
+    records, *places = packing.records([*inner.values()], down, rest, nested, padded_N, padded_D)
+    parts = {f"{name}_units": packing.units(matrix, padded_N) for name, matrix in inner.items()}
+    parts |= {
+        "down_units": packing.down_units(down, padded_D),
+        "down": packing.with_room(packing.group_scales(down, padded_D)),
+        "records": packing.with_room(records),
+    }
+    if judge is not None:
+        parts |= _judged(judge, padded_N, padded_D)
+    for name, vector in _vectors(judge, biases or Biases()).items():
+        if vector is not None:
+            count = padded_D if name == "down_bias" else padded_N
+            parts[name] = packing.filled(vector.float(), count)
+    tile = 0 if judge is None else packing.tile_bytes(parts["up"], padded_N)
     numbers = (
-        width, padded_D // GROUP, padded_N, *_tile_numbers(judge), nested, rest, down.bits, _is_half(up),
-        ACTIVATIONS.index(activation), _tile_bytes(parts["up"], padded_N) if judged else 0,
-        records.shape[1], *places, padded_D,
+        width, padded_D // GROUP, padded_N, *_tile_numbers(judge), nested, rest, down.bits,
+        packing.is_half(up), ACTIVATIONS.index(activation), tile, records.shape[1], *places, padded_D,
     )  # fmt: skip
     return PackedMlp(width, neurons, parts, numbers)
 
 
+def _judged(judge: Judge, rows: int, columns: int) -> dict[str, Tensor]:
+    """The tiles that are read to judge, and their units."""
+    judged = {"up": judge.up} if judge.gate is None else {"gate": judge.gate, "up": judge.up}
+    packing.check(judge.planes, judged)
+    units = {f"{name}_rough_units": packing.units(m, rows) for name, m in judged.items()}
+    return units | {n: packing.tiles(m, judge.planes, rows, columns) for n, m in judged.items()}
+
+
 def _tile_numbers(judge: Judge | None) -> tuple[int, int, int]:
     """Bits of a code in tiles, those below them, and whether scales have 16 bits."""
-    return (
-        (0, 0, 0)
-        if judge is None
-        else (judge.planes, judge.up.bits - judge.planes, _is_half(judge.up))
-    )
+    if judge is None:
+        return 0, 0, 0
+    return judge.planes, judge.up.bits - judge.planes, packing.is_half(judge.up)
 
 
 def _vectors(judge: Judge | None, biases: Biases) -> dict[str, Tensor | None]:
@@ -275,7 +242,7 @@ class PackedMap:
     @cached_property
     def _map(self) -> tuple[int, ...]:
         groups, bits, is_half = self.numbers
-        tile = _tile_bytes(self.parts[0], self.rows)
+        tile = packing.tile_bytes(self.parts[0], self.rows)
         return self.width, groups, self.rows, bits, is_half, tile, *map(address, self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -296,137 +263,10 @@ class PackedMap:
 
 def pack_map(matrix: Stored, bias_R: Tensor | None = None) -> PackedMap:
     """Lay a linear map `[R, D]` out in tiles of rows. Raises `ValueError` for what no kernel reads."""
-    _check(0, {"map": matrix})
+    packing.check(0, {"map": matrix})
     rows, width = matrix.codes_ND.shape
-    padded_R, padded_D = _up(rows, GROUP), _up(width, _WHOLE)
-    tiles = _tiles(matrix, matrix.bits, _up(rows, vector_bytes() // 4), padded_D)
-    bias = None if bias_R is None else _filled(bias_R.float(), padded_R)
-    numbers = padded_D // GROUP, matrix.bits, _is_half(matrix)
-    return PackedMap(width, rows, (tiles, _units(matrix, padded_R), bias), numbers)
-
-
-def _check(planes: int, matrices: dict[str, Stored]) -> None:
-    kinds = {kind for m in matrices.values() for kind in (m.scale.dtype, m.offset.dtype)}
-    bits = {m.bits for name, m in matrices.items() if name != "down"}
-    ready = len(kinds) == 1 and kinds <= {torch.uint8, torch.float16} and len(bits) == 1
-    if (
-        not ready
-        or not {m.bits for m in matrices.values()} <= {*BITS}
-        or planes not in PLANES[: min(bits) + 1]
-    ):
-        raise ValueError(
-            f"packed weights have codes of {BITS} bits, of which up to {PLANES[-1]} are planes, and scales of "
-            f"one kind, uint8 or fp16: got {[(m.bits, m.scale.dtype) for m in matrices.values()]}, {planes} planes"
-        )
-
-
-def _begins(own: Stored, stored: Stored, planes: int) -> bool:
-    """Whether codes of one matrix begin with `planes` bits of those of another, on the same grid."""
-    same = own.bits == stored.bits and (own.most_O is None) == (stored.most_O is None)
-    if own.most_O is not None and stored.most_O is not None:
-        same = same and torch.equal(own.most_O, stored.most_O)
-    rest = own.bits - planes
-    return (
-        same
-        and torch.equal(own.scale, stored.scale)
-        and torch.equal(own.offset, stored.offset)
-        and torch.equal(own.codes_ND >> rest, stored.codes_ND >> rest)
-    )
-
-
-def _is_half(matrix: Stored) -> int:
-    return int(matrix.scale.dtype == torch.float16)
-
-
-def _tile_bytes(tiles: Tensor, rows: int) -> int:
-    """Bytes of each of the tiles of so many rows."""
-    return (tiles.numel() - _ROOM) // -(-rows // (vector_bytes() // 4))
-
-
-def _up(number: int, grain: int) -> int:
-    return -(-number // grain) * grain
-
-
-def _block(value: Tensor, rows: int, columns: int) -> Tensor:
-    """Filled up with zeros to `[rows, columns]`."""
-    return pad(value, (0, columns - value.shape[1], 0, rows - value.shape[0]))
-
-
-def _filled(vector: Tensor, count: int) -> Tensor:
-    return pad(vector, (0, count - len(vector))).contiguous()
-
-
-def _with_room(value: Tensor) -> Tensor:
-    return pad(value.flatten(), (0, _ROOM))
-
-
-def _units(matrix: Stored, outputs: int) -> Tensor:
-    """What a scale and an offset of 1 stand for, by output `[2, O]`."""
-    if matrix.most_O is None:
-        return torch.ones(2, outputs)
-    return _block(matrix.most_O.float() / 255, 2, outputs).contiguous()
-
-
-def _down_units(down: Stored, columns: int) -> Tensor:
-    """The same for down; that of an offset over that of a scale."""
-    scale_D, offset_D = _units(down, columns)
-    return torch.stack([scale_D, torch.where(scale_D > 0, offset_D / scale_D, 0)])
-
-
-def _bytes(value: Tensor) -> Tensor:
-    """The bytes of the last dimension."""
-    return value.contiguous().view(torch.uint8)
-
-
-def _fields(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[..., V]` in bytes `[..., V bits / 8]`, as `unpack` of integers.h reads them."""
-    if bits not in (1, 2, 4, 8):
-        rest = bits - (4 if bits > 4 else 2)
-        low = codes & (2**rest - 1)
-        return torch.cat([_fields(codes >> rest, bits - rest), _fields(low, rest)], -1)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    parts = codes.unflatten(-1, (8 // bits, -1)) << shifts[:, None]
-    packed: Tensor = parts.sum(-2, dtype=torch.uint8)
-    return packed
-
-
-def _tiles(matrix: Stored, bits: int, rows: int, columns: int) -> Tensor:
-    """The top bits in tiles of as many rows as a vector has lanes: codes, scales and offsets, group by group.
-
-    A vector holds four inputs of every row of its tile.
-    """
-    lanes = vector_bytes() // 4
-    codes = _block(matrix.codes_ND >> (matrix.bits - bits), rows, columns)
-    fours = codes.view(rows // lanes, lanes, columns // GROUP, 8, 4).permute(0, 2, 3, 1, 4)
-    packed = _fields(fours.flatten(-2), bits).flatten(-2)
-    scales = [
-        _bytes(_block(s, rows, columns // GROUP).view(rows // lanes, lanes, -1).transpose(1, 2))
-        for s in (matrix.scale, matrix.offset)
-    ]
-    return _with_room(torch.cat([packed, *scales], -1))
-
-
-def _records(
-    inner: list[Stored], down: Stored, rest: int, nested: bool, rows: int, columns: int
-) -> tuple[Tensor, int, int]:
-    """What is read of a neuron that runs `[N, P]`, and where its scales and its row of down begin."""
-    grain, parts = vector_bytes(), []
-    for matrix in inner if rest else []:
-        low = _block(matrix.codes_ND & (2**rest - 1), rows, columns)
-        parts.append(_fields(low.unflatten(1, (-1, grain)), rest).flatten(1))
-    scales_at = sum(part.shape[1] for part in parts)
-    kinds = [[matrix.scale for matrix in inner], [matrix.offset for matrix in inner]]
-    for kind in kinds[:1] if nested else kinds:
-        parts += [_bytes(_block(value, rows, columns // GROUP)) for value in kind]
-    down_at = sum(part.shape[1] for part in parts)
-    # The order in which `transpose` gives them back in turn.
-    blocks = _block(down.codes_ND, rows, columns).unflatten(1, (-1, 4, grain // 16, 4))
-    ordered = blocks.transpose(2, 3).flatten(2)
-    parts.append(_fields(ordered, down.bits).flatten(1))
-    record = torch.cat(parts, 1)
-    return pad(record, (0, -record.shape[1] % 64)), scales_at, down_at
-
-
-def _group_scales(down: Stored, columns: int) -> Tensor:
-    """Scales and offsets of every 32 neurons."""
-    return torch.cat([_bytes(_block(s, len(s), columns)) for s in (down.scale, down.offset)], 1)
+    padded_R, padded_D = padded(rows, GROUP), padded(width, WHOLE)
+    tiles = packing.tiles(matrix, matrix.bits, padded(rows, vector_bytes() // 4), padded_D)
+    bias = None if bias_R is None else packing.filled(bias_R.float(), padded_R)
+    numbers = padded_D // GROUP, matrix.bits, packing.is_half(matrix)
+    return PackedMap(width, rows, (tiles, packing.units(matrix, padded_R), bias), numbers)
