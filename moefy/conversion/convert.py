@@ -29,23 +29,31 @@ from moefy import recipe as recipes
 from moefy.conversion import streamed
 from moefy.conversion.in_memory import fitted
 from moefy.conversion.plan import describe
-from moefy.conversion.task import Conversion, Converted
+from moefy.conversion.task import UNROUNDED, Conversion, Converted
 from moefy.conversion.verification import AsRouted, require_equal
 from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, outputs_of_all
+from moefy.evaluation.outputs import (
+    Outputs,
+    difference,
+    distances,
+    judge,
+    outputs_of_all,
+    run_outputs,
+)
 from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
+from moefy.experts.moefied import of
 from moefy.experts.passes import walk
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
 from moefy.models.refusals import refuse_adapted
-from moefy.models.reorder import reorder
+from moefy.models.reorder import put_back, reorder, rounded_mlp
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine, now
 from moefy.run.folder import write_whole
@@ -142,12 +150,16 @@ def _in_memory(task: Conversion) -> Converted | None:
     with task.clock.stage("verify"):
         # What it names is what the recipe names.
         sparse = load(task.finished, verify=False, plugins=True, **placement())
-        error = _verify(task.checkpoint, sparse, task.evaluated[0])
+        error = _verify(task, sparse, task.evaluated[0])
         with AsRouted(task, sparse).checking(), torch.no_grad():
             walk(sparse, task.evaluated[0])
         give_back()
-        quality = evaluate(sparse, task.evaluated, report=task.report)
-    return replace(made, error=error, evaluation=quality)
+        source = None if made.artefact.rounded is None else task.load()
+        quality = evaluate(sparse, task.evaluated, against=source, report=task.report)
+        rounding = None if source is None else _rounding(sparse, source, task.evaluated)
+        if source is not None:
+            quality["dense"] = UNROUNDED
+    return replace(made, error=error, evaluation=quality, rounding=rounding)
 
 
 @contextmanager
@@ -216,13 +228,30 @@ def _write(task: Conversion, artefact: Artefact) -> None:
 
 
 @torch.no_grad()
-def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
-    """Relative error of the written model with every expert on, against the source itself."""
+def _verify(task: Conversion, sparse: PreTrainedModel, batch: Batch) -> float:
+    """Relative error of the written model with every expert on, against the source itself, rounded if the
+    result is."""
     with all_experts(sparse):
         got = outputs_of_all(sparse, batch)
-    want = outputs_of_all(load_dense(checkpoint, **placement()), batch)
-    error, size, _ = difference(got, want)
+    dense = load_dense(task.checkpoint, **placement())
+    artefact, get = of(sparse).artefact, task.weights()
+    for site, entry in zip(task.todo.sites, artefact.layers, strict=True):
+        if entry.storage is not None:
+            order_N = artefact.permutation(site.index)
+            put_back(dense, site, rounded_mlp(site, get, entry, order_N), order_N)
+    error, size, _ = difference(got, outputs_of_all(dense, batch))
     return error / size
+
+
+def _rounding(sparse: PreTrainedModel, source: PreTrainedModel, batches: list[Batch]) -> float:
+    """What rounding alone costs: KL of the result with every expert on to the source (nats a token)."""
+
+    def run(batch: Batch) -> Outputs:
+        with all_experts(sparse):
+            return run_outputs(sparse, batch)
+
+    judgement = judge(run, batches, lambda batch: run_outputs(source, batch), distances)
+    return judgement.mean("distance")
 
 
 def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
@@ -255,6 +284,7 @@ def _record(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
         "form": made.artefact.form,
         "streamed": stream,
         "all_experts_relative_error": made.error,
+        **({} if made.rounding is None else {"rounding_kl": made.rounding}),
         "routers": made.fits,
         "head_routers": made.head_fits,
         "tuning": made.tuning,

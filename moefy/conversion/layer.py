@@ -309,6 +309,8 @@ def fit_layer(
     k = _active(todo, site) - split.shared
     torch.manual_seed(recipe.seed + site.index)
     whole = mlp if split.as_stored else mlp.take(split.permutation)
+    if entry.storage is not None:
+        whole = whole.quantised(entry.storage["bits"], entry.storage["scales"])
     routed = whole.take(slice(split.shared * split.expert_size, None))
     tokens, held = sample.router, sample.held
 
@@ -329,8 +331,10 @@ def fit_layer(
     if not recipe.allocates:
         fit_compensation(compensation, router, selection, routed, tokens)
 
-    permutation = {"permutation": split.permutation.to(torch.int32)}
-    return Fitted(entry, permutation | stored(router, compensation), fit)
+    tensors = {"permutation": split.permutation.to(torch.int32)}
+    if whole.stored is not None:
+        tensors |= {f"weights.{name}": value for name, value in whole.stored.tensors.items()}
+    return Fitted(entry, tensors | stored(router, compensation), fit)
 
 
 def tokens_of(

@@ -26,6 +26,7 @@ from moefy.experts.sparse_heads import SparseHeads
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.models.heads import HeadSite, read_heads
 from moefy.models.locate import Site, read_mlp
+from moefy.models.reorder import rounded_mlp
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error of the outputs with every expert on; the error itself is recorded."""
@@ -81,9 +82,17 @@ class AsRouted:
     @torch.no_grad()
     def _mlp(self, site: Site, module: SparseMlp, args: Any, kwargs: Any, output: Tensor) -> None:
         x_TD, mask_TE = self.seen.pop(site.module)
-        mlp = read_mlp(site, lambda name: self.get(name).to(x_TD.device))
-        centred = module.compensation.centred(mlp)
+        entry = self.made.artefact.layers[site.index]
         order_N = self.made.artefact.permutation(site.index).to(x_TD.device)
+
+        def get(name: str) -> Tensor:
+            return self.get(name).to(x_TD.device)
+
+        if entry.storage is None:
+            mlp = read_mlp(site, get)
+        else:
+            mlp, order_N = rounded_mlp(site, get, entry, order_N), torch.arange(site.neurons)
+        centred = module.compensation.centred(mlp)
         mask_TN = mask_TE.repeat_interleave(mlp.neurons // mask_TE.shape[1], 1)
         want_TD = torch.zeros_like(x_TD)
         for first in range(0, mlp.neurons, _CHUNK):

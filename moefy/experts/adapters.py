@@ -29,7 +29,8 @@ def merge_adapter(
     """Merge an adapter into the stock model of the artefact `folder`, its neurons as they lie there.
 
     Gives back the model. Raises `CheckpointError` for an adapter that is not LoRA or that was trained on
-    another model, and `MoefyError` for a model whose weights are not all in memory.
+    another model, and `MoefyError` for a model whose weights are not all in memory, and where it changes
+    weights that are rounded.
     """
     away = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if away is not None:
@@ -39,6 +40,11 @@ def merge_adapter(
         )
     lora = Lora.open(adapter)
     if touches(mlp_paths(model), lora.tensors):
+        if artefact.rounded is not None:
+            raise MoefyError(
+                f"{adapter}: changes the weights of MLPs, and {folder} holds them in {artefact.rounded} bits; "
+                "merge it into the source with peft and convert that"
+            )
         place = lies_as(lora.base, lora.mark, folder, artefact)
         in_source, source = artefact.form == ADAPTER, artefact.source["name"]
         if place is None:
