@@ -216,9 +216,7 @@ class Comparison:
 
         dense = self._dense()
         judgement = judge(run, self._evaluation, dense, partial(_shown, figures_of(model)))
-        found: dict[str, Any] = {
-            name: mean for name in judgement.sums_Q if (mean := judgement.mean(name))
-        }
+        found: dict[str, Any] = {name: judgement.mean(name) for name in judgement.sums_Q}
         if load is not None:
             found["ffn_density"] = load.density()
             found["bits_read"] = load.bits_read()

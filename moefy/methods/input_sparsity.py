@@ -119,7 +119,7 @@ class InputSparseMlp(nn.Module):
     def _keep(self, role: str, x_TI: Tensor, real_T: Tensor | None) -> Tensor:
         share = self.shares.kept[role]
         if share >= 1:
-            self.read[role] += len(x_TI) if real_T is None else float(real_T.sum())
+            self.read[role] += 0.0 if real_T is None else float(real_T.sum())
             return x_TI
         if self.method == "teal":
             mask_TI = x_TI.abs() > self.shares.threshold.get(role, -1.0)
