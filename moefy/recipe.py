@@ -103,7 +103,9 @@ class SelectionRecipe:
     """Hard cap of selections that vary: experts of one token over their mean number, at least 1."""
 
     def __post_init__(self) -> None:
-        """Refuse a cap below the mean."""
+        """Refuse a cap below the mean, and layers in which no expert is chosen."""
+        if self.k is not None and self.k < 1:
+            raise RecipeError(f"selection.k: got {self.k}, must be at least 1")
         if self.most is not None and self.most < 1:
             raise RecipeError(f"selection.most: got {self.most}, must be at least 1")
 
@@ -195,6 +197,25 @@ class DistilRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageRecipe:
+    """In how many bits the matrices of MLPs are stored, rounded before anything is fitted."""
+
+    bits: int = 16
+    """16 leaves them as the source has them; 8, 4, 3 or 2 with a scale and an offset for 32 inputs."""
+    scales: int = 8
+    """Bits of each of those: 8, in 255ths of the largest of an output, or 16 (fp16)."""
+
+    def __post_init__(self) -> None:
+        """Refuse other numbers of bits."""
+        for name, known in (("bits", (16, 8, 4, 3, 2)), ("scales", (8, 16))):
+            if getattr(self, name) not in known:
+                raise RecipeError(
+                    f"storage.{name}: got {getattr(self, name)}, must be one of "
+                    f"{', '.join(map(str, known))}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what a conversion does, apart from the model and the data."""
 
@@ -207,6 +228,7 @@ class Recipe:
     attention: AttentionRecipe = field(default_factory=AttentionRecipe)
     budget: BudgetRecipe = field(default_factory=BudgetRecipe)
     distil: DistilRecipe = field(default_factory=DistilRecipe)
+    storage: StorageRecipe = field(default_factory=StorageRecipe)
     baseline: str | None = None
     """`teal` or `wina` instead of all of the above: input sparsity, for evaluation only."""
     seed: int = 0
@@ -279,6 +301,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     if not data["router"]["settings"]:
         del data["router"]["settings"]
+    if recipe.storage == StorageRecipe():
+        del data["storage"]
     return data
 
 

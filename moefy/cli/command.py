@@ -12,7 +12,7 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 
 import moefy
 from moefy.errors import CheckpointError, MoefyError, OutputError, RecipeError
-from moefy.run.folder import refuse_inside
+from moefy.run.folder import refuse_inside, refuse_stranger, write_whole
 
 app = typer.Typer(
     help="Turn the MLPs of a trained transformer into experts.",
@@ -93,7 +93,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
     def register(run: Callable[..., Shown]) -> None:
         signature = inspect.signature(run, eval_str=True)
         takes = signature.parameters.keys()
-        extra = dict(EXTRA)
+        extra, name = dict(EXTRA), run.__name__.rstrip("_").replace("_", "-")
         if run.__name__.rstrip("_") in READERS:
             extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
         if run.__name__.rstrip("_") in _BASED:
@@ -117,6 +117,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             with _errors(debug=debug, resumes="resume" in takes):
                 paths = arguments | {"moved_base": moved_base}
                 check_paths(paths, overwrite=_overwrites(arguments))
+                check_results(arguments.get("out"), RESULTS.get(name, ()))
                 with _computing(asked), _plugins(plugins), _based(moved_base, arguments):
                     shown = run(**arguments)
             _show(shown, as_json)
@@ -124,7 +125,7 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
                 _fail(shown.error, debug)
 
         command.__dict__["__signature__"] = _with_options(signature, runs, extra)
-        app.command(run.__name__.rstrip("_").replace("_", "-"), cls=_Verb)(command)
+        app.command(name, cls=_Verb)(command)
 
     return register
 
@@ -260,8 +261,9 @@ def write(record: dict[str, Any], out: Path | None, name: str) -> None:
     """Where `-o` says: FILE.json, or the file `name` in a folder."""
     file = file_of(out, name)
     if file is not None:
+        refuse_stranger(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(record, indent=1) + "\n")
 
 
 def settings_of(pairs: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -349,6 +351,28 @@ def check_paths(arguments: dict[str, Any], *, overwrite: bool | None) -> None:
             raise CheckpointError(f"{model}: no such folder, and not a Hugging Face Hub id")
     if overwrite is False and out is not None and out.exists():
         raise OutputError(f"{out}: exists already; choose another name or pass --overwrite")
+
+
+RESULTS = {
+    "eval": ("evaluation.json",),
+    "compare": ("comparison.json",),
+    "bench": ("speed.json",),
+    "calibrate": ("calibration.json",),
+    "inspect": ("inspection.json", "report.html"),
+    "diff": ("inspection.json", "report.html"),
+}
+"""What verbs with `-o` write into a folder."""
+
+
+def check_results(out: Path | None, names: Sequence[str]) -> None:
+    """Raise `OutputError` for what lies where `-o` puts results and is no result, before hours of work."""
+    if out is None or not names:
+        return
+    if out.is_file() and not is_file(out):
+        raise OutputError(f"{out}: is a file; give a folder, or a name that ends in .json")
+    for file in {file_of(out, name) for name in names}:
+        assert file is not None
+        refuse_stranger(file)
 
 
 def file_of(out: Path | None, name: str) -> Path | None:

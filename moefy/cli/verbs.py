@@ -104,12 +104,17 @@ def _chosen(
 
 
 def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from moefy.conversion.plan import describe, plan
+    from moefy.data.corpus import load_corpus
+    from moefy.data.inputs import try_reading
     from moefy.models.checkpoint import Checkpoint
 
-    planned = plan(Checkpoint.open_config(model), recipe, corpus or "bundled", adapter=adapter)
+    checkpoint = Checkpoint.open_config(model)
+    planned = plan(checkpoint, recipe, corpus or "bundled", adapter=adapter)
+    notes = try_reading(checkpoint, planned.kind, load_corpus(corpus), recipe.context)
+    planned = replace(planned, notes=[*planned.notes, *notes])
     data = {
         key: value for key, value in asdict(planned).items() if key not in ("sites", "head_sites")
     }

@@ -13,55 +13,53 @@ goes on where it stopped; the output appears by rename when all is done.
 Shapes: T tokens, D width, N neurons, E experts.
 """
 
-import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
 from moefy.conversion import streamed
 from moefy.conversion.in_memory import fitted
 from moefy.conversion.plan import describe
-from moefy.conversion.task import Conversion, Converted
+from moefy.conversion.task import UNROUNDED, Conversion, Converted
+from moefy.conversion.verification import AsRouted, require_equal
 from moefy.data.corpus import Batch, Corpus, load_corpus
 from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError
 from moefy.evaluation.evaluate import evaluate
-from moefy.evaluation.outputs import difference, outputs_of_all
+from moefy.evaluation.outputs import (
+    Outputs,
+    difference,
+    distances,
+    judge,
+    outputs_of_all,
+    run_outputs,
+)
 from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
-from moefy.experts.passes import walk, watching
+from moefy.experts.passes import walk
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
 from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
-from moefy.models.locate import Site, read_mlp
 from moefy.models.refusals import refuse_adapted
-from moefy.models.reorder import reorder
+from moefy.models.reorder import put_back, reorder, rounded_mlp
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine, now
 from moefy.run.folder import write_whole
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
 from moefy.run.processes import launched
-
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest relative error of the outputs with every expert on; the error itself is recorded."""
-ROUTED = 10
-"""How much more the output of one MLP alone may err, which no residual stream is added to."""
-VERIFIED = 512
-"""Tokens that every layer is computed for once more."""
 
 
 @asked
@@ -152,11 +150,16 @@ def _in_memory(task: Conversion) -> Converted | None:
     with task.clock.stage("verify"):
         # What it names is what the recipe names.
         sparse = load(task.finished, verify=False, plugins=True, **placement())
-        error = _verify(task.checkpoint, sparse, task.evaluated[0])
-        _verify_routed(task, sparse, task.evaluated[0])
+        error = _verify(task, sparse, task.evaluated[0])
+        with AsRouted(task, sparse).checking(), torch.no_grad():
+            walk(sparse, task.evaluated[0])
         give_back()
-        quality = evaluate(sparse, task.evaluated, report=task.report)
-    return replace(made, error=error, evaluation=quality)
+        source = None if made.artefact.rounded is None else task.load()
+        quality = evaluate(sparse, task.evaluated, against=source, report=task.report)
+        rounding = None if source is None else _rounding(sparse, source, task.evaluated)
+        if source is not None:
+            quality["dense"] = UNROUNDED
+    return replace(made, error=error, evaluation=quality, rounding=rounding)
 
 
 @contextmanager
@@ -225,63 +228,30 @@ def _write(task: Conversion, artefact: Artefact) -> None:
 
 
 @torch.no_grad()
-def _verify(checkpoint: Checkpoint, sparse: PreTrainedModel, batch: Batch) -> float:
-    """Relative error of the written model with every expert on, against the source itself."""
+def _verify(task: Conversion, sparse: PreTrainedModel, batch: Batch) -> float:
+    """Relative error of the written model with every expert on, against the source itself, rounded if the
+    result is."""
     with all_experts(sparse):
         got = outputs_of_all(sparse, batch)
-    want = outputs_of_all(load_dense(checkpoint, **placement()), batch)
-    error, size, _ = difference(got, want)
+    dense = load_dense(task.checkpoint, **placement())
+    artefact, get = of(sparse).artefact, task.weights()
+    for site, entry in zip(task.todo.sites, artefact.layers, strict=True):
+        if entry.storage is not None:
+            order_N = artefact.permutation(site.index)
+            put_back(dense, site, rounded_mlp(site, get, entry, order_N), order_N)
+    error, size, _ = difference(got, outputs_of_all(dense, batch))
     return error / size
 
 
-@torch.no_grad()
-def _verify_routed(task: Conversion, sparse: PreTrainedModel, batch: Batch) -> None:
-    """Every layer of the written model under its masks, against its experts as the source's disk has them.
+def _rounding(sparse: PreTrainedModel, source: PreTrainedModel, batches: list[Batch]) -> float:
+    """What rounding alone costs: KL of the result with every expert on to the source (nats a token)."""
 
-    With every expert on it does not show which neurons an expert owns. Raises `MoefyError` for the first
-    layer that runs other experts than those that were fitted.
-    """
-    made, get = of(sparse), task.weights()
-    limit = ROUTED * TOLERANCE[running_dtype(task.checkpoint)]
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    def run(batch: Batch) -> Outputs:
+        with all_experts(sparse):
+            return run_outputs(sparse, batch)
 
-    def compare(site: Site, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        x_TD, mask_TE = (value[:VERIFIED] for value in seen.pop(site.index))
-        mlp = read_mlp(site, lambda name: get(name).float().to(x_TD.device))
-        order_N = made.artefact.permutation(site.index).to(x_TD.device)
-        mlp = module.compensation.centred(mlp.take(order_N))
-        mask_TN = mask_TE.repeat_interleave(mlp.neurons // mask_TE.shape[1], 1)
-        want_TD = mlp.output(mlp.hidden(x_TD.float()) * mask_TN)
-        extra_TD = module.compensation(x_TD.float(), mask_TE[:, module.shared :])
-        want_TD = want_TD if extra_TD is None else want_TD + extra_TD
-        residual = kwargs.get("residual", args[1] if len(args) > 1 else None)
-        own = output if residual is None else output - residual
-        got_TD = own.reshape(-1, site.width)[:VERIFIED].float()
-        error = float((got_TD - want_TD).norm() / want_TD.norm().clamp_min(1e-12))
-        if not error <= limit:
-            raise MoefyError(
-                f"verification failed: {site.layer} runs other experts than were fitted (its output "
-                f"differs by {error:.1e}, at most {limit:.0e}); nothing was written; please report "
-                "this with the model's config.json"
-            )
-
-    with ExitStack() as stack:
-        stack.enter_context(watching(made.mlps, lambda i, x, mask: seen.update({i: (x, mask)})))
-        for site in made.sites:
-            hook = functools.partial(compare, site)
-            handle = made.mlps[site.index].register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        walk(sparse, batch)
-
-
-def _require_equal(error: float, dtype: torch.dtype) -> None:
-    limit = TOLERANCE[dtype]
-    if not error <= limit:
-        raise MoefyError(
-            f"verification failed: with every expert on the outputs differ by {error:.1e} "
-            f"(relative; at most {limit:.0e} for {dtype}); nothing was written; please "
-            "report this with the model's config.json"
-        )
+    judgement = judge(run, batches, lambda batch: run_outputs(source, batch), distances)
+    return judgement.mean("distance")
 
 
 def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
@@ -291,7 +261,7 @@ def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
     """
     finished, artefact = task.finished, made.artefact
     # Streamed states are rounded to what the weights are stored in.
-    _require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
+    require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
     task.report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
     with task.clock.stage("hash the result"):
         hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
@@ -314,6 +284,7 @@ def _record(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
         "form": made.artefact.form,
         "streamed": stream,
         "all_experts_relative_error": made.error,
+        **({} if made.rounding is None else {"rounding_kl": made.rounding}),
         "routers": made.fits,
         "head_routers": made.head_fits,
         "tuning": made.tuning,

@@ -32,7 +32,7 @@ from moefy.conversion.fit import (
 )
 from moefy.conversion.plan import Plan
 from moefy.data.corpus import Batch
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, OutputError
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.passes import listen, walk
 from moefy.methods.base import stored
@@ -45,7 +45,9 @@ from moefy.models.mlp import DenseMlp, HeadOutputs
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
 from moefy.run.folder import write_whole
+from moefy.run.output import ANEW
 from moefy.run.processes import ALONE, Processes
+from moefy.run.reading import read_json, reading
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,22 @@ class Captured:
 
     def domains(self, site: Place) -> Tensor:
         """The domain of every token of `inputs`, as a number `[T]`."""
-        index = json.loads(self._index.read_text())
-        return torch.tensor(index["domains"][side_of(site)])
+        index = self._read()
+        with reading(self._index, ANEW, OutputError):
+            return torch.tensor(index["domains"][side_of(site)])
 
     def inputs(self, site: Place) -> Tensor:
         """The inputs `[T, D]` of one place, mapped from disk, in the dtype of the model."""
-        index = json.loads(self._index.read_text())
-        tokens, dtype = index["tokens"][site.index], getattr(torch, index["dtype"])
-        size = tokens * site.width
-        file = str(self.folder / f"{self.name}-{site.index}.bin")
-        return torch.from_file(file, shared=False, size=size, dtype=dtype).view(tokens, site.width)
+        index, file = self._read(), self.folder / f"{self.name}-{site.index}.bin"
+        with reading(self._index, ANEW, OutputError):
+            tokens, dtype = index["tokens"][site.index], getattr(torch, index["dtype"])
+            size = tokens * site.width
+        with reading(file, ANEW, OutputError):
+            found = torch.from_file(str(file), shared=False, size=size, dtype=dtype)
+            return found.view(tokens, site.width)
+
+    def _read(self) -> Any:
+        return read_json(self._index, ANEW, OutputError)
 
 
 @torch.no_grad()
@@ -301,6 +309,8 @@ def fit_layer(
     k = _active(todo, site) - split.shared
     torch.manual_seed(recipe.seed + site.index)
     whole = mlp if split.as_stored else mlp.take(split.permutation)
+    if entry.storage is not None:
+        whole = whole.quantised(entry.storage["bits"], entry.storage["scales"])
     routed = whole.take(slice(split.shared * split.expert_size, None))
     tokens, held = sample.router, sample.held
 
@@ -321,8 +331,10 @@ def fit_layer(
     if not recipe.allocates:
         fit_compensation(compensation, router, selection, routed, tokens)
 
-    permutation = {"permutation": split.permutation.to(torch.int32)}
-    return Fitted(entry, permutation | stored(router, compensation), fit)
+    tensors = {"permutation": split.permutation.to(torch.int32)}
+    if whole.stored is not None:
+        tensors |= {f"weights.{name}": value for name, value in whole.stored.tensors.items()}
+    return Fitted(entry, tensors | stored(router, compensation), fit)
 
 
 def tokens_of(

@@ -3,7 +3,7 @@
 Shapes: N neurons, D width, E experts, H heads.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -306,6 +306,7 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
         router={**router_of(site, recipe, (k + shared) / experts), "look_ahead": look_ahead},
         selection={"name": recipe.selection.name},
         compensation={"name": compensation_of(site, recipe), "rank": recipe.compensation.rank},
+        storage=None if recipe.storage.bits == 16 else asdict(recipe.storage),
     )  # fmt: skip
     return entry, k
 

@@ -35,6 +35,8 @@ from moefy.run.processes import ALONE, Processes
 
 Reading = dict[str, tuple[list[Batch], int]]
 """Batches by role (`moefy.data.shards`), and how many of their tokens are looked at."""
+UNROUNDED = "the source, whose weights are not rounded"
+"""What a result whose weights are rounded is compared with, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,11 @@ class Conversion:
             self.corpus,
             self.adapter,
         ]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether matrices are rounded, before anything is fitted."""
+        return any(entry.storage is not None for entry in self.todo.layers)
 
     @property
     def finished(self) -> Path:
@@ -182,5 +189,8 @@ class Converted:
     tuning: dict[str, Any] = field(default_factory=dict)
     """What was measured of all layers together."""
     error: float = float("nan")
-    """Relative error with every expert on, against the source."""
+    """Relative error with every expert on, against the source, rounded if the result is."""
+    rounding: float | None = None
+    """What rounding alone costs, where matrices are rounded: KL (nats a token) of the result with every expert
+    on to the source; without probabilities the squared error over the squared norm."""
     evaluation: dict[str, Any] = field(default_factory=dict)

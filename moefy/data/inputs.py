@@ -126,6 +126,37 @@ def read_batches(
     return make_batches(samples, tokens=min(4096, max(512, 2**27 // vocabulary)))
 
 
+TRIED = 8
+"""Documents that a plan reads."""
+
+
+def try_reading(checkpoint: Checkpoint, kind: str, corpus: Corpus, context: int) -> list[str]:
+    """Read a few documents as a run would; returns what a plan should say of it.
+
+    Raises what `read_batches` raises, but for a folder that holds no tokenizer or a corpus without images,
+    which a plan can do without.
+    """
+    few = corpus.take(TRIED)
+    if kind == "image":
+        if all(document.image is None for document in few.documents):
+            return [
+                f"note: the model reads images, and corpus {corpus.name} has none; give --corpus"
+            ]
+        read_batches(checkpoint, kind, few, context)
+        return []
+    reader = load_tokenizer(checkpoint.folder) if any(doc.text for doc in few.documents) else None
+    if reader is None and any(doc.text for doc in few.documents):
+        return ["note: the folder has no tokenizer; a corpus has to be given as token ids"]
+    read_batches(checkpoint, kind, few, context)
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None) or 0
+    if reader is None or len(reader) <= known:
+        return []
+    return [
+        f"note: the tokenizer has {len(reader)} tokens, the model knows {known}; a text with one of the "
+        "others is refused"
+    ]
+
+
 def _for_class(config: Any, sample: Sample) -> Sample:
     """A sample as the class of the model takes it: without targets where it predicts no next token,
     padded by its own padding token where that says which token is a text's last."""

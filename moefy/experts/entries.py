@@ -57,6 +57,8 @@ def check_artefact(
     _check_places([(s.layer, s.neurons, s.width) for s in sites], artefact, "layers")
     if artefact.heads or blocks:
         _check_places([(s.block, s.neurons, s.width) for s in blocks], artefact, "heads")
+    for site in sites:
+        _check_gate(site, artefact)
     for what, entries in (("layers", artefact.layers), ("heads", artefact.heads)):
         for index, entry in enumerate(entries):
             _check_methods(entry)
@@ -84,6 +86,16 @@ def _check_places(model: list[tuple[str, int, int]], artefact: Artefact, what: s
                 raise CheckpointError(
                     f"{where} ({path}): {name}: got {got}, the model has {want}; convert the source again"
                 )
+
+
+def _check_gate(site: Site, artefact: Artefact) -> None:
+    """Whether the rounded matrices of a layer are those that its MLP has."""
+    stored = artefact.stored(site.index)
+    if stored is not None and ("gate" in stored.names) != site.gated:
+        what = "is missing" if site.gated else "is there, and its MLP has no gate"
+        raise CheckpointError(
+            f"{SIDE}: tensor layers.{site.index}.weights.gate.codes {what}; convert the source again"
+        )
 
 
 def _check_methods(entry: Entry) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from moefy.errors import MoefyError
 from moefy.experts.routed import EXPERT_OUT, OF_ALL, POINTS, SCORES, alone, say_once
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.models.answers import answer_of
 
 Which = str | Callable[[str], bool]
 """The name of a hook point, or a function that says yes to some."""
@@ -79,7 +80,7 @@ def run_with_hooks(
     Raises `MoefyError` for a name that no hook point has.
     """
     with hooks(model, fwd_hooks):
-        return _output(model(*args, **kwargs))
+        return _output(model, model(*args, **kwargs))
 
 
 def run_with_cache(
@@ -160,7 +161,7 @@ def _calling(function: HookFunction, hook: Hook) -> Callable[[nn.Module, Any, Te
     return call
 
 
-def _output(result: Any) -> Tensor:
-    """Logits, or the last hidden states of a model without a head."""
-    found: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+def _output(model: PreTrainedModel, result: Any) -> Tensor:
+    """Logits, or what a model without any puts out (`moefy.models.answers`)."""
+    found: Tensor = result[answer_of(model).field]
     return found

@@ -9,6 +9,7 @@ Shapes: N neurons, D width.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from threading import RLock
@@ -49,6 +50,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
+from moefy.models.quantised import QuantisedMlp
 from moefy.run.reading import reading
 
 P = ParamSpec("P")
@@ -203,7 +205,8 @@ def moefied(
             sparse.density = artefact.recipe["density"]
         if device is not None and checkpoint is not None:
             order_N = artefact.permutation(site.index) if permute else None
-            offload(sparse, StoredMlp(checkpoint, names, site, order_N), device)
+            weights = StoredMlp(checkpoint, names, site, order_N, sparse.stored)
+            offload(sparse, weights, device)
     for block, heads in zip(blocks, artefact.heads, strict=True):
         _install_heads(model, block, heads, artefact)
     mlps, routed = sparse_mlps(model), sparse_heads(model)
@@ -243,6 +246,10 @@ def install(
     mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
     if permute:
         mlp = mlp.take(tensors["permutation"].long().to(here))
+    if entry.storage is not None:
+        stored = QuantisedMlp(part_of(tensors, "weights"), site.width)
+        away = mlp.up_ND.is_meta
+        mlp = replace(mlp, stored=stored) if away else mlp.holding(stored)
     mlp = mlp.contiguous()
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site, disk_names, read_mlp
+from moefy.models.quantised import QuantisedMlp
 from moefy.run.computing import now
 from moefy.run.memory import free_memory
 
@@ -81,11 +82,18 @@ class StoredMlp:
     """The parameters of one SparseMlp, by their names in it, read from a checkpoint when asked for."""
 
     def __init__(
-        self, checkpoint: Checkpoint, names: dict[str, str], site: Site, neurons: Tensor | None
+        self,
+        checkpoint: Checkpoint,
+        names: dict[str, str],
+        site: Site,
+        neurons: Tensor | None,
+        stored: QuantisedMlp | None = None,
     ) -> None:
         """`names` says which stored tensor holds each parameter of the model; `neurons` `[N]` is the
-        order they are put into, None leaves them as they are stored."""
+        order they are put into, None leaves them as they are stored; `stored` has the matrices where
+        those are rounded."""
         self.checkpoint, self.names, self.site, self.neurons = checkpoint, names, site, neurons
+        self.stored = stored
         self.ahead: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -93,6 +101,7 @@ class StoredMlp:
         if name not in self.ahead:
             mlp = read_mlp(self.site, lambda parameter: self.checkpoint.read(self.names[parameter]))
             mlp = mlp if self.neurons is None else mlp.take(self.neurons)
+            mlp = mlp if self.stored is None else mlp.to(torch.float32).holding(self.stored)
             self.ahead = {n: v for n, v in vars(mlp).items() if isinstance(v, Tensor)}
         return self.ahead.pop(name).contiguous()
 

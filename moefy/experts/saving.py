@@ -9,7 +9,7 @@ Shapes: N neurons, D width.
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError, OutputError
 from moefy.experts.moefied import Moefied, of
-from moefy.experts.stock_names import stock_parameter, with_routing_of
+from moefy.experts.stock_names import with_routing_of
 from moefy.models.artefact import (
     ADAPTER,
     META,
@@ -42,6 +42,8 @@ from moefy.models.checkpoint import (
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute
 from moefy.models.mlp import DenseMlp
+from moefy.models.quantised import QuantisedMlp
+from moefy.models.reorder import rounded_values, stock_parameter
 
 _SHARD = "50GB"
 """Size of the largest weight file, as transformers has it."""
@@ -74,6 +76,11 @@ class _Saved:
         """The MLP that each of the stock model's parameters belongs to, where it does."""
         return {name: site for site in self.carried.sites for name in site.parameters}
 
+    @cached_property
+    def on_disk(self) -> dict[str, str]:
+        """Which tensor of the stock model each tensor of the files is."""
+        return disk_names(self.stock, self.carried.checkpoint.tensors)
+
     @property
     def adapter(self) -> bool:
         return self.carried.artefact.form == ADAPTER
@@ -83,13 +90,46 @@ class _Saved:
         site = self.owners.get(name)
         if site is None:
             return self.state[name].detach()
-        sparse = self.carried.mlps[site.index]
-        own = {n: self.state[f"{site.module}.{n}"].detach() for n in sparse.weight_names}
-        now = stock_parameter(site, DenseMlp(activation=site.activation, **own), name)
+        now = self._rounded(site, name)
+        now = stock_parameter(site, self._mlp(site), name) if now is None else now
         if self.adapter:
             order_N = self.carried.artefact.permutation(site.index)
             now = permute(site, name, now, order_N.argsort().to(now.device))
         return now
+
+    def _mlp(self, site: Site) -> DenseMlp:
+        """The weights of one MLP as they are to be saved."""
+        names = self.carried.mlps[site.index].weight_names
+        own: dict[str, Any] = {n: self.state[f"{site.module}.{n}"].detach() for n in names}
+        return DenseMlp(activation=site.activation, **own)
+
+    @cached_property
+    def _rounded(self) -> Callable[[Site, str], Tensor | None]:
+        return rounded_values(self.codes.get)
+
+    @cached_property
+    def codes(self) -> dict[int, QuantisedMlp]:
+        """The matrices of layers that are rounded; what is no longer the value of its codes is rounded anew."""
+        on_disk = {name: disk for disk, name in self.on_disk.items()}
+        files = self.carried.checkpoint
+        return {
+            site.index: self.carried.mlps[site.index].rounded(
+                self._mlp(site), files.dtype_of(on_disk[site.parameter("up")]), **entry.storage
+            )
+            for site, entry in zip(self.carried.sites, self.carried.artefact.layers, strict=True)
+            if entry.storage is not None
+        }
+
+    @cached_property
+    def changed_codes(self) -> dict[str, Tensor]:
+        """Tensors of the side file that are not what they were."""
+        tensors, before = {}, self.carried.artefact.tensors
+        for index, stored in self.codes.items():
+            for name, value in stored.tensors.items():
+                place = f"layers.{index}.weights.{name}"
+                if value is not before[place] and not torch.equal(value, before[place]):
+                    tensors[place] = value
+        return tensors
 
     def refuse_other_modules(self) -> None:
         """Raise `MoefyError` where the tensors are not those of the model as it was loaded, by name."""
@@ -161,11 +201,11 @@ def save(
 ) -> None:
     """Write a model that `load` gave, in the same form: `load`, `save`, `load` changes no byte.
 
-    Tensors whose values have changed since are overwritten, and `weights_modified` then says so; a
-    changed config is written too. Where tensors are new or of another shape, and with
-    `max_shard_size`, the weight files are made anew. `state` is what to save instead of the model's
-    tensors, by the model's names. An adapter whose weights have changed is refused: convert it in
-    full form to train it.
+    Tensors whose values have changed since are overwritten, and `weights_modified` then says so; matrices
+    that are stored in few bits are rounded anew where they have. A changed config is written too. Where
+    tensors are new or of another shape, and with `max_shard_size`, the weight files are made anew. `state`
+    is what to save instead of the model's tensors, by the model's names. An adapter whose weights have
+    changed is refused: convert it in full form to train it.
 
     Raises `MoefyError`, and leaves nothing, for a model with an adapter that is not merged and for a
     folder that holds other weights.
@@ -173,9 +213,9 @@ def save(
     folder = Path(folder)
     saved = _Saved(model, model.state_dict() if state is None else state, folder)
     saved.refuse_other_modules()
-    checkpoint = saved.carried.checkpoint
-    on_disk = disk_names(saved.stock, checkpoint.tensors)
-    artefact = with_routing_of(model, state)
+    checkpoint, on_disk = saved.carried.checkpoint, saved.on_disk
+    artefact, codes = with_routing_of(model, state), saved.changed_codes
+    artefact = replace(artefact, tensors={**artefact.tensors, **codes})
     with _appearing(folder) as work:
         if saved.adapter:
             _refuse_changes(saved, checkpoint, on_disk)
@@ -187,7 +227,7 @@ def save(
         else:
             changed = _write_over(saved, checkpoint, on_disk, work)
         files = Checkpoint.open(work)
-        flag = artefact.weights_modified or changed
+        flag = artefact.weights_modified or changed or bool(codes)
         write_side_files(work, replace(artefact, weights_modified=flag, sha256=files.hashes()))
 
 
@@ -198,7 +238,12 @@ def _refuse_changes(saved: _Saved, base: Checkpoint, on_disk: Mapping[str, str])
         raise MoefyError(why.format("the config"))
     if saved.other_layout(base, on_disk):
         raise MoefyError(why.format("the shape or the tie of a tensor"))
+    if saved.changed_codes:
+        raise MoefyError(why.format(f"the rounding of {min(saved.changed_codes)}"))
     for disk, name in on_disk.items():
+        site = saved.owners.get(name)
+        if site is not None and site.index in saved.codes and name.endswith(".weight"):
+            continue  # rounded: the side file holds it, not the base
         if _differs(base, disk, saved.value(name)):
             raise MoefyError(f"{saved.folder}: {name} has changed; an adapter cannot hold weights")
 

@@ -6,6 +6,8 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from moefy.experts.routed import IN, MASK, OUT, SCORES, Hooked
 from moefy.experts.routed import all_experts as all_experts
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.models.mlp import DecidedMlp, DenseMlp, activation_function
+from moefy.models.quantised import GROUPED, Quantised, QuantisedMlp, quantise
 
 MATRICES = ("up_ND", "gate_ND", "down_ND")
 """Names of the parameters that hold the weight matrices, for what trains or counts them by name."""
@@ -25,10 +28,24 @@ NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activatio
 """For routers that read the input alone."""
 
 
+class WeightBits(NamedTuple):
+    """Bits of one weight, scales included."""
+
+    inputs: float = 16
+    """Of gate and up: a neuron's scales are read with its weights."""
+    down: float = 16
+    """Of down, as far as it is read with its neuron: the code."""
+    down_scales: float = 0
+    """Of down, for every neuron whether it runs or not: 32 neurons share scales."""
+
+
 class SparseMlp(Hooked):
     """An MLP in experts: weights in expert order, router, selection, compensation.
 
     The `shared` first experts always run; scores and masks cover the others.
+
+    Where matrices are rounded, the parameters hold their values and `stored` the codes. That is no
+    parameter or buffer: a copy of the module shares it, `to` leaves it in main memory, a pickle takes it along.
     """
 
     up_ND: nn.Parameter
@@ -57,6 +74,7 @@ class SparseMlp(Hooked):
         self.chosen = ""
         """The backend of the last forward pass."""
         self._one_token: OneToken | None = None
+        self._stored, self._versions = mlp.stored, self._written()
 
     @property
     def neurons(self) -> int:
@@ -91,7 +109,65 @@ class SparseMlp(Hooked):
     @property
     def weights(self) -> DenseMlp:
         """All neurons in expert order, as views of the parameters."""
-        return DenseMlp(activation=self.activation, **{n: getattr(self, n) for n in _WEIGHTS})
+        own = {n: getattr(self, n) for n in _WEIGHTS}
+        return DenseMlp(activation=self.activation, **own, stored=self.stored)
+
+    @property
+    def stored(self) -> QuantisedMlp | None:
+        """The codes whose values the matrices are; None where they are not rounded, or were written to since.
+
+        What writes past autograd's count of versions, to `parameter.data`, is not seen here, but
+        when the model is saved.
+        """
+        if self._stored is None or torch.compiler.is_compiling():
+            return self._stored
+        return self._stored if self._versions == self._written() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies count from their own parameters."""
+        return {**self.__dict__, "_versions": None if self.stored else self._versions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        base: Any = super()
+        base.__setstate__(state)
+        self._versions = self._written() if self._versions is None else self._versions
+
+    def _written(self) -> list[int]:
+        """How often each matrix was written to."""
+        own = (self._parameters[name] for name in MATRICES)
+        return [0 if p is None or p.is_inference() else p._version for p in own]
+
+    @torch.no_grad()
+    def store(self, stored: QuantisedMlp | None) -> None:
+        """Take these codes, and their values into the parameters; None forgets the codes that there are."""
+        if stored is not None:
+            for name in stored.names:
+                own: Tensor = getattr(self, f"{name}_ND")
+                own.copy_(stored.matrix(name).values())
+        self._stored, self._versions = stored, self._written()
+
+    @torch.no_grad()
+    def rounded(self, own: DenseMlp, dtype: torch.dtype, *, bits: int, scales: int) -> QuantisedMlp:
+        """The codes of the matrices of `own`: those that it was made of, as far as these are their values still,
+        in their own dtype or in `dtype`; what differs is rounded anew."""
+        matrices = {n: w_ND for n in GROUPED if (w_ND := getattr(own, f"{n}_ND")) is not None}
+        before = self._stored
+        if before is None or (before.bits, before.scale_bits) != (bits, scales):
+            return QuantisedMlp.of(matrices, bits, scales)
+        changed = {
+            name: quantise(w_ND.cpu(), bits, along=GROUPED[name], scale_bits=scales)
+            for name, w_ND in matrices.items()
+            if not _is(w_ND.cpu(), before.matrix(name), dtype)
+        }
+        return before.with_matrices(changed) if changed else before
+
+    @property
+    def bits(self) -> WeightBits:
+        """Bits of its weights as they are stored."""
+        stored = self.stored
+        if stored is None:
+            return WeightBits()
+        return WeightBits(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
 
     @property
     def running(self) -> DenseMlp:
@@ -232,6 +308,12 @@ class SparseMlp(Hooked):
         chosen = choose(request, self.density) if backend == "auto" else named(backend, request)
         self.chosen = chosen
         return BACKENDS[chosen].compute(x_TD, weights, mask_TE)
+
+
+def _is(w_ND: Tensor, stored: Quantised, dtype: torch.dtype) -> bool:
+    """Whether these are the values of the codes."""
+    values_ND = stored.values()
+    return any(torch.equal(w_ND.to(kind), values_ND.to(kind)) for kind in (w_ND.dtype, dtype))
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMlp]:

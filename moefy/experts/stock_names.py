@@ -1,7 +1,8 @@
 """The MLPs of a moefied model under the names that the stock model has for them.
 
-`stock_parameter` gives the tensors for files, `take_stock_names` takes them from files, and `keep_places`
-has what looks for the modules by name, such as peft, find something that says what has become of them.
+`take_stock_names` takes their tensors from files (`moefy.models.reorder.stock_parameter` gives them), and
+`keep_places` has what looks for the modules by name, such as peft, find something that says what has become
+of them.
 
 Shapes: N neurons, D width.
 """
@@ -22,7 +23,6 @@ from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import stored
 from moefy.models.artefact import ADAPTER, Artefact, Entry
 from moefy.models.locate import Site, disk_names, meta_model, read_mlp
-from moefy.models.mlp import DenseMlp
 
 
 class NoLinearMap(MoefyError, AttributeError):
@@ -72,23 +72,6 @@ def keep_places(site: Site, sparse: SparseMlp) -> None:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(name, InExperts(site.path(role)))
-
-
-def stock_parameter(site: Site, mlp: DenseMlp, name: str) -> Tensor:
-    """The weights of an MLP in experts as the dense parameter called `name`, in its stored layout."""
-    role = "down" if name.startswith(site.path("down") + ".") else "up"
-    if site.gated and not site.family.fused and name.startswith(site.path("gate") + "."):
-        role = "gate"
-    kind = "bias" if name.endswith(".bias") else "weight"
-    if role == "down":
-        value = mlp.down_bias_D if kind == "bias" else mlp.down_ND.T
-    else:
-        pick = {"weight": ("gate_ND", "up_ND"), "bias": ("gate_bias_N", "up_bias_N")}[kind]
-        gate, up = getattr(mlp, pick[0]), getattr(mlp, pick[1])
-        fused = site.family.fused and gate is not None
-        value = torch.cat([gate, up]) if fused else (gate if role == "gate" else up)
-    assert value is not None
-    return value.T if kind == "weight" and site.family.transposed else value
 
 
 def take_stock_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

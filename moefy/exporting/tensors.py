@@ -34,6 +34,7 @@ from moefy.models.artefact import ADAPTER, Artefact
 from moefy.models.checkpoint import INDEX, Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute, sites
+from moefy.models.reorder import rounded_values
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -66,6 +67,7 @@ class Exportable:
         self.sites = sites(self.meta)
         self.owners = {name: site for site in self.sites for name in site.parameters}
         self.read = lru_cache(maxsize=3)(self._read)
+        self._rounded = rounded_values(artefact.stored)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -99,6 +101,9 @@ class Exportable:
         site = self.owners.get(name)
         if site is None or self.artefact.form != ADAPTER:
             return tensor
+        rounded = self._rounded(site, name)
+        if rounded is not None:
+            return rounded.to(tensor.dtype)
         return permute(site, name, tensor, self.artefact.permutation(site.index))
 
 

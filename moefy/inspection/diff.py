@@ -18,13 +18,13 @@ from moefy.data.shards import CONTEXT, HELD_OUT, SELECT_SHARE
 from moefy.errors import CheckpointError, MoefyError
 from moefy.experts.loading import open_model
 from moefy.inspection.causal.token_losses import TOKENS, token_losses
-from moefy.inspection.inspect import Inspected, inspected
+from moefy.inspection.inspect import Inspected, inspected, report_folder
+from moefy.inspection.record import Table
 from moefy.inspection.routing.statistics import router_saturation, routing_sample
 from moefy.inspection.texts import Reading, read_texts
 from moefy.models.artefact import Artefact, open_folder
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
-from moefy.run.folder import refuse_inside
 
 
 @asked
@@ -51,24 +51,35 @@ def diff(
 
     Raises `MoefyError` for models with different tokenizers, or without next-token probabilities.
     """
-    for model in (base, other) if out is not None else ():
-        refuse_inside(Path(str(out)), Path(model))
-    reading, shared = _read(base, other, corpora, tokens)
-    models, report = [_language_model(name) for name in (base, other)], Reporter(quiet=quiet)
+    with report_folder(out, base, other):
+        reading, shared = _read(base, other, corpora, tokens)
+        tables = _tables(base, other, reading, shared, tokens, Reporter(quiet=quiet))
+        about: dict[str, Any] = {
+            "model": f"{Path(base).name} and {Path(other).name}",
+            "base": str(base),
+            "other": str(other),
+            "command": command,
+            "settings": {"tokens": tokens},
+            "corpora": reading.corpora,
+            "documents": int(reading.documents.of_shard(HELD_OUT).sum()),
+        }
+        return inspected(reading, tables, about, out=out)
+
+
+def _tables(
+    base: str | Path,
+    other: str | Path,
+    reading: Reading,
+    shared: bool,
+    tokens: int,
+    report: Reporter,
+) -> dict[str, Table]:
+    models = [_language_model(name) for name in (base, other)]
     tables = token_losses(models[0], models[1], reading, tokens=tokens, report=report)
     if shared:
         first, second = (routing_sample(model, reading, tokens, report) for model in models)
         tables["saturation"] = router_saturation(first, second)
-    about: dict[str, Any] = {
-        "model": f"{Path(base).name} and {Path(other).name}",
-        "base": str(base),
-        "other": str(other),
-        "command": command,
-        "settings": {"tokens": tokens},
-        "corpora": reading.corpora,
-        "documents": int(reading.documents.of_shard(HELD_OUT).sum()),
-    }
-    return inspected(reading, tables, about, out=out)
+    return tables
 
 
 def _read(base: str | Path, other: str | Path, corpora: Any, tokens: int) -> tuple[Reading, bool]:

@@ -43,7 +43,7 @@ from moefy.inspection.experts.examples import Examples
 from moefy.inspection.experts.near_duplicates import NearDuplicates
 from moefy.inspection.part import Pass, PassPart, gather
 from moefy.inspection.quality import quality_summary
-from moefy.inspection.record import Inspection, Table
+from moefy.inspection.record import FILE, Inspection, Table
 from moefy.inspection.report import Report, write_report
 from moefy.inspection.report.neuronpedia import export_neuronpedia
 from moefy.inspection.report.plots import save_plots
@@ -51,10 +51,10 @@ from moefy.inspection.routing.statistics import Routing
 from moefy.inspection.texts import TOKENS, Reading, documents_table, read, texts_of, vocabulary_of
 from moefy.run.computing import asked, machine, versions
 from moefy.run.console import Reporter
-from moefy.run.folder import refuse_inside
+from moefy.run.folder import OutputFolder, refuse_inside, refuse_stranger
 from moefy.run.memory import peak_memory
 from moefy.run.output import Stages
-from moefy.run.processes import ALONE, launched
+from moefy.run.processes import ALONE, Processes, launched
 
 OPTIONAL = ("controls", "causal")
 """What may be skipped."""
@@ -119,13 +119,35 @@ def inspect(
     Raises `MoefyError` for anything that is the user's to mend.
     """
     settings = InspectSettings(tokens, causal_tokens, mode, [*skip])
-    run = Inspecting(model, corpora, settings, out=out, seed=seed, quiet=quiet)
-    parts = [run.described(), *run.controlled(), *run.ablated()]
-    found = Inspected({}, {}, {})
-    if run.processes.main:
-        found = run.result(merged(parts), prompts, command)
-    run.processes.wait()
+    with report_folder(out, model, processes=launched()):
+        run = Inspecting(model, corpora, settings, out=out, seed=seed, quiet=quiet)
+        parts = [run.described(), *run.controlled(), *run.ablated()]
+        found = Inspected({}, {}, {})
+        if run.processes.main:
+            found = run.result(merged(parts), prompts, command)
+        run.processes.wait()
     return found
+
+
+@contextmanager
+def report_folder(
+    out: str | Path | None, *models: str | Path | PreTrainedModel, processes: Processes = ALONE
+) -> Iterator[None]:
+    """Hold the folder that a report goes to.
+
+    Raises `OutputError` where it is in one of the models, holds other files of those names, or another run
+    is at work there.
+    """
+    if out is None or not processes.main:
+        yield
+        return
+    for model in models:
+        if not isinstance(model, PreTrainedModel):
+            refuse_inside(Path(out), Path(model))
+    for name in (FILE, REPORT):
+        refuse_stranger(Path(out) / name)
+    with OutputFolder(Path(out)).held():
+        yield
 
 
 @dataclass(frozen=True)
@@ -164,8 +186,6 @@ class Inspecting:
     ) -> None:
         self.began, self.processes = time.perf_counter(), launched()
         self.corpora, self.settings, self.out, self.seed = corpora, settings, out, seed
-        if out is not None and not isinstance(model, PreTrainedModel):
-            refuse_inside(Path(out), Path(model))
         self.model = open_model(model, verify=True, dense=False)
         self.reading = read(self.model, corpora, tokens=settings.tokens)
         # A model in memory may have been changed since it was loaded: only folders have parts to keep.
@@ -278,6 +298,7 @@ def _decided_by(model: PreTrainedModel, reading: Reading, seed: int) -> dict[str
     artefact = of(model).artefact
     return {
         "source": artefact.source["sha256"],
+        "texts": of(model).checkpoint.text_hashes(),
         "artefact": artefact.sha256,
         "documents": [doc.sha256 for doc in reading.documents.documents],
         "versions": versions(),

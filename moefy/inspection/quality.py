@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefy.conversion.convert import TOLERANCE
+from moefy.conversion.verification import TOLERANCE
 from moefy.data.corpus import Batch, Corpus, load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.data.shards import BIGRAM_TOKENS, HELD_OUT, SELECT, Ints, of_conversion

@@ -165,12 +165,13 @@ class Inspection:
             values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("kind") != "inspection":
             raise CheckpointError(f"{path}: is no inspection; give a file of `moefy inspect`")
-        if values["format"] != FORMAT:
+        if values.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path}: format {values['format']}, this moefy reads {FORMAT}; inspect again"
+                f"{path}: format {values.get('format')}, this moefy reads {FORMAT}; inspect again"
             )
         parts = ("meta", "honesty", "tables", "texts", "prompts")
-        return cls(**{part: values[part] for part in parts})
+        with reading(path, "inspect again"):
+            return cls(**{part: values[part] for part in parts})
 
 
 def write_file(path: Path, content: bytes | str) -> None:

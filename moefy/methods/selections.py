@@ -36,7 +36,7 @@ class TopK(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"k": whole(0, experts)}
+        return {"k": whole(1, experts)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopK":
@@ -92,7 +92,7 @@ class SoftmaxTopK(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"k": whole(0, experts), "eps": number(0, above=True)}
+        return {"k": whole(1, experts), "eps": number(0, above=True)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "SoftmaxTopK":
@@ -152,7 +152,7 @@ class Threshold(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"threshold": number(), "most": optional(whole(0))}
+        return {"threshold": number(), "most": optional(whole(1))}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "Threshold":
@@ -198,7 +198,7 @@ class DynamicK(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"tau": number(0, 1), "most": optional(whole(0))}
+        return {"tau": number(0, 1), "most": optional(whole(1))}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "DynamicK":
@@ -241,7 +241,11 @@ class TopP(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"p": number(0, 1), "most": optional(whole(0)), "scale": number(0, above=True)}
+        return {
+            "p": number(0, 1, above=True),
+            "most": optional(whole(1)),
+            "scale": number(0, above=True),
+        }
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "TopP":
@@ -279,7 +283,7 @@ class PromptStatic(Selection):
     @classmethod
     def declared(cls, experts: int) -> dict[str, Field]:
         """What its settings may be."""
-        return {"k": whole(0, experts)}
+        return {"k": whole(1, experts)}
 
     @classmethod
     def fit(cls, scores_TE: Tensor, active: float, most: int | None = None) -> "PromptStatic":

@@ -73,8 +73,9 @@ _SPANS = ("AlbertForQuestionAnswering",)
 
 
 def answer_of(model: PreTrainedModel) -> Answer:
-    """The answer of a model; raises what `answer_of_class` raises."""
-    return answer_of_class(type(model), model.config)
+    """The answer of a model, also of a compiled one; raises what `answer_of_class` raises."""
+    plain: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+    return answer_of_class(type(plain), plain.config)
 
 
 def answer_of_class(kind: Any, config: PreTrainedConfig) -> Answer:

@@ -20,6 +20,7 @@ from moefy import recipe as recipes
 from moefy.errors import CheckpointError, RecipeError
 from moefy.models import schema
 from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
 from moefy.models.schema import Field, check, check_one, optional, whole
 from moefy.run.console import Reporter
 from moefy.run.reading import read_json, reading
@@ -34,7 +35,11 @@ AGAIN = "convert the source again"
 MOST_HIDDEN = 2**20
 """Units of the widest router, and the largest rank."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TENSOR = re.compile(r"(layers|heads)\.(\d+)\.(permutation|(?:router|compensation)\.[\w.]+)")
+_TENSOR = re.compile(
+    r"(layers|heads)\.(\d+)\.(permutation|weights\.\w+\.\w+|(?:router|compensation)\.[\w.]+)"
+)
+_OF_LAYERS = ("permutation", "weights")
+"""What tensors of heads have none of."""
 _PLUGINS: ContextVar[bool] = ContextVar("_PLUGINS", default=False)
 _BASE: ContextVar[Path | None] = ContextVar("_BASE", default=None)
 
@@ -121,6 +126,8 @@ class LayerEntry(Entry):
     """Module path of the layer in the transformers model."""
     neurons: int
     shared: int
+    storage: dict[str, int] | None = None
+    """`bits` and `scales` of `moefy.recipe.StorageRecipe`, where the matrices are rounded."""
 
     LIST: ClassVar[str] = "layers"
 
@@ -133,7 +140,7 @@ class LayerEntry(Entry):
     def fields(cls) -> dict[str, Field]:
         """What its fields hold, each by itself."""
         own = {"layer": schema.text(), "neurons": whole(1), "shared": whole(0)}
-        return super().fields() | own
+        return super().fields() | own | {"storage": optional(schema.table())}
 
     def router_fields(self) -> dict[str, Field]:
         """What `router` holds besides its name."""
@@ -147,6 +154,8 @@ class LayerEntry(Entry):
             return f"{self.experts} experts do not divide {self.neurons} neurons"
         if self.shared >= self.experts:
             return f"{self.shared} of {self.experts} experts are shared, none is left to route"
+        if self.storage is not None and self.storage.get("scales") not in (8, 16, None):
+            return f"storage.scales is {self.storage['scales']}, must be 8 or 16"
         return None
 
     @property
@@ -214,7 +223,7 @@ class Artefact:
     layers: list[LayerEntry]
     tensors: dict[str, Tensor] = field(repr=False, compare=False)
     """`layers.{i}.permutation` [N] int32, `layers.{i}.router.*`, `layers.{i}.compensation.*`; the same
-    two of `heads.{i}`."""
+    two of `heads.{i}`; `layers.{i}.weights.*` where matrices are rounded (`QuantisedMlp`)."""
     heads: list[HeadEntry] = field(default_factory=list)
     """Attention blocks whose heads are routed: all of them, or none."""
     sha256: dict[str, str] = field(default_factory=dict)
@@ -232,6 +241,19 @@ class Artefact:
         """Neurons of layer `index` in expert order `[N]`: slot `i` holds source neuron `p[i]`."""
         return self.tensors[f"layers.{index}.permutation"].long()
 
+    def stored(self, index: int) -> QuantisedMlp | None:
+        """The matrices of layer `index` where they are rounded: they are what is computed with."""
+        if self.layers[index].storage is None:
+            return None
+        return QuantisedMlp(
+            part_of(self.tensors, f"layers.{index}.weights"), self.layers[index].width
+        )
+
+    @property
+    def rounded(self) -> int | None:
+        """Bits of the codes of the layers that are rounded, None if none is."""
+        return next((entry.storage["bits"] for entry in self.layers if entry.storage), None)
+
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below a prefix, by what follows it and a dot."""
@@ -244,6 +266,9 @@ def write_side_files(folder: Path, artefact: Artefact) -> None:
     tensors = {name: artefact.tensors[name].contiguous() for name in sorted(artefact.tensors)}
     (folder / SIDE).write_bytes(save(tensors))
     meta = {key: value for key, value in asdict(artefact).items() if key != "tensors"}
+    for entry in meta["layers"]:
+        if entry["storage"] is None:
+            del entry["storage"]
     meta["sha256"] = {**artefact.sha256, SIDE: sha256(folder / SIDE)}
     text = json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / META).write_text(text + "\n", encoding="utf-8")
@@ -367,6 +392,7 @@ _SOURCE = {
     "revision": optional(schema.text(re.compile("[0-9a-f]{40}"), "a commit of 40 digits")),
 }
 _CORPUS = {"name": schema.text(), "sha256": schema.string()}
+_STORAGE = {"bits": whole(1, 8), "scales": whole(8, 16)}
 _META = {
     "form": schema.one_of(FULL, ADAPTER),
     "source": schema.table(),
@@ -408,6 +434,8 @@ def _entries(file: Path, kind: type[T], found: list[Any]) -> list[T]:
         check(entry.compensation, name | {"rank": whole(0, MOST_HIDDEN)}, f"{where}: compensation")
         values = {key: optional(schema.number()) for key in entry.selection if key != "name"}
         check(entry.selection, name | values, f"{where}: selection")
+        if isinstance(entry, LayerEntry) and entry.storage is not None:
+            check(entry.storage, _STORAGE, f"{where}: storage")
         entries.append(entry)
     places = [entry.where for entry in entries]
     if len(set(places)) < len(places):
@@ -462,5 +490,30 @@ def _check_tensors(file: Path, artefact: Artefact) -> None:
             or not torch.equal(order_N.sort().values, torch.arange(len(order_N), dtype=torch.int32))
         ):
             raise CheckpointError(f"{file}: {name} is not a permutation of {entry.neurons} neurons")
-    if any(name.startswith("heads") and name.endswith(".permutation") for name in artefact.tensors):
-        raise CheckpointError(f"{file}: heads have no permutation; {AGAIN}")
+        _check_stored(file, f"layers.{index}.weights", entry, artefact.tensors_of(index))
+    for name in artefact.tensors:
+        heads, _, what, *_ = name.split(".")
+        if heads == "heads" and what in _OF_LAYERS:
+            raise CheckpointError(f"{file}: heads have no {what}; {AGAIN}")
+
+
+def _check_stored(file: Path, where: str, entry: LayerEntry, tensors: dict[str, Tensor]) -> None:
+    """Whether the rounded matrices of a layer are there, whole, and as its entry says."""
+    got = part_of(tensors, "weights")
+    names = [name for name in GROUPED if name != "gate" or any(n.startswith("gate.") for n in got)]
+    want: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if entry.storage is not None:
+        bits, scales = entry.storage["bits"], entry.storage["scales"]
+        want = shapes(entry.neurons, entry.width, bits, scales, names)
+    for name in sorted({*got, *want}):
+        if name not in want or name not in got:
+            what = "is missing" if name in want else "belongs to no rounded matrix"
+            raise CheckpointError(f"{file}: tensor {where}.{name} {what}; {AGAIN}")
+        shape, dtype = want[name]
+        if (tuple(got[name].shape), got[name].dtype) != (shape, dtype):
+            raise CheckpointError(
+                f"{file}: {where}.{name}: got {list(got[name].shape)} {got[name].dtype}, must be "
+                f"{list(shape)} {dtype}; {AGAIN}"
+            )
+        if dtype == torch.float16 and bool((got[name] < 0).any()):
+            raise CheckpointError(f"{file}: {where}.{name} holds numbers below zero; {AGAIN}")

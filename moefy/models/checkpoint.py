@@ -152,6 +152,11 @@ class Checkpoint:
         kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
         return {self._name(f): sha256(f) for f in self.other_files if f.suffix in kinds}
 
+    def all_hashes(self) -> dict[str, str]:
+        """What decides all that is computed of it, and so what a run may take up: weights and how texts are
+        read."""
+        return self.text_hashes() | self.hashes()
+
     @property
     def revision(self) -> str | None:
         """The commit of a folder that the Hub's cache holds; None for any other."""

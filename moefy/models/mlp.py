@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
+from moefy.models.quantised import GROUPED, QuantisedMlp
+
 
 @cache
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -41,6 +43,8 @@ class DenseMlp:
     down_bias_D: Tensor | None = None
     centre_N: Tensor | None = None
     """Where neurons stand that are off; `hidden` counts from it, the rest is in `down_bias_D`."""
+    stored: QuantisedMlp | None = None
+    """What the matrices are the values of, where they are stored in few bits."""
 
     @property
     def neurons(self) -> int:
@@ -105,7 +109,23 @@ class DenseMlp:
             for name in ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "centre_N")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **rows)
+        stored = None
+        if self.stored is not None and isinstance(neurons, slice):
+            stored = self.stored.take(neurons)
+        return replace(self, **rows, stored=stored)
+
+    def quantised(self, bits: int, scale_bits: int) -> "DenseMlp":
+        """The same MLP with every matrix rounded (`moefy.models.quantised`), and what they are stored as."""
+        own = {n: w_ND for n in GROUPED if (w_ND := getattr(self, f"{n}_ND")) is not None}
+        return self.holding(QuantisedMlp.of(own, bits, scale_bits))
+
+    def holding(self, stored: QuantisedMlp) -> "DenseMlp":
+        """The same MLP with the values of `stored` for its matrices, in their dtype and place."""
+        values: dict[str, Any] = {
+            f"{name}_ND": stored.matrix(name).values(self.up_ND.dtype).to(self.up_ND.device)
+            for name in stored.names
+        }
+        return replace(self, **values, stored=stored)
 
     def centred(self, centre_N: Tensor, constant_D: Tensor) -> "DenseMlp":
         """The same function counted from `centre_N`, with `constant_D = sum_j centre_j d_j`."""

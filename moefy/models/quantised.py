@@ -15,8 +15,8 @@ row; inputs of down are the neurons: its groups are 32 neurons that follow each 
 Shapes: N neurons, D width, G groups along the inputs, O outputs (N of gate and up, D of down), P bytes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ GROUP = 32
 """Inputs that share a scale and an offset."""
 _TOP = 255
 """Largest 8-bit scale or offset."""
+GROUPED = {"up": 1, "gate": 1, "down": 0}
+"""The matrices of an MLP, and along which axis of `[N, D]` their groups run."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def quantise(weight_ND: Tensor, bits: int, *, along: int = 1, scale_bits: int = 
     )
     wide_scale, wide_offset = (s.unsqueeze(axis) for s in empty.scales())
     codes = ((groups + wide_offset) / wide_scale).round().clamp(0, 2**bits - 1)
-    codes_ND = codes.flatten(along, along + 1).narrow(along, 0, w.shape[along]).to(torch.uint8)
+    codes_ND = _flat(codes, along).narrow(along, 0, w.shape[along]).to(torch.uint8)
     return Quantised(codes_ND.contiguous(), scale, offset, bits, along, most_O)
 
 
@@ -162,5 +164,112 @@ def _grouped(w_ND: Tensor, along: int) -> Tensor:
     if missing:
         last = w_ND.narrow(along, w_ND.shape[along] - 1, 1)
         w_ND = torch.cat([w_ND, last.repeat_interleave(missing, along)], along)
-    groups: Tensor = w_ND.unflatten(along, (-1, GROUP))
-    return groups
+    return w_ND.unflatten(along, (-1, GROUP))
+
+
+def _flat(groups: Tensor, along: int) -> Tensor:
+    return groups.flatten(along, along + 1)
+
+
+@dataclass(frozen=True)
+class QuantisedMlp:
+    """The matrices of one MLP as a file keeps them: `up.codes`, `up.scale`, ..., packed in planes.
+
+    Nothing in it changes: copies of a model share it, and it stays where it is when the model moves.
+    """
+
+    tensors: Mapping[str, Tensor]
+    """What `Quantised.tensors` keeps of each matrix, behind its name."""
+    width: int
+    first: int = 0
+    last: int | None = None
+    """The neurons of it, from the first on and before the last."""
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Tensor], bits: int, scale_bits: int) -> "QuantisedMlp":
+        """The rounded matrices `[N, D]` of an MLP, by their names in `GROUPED`."""
+        made = {
+            name: quantise(w_ND.cpu(), bits, along=GROUPED[name], scale_bits=scale_bits)
+            for name, w_ND in matrices.items()
+        }
+        return cls(_named(made), matrices["up"].shape[1])
+
+    def with_matrices(self, changed: Mapping[str, Quantised]) -> "QuantisedMlp":
+        """The same MLP with other matrices in the place of these."""
+        return replace(self, tensors={**self.tensors, **_named(changed)})
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "QuantisedMlp":
+        """Itself."""
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Its matrices."""
+        return [name for name in GROUPED if f"{name}.codes" in self.tensors]
+
+    def matrix(self, name: str) -> Quantised:
+        """One of them, unpacked; `ValueError` for neurons of down that cut a group."""
+        own = {part: t for key, t in self.tensors.items() if (part := _part(key, name))}
+        whole = Quantised.of_tensors(own, self.width, GROUPED[name])
+        return whole.take(slice(self.first, self.last))
+
+    def take(self, neurons: slice) -> "QuantisedMlp":
+        """A run of neurons."""
+        end = len(self) if neurons.stop is None else min(neurons.stop, len(self))
+        return replace(self, first=self.first + (neurons.start or 0), last=self.first + end)
+
+    def __len__(self) -> int:
+        """N, the number of neurons."""
+        last = self.tensors["up.codes"].shape[1] if self.last is None else self.last
+        return last - self.first
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return len(self.tensors["up.codes"])
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a scale, and of an offset."""
+        return 8 * self.tensors["up.scale"].element_size()
+
+    def overhead(self, name: str) -> float:
+        """Bits a weight of a matrix that are no codes: `Quantised.scale_bits`, without unpacking."""
+        parts = (self.tensors.get(f"{name}.{part}") for part in ("scale", "offset", "most"))
+        held = sum(8 * t.numel() * t.element_size() for t in parts if t is not None)
+        return held / (self.tensors[f"{name}.codes"].shape[1] * self.width)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that are stored of a weight, all counted, of all matrices."""
+        return self.bits + sum(self.overhead(name) for name in self.names) / len(self.names)
+
+
+def shapes(
+    neurons: int, width: int, bits: int, scale_bits: int, names: Iterable[str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what `QuantisedMlp` holds of an MLP of these sizes with these matrices."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    scale = torch.uint8 if scale_bits == 8 else torch.float16
+    for name in names:
+        along = GROUPED[name]
+        groups = -(-(width if along else neurons) // GROUP)
+        shape = (neurons, groups) if along else (groups, width)
+        found[f"{name}.codes"] = (bits, neurons, -(-width // 8)), torch.uint8
+        found[f"{name}.scale"] = found[f"{name}.offset"] = shape, scale
+        if scale_bits == 8:
+            found[f"{name}.most"] = (2, neurons if along else width), torch.float16
+    return found
+
+
+def _named(matrices: Mapping[str, Quantised]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{part}": value.cpu().contiguous()
+        for name, made in matrices.items()
+        for part, value in made.tensors().items()
+    }
+
+
+def _part(key: str, matrix: str) -> str | None:
+    name, _, part = key.partition(".")
+    return part if name == matrix else None

@@ -25,6 +25,12 @@ MARK = ".moefy-files.json"
 """In a finished folder: the files that the run wrote there."""
 GGUF = b"GGUF"
 """What the one kind of file begins with that `--overwrite` replaces."""
+_RECORDS = (b'{"kind": "', b'{\n "kind": "')
+_REPORT = (
+    b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
+    b"http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'sha256-"
+)
+"""What records and reports begin with, which the next one of the same name replaces unasked."""
 
 
 @contextmanager
@@ -84,6 +90,20 @@ def refuse_inside(out: Path, source: Path) -> None:
                 f"{out}: is {'' if folder == resolved else 'in '}{source}, which is read; choose a "
                 "place outside of it"
             )
+
+
+def refuse_stranger(file: Path) -> None:
+    """Raise `OutputError` where something lies at `file` that is neither empty nor a record or a report."""
+    if not file.exists():
+        return
+    if not file.is_file():
+        raise OutputError(f"{file}: is no file; choose another name")
+    with file.open("rb") as stream:
+        start = stream.read(len(_REPORT))
+    if start and not start.startswith((*_RECORDS, _REPORT)):
+        raise OutputError(
+            f"{file}: no record or report of moefy, so it is not replaced; choose another name, or move it away"
+        )
 
 
 class OutputFolder:
@@ -228,6 +248,20 @@ class OutputFolder:
             except OSError:
                 pass
         return None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs away while files are put into the folder itself.
+
+        Where nothing may be written beside it there is no lock.
+        """
+        if not self.place.is_dir() or os.access(self.place.parent, os.W_OK):
+            with self._writable():
+                self._take()
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let another run have the folder; an empty work folder goes."""

@@ -9,6 +9,7 @@ from typing import Any
 from moefy.evaluation.tables import COLUMNS, cell_text
 from moefy.run.folder import write_whole
 from moefy.run.job import Job
+from moefy.run.reading import reading
 from moefy.run.tables import NO_PLOTS, has_plots, pyplot
 
 PANELS = (
@@ -39,7 +40,9 @@ def stopped(training: dict[str, Any], job: Job, lower: str) -> str:
 
 def draw_curves(log: Path, picture: Path) -> None:
     """Write a PNG of a `log.jsonl`."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    with reading(log, "train again"):
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        rows = [{**row, "tokens": row["tokens"]} for row in rows]
     panels = [p for p in PANELS if _series(rows, p[1])[0] or _series(rows, p[2])[0]]
     with pyplot() as plt:
         figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
@@ -76,7 +79,9 @@ def _series(rows: list[dict[str, Any]], name: str | None) -> tuple[list[int], li
 def recovery_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a recovery: the model before and after, the dense model, its control."""
     before, after = record["before"], record["after"]
-    names = [name for name in ("ce", "ce_increase", "kl", "agreement", "cosine") if name in before]
+    names = [
+        name for name in ("ce", "ce_increase", "kl", "agreement", "cosine", "mse") if name in before
+    ]
     header = ["model", *(COLUMNS[name] for name in names), "gap closed"]
     rows = [["moefied", *(cell_text(name, before[name]) for name in names), ""]]
     closed = [_share(record.get("gap_closed"))]
@@ -126,5 +131,5 @@ class Log:
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
-    except ValueError:  # cut off where the run was killed
+    except (ValueError, TypeError, KeyError, RecursionError):  # cut off where the run was killed
         return math.inf

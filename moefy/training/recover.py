@@ -33,6 +33,7 @@ from moefy.models.locate import meta_model, sites
 from moefy.run.computing import asked, machine
 from moefy.run.job import Job
 from moefy.run.processes import launched
+from moefy.run.reading import reading
 from moefy.training.curves import keep_log, stopped
 from moefy.training.learning import RecoveryCheck, in_training, towards, trained
 from moefy.training.loop import (
@@ -127,7 +128,7 @@ class _Recovery:
 
     def decided(self) -> list[Any]:
         """All that decides the result, as JSON values."""
-        hashes = self.job.processes.once(self.source.hashes)
+        hashes = self.job.processes.once(self.source.all_hashes)
         settings = [self.artefact.sha256, asdict(self.recipe), self.corpus.sha256]
         return [hashes, *settings, self.job.processes.count]
 
@@ -228,7 +229,10 @@ class _Recovery:
     def _finish(self, record: dict[str, Any], evaluation: dict[str, Any]) -> None:
         """Records, card, log and curves beside the weights."""
         earlier, finished = self.folder / "records.json", self.job.finished
-        records = json.loads(earlier.read_text()) if earlier.exists() else {}
+        records: dict[str, Any] = {}
+        if earlier.exists():
+            with reading(earlier, "move it away and pass --resume"):
+                records = {**json.loads(earlier.read_text(encoding="utf-8"))}
         records |= {"recovery": record, "evaluation": evaluation}
         (finished / "records.json").write_text(json.dumps(records, indent=1) + "\n")
         if "conversion" in records:

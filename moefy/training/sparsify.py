@@ -43,6 +43,7 @@ from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
 from moefy.run.computing import asked, machine
 from moefy.run.job import Job
 from moefy.run.processes import launched
+from moefy.run.reading import read_json
 from moefy.training.curves import keep_log, stopped
 from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts, train_dense
 from moefy.training.recipe import SparsifyRecipe
@@ -117,7 +118,7 @@ class _Sparsifying:
 
     def decided(self) -> list[Any]:
         """All that decides the result, as JSON values."""
-        hashes = self.job.processes.once(self.source.hashes)
+        hashes = self.job.processes.once(self.source.all_hashes)
         return [hashes, asdict(self.recipe), self.corpus.sha256, self.job.processes.count]
 
     def run(self, control: bool) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def _activation_key(source: Checkpoint, found: list[Site]) -> str:
 
 def _rename_activation(folder: Path, key: str) -> None:
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     file.write_text(json.dumps({**config, key: "relu"}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Every verb that writes, told to write where it reads: refused, and not a byte has changed."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from tiny_models import build
 from typer.testing import CliRunner
 
 import moefy
+from moefy.cli import command
 from moefy.cli.quickstart import demo_models, quickstart
 from moefy.cli.verbs import app
 from moefy.conversion.convert import convert
@@ -18,10 +20,12 @@ from moefy.errors import OutputError
 from moefy.experts.loading import load_dense
 from moefy.exporting.export import export
 from moefy.inspection.diff import diff
-from moefy.inspection.inspect import inspect
+from moefy.inspection.inspect import REPORT, Inspected, inspect
+from moefy.inspection.record import FILE
 from moefy.inspection.removal.prune import prune
 from moefy.models.checkpoint import Checkpoint, sha256
 from moefy.models.reorder import revert
+from moefy.run.folder import OutputFolder, refuse_stranger
 from moefy.training.recover import recover
 from moefy.training.sparsify import sparsify
 
@@ -116,6 +120,57 @@ def test_a_record_does_not_replace_a_file_of_a_model(verb: str, folders: Path) -
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 1 and "which is read; choose a place" in result.output
     assert held(folders) == before
+
+
+RESULTS = {
+    "eval": "evaluation.json", "inspect": "report.html", "diff": "inspection.json",
+    "bench": "speed.json", "compare": "comparison.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", RESULTS)
+@pytest.mark.parametrize("one", [True, False], ids=["file", "folder"])
+def test_a_result_does_not_replace_a_file_of_somebody_else(
+    verb: str, one: bool, folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "notes.json" if one else tmp_path
+    file = out if one else tmp_path / RESULTS[verb]
+    file.write_text('{"mine": 1}')
+    model = folders / "out"
+    words = [verb, model, *([model] if verb == "diff" else []), "-o", out]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1 and f"{file}: no record or report" in result.output
+    assert file.read_text() == '{"mine": 1}'
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "evaluation"}', '{\n "kind": "speed"\n}\n'])
+def test_a_result_replaces_one_of_its_own(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(content)
+    command.write({"kind": "evaluation"}, file, "")
+    assert json.loads(file.read_text()) == {"kind": "evaluation"}
+    command.write({"kind": "evaluation"}, file, "")
+
+
+def test_a_report_replaces_a_report(tmp_path: Path) -> None:
+    found = Inspected({"layers": []}, {}, {})
+    for _ in range(2):
+        found.save(tmp_path)
+        for name in (FILE, REPORT):
+            refuse_stranger(tmp_path / name)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "diff"])
+def test_two_runs_do_not_write_one_report(verb: str, folders: Path, tmp_path: Path) -> None:
+    model, out = folders / "out", tmp_path / "report"
+    words = [verb, model, *([model] if verb == "diff" else []), "-o", out]
+    with OutputFolder(out).held():
+        result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1 and "another run is writing it (process" in result.output
+    assert [*tmp_path.iterdir()] == []  # neither has left anything behind
+    with OutputFolder(out).held():  # and the next one may
+        pass
 
 
 def test_quickstart_leaves_what_is_not_its_own(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 import moefy
 from moefy.cli.verbs import app
 from moefy.conversion import convert as converting
+from moefy.conversion.streamed import passes
 from moefy.errors import CheckpointError, MoefyError, OutputError
 from moefy.experts.loading import load_dense
+from moefy.experts.sparse_heads import SparseHeads
 from moefy.models.artefact import open_artefact
 from moefy.models.checkpoint import Checkpoint, overwrite
 from moefy.models.reorder import outlined, revert
@@ -170,6 +172,34 @@ def test_experts_of_other_neurons_than_were_fitted_are_seen(
     monkeypatch.setattr(converting, "reorder", as_they_were)
     with pytest.raises(MoefyError, match=r"model\.layers\.0 runs other experts than were fitted"):
         convert_tiny("llama", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_streaming_sees_experts_of_other_neurons_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "permute", lambda site, name, tensor, order_N: tensor)
+    with pytest.raises(MoefyError, match=r"model\.layers\.0 runs other experts than were fitted"):
+        convert_tiny("llama", source, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_heads_than_were_fitted_are_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all of them on, as when outputs are compared with the source's, nothing is wrong."""
+    source, options = build(name, tmp_path / "heads"), {"settings": {"attention.density": 0.5}}
+    convert_tiny(name, source, tmp_path / "good", **options)
+    plain = SparseHeads.forward
+
+    def other(self: SparseHeads, heads: torch.Tensor) -> torch.Tensor:
+        size = heads.shape[-1] // self.experts
+        return plain(self, heads if self.all_on else heads.roll(size, -1))
+
+    monkeypatch.setattr(SparseHeads, "forward", other)
+    with pytest.raises(MoefyError, match=r"0\.\w*attn runs other heads than were fitted"):
+        convert_tiny(name, source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import transformers
 from PIL import Image
 from tiny_models import build
 from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
 
+from moefy.cli.verbs import app
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import load_tokenizer, read_batches
 from moefy.errors import CheckpointError, CorpusError
@@ -176,3 +179,38 @@ def test_a_tokenizer_larger_than_the_model(llama):
         read_batches(checkpoint, "decoder", load_corpus(["w3 w110"]), 16)
     with pytest.raises(CorpusError, match="token id 110, the model knows 96; tokenize with"):
         read_batches(checkpoint, "decoder", load_corpus([[3, 110]]), 16)
+
+
+def dry_run(source: Path, corpus: Path) -> Any:
+    words = ["convert", str(source), "out", "--dry-run", "--corpus", str(corpus)]
+    return CliRunner().invoke(app, words)
+
+
+@pytest.mark.parametrize("content", [POINTER, b"{", b"{}"])
+def test_a_plan_reads_the_tokenizer_where_texts_need_it(llama, tmp_path, content):
+    (llama / "tokenizer.json").write_bytes(content)
+    (tmp_path / "text.txt").write_text("w3 w4 w5")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}')
+    said = dry_run(llama, tmp_path / "text.txt")
+    assert said.exit_code == 1
+    assert said.stderr.startswith("moefy: ") and "tokenizer.json: " in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert dry_run(llama, tmp_path / "ids.jsonl").exit_code == 0
+
+
+def test_a_plan_tells_of_a_tokenizer_larger_than_the_model(llama, tmp_path):
+    words(120).save(str(llama / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("w3 w4 w5")
+    said = dry_run(llama, tmp_path / "text.txt")
+    assert said.exit_code == 0
+    assert "the tokenizer has 120 tokens, the model knows 96" in said.stdout.replace("\n", " ")
+    (tmp_path / "text.txt").write_text("w3 w110 w5")
+    said = dry_run(llama, tmp_path / "text.txt")
+    assert said.exit_code == 1 and "gave 110, the model knows 96" in said.stderr
+
+
+def test_a_plan_does_without_a_tokenizer_and_without_images(llama, vit, tmp_path):
+    (tmp_path / "text.txt").write_text("w3 w4 w5")
+    for source, words_ in ((llama, "has no tokenizer"), (vit, "give --corpus")):
+        said = dry_run(source, tmp_path / "text.txt")
+        assert said.exit_code == 0 and words_ in said.stdout.replace("\n", " ")

@@ -23,7 +23,7 @@ MASK, OUT = "blocks.1.mlp.hook_expert_mask", "blocks.1.mlp.hook_out"
 
 @torch.no_grad()
 def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return values_of(model(**inputs))
+    return values_of(model, model(**inputs))
 
 
 def point(name: str, layer: int = 1) -> str:

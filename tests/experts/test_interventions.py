@@ -32,7 +32,7 @@ Edit = Callable[[int, Tensor], Tensor]
 
 @torch.no_grad()
 def run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return values_of(model(**inputs))
+    return values_of(model, model(**inputs))
 
 
 def stock(folder: Path, inputs: dict[str, Tensor], edit: Edit) -> Tensor:

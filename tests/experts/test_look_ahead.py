@@ -45,8 +45,8 @@ def test_look_ahead_reads_the_input_of_the_mlp_before(name: str, tmp_path: Path)
     with all_experts(model):
         stock = load_dense(Checkpoint.open(tmp_path / "source"))
         got, want = (
-            values_of(model(**example_inputs(name))),
-            values_of(stock(**example_inputs(name))),
+            values_of(model, model(**example_inputs(name))),
+            values_of(stock, stock(**example_inputs(name))),
         )
         assert ((got - want).norm() / want.norm()) < 1e-5
         assert len(sites(stock)) == len(modules)
@@ -63,7 +63,7 @@ def test_look_ahead_decodes_with_a_cache_as_without(name: str, tmp_path: Path) -
     cached = model.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     if name != "t5":
-        plain = values_of(model(cached))[0, ids.shape[1] - 1 : -1]
+        plain = values_of(model, model(cached))[0, ids.shape[1] - 1 : -1]
         assert torch.equal(plain.argmax(-1), cached[0, ids.shape[1] :])
 
 

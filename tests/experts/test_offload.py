@@ -18,7 +18,7 @@ from moefy.models.checkpoint import Checkpoint
 
 @torch.no_grad()
 def run(model, name):
-    return values_of(model(**example_inputs(name)))
+    return values_of(model, model(**example_inputs(name)))
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])

@@ -65,7 +65,7 @@ def made(tmp_path_factory):
 
 @torch.no_grad()
 def run(model, inputs):
-    return values_of(model(**inputs))
+    return values_of(model, model(**inputs))
 
 
 def naive(source: Path, out: Path, *, rolled: int = 0):

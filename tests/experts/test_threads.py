@@ -54,7 +54,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, made: Callable[[str], Path]
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return values_of(model(**inputs))
+    return values_of(model, model(**inputs))
 
 
 def elsewhere(run: Callable[[], Any]) -> Any:

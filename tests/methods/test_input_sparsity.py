@@ -158,13 +158,13 @@ def test_they_stand_in_for_the_mlps_of_a_model(
     for site in sites(dense):
         mlp = read_mlp(site, lambda n: dense.get_parameter(n).detach()).to(torch.float32)
         replace_module(model, site, InputSparseMlp(mlp.contiguous(), "wina"))
-    want = values_of(dense(**example_inputs(name))).float()
-    got = values_of(model(**example_inputs(name))).float()
+    want = values_of(dense, dense(**example_inputs(name))).float()
+    got = values_of(model, model(**example_inputs(name))).float()
     assert got.dtype == want.dtype
     assert ((got - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 0.05)
     for module in model.modules():
         if isinstance(module, InputSparseMlp):
             module.calibrate(torch.randn(64, module.mlp.width), 0.3)
-    sparse = values_of(model(**example_inputs(name))).float()
+    sparse = values_of(model, model(**example_inputs(name))).float()
     assert sparse.isfinite().all()
     assert ((sparse - want).norm() / want.norm()) > 0.05

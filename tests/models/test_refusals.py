@@ -174,7 +174,7 @@ def test_git_lfs_pointers(source, name):
     ],
 )
 def test_code_that_is_not_run_is_spoken_of(source, code):
-    assert "note:" not in dry_run(source)
+    assert "note: the folder brings code" not in dry_run(source)
     edit(source, auto_map=code)
     (source / "modeling_own.py").write_text("raise SystemExit('ran')")
     text = " ".join(dry_run(source).split())

@@ -13,7 +13,7 @@ from typing import Any
 from moefy.conversion.allocate import Candidate, budget_record, nearest, spread
 from moefy.conversion.fit import planned_active
 from moefy.conversion.streamed.layerwise import require_a_chain
-from moefy.conversion.streamed.passes import FirstPass, SecondPass, with_density
+from moefy.conversion.streamed.passes import SOURCE, FirstPass, SecondPass, with_density
 from moefy.conversion.streamed.states import States
 from moefy.conversion.task import Conversion, Converted, Reading
 from moefy.errors import RecipeError
@@ -63,6 +63,8 @@ def states_of(task: Conversion) -> Reading:
 def disk(task: Conversion) -> int:
     """Bytes of disk that streaming needs: the result, and the states before and after one layer."""
     groups = [*states_of(task).values(), (task.evaluated, 0)]
+    if task.rounds:
+        groups.append((task.evaluated, 0))
     positions = sum(b.inputs["input_ids"].numel() for batches, _ in groups for b in batches)
     width = max(site.width for site in task.todo.sites)
     # Dense and sparse, in at most 4 bytes.
@@ -86,10 +88,13 @@ def stream(task: Conversion, *, follow: bool = True) -> Converted:
         else:
             second, tuning = SecondPass(task, made.artefact, {}), {}
             second.run(None)
-        evaluation, error = second.record(), second.error(dense["probe"])
+        source = dense.get(SOURCE)
+        evaluation, error = second.record(source), second.error(dense["probe"])
+        rounding = None if source is None else second.distance(source, second.dense)
     return replace(
-        made, artefact=second.artefact, tuning=tuning, error=error, evaluation=evaluation
-    )
+        made, artefact=second.artefact, tuning=tuning, error=error, evaluation=evaluation,
+        rounding=rounding,
+    )  # fmt: skip
 
 
 def _allocate(

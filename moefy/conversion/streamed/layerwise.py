@@ -274,8 +274,10 @@ class LayerwiseModel:
 
     def _weights(self, site: Site, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names in the layer and values of all that it has on disk, each read once."""
-        stored = StoredMlp(self.checkpoint, self.names, site, None)
         inside = site.module.removeprefix(f"{site.layer}.")
+        module = layer.get_submodule(inside)
+        codes = module.stored if isinstance(module, SparseMlp) else None
+        stored = StoredMlp(self.checkpoint, self.names, site, None, codes)
         for name in [name for name, p in layer.named_parameters() if p.is_meta]:
             parent, _, last = name.rpartition(".")
             if isinstance(layer.get_submodule(parent), SparseMlp) and parent == inside:

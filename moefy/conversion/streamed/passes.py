@@ -30,7 +30,8 @@ from moefy.conversion.fit import (
 from moefy.conversion.layer import Fitted, LayerSample, domains_of, fit_layer
 from moefy.conversion.streamed.layerwise import LayerwiseModel
 from moefy.conversion.streamed.states import States, forward, inputs
-from moefy.conversion.task import Conversion, Reading
+from moefy.conversion.task import UNROUNDED, Conversion, Reading
+from moefy.conversion.verification import AsRouted
 from moefy.data.corpus import Batch, make_batches
 from moefy.errors import CheckpointError, MoefyError
 from moefy.evaluation.evaluate import document_sums, figures_of, summarise
@@ -44,10 +45,14 @@ from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_ba
 from moefy.experts.stock_names import with_routing_of
 from moefy.methods.base import stored
 from moefy.models.answers import answer_of
-from moefy.models.artefact import Artefact, LayerEntry
+from moefy.models.artefact import Artefact, LayerEntry, part_of
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.locate import Site, permute, read_mlp
-from moefy.models.reorder import outlined
+from moefy.models.quantised import QuantisedMlp
+from moefy.models.reorder import outlined, put_back, rounded_mlp, rounded_values
+
+SOURCE = "source"
+"""The states of the documents that are evaluated in the source, where the result is rounded."""
 
 
 class FirstPass:
@@ -63,6 +68,8 @@ class FirstPass:
         folder = task.work / "states"
         folder.mkdir(exist_ok=True)
         groups = {**reading, "probe": (probe, 0)}
+        if task.rounds:
+            groups[SOURCE] = (task.evaluated, 0)
         self.dense, self.sparse = (
             {
                 name: States.of(
@@ -72,7 +79,7 @@ class FirstPass:
             }
             for kind, names in (
                 ("dense", groups),
-                ("sparse", [n for n in groups if n not in ("partition", "probe")]),
+                ("sparse", [n for n in groups if n not in ("partition", "probe", SOURCE)]),
             )
         )
         first = self.dense["partition"]
@@ -146,6 +153,8 @@ class FirstPass:
         read = {name: inputs(self.layerwise, site.index, s) for name, s in self.sparse.items()}
         sample = self._sample(seen, read)
         fitted = self._fit(site, sample)
+        if self.task.rounds:
+            self._round(site, fitted)
         module = self._installed(site, fitted, written)
         rows = self._choose(module, site.index, sample, metric)
         if varies(self.recipe):
@@ -156,7 +165,12 @@ class FirstPass:
         for states in self.sparse.values():
             states.write(site.index + 1, forward(self.layerwise, site.index, states))
         selection = {"name": self.recipe.selection.name, **module.selection.settings()}
-        tensors = {"permutation": fitted.tensors["permutation"]}
+        tensors = {
+            name: value
+            for name, value in fitted.tensors.items()
+            if name.partition(".")[0] in ("permutation", "weights")
+        }
+        module.store(None)  # they are kept on disk
         result = Fitted(
             replace(fitted.entry, selection=selection),
             tensors | stored(module.router, module.compensation),
@@ -165,15 +179,36 @@ class FirstPass:
         in_tuple = self.layerwise.in_tuple
         self.task.keep(f"layers/{site.index}", result, candidates=rows, in_tuple=in_tuple)
 
+    def _round(self, site: Site, fitted: Fitted[LayerEntry]) -> None:
+        """Round the layer that is in memory, from the source's weights anew, and take through it what the result
+        is compared with."""
+        order_N, probe = fitted.tensors["permutation"].long(), self.dense["probe"]
+        mlp = rounded_mlp(site, self._read, fitted.entry, order_N)
+        put_back(self.layerwise.model, site, mlp, order_N)
+        probe.write(site.index + 1, forward(self.layerwise, site.index, probe))
+
+    def _read(self, name: str) -> Tensor:
+        """A parameter of the layer that is in memory, as it is stored."""
+        return self.raw[name] if name in self.raw else self._running(name)
+
+    def _running(self, name: str) -> Tensor:
+        """The same as it runs."""
+        parameter: Tensor = self.layerwise.model.get_parameter(name).detach().cpu()
+        return parameter
+
     def _installed(self, site: Site, fitted: Fitted[LayerEntry], written: Checkpoint) -> SparseMlp:
         """Write the layer in expert order, and put its experts in the place of its MLP."""
         order_N = fitted.tensors["permutation"].long()
+        codes = part_of(fitted.tensors, "weights")
+        values = rounded_values(lambda _: QuantisedMlp(codes, site.width) if codes else None)
         for name, value in self.raw.items():
+            rounded = values(site, name)
+            moved = permute(site, name, value, order_N) if rounded is None else rounded
             disk = self.layerwise.names[name]
-            overwrite(written.tensors[disk], permute(site, name, value, order_N))
+            overwrite(written.tensors[disk], moved.to(value.dtype))
         self.raw = {}
-        moved = bool((order_N.diff() < 0).any())
-        module = install(self.layerwise.model, site, fitted.entry, fitted.tensors, permute=moved)
+        moves = bool((order_N.diff() < 0).any())
+        module = install(self.layerwise.model, site, fitted.entry, fitted.tensors, permute=moves)
         # The faster backend of the moment would decide the last bits of all that follows.
         module.backend = "masked"
         return module
@@ -184,6 +219,8 @@ class FirstPass:
         seen: dict[str, Tensor] = {}
         powers: list[Tensor] = []
         for name, states in self.dense.items():
+            if name == "probe" and self.task.rounds:
+                continue  # goes through the rounded layer (`_round`)
             rows: list[Tensor] = []
             out = forward(self.layerwise, site.index, states, rows)
             if name == "held-out":
@@ -208,8 +245,7 @@ class FirstPass:
 
     def _fit(self, site: Site, sample: LayerSample) -> Fitted[LayerEntry]:
         """Fit as in memory, on a CPU and in fp32; where the layer is so already nothing is copied."""
-        parameter = self.layerwise.model.get_parameter
-        mlp = read_mlp(site, lambda name: parameter(name).detach().cpu())
+        mlp = read_mlp(site, self._read if self.task.rounds else self._running)
         return fit_layer(mlp.to(torch.float32), self.todo, site, self.recipe, sample)
 
     def _choose(
@@ -262,6 +298,7 @@ class SecondPass:
         }
         self.dense, self.routed = (states(name, evaluated, 0) for name in ("dense", "routed"))
         model = self.layerwise.model
+        self.check = AsRouted(task, model)
         self.load, self.quality = FfnLoad(model), RouterQuality(model, evaluated)
         self.heads = HeadLoad(model)
         masks = [batch.mask() for batch in evaluated]
@@ -305,6 +342,8 @@ class SecondPass:
             states.write(index + 1, forward(self.layerwise, index, states))
         with all_experts(model):
             self.dense.write(index + 1, self._watched(index))
+        with self.check.checking():
+            self.layerwise.run(index, *next(self.routed.before(index)))
         self.routed.write(index + 1, self._heard(index))
 
     def _watched(self, index: int) -> Iterator[Tensor]:
@@ -349,8 +388,8 @@ class SecondPass:
         (_, want), got = next(probe.before(last)), found.double()
         return float((got - want).norm() / want.double().norm())
 
-    def record(self) -> dict[str, Any]:
-        """The evaluation, made of the last states."""
+    def record(self, source: States | None) -> dict[str, Any]:
+        """The evaluation, made of the last states; against those of the `source`, where the result is rounded."""
         batches, model = self.routed.batches, self.layerwise.model
         sinks_BT = [
             None if answer_of(model).pooled else row_T[None, : len(sample.inputs["input_ids"])]
@@ -358,10 +397,14 @@ class SecondPass:
             for sample, row_T in zip(batch.samples, sinks.marked_BT, strict=True)
         ]
         every = judged(
-            self._left(self.routed), _singles(batches), self._left(self.dense), figures_of(model)
+            self._left(self.routed),
+            _singles(batches),
+            self._left(source or self.dense),
+            figures_of(model),
         )
         documents, kl = document_sums(every, sinks_BT, None)
-        return summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
+        record = summarise(documents, kl, self.load, self.quality, self.heads, seed=0)
+        return record if source is None else {**record, "dense": UNROUNDED}
 
 
 def _see(sinks: Sinks, _: Site, x_TD: Tensor) -> None:

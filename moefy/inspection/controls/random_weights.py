@@ -95,7 +95,7 @@ def _decided(
 ) -> dict[str, Any]:
     """What decides the tables of a control."""
     return {
-        "checkpoint": of(model).checkpoint.hashes(),
+        "checkpoint": of(model).checkpoint.all_hashes(),
         "recipe": of(model).artefact.recipe,
         "corpus": text.sha256,
         "reading": [doc.sha256 for doc in reading.documents.documents],

@@ -60,7 +60,7 @@ class Source:
     @property
     def decided(self) -> list[dict[str, str]]:
         """What tells it from other sources."""
-        return [self.checkpoint.hashes(), self.artefact.sha256]
+        return [self.checkpoint.all_hashes(), self.artefact.sha256]
 
     @property
     def sites(self) -> list[Site]:
