@@ -18,7 +18,7 @@ ENGINES, SAMPLES = ("eager", "auto"), 5
 PROMPT, GENERATED = 128, 16
 LAYER = "4096,11008,64,16"
 HEADER = [
-    "model", "", "FFN density", "active budget", "active parameters", "cross-entropy", "KL to dense",
+    "model", "", "FFN density", "bits read", "active parameters", "cross-entropy", "KL to dense",
     "decode tokens/s",
 ]  # fmt: skip
 
@@ -115,8 +115,8 @@ def _timed(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _rows(name: str, quality: dict[str, Any], speed: dict[str, Any] | None) -> list[list[str]]:
     """The dense model and the moefied one."""
     total = quality["total"]
-    dense = [name, "dense", "1.000", "1.000", "1.000", f"{total['ce_dense']['mean']:.3f}", "0"]
-    shares = (quality[key] for key in ("ffn_density", "active_budget", "active_parameters"))
+    dense = [name, "dense", "1.000", "16.000", "1.000", f"{total['ce_dense']['mean']:.3f}", "0"]
+    shares = (quality[key] for key in ("ffn_density", "bits_read", "active_parameters"))
     figures = (*shares, total["ce"]["mean"], total["kl"]["mean"])
     moefied = ["", "moefied", *(f"{figure:.3f}" for figure in figures)]
     return [[*dense, _decode(speed, "eager")], [*moefied, _decode(speed, "auto")]]

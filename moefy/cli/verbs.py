@@ -87,7 +87,8 @@ def convert(
     if not records:  # of many processes only the first has something to show
         return Shown(None)
     table = terminal(*domain_rows(records["evaluation"]))
-    return Shown({**records, "out": str(out)}, [table, f"wrote {out}"])
+    shares = _budgets(records["evaluation"])
+    return Shown({**records, "out": str(out)}, [table, shares, f"wrote {out}"])
 
 
 def _chosen(
@@ -164,9 +165,9 @@ def eval_(
 
 def _budgets(record: dict[str, Any]) -> str:
     names = {
-        "ffn_density": "FFN density", "active_budget": "active budget",
-        "active_parameters": "active parameters", "head_density": "head density",
-        "attention_budget": "attention budget",
+        "ffn_density": "FFN density", "bits_read": "bits read per MLP weight (of 16)",
+        "active_compute": "MLP multiplications", "active_parameters": "active parameters",
+        "head_density": "head density", "attention_budget": "attention budget",
     }  # fmt: skip
     return ", ".join(f"{what} {record[name]:.3f}" for name, what in names.items() if name in record)
 
@@ -400,16 +401,18 @@ def compare(
     recipe_names: Annotated[
         str, typer.Option("--recipes", help="Recipes or YAML files, by comma.")
     ] = "fast,default,moefication,cmoe,teal",
-    budgets: Annotated[str, typer.Option(help="Active budgets, by comma.")] = "0.25,0.5",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets, by comma: above 1 bits per MLP weight, else share of 16.")
+    ] = "0.25,0.5",
     corpus: Text = None,
     documents: Documents = 44,
     seed: Seed = 0,
     out: Report = None,
     quiet: bool = False,
 ) -> Shown:
-    """Run recipes on one model at equal active budgets, in memory, and compare them.
+    """Run recipes on one model at equal budgets of bits read, in memory, and compare them.
 
-    Example: moefy compare ./llama --recipes fast,teal,cats --budgets 0.5
+    Example: moefy compare ./llama --recipes fast,teal,cats --budgets 4,8
     """
     from moefy.conversion.compare import compare as run
     from moefy.conversion.compare import comparison_rows

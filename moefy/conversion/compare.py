@@ -1,7 +1,7 @@
 """Many recipes on one model, under equal terms: the same captures, the same evaluation documents.
 
     bench = Comparison("path/to/model", folder="work")
-    row = bench.run(recipe)          # KL, cross-entropy increase, active budget, seconds
+    row = bench.run(recipe)          # KL, cross-entropy increase, bits read, seconds
 
 The model is moefied in memory. Captures are made once per sample size, partitions once per method
 and expert size, and kept in `folder`. Recipes that name a baseline (TEAL, WINA) run as that.
@@ -37,6 +37,7 @@ from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
 from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
+from moefy.methods.base import WIDE_BITS
 from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
@@ -96,7 +97,10 @@ class Comparison:
         return judge(dense, self._evaluation).mean("ce")
 
     def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
-        """`run` at the density that reads `budget` of the weights; `n/a` says why there is none."""
+        """`run` at the density that reads this budget; `n/a` says why there is none.
+
+        A budget above 1 is bits per MLP weight of the dense model, another one a share of its 16.
+        """
         try:
             density = self.density_at(recipe, budget)
             if density is None:
@@ -128,17 +132,18 @@ class Comparison:
         return plan(self.checkpoint, Recipe(), self.text.name).sites[0].neurons
 
     def density_at(self, recipe: Recipe, budget: float) -> float | None:
-        """The FFN density at which a recipe reads `budget` of the MLPs' weights; None below its least.
+        """The FFN density at which a recipe reads a budget (as in `at`); None below its least.
 
         What runs is whole experts, so the budget that is reached may be a little smaller.
         """
+        bits = budget if budget > 1 else WIDE_BITS * budget
         if recipe.baseline is not None:
-            return budget
+            return bits / WIDE_BITS
         todo = plan(self.checkpoint, replace(recipe, density=1.0), self.text.name)
         site, entry = todo.sites[0], todo.layers[0]
         if recipe.selection.name == "prompt_static":
             # The prompt, half of every document, runs densely.
-            budget = 2 * budget - 1
+            bits = 2 * bits - WIDE_BITS
         mlp = DenseMlp(
             up_ND=torch.empty(site.neurons, site.width, device="meta"),
             down_ND=torch.empty(site.neurons, site.width, device="meta"),
@@ -152,13 +157,13 @@ class Comparison:
             density = active / entry.experts
             settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
-            run = density * (1 - router.computes_gate / mlp.matrices)
-            extra = router.weights_read(mlp) + compensation.weights_read(active - entry.shared)
+            run = density * (WIDE_BITS - router.bits_reused(mlp) / weights)
+            extra = router.bits_read(mlp) + compensation.bits_read(active - entry.shared)
             return run + extra / weights
 
         # The most experts within the budget; what runs is whole ones, and .15 of one is forgiven.
         active = bisect_right(
-            range(entry.shared + 1, entry.experts + 1), budget, key=lambda n: read(n - 0.15)
+            range(entry.shared + 1, entry.experts + 1), bits, key=lambda n: read(n - 0.15)
         )
         return (entry.shared + active) / entry.experts if active else None
 
@@ -183,12 +188,14 @@ class Comparison:
         }
         if load is not None:
             found["ffn_density"] = load.density()
+            found["bits_read"] = load.bits_read()
             found["active_budget"] = load.active_budget()
             found["active_compute"] = load.active_compute()
             found["density_by_layer"] = load.per_layer()
         else:
-            found["active_budget"] = sum(m.active_budget() for m in baselines) / len(baselines)
-            found["active_compute"] = found["active_budget"]
+            found["active_compute"] = sum(m.active_budget() for m in baselines) / len(baselines)
+            found["bits_read"] = sum(m.bits_read() for m in baselines) / len(baselines)
+            found["active_budget"] = found["bits_read"] / WIDE_BITS
         return {"tokens": int(judgement.tokens_Q.sum()), **found}
 
     def _moefied(self, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -258,7 +265,7 @@ def compare(
     batch_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Recipes (shipped names or YAML files) on one model at equal active budgets; a JSON record.
+    """Recipes (shipped names or YAML files) on one model at equal budgets (as in `at`); a JSON record.
 
     Raises `RecipeError` for an unknown recipe before anything is run. A recipe that cannot serve the
     model, or not at a budget, has a row that says why.
@@ -294,10 +301,10 @@ def comparison_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         "CE increase",
         "cosine",
         "squared error",
-        "read",
+        "bits read",
         "computed",
     ]
-    keys = ("kl", "ce_increase", "cosine", "mse", "active_budget", "active_compute")
+    keys = ("kl", "ce_increase", "cosine", "mse", "bits_read", "active_compute")
 
     def order(row: dict[str, Any]) -> tuple[float, bool, float]:
         return row["budget"], "n/a" in row, row.get("kl", row.get("mse", -row.get("cosine", 0.0)))

@@ -165,6 +165,7 @@ def summarise(
         "tokens": int(sum(doc.sums[ALL]["tokens"] for doc in documents)),
         "first_token": "included",
         "ffn_density": load.density(),
+        "bits_read": load.bits_read(),
         "active_budget": load.active_budget(),
         "active_compute": load.active_compute(),
         "active_parameters": load.active_parameters(),

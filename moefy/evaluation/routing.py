@@ -23,6 +23,7 @@ from moefy.experts.passes import Heard
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.methods.base import WIDE_BITS
 from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
@@ -84,10 +85,17 @@ class FfnLoad(Load):
         """FFN density by layer, over all tokens and by domain."""
         return self.by_layer([site.layer for site in self.found])
 
+    def bits_read(self) -> float:
+        """Bits read per token and MLP weight of the dense model, whose own are `WIDE_BITS`.
+
+        Router, compensation and scales included.
+        """
+        pairs = zip(self.modules.values(), self.per_layer(), strict=True)
+        return sum(_bits(module, density) for module, density in pairs) / self._weights()
+
     def active_budget(self) -> float:
-        """MLP weights read per token, router and compensation included, over the dense MLPs'."""
-        read = self._run() + self._extra()
-        return read / sum(_matrices(m) for m in self.modules.values())
+        """`bits_read` over those of the dense model."""
+        return self.bits_read() / WIDE_BITS
 
     def active_compute(self) -> float:
         """MLP multiplications per token over the dense MLPs', those of the router included.
@@ -100,7 +108,7 @@ class FfnLoad(Load):
             + module.compensation.weights_read(density * module.experts - module.shared)
             for module, density in pairs
         )
-        return (self._run() + extra) / sum(_matrices(m) for m in self.modules.values())
+        return (self._run() + extra) / self._weights()
 
     def active_parameters(self) -> float:
         """Parameters that a token uses over those of the dense model.
@@ -111,8 +119,12 @@ class FfnLoad(Load):
         heads = _parameters(sparse_heads(self.model).values())
         added = _parameters(self.modules.values()) + heads
         dense = sum(p.numel() for p in self.model.parameters()) - added
-        off = sum(_matrices(m) for m in self.modules.values()) - self._run()
+        off = self._weights() - self._run()
         return (dense - off + self._extra() + heads) / dense
+
+    def _weights(self) -> int:
+        """Weights of all MLPs."""
+        return sum(_matrices(m) for m in self.modules.values())
 
     def _run(self) -> float:
         """Weights of the neurons that ran, per token; gates that the router computed not among them."""
@@ -142,6 +154,15 @@ def _matrices(module: SparseMlp) -> int:
     """Weights of one MLP, biases left out."""
     weights = module.weights
     return weights.neurons * weights.width * weights.matrices
+
+
+def _bits(module: SparseMlp, density: float) -> float:
+    """Bits that one layer reads for a token of which a share `density` of the experts runs."""
+    mlp, router = module.weights, module.router
+    reused = 0 if module.look_ahead else router.bits_reused(mlp)
+    run = density * (WIDE_BITS * _matrices(module) - reused)
+    active = density * module.experts - module.shared
+    return run + router.bits_read(mlp) + module.compensation.bits_read(active)
 
 
 class HeadLoad(Load):

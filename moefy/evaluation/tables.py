@@ -134,8 +134,9 @@ model = moefy.load("path/to/this/folder")
 ## Measured
 
 On {documents} documents ({tokens} tokens) of the corpus `{corpus}` on which nothing was fitted,
-against {dense}. FFN density {measured:.3f}, active budget {budget:.3f} (MLP weights read per token,
-router and compensation included, over the dense MLPs'), active parameters {parameters:.3f}.{heads}
+against {dense}. FFN density {measured:.3f}; {bits:.2f} bits read per token and MLP weight of the dense model
+(dense: 16; scales, router and compensation included); {computed:.3f} of its MLP multiplications; active
+parameters {parameters:.3f}.{heads}
 
 {table}
 
@@ -178,7 +179,8 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         corpus=corpus,
         dense=quality["dense"],
         measured=quality["ffn_density"],
-        budget=quality["active_budget"],
+        bits=quality["bits_read"],
+        computed=quality["active_compute"],
         parameters=quality["active_parameters"],
         heads=_heads(quality),
         table=domain_table(quality),

@@ -95,7 +95,8 @@ _COUNTS = {
     "documents": "held-out documents behind these figures",
     "tokens": "tokens of them",
     "ffn_density": "share of MLP neurons that ran",
-    "active_budget": "MLP weights read per token, router included, over the dense MLPs'",
+    "active_budget": "bits read per token over those of the dense MLPs, router included",
+    "bits_read": "bits read per token and MLP weight, router included; 16 is dense",
 }
 
 

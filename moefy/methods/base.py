@@ -17,6 +17,9 @@ from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp
 from moefy.models.schema import Field, number, optional
 
+WIDE_BITS = 16
+"""Bits of a weight that nobody has rounded: bf16."""
+
 
 class Context(threading.local):
     """What is known of one forward pass beyond the input of a layer; every thread sees that of its own pass."""
@@ -119,8 +122,20 @@ class Router(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def weights_read(self, mlp: DenseMlp) -> int:
-        """Weights read for one token: what this router adds to the active budget."""
+        """Weights read for one token: what this router adds to the active parameters."""
         return sum(value.numel() for value in self.state_dict().values())
+
+    def bits_read(self, mlp: DenseMlp) -> float:
+        """Bits read for one token: what this router adds to the bits of the experts that run."""
+        return WIDE_BITS * self.weights_read(mlp)
+
+    def bits_reused(self, mlp: DenseMlp) -> float:
+        """Bits among these that belong to the neurons themselves: the experts that run read them no more.
+
+        Counted over all neurons of `mlp`.
+        """
+        gate = mlp.neurons * mlp.width if self.computes_gate else 0
+        return WIDE_BITS * gate
 
     def products(self, mlp: DenseMlp) -> int:
         """Multiplications for one token: what this router adds to the computed share."""
@@ -210,8 +225,12 @@ class Compensation(nn.Module):
         return None
 
     def weights_read(self, active: float) -> float:
-        """Weights read for a token that runs `active` experts: what this adds to the budget."""
+        """Weights read for a token that runs `active` experts."""
         return 0
+
+    def bits_read(self, active: float) -> float:
+        """Bits read for a token that runs `active` experts: what this adds to the budget."""
+        return WIDE_BITS * self.weights_read(active)
 
 
 def stored(router: Router, compensation: Compensation) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moefy.methods.base import WIDE_BITS
 from moefy.models.mlp import DenseMlp, activation_function
 
 STEP = 0.05
@@ -82,6 +83,10 @@ class InputSparseMlp(nn.Module):
     def active_budget(self) -> float:
         """Weights read over all weights, over the tokens that were counted; all matrices are equal."""
         return sum(self.read.values()) / (self.tokens * len(self.roles))
+
+    def bits_read(self) -> float:
+        """Bits read per weight and token."""
+        return WIDE_BITS * self.active_budget()
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """Output shaped and typed as `hidden`, computed in the dtype of the MLP; counts what was read.

@@ -16,7 +16,7 @@ from moefy_kernels import masked_mlp
 
 MEAN = {"mean": 1.25}
 QUALITY = {
-    "ffn_density": 0.5, "active_budget": 0.5, "active_parameters": 0.75,
+    "ffn_density": 0.5, "bits_read": 8.0, "active_parameters": 0.75,
     "total": {"ce": MEAN, "ce_dense": MEAN, "kl": MEAN},
 }  # fmt: skip
 

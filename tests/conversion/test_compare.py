@@ -15,7 +15,7 @@ from moefy.conversion.compare import Comparison
 from moefy.conversion.plan import plan, router_of
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site
-from moefy.recipe import override
+from moefy.recipe import load, override
 
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
@@ -57,7 +57,15 @@ def test_a_recipe_reads_the_budget_that_it_is_given(
         return
     experts = bench.neurons() // (recipe.partition.expert_size or 8)
     assert budget - 1.5 / experts < row["active_budget"] < budget + 0.2 / experts
+    assert row["bits_read"] == pytest.approx(16 * row["active_budget"])
     assert row["active_compute"] >= row["ffn_density"] / 3
+
+
+@pytest.mark.parametrize("name", ["teal", "default"])
+def test_a_budget_above_one_is_bits(bench: Comparison, name: str) -> None:
+    recipe = load(name)
+    assert bench.density_at(recipe, 8.0) == bench.density_at(recipe, 0.5)
+    assert bench.density_at(recipe, 8.0) != bench.density_at(recipe, 6.0)
 
 
 @given(density=st.floats(0.01, 1.0), gated=st.booleans())

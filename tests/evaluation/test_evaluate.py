@@ -82,9 +82,30 @@ def test_active_budget_counts_router_and_compensation(llama):
     extra = experts * width + experts // 2 * width
     read = 0.5 * 3 * neurons * width + extra
     assert record["active_budget"] == pytest.approx(read / (3 * neurons * width))
+    assert record["bits_read"] == pytest.approx(16 * read / (3 * neurons * width))
     dense = sum(p.numel() for p in load_dense(Checkpoint.open(llama / "source")).parameters())
     off = 2 * (0.5 * 3 * neurons * width - extra)
     assert record["active_parameters"] == pytest.approx((dense - off) / dense)
+
+
+def test_bits_count_what_a_router_has_read_of_a_neuron_once(llama):
+    class Planes(type(sparse_mlps(moefy.load(llama / "out"))[0].router)):
+        """Reads 2 bits of gate and up of every neuron, which are the neurons' own."""
+
+        def bits_read(self, mlp):
+            return 2 * 2 * mlp.neurons * mlp.width
+
+        def bits_reused(self, mlp):
+            return self.bits_read(mlp)
+
+    model = moefy.load(llama / "out")
+    for module in sparse_mlps(model).values():
+        module.router.__class__ = Planes
+    record = evaluate(model, batches_of(llama))
+    width, neurons, experts = 32, 64, sparse_mlps(model)[0].experts
+    weights, planes, means = 3 * neurons * width, 4 * neurons * width, experts // 2 * width
+    read = planes + 0.5 * (16 * weights - planes) + 16 * means
+    assert record["bits_read"] == pytest.approx(read / weights)
 
 
 def test_domains_and_single_source(llama):

@@ -23,7 +23,7 @@ function modelName() {
 
 // What page one opens with; the record's other figures are folded below.
 const PRINCIPAL = ["ce_increase", "bigram_skill", "kl", "kl_p99", "rank_over_10_share_of_kl", "induction_moefied", "share_token", "share_domain",
-  "stability", "random_weights", "perfect", "active_budget"];
+  "stability", "random_weights", "perfect", "bits_read"];
 
 function honestyBox() {
   const facts = Object.entries(store.index.honesty ?? {});
