@@ -31,7 +31,7 @@ from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.evaluate import figures_of
 from moefy.evaluation.outputs import Figures, Outputs, judge, run_outputs
-from moefy.evaluation.routing import FfnLoad
+from moefy.evaluation.routing import FfnLoad, bits_read
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
@@ -42,8 +42,9 @@ from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
-from moefy.models.locate import read_mlp, side_of, sites
+from moefy.models.locate import Site, read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
+from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
@@ -149,6 +150,7 @@ class Comparison:
             down_ND=torch.empty(site.neurons, site.width, device="meta"),
             gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
             activation=site.activation,
+            stored=_codes(site, recipe),
         )
         weights = mlp.matrices * site.neurons * site.width
         compensation = build_compensation(entry)
@@ -157,9 +159,10 @@ class Comparison:
             density = active / entry.experts
             settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
-            run = density * (WIDE_BITS - router.bits_reused(mlp) / weights)
-            extra = router.bits_read(mlp) + compensation.bits_read(active - entry.shared)
-            return run + extra / weights
+            read = bits_read(
+                mlp, router, compensation, density, experts=entry.experts, shared=entry.shared
+            )
+            return read / weights
 
         # The most experts within the budget; what runs is whole ones, and .15 of one is forgiven.
         active = bisect_right(

@@ -220,7 +220,9 @@ def _memory(
     fit += (recipe.partition.tokens + recipe.router.tokens) * hidden * 4
     stages = [weights + forward, fit, 2 * weights + forward + logits]
     if recipe.allocates or recipe.distil.steps:
-        metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
+        metric = (
+            len(found) * hidden**2 * 4 if recipe.budget.name in ("greedy", "one_threshold") else 0
+        )
         # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
         per_token = width * sum(6 * s.neurons + 9 * s.width for s in found)
         stages.append(weights + metric + BACKWARD_TOKENS * per_token + logits)

@@ -82,7 +82,7 @@ class BitPlanesRouter(Router):
         self._rows: tuple[object, dict[str, Tensor]] | None = None
 
     @classmethod
-    def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Settings:
+    def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Router.Settings:
         """The settings of a recipe, and whether this MLP has a gate."""
         return cls.settings({**given, "settings": {"gated": site.gated}})
 
@@ -112,9 +112,10 @@ class BitPlanesRouter(Router):
             self.get_buffer(f"{matrix}_error").copy_(sums / max(len(x_TD), 1))
 
     def weigh(self, mlp: DenseMlp, metric_DD: Tensor) -> None:
-        """Count contributions by what they cost: `metric_DD` is half the Fisher matrix of the output."""
-        down_ND = mlp.down_ND.float()
-        square_N = (down_ND @ metric_DD.to(down_ND) * down_ND).sum(1)
+        """Count contributions by what they cost: half the Fisher matrix of the output, or a number for it."""
+        down_ND, metric_DD = mlp.down_ND.float(), metric_DD.to(mlp.down_ND.device)
+        product_ND = down_ND @ metric_DD if metric_DD.ndim else down_ND * metric_DD
+        square_N = (product_ND * down_ND).sum(1)
         self.size_N.copy_(square_N.clamp_min(0).sqrt())
 
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
