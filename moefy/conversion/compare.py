@@ -42,9 +42,8 @@ from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
-from moefy.models.locate import Site, read_mlp, side_of, sites
+from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
-from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
