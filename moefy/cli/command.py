@@ -293,7 +293,7 @@ Texts = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Take up an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 Documents = Annotated[int, typer.Option(min=1, help="Most documents to evaluate on.")]
-TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on (1000000).")]
+TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on (what 90 minutes take).")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Setting a.b=c; may be repeated.")
 ]
@@ -313,7 +313,8 @@ RUNS = {
 }
 """On what a verb computes: `moefy.run.computing`."""
 TrainDtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, or bfloat16 for mixed precision (float32).")
+    str | None,
+    typer.Option("--dtype", help="float32, or bfloat16 for mixed precision (what is fast)."),
 ]
 
 OLD = {

@@ -57,6 +57,9 @@ def convert(
     target_kl: TargetKl = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a stored MLP weight: 16, 8, 4, 3 or 2.")
+    ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
     stream: Stream = False,
     corpus: Text = None,
@@ -72,7 +75,9 @@ def convert(
     Example: moefy convert ./llama ./llama-moefied --density 0.25
     """
     sizes = {"partition.expert_size": expert_size, "partition.experts": experts}
-    options = {"density": density, "budget.target_kl": target_kl, "seed": seed}
+    options = {
+        "density": density, "budget.target_kl": target_kl, "storage.bits": bits, "seed": seed,
+    }  # fmt: skip
     chosen = _chosen(recipe, options, sizes, set_ or [])
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
@@ -143,7 +148,13 @@ def eval_(
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.evaluation.folder import evaluate as evaluate_folder
-    from moefy.evaluation.tables import domain_rows, group_lines, group_rows, layer_rows
+    from moefy.evaluation.tables import (
+        domain_rows,
+        group_lines,
+        group_rows,
+        layer_rows,
+        sample_lines,
+    )
     from moefy.run.tables import terminal
 
     record = evaluate_folder(
@@ -151,16 +162,26 @@ def eval_(
         quiet=quiet,
     )  # fmt: skip
     write(record, out, "evaluation.json")
-    view: list[Any] = [terminal(*domain_rows(record))]
+    view: list[Any] = [terminal(*domain_rows(record)), *sample_lines(record)]
     if "active_budget" not in record:
         return Shown(record, view)
     view.append(_budgets(record))
+    view += _rounding(record)
     if "positions" in record:
         view.append(terminal(*group_rows(record), title="some tokens only"))
     view += group_lines(record)
     if verbose:
         view.append(terminal(*layer_rows(record), title="by layer"))
     return Shown(record, view)
+
+
+def _rounding(record: dict[str, Any]) -> list[str]:
+    if "rounding_kl" not in record:
+        return []
+    return [
+        f"against {record['dense']}; that is KL {record['rounding_kl']:.4g} from the source, measured when it "
+        "was converted"
+    ]
 
 
 def _budgets(record: dict[str, Any]) -> str:

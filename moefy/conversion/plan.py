@@ -3,6 +3,7 @@
 Shapes: N neurons, D width, E experts, H heads.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,6 +26,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, disk_names, meta_model, side_of, sites
+from moefy.models.quantised import GROUPED, shapes
 from moefy.recipe import Recipe
 
 
@@ -77,6 +79,8 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     width = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
     other = sum(file.stat().st_size for file in checkpoint.other_files)
+    # Kept beside, layer by layer and tuned, until the result is whole.
+    rounded = 3 * sum(map(stored_bytes, mlps, (entry for entry, _ in layers)))
     seen = sum(s.width for s in mlps) + sum(s.width + s.neurons for s in blocks)
     return Plan(
         source=str(checkpoint.folder),
@@ -93,7 +97,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         mlp_parameters=sum(_parameters(s) for s in mlps),
         layer_parameters=max(_size(model.get_submodule(site.layer)) for site in mlps),
         weights=total * width,
-        disk=sample * seen * width + (0 if adapter else total * width + other),
+        disk=sample * seen * width + rounded + (0 if adapter else total * width + other),
         other=other,
         memory=_memory(checkpoint, model, mlps, recipe, total * width, width),
         corpus=corpus,
@@ -177,6 +181,7 @@ def describe(todo: Plan, recipe: Recipe, *, stream: bool = False) -> str:
             + (f", budget {recipe.budget.name}" if recipe.budget.name != "uniform" else "")
             + (f", {recipe.distil.steps} steps of distillation" if recipe.distil.steps else ""),
             *_describe_heads(todo, recipe),
+            *_describe_storage(todo, recipe),
             *([] if todo.answer.form == "next" else [f"judged by {todo.answer.describe()}"]),
             f"reads at most {recipe.partition.tokens} tokens to partition and "
             f"{recipe.router.tokens} to fit routers, of the corpus: {todo.corpus}",
@@ -229,6 +234,27 @@ def _memory(
     file = checkpoint.folder / "tokenizer.json"
     tokenizer = _TOKENIZER * file.stat().st_size if file.exists() else 0
     return FIXED + tokenizer + max(stages)
+
+
+def stored_bytes(site: Site, entry: LayerEntry) -> int:
+    """Bytes of the rounded matrices of a layer in the side file; 0 where none is rounded."""
+    if entry.storage is None:
+        return 0
+    names = [name for name in GROUPED if name != "gate" or site.gated]
+    bits, scales = entry.storage["bits"], entry.storage["scales"]
+    sizes = shapes(site.neurons, site.width, bits, scales, names).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
+
+
+def _describe_storage(todo: Plan, recipe: Recipe) -> list[str]:
+    size = sum(map(stored_bytes, todo.sites, todo.layers))
+    if not size:
+        return []
+    weights = sum((3 if s.gated else 2) * s.neurons * s.width for s in todo.sites)
+    return [
+        f"MLP weights rounded to {recipe.storage.bits} bits with {recipe.storage.scales}-bit scales and offsets "
+        f"for 32: {8 * size / weights:.2f} bits a weight, {size / 1e9:.3f} GB in moefy.safetensors"
+    ]
 
 
 def _describe_heads(todo: Plan, recipe: Recipe) -> list[str]:

@@ -16,6 +16,7 @@ from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, model_class
 from moefy.models.refusals import refuse_pointer
+from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
 _TOKENIZER_FILES = (
@@ -34,6 +35,7 @@ _FIXED_SIZE = ("vit", "deit")
 """Types of models that take images of one size alone."""
 
 
+@checked
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, or None where it has none.
 

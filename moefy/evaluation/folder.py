@@ -27,9 +27,13 @@ from moefy.recipe import Recipe, from_dict
 from moefy.run.computing import asked
 from moefy.run.console import Reporter
 from moefy.run.memory import peak_memory
+from moefy.run.reading import read_json
 
 BITS = 2
 """Bits a weight of a `low_bit` router that takes the place of another."""
+
+RECORDS = "records.json"
+"""What was measured when a folder was made."""
 
 INPUTS = 0.25
 """Share of the inputs that a `largest_inputs` router reads which takes the place of another."""
@@ -55,7 +59,8 @@ def evaluate(
     whole. The bigram of language models is fitted on the other shards, or on the bundled corpus
     where another one is evaluated. `router` puts another router that needs no fitting in the place
     of the fitted one. `seed` draws the resamples of intervals. A dense checkpoint, folder or Hub id, has
-    its cross-entropy alone.
+    its cross-entropy alone. Weights that were rounded are compared with themselves, all experts on, unless
+    `against` names the source; `rounding_kl` is what the conversion measured between the two.
     """
     if documents < 1:
         raise MoefyError(f"--documents {documents}: expected 1 or more")
@@ -66,7 +71,21 @@ def evaluate(
         return _evaluate_dense(folder, load_corpus(corpus), documents, seed, quiet)
     model = open_model(folder, verify=True, dense=False)
     dense = None if against is None else open_model(against, dense=True)
-    return _evaluate_moefied(model, dense, load_corpus(corpus), documents, router, seed, quiet)
+    record = _evaluate_moefied(model, dense, load_corpus(corpus), documents, router, seed, quiet)
+    bits = of(model).artefact.rounded
+    if bits is None or against is not None:
+        return record
+    dense_is = f"{record['dense']}, its MLP weights rounded to {bits} bits"
+    return {**record, "dense": dense_is, **_rounding(Path(folder))}
+
+
+def _rounding(folder: Path) -> dict[str, float]:
+    """What rounding alone costs, where the records of a folder say so."""
+    file = folder / RECORDS
+    records = read_json(file) if file.is_file() else {}
+    conversion = records.get("conversion") if isinstance(records, dict) else None
+    value = conversion.get("rounding_kl") if isinstance(conversion, dict) else None
+    return {"rounding_kl": value} if isinstance(value, float) else {}
 
 
 def _evaluate_moefied(
@@ -92,6 +111,7 @@ def _evaluate_moefied(
     )
     return {
         **record,
+        "domains_left_out": _left_out(texts.evaluated, record),
         "bigram": record.get("bigram", {}) | of_bigram,
         "overlap": evaluated.overlap(texts.not_evaluated),
         "overlap_with": texts.compared,
@@ -101,6 +121,11 @@ def _evaluate_moefied(
         "corpus": {"name": texts.evaluated.name, "sha256": texts.corpus_sha256},
         "recipe": artefact.recipe,
     }
+
+
+def _left_out(corpus: Corpus, record: dict[str, Any]) -> list[str]:
+    """Domains of which no document was evaluated: too few were asked for, or theirs are too short."""
+    return sorted(set(corpus.domains) - set(record["domains"]))
 
 
 def _bigram(
@@ -128,8 +153,10 @@ def _evaluate_dense(
         raise UnsupportedModel(
             f"{where}: a dense {type(model).__name__}, which predicts no tokens; there is nothing to measure"
         )
+    record = evaluate_dense(model, batches, report=Reporter(quiet=quiet), seed=seed)
     return {
-        **evaluate_dense(model, batches, report=Reporter(quiet=quiet), seed=seed),
+        **record,
+        "domains_left_out": _left_out(text, record),
         "model": str(where),
         "peak_memory": peak_memory(),
         "corpus": {"name": text.name, "sha256": text.sha256},

@@ -50,7 +50,8 @@ class Outputs:
 
     rows_JD: Tensor
     """Last hidden states; or what is compared itself, where `head` is None."""
-    head: Head | None
+    head: Callable[[Tensor], Tensor] | None
+    """Logits `[B, C, V]` of hidden states `[B, C, D]`."""
     size: int
     """V, or D of hidden states."""
     keep_BT: Tensor

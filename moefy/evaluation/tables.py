@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moefy.models.artefact import Artefact
+from moefy.models.artefact import Artefact, LayerEntry
 from moefy.run.tables import figure, markdown
 
 COLUMNS = {
@@ -63,6 +63,16 @@ def group_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [cell_text(name, row[name]) for name in names]
         rows.append([label, f"{row['share']['mean']:.1%}", *cells])
     return header, rows
+
+
+def sample_lines(record: dict[str, Any]) -> list[str]:
+    """What the documents are too few for, a line each."""
+    lines, alone = [], [n for n, row in record["domains"].items() if row["documents"] == 1]
+    if record.get("domains_left_out"):
+        lines.append(f"no document of: {', '.join(record['domains_left_out'])}")
+    if alone:
+        lines.append(f"no interval over one document: {', '.join(alone)}")
+    return lines
 
 
 def group_lines(record: dict[str, Any]) -> list[str]:
@@ -153,9 +163,11 @@ _FORM = {
 
 
 _EXACT = (
-    "With every expert on, outputs equal the source up to a relative error of "
-    "{all_experts_relative_error:.1e}."
+    "With every expert on, outputs equal the source{rounded} up to a relative error of "
+    "{all_experts_relative_error:.1e}.{rounding}"
 )
+_ROUNDED = ", its MLP weights rounded to {bits} bits ({scales}-bit scales and offsets for 32),"
+_ROUNDING = " Rounding alone costs KL {rounding_kl:.4f} (all experts on, against the source)."
 _TRAINED = "With every expert on it is a dense model of its own, not the source."
 
 
@@ -184,8 +196,14 @@ def model_card(artefact: Artefact, records: dict[str, Any]) -> str:
         parameters=quality["active_parameters"],
         heads=_heads(quality),
         table=domain_table(quality),
-        exact=_TRAINED if trained else _EXACT.format(**records["conversion"]),
+        exact=_TRAINED if trained else _exact(first, records["conversion"]),
     )
+
+
+def _exact(first: LayerEntry, conversion: dict[str, Any]) -> str:
+    rounded = "" if first.storage is None else _ROUNDED.format(**first.storage)
+    rounding = _ROUNDING.format(**conversion) if "rounding_kl" in conversion else ""
+    return _EXACT.format(**conversion, rounded=rounded, rounding=rounding)
 
 
 def _heads(quality: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ def merge_adapter(
     """Merge an adapter into the stock model of the artefact `folder`, its neurons as they lie there.
 
     Gives back the model. Raises `CheckpointError` for an adapter that is not LoRA or that was trained on
-    another model, and `MoefyError` for a model whose weights are not all in memory.
+    another model, and `MoefyError` for a model whose weights are not all in memory, and where it changes
+    weights that are rounded.
     """
     away = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if away is not None:
@@ -38,21 +39,27 @@ def merge_adapter(
             "memory; give a device_map that keeps every layer on a device"
         )
     lora = Lora.open(adapter)
-    in_source = artefact.form == ADAPTER
-    if not in_source and touches(mlp_paths(model), lora.tensors):
+    if touches(mlp_paths(model), lora.tensors):
+        if artefact.rounded is not None:
+            raise MoefyError(
+                f"{adapter}: changes the weights of MLPs, and {folder} holds them in {artefact.rounded} bits; "
+                "merge it into the source with peft and convert that"
+            )
         place = lies_as(lora.base, lora.mark, folder, artefact)
+        in_source, source = artefact.form == ADAPTER, artefact.source["name"]
         if place is None:
             raise CheckpointError(
-                f"{adapter}: names '{lora.base}' as its base, {folder} was made from "
-                f"'{artefact.source['name']}', so where its neurons lie is not known; if that is the same "
-                f"model: moefy permute-adapter {adapter} {folder} NEW, and give NEW"
+                f"{adapter}: names '{lora.base}' as its base, {folder} was made from '{source}', so where its "
+                f"neurons lie is not known; if that is the same model, write '{source}' as "
+                f"base_model_name_or_path into its {CONFIG}"
             )
-        lora = lora.moved(model, artefact) if place == "source" else lora
-    elif in_source and lora.mark is not None:
-        raise CheckpointError(
-            f"{adapter}: was moved for another folder's neurons; those of {folder} lie as in "
-            f"'{artefact.source['name']}': give the adapter of that model"
-        )
+        if in_source and place != "source":
+            raise CheckpointError(
+                f"{adapter}: is for a folder whose neurons lie in expert order ({lora.base}); those of "
+                f"{folder} lie as in '{source}': give the adapter of that model"
+            )
+        if place == "source" and not in_source:
+            lora = lora.moved(model, artefact)
     return _merged(model, lora)
 
 

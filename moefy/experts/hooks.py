@@ -25,6 +25,7 @@ from moefy.errors import MoefyError
 from moefy.experts.routed import EXPERT_OUT, OF_ALL, POINTS, SCORES, alone, say_once
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.models.answers import answer_of
+from moefy.run.arguments import checked
 
 Which = str | Callable[[str], bool]
 """The name of a hook point, or a function that says yes to some."""
@@ -45,6 +46,7 @@ class Hook:
 HookFunction = Callable[[Tensor, Hook], Tensor | None]
 
 
+@checked
 @contextmanager
 def hooks(
     model: PreTrainedModel, fwd_hooks: Iterable[tuple[Which, HookFunction]]
@@ -69,6 +71,7 @@ def hooks(
         yield model
 
 
+@checked
 def run_with_hooks(
     model: PreTrainedModel,
     *args: Any,
@@ -83,6 +86,7 @@ def run_with_hooks(
         return _output(model, model(*args, **kwargs))
 
 
+@checked
 def run_with_cache(
     model: PreTrainedModel,
     *args: Any,

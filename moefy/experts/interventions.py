@@ -33,6 +33,7 @@ from moefy.experts.moefied import ExpertStatistics as ExpertStatistics
 from moefy.experts.moefied import of
 from moefy.experts.routed import Intervention, alone
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.run.arguments import checked
 
 MODES = ("zero", "mean", "peak", "resample")
 OWN_TOKENS, OWN_CONTEXT = 20_000, 512
@@ -42,6 +43,7 @@ Pairs = Iterable[tuple[int, int]]
 Masks = Tensor | Sequence[Tensor]
 
 
+@checked
 @contextmanager
 def experts(
     model: PreTrainedModel,

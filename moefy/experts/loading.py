@@ -51,6 +51,7 @@ from moefy.models.config import read_config
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
 from moefy.models.quantised import QuantisedMlp
+from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
 P = ParamSpec("P")
@@ -98,6 +99,7 @@ def load_dense(checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+@checked
 def load(
     folder: str | Path,
     *,
@@ -129,6 +131,7 @@ def load(
         return _loaded(artefact, checkpoint, change, **kwargs)
 
 
+@checked
 def open_model(
     where: str | Path | PreTrainedModel,
     *,

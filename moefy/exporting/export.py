@@ -38,6 +38,7 @@ from moefy.models.config import read_config
 from moefy.models.heads import head_sites
 from moefy.models.locate import meta_model
 from moefy.models.reorder import reorder
+from moefy.run.arguments import checked
 from moefy.run.folder import OutputFolder
 from moefy.run.job import Job
 
@@ -46,6 +47,7 @@ _SIDE_FILES = frozenset({META, SIDE, "records.json"})
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
+@checked
 def export(
     folder: str | Path,
     out: str | Path,

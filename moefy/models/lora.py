@@ -30,6 +30,7 @@ from moefy.models.artefact import ADAPTER, Artefact, is_artefact, open_artefact,
 from moefy.models.checkpoint import Checkpoint, is_there, read_header
 from moefy.models.config import read_config
 from moefy.models.locate import Site, meta_model, permute, sites
+from moefy.run.arguments import checked
 from moefy.run.folder import write_whole
 from moefy.run.job import Job
 from moefy.run.reading import read_json, reading
@@ -190,6 +191,7 @@ def lies_as(base: str, mark: str | None, folder: Path, artefact: Artefact) -> st
     return "source" if base and Path(base).name == Path(known).name else None
 
 
+@checked
 def permute_adapter(
     adapter: str | Path, model: str | Path, out: str | Path, *, overwrite: bool = False
 ) -> dict[str, Any]:

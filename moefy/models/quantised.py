@@ -154,7 +154,7 @@ def quantise(weight_ND: Tensor, bits: int, *, along: int = 1, scale_bits: int = 
     )
     wide_scale, wide_offset = (s.unsqueeze(axis) for s in empty.scales())
     codes = ((groups + wide_offset) / wide_scale).round().clamp(0, 2**bits - 1)
-    codes_ND = codes.flatten(along, along + 1).narrow(along, 0, w.shape[along]).to(torch.uint8)
+    codes_ND = _flat(codes, along).narrow(along, 0, w.shape[along]).to(torch.uint8)
     return Quantised(codes_ND.contiguous(), scale, offset, bits, along, most_O)
 
 
@@ -166,6 +166,10 @@ def _grouped(w_ND: Tensor, along: int) -> Tensor:
         w_ND = torch.cat([w_ND, last.repeat_interleave(missing, along)], along)
     groups: Tensor = w_ND.unflatten(along, (-1, GROUP))
     return groups
+
+
+def _flat(groups: Tensor, along: int) -> Tensor:
+    return groups.flatten(along, along + 1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, permute, read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.models.quantised import QuantisedMlp
+from moefy.run.arguments import checked
 from moefy.run.console import Reporter
 from moefy.run.job import Job
 
@@ -118,6 +119,7 @@ def outlined(source: Checkpoint, target: Path) -> Checkpoint:
     return Checkpoint.open(target)
 
 
+@checked
 def revert(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     """Write the dense checkpoint that `folder` was made from: every tensor byte for byte.
 

@@ -24,6 +24,7 @@ import transformers
 
 import moefy
 from moefy.errors import MoefyError, unknown_choice
+from moefy.run.arguments import check_arguments
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,10 +87,12 @@ def computing(
 
 
 def asked(run: Callable[P, T]) -> Callable[P, T]:
-    """A function whose arguments `device`, `dtype` and `batch_size`, as many as it has, are what it computes on."""
+    """A function whose arguments `device`, `dtype` and `batch_size`, as many as it has, are what it computes on;
+    all of its arguments are `checked`."""
 
     @wraps(run)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_arguments(run, args, kwargs)
         given: dict[str, Any] = {name: kwargs[name] for name in ASKED if name in kwargs}
         with computing(**given):
             return run(*args, **kwargs)

@@ -49,14 +49,15 @@ from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import MATRICES, SparseMlp, sparse_mlps
 from moefy.experts.stock_names import InExperts
 from moefy.recipe import Recipe
-from moefy.training.recipe import RecoverRecipe
+from moefy.training.recipe import THROUGH_ADAPTERS, RecoverRecipe
+from moefy.training.teacher import DenseSelf, Teacher
 
 ADAPTER_RATE = 0.03
 """Learning rate of an adapter's matrices over `learning_rate`."""
 
 
-def parameters_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of every part that is trained as a whole, each once."""
+def parameters_of(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each of `PARTS`, every one once."""
     routed = [module for module in model.modules() if isinstance(module, Routed)]
     found = {
         "routers": [p for m in routed for p in m.router.parameters()],
@@ -66,8 +67,17 @@ def parameters_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         ],
     }
     known = {id(p) for part in found.values() for p in part}
-    found["rest"] = [p for p in model.parameters() if id(p) not in known]
-    return found
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    # What stands in the place of an MLP's linear maps has no weight.
+    inside = {id(p): m for m in linears for p in m.parameters(recurse=False) if p.ndim == 2}
+    head = model.get_output_embeddings()
+    rest: dict[str, list[nn.Parameter]] = {"norms": [], "projections": [], "embeddings": []}
+    for p in model.parameters():
+        if id(p) not in known:
+            linear = inside.get(id(p))
+            matrix = "embeddings" if linear is None or linear is head else "projections"
+            rest["norms" if p.ndim == 1 else matrix].append(p)
+    return found | rest
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,10 @@ class Learning:
     """The optimiser's parameter groups."""
     merged: Callable[[], AbstractContextManager[None]]
     """While it lasts the model's own weights are those that have been learned."""
+    teacher: Teacher
+    """The dense model, inside the one that learns."""
+    adapted: list[nn.Parameter]
+    """What adapters are added to."""
 
 
 @contextmanager
@@ -88,17 +102,18 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
     found = parameters_of(model)
     before = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
-    adapted = recipe.lora_rank > 0
-    whole = [part for part in recipe.parts if not adapted or part in ("routers", "compensations")]
-    groups = scaled_groups((p for part in whole for p in found[part]), recipe.learning_rate)
-    low_rank = [part for part in recipe.parts if part not in whole]
+    low_rank = [part for part in recipe.parts if recipe.rank and part in THROUGH_ADAPTERS]
+    whole = [p for part in recipe.parts if part not in low_rank for p in found[part]]
+    adapted = [p for part in low_rank for p in found[part]]
+    groups = scaled_groups(whole, recipe.learning_rate)
     wrapped: Any = model
     merged: Callable[[], AbstractContextManager[None]] = nullcontext
+    without: Callable[[], AbstractContextManager[None]] = nullcontext
     if low_rank:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            wrapped = _adapters(model, low_rank, recipe.lora_rank)
-        merged = partial(_merged, wrapped)
+            wrapped = _adapters(model, low_rank, recipe.rank)
+        merged, without = partial(_merged, wrapped, adapted), wrapped.disable_adapter
         rate = recipe.learning_rate * ADAPTER_RATE
         new = [p for n, p in wrapped.named_parameters() if "lora_" in n]
         groups += [{"params": [p], "lr": rate} for p in new]
@@ -110,8 +125,10 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
+    own = {id(p) for part in ("routers", "compensations") for p in found[part]}
+    teacher = DenseSelf(model, [p for p in whole if id(p) not in own], without)
     try:
-        yield Learning(wrapped, groups, merged)
+        yield Learning(wrapped, groups, merged, teacher, adapted)
     finally:
         if low_rank:
             wrapped.merge_and_unload()
@@ -121,18 +138,17 @@ def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]
 
 
 @contextmanager
-def _merged(wrapped: Any) -> Iterator[None]:
+def _merged(wrapped: Any, weights: list[nn.Parameter]) -> Iterator[None]:
     """Adapters are added to the weights for a while; taking them out again would leave rounding."""
-    weights = {n: p for n, p in wrapped.named_parameters() if "lora_" not in n}
-    kept = {name: value.detach().clone() for name, value in weights.items()}
+    before = [value.detach().clone() for value in weights]
     wrapped.merge_adapter()
     try:
         yield
     finally:
         wrapped.unmerge_adapter()
         with torch.no_grad():
-            for name, value in weights.items():
-                value.copy_(kept[name])
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
 
 
 def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
@@ -164,7 +180,7 @@ def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
             LoraConfig(
                 r=rank,
                 lora_alpha=rank,
-                target_modules=linears if "rest" in parts else [],
+                target_modules=linears if "projections" in parts else [],
                 target_parameters=list(inside) if "experts" in parts else None,
             ),
         )
@@ -204,22 +220,26 @@ COLLAPSED = 0.5
 
 
 class RecoveryCheck:
-    """Figures of `model` on held-out batches, against what `dense` says there."""
+    """Figures of `model` on held-out batches, against what its teacher says there."""
 
     @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel,
-        dense: PreTrainedModel,
+        teacher: Teacher,
         batches: list[Batch],
         recipe: Recipe,
         weight: float,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.batches, self.recipe, self.weight = model, batches, recipe, weight
-        self.want = [run_outputs(dense, batch) for batch in batches]
+        self.precision = precision
+        """What passes run in: autocast, where training does."""
+        with precision():
+            self.want = [teacher(batch) for batch in batches]
         self.active: dict[int, float] = {}
         self.merged: Callable[[], AbstractContextManager[None]] = nullcontext
-        """While it lasts the model has the weights that have been learned (`parts.Learning`)."""
+        """While it lasts the model has the weights that have been learned (`Learning`)."""
         self.effective: list[float] = []
         """Effective experts of every layer before training."""
 
@@ -241,7 +261,7 @@ class RecoveryCheck:
 
     def __call__(self) -> dict[str, Any]:
         """Held-out KL, cross-entropy and loss; density, dead and effective experts, collapsed layers."""
-        with self.merged():
+        with self.merged(), self.precision():
             return self._figures()
 
     @torch.no_grad()
@@ -317,12 +337,11 @@ class _Shares:
         return float(entropy.exp() / len(p_E))
 
 
-def towards(student: PreTrainedModel, dense: PreTrainedModel, weight: float) -> Objective:
-    """Distillation from `dense`, with cross-entropy where the model predicts tokens."""
+def towards(student: PreTrainedModel, teacher: Teacher, weight: float) -> Objective:
+    """Distillation, with cross-entropy where the model predicts tokens."""
 
     def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            want = run_outputs(dense, batch)
+        want = teacher(batch)
         got = run_outputs(student, batch, through=model)
         if got.targets_J is None:
             kl = distance(want, got) * len(got)

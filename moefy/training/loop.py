@@ -33,11 +33,7 @@ from moefy.data.corpus import IGNORED, Batch, Corpus, Sample, make_batches, samp
 from moefy.data.inputs import read_batches
 from moefy.data.shards import EVALUATED_DOCUMENTS, HELD_OUT_TOKENS, by_role
 from moefy.errors import CheckpointError, CorpusError, MoefyError
-from moefy.evaluation.outputs import (
-    Objective,
-    judge,
-    run_outputs,
-)
+from moefy.evaluation.outputs import Objective, judge, run_outputs
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
@@ -129,15 +125,17 @@ def fine_tune(
         outcome.before = outcome.after = check()
         store.save()
     log = Log(folder / "log.jsonl", outcome.steps, accelerator.is_main_process)
-    drawn = sampler(samples, recipe.batch_tokens, recipe.seed, least=accelerator.num_processes)
-    with report.progress(recipe.steps, what, outcome.steps) as progress:
+    drawn = sampler(samples, recipe.step_tokens, recipe.seed, least=accelerator.num_processes)
+    began, first = time.perf_counter(), outcome.steps
+    with report.progress(recipe.steps, what, first) as progress:
         for documents in islice(drawn, outcome.steps, recipe.steps):
             if (row := steps.take(documents, check)) is not None:
                 # Before the checkpoint: lines after the newest one are dropped when a run goes on.
                 log.add({"step": outcome.steps, "tokens": outcome.tokens, **row})
                 if "held_out_loss" in row and not steps.failed:
                     store.save()
-                progress(_shown(row))
+                left = (recipe.steps - outcome.steps) * (time.perf_counter() - began)
+                progress(f"{_shown(row)}, {_minutes(left / (outcome.steps - first))} left")
             if outcome.stopped:
                 _go_back(outcome, store, what)
                 break
@@ -244,6 +242,7 @@ class _Stepping:
         """Add up the gradients of this process's documents; returns means over all of the step's tokens."""
         accelerator = self.accelerator
         sums: dict[str, Tensor] = {}
+        assert self.recipe.micro_tokens is not None  # `for_this_machine` has said
         batches = make_batches(documents, tokens=self.recipe.micro_tokens)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
@@ -284,10 +283,10 @@ def read_texts(
     read = read_batches(source, kind, texts["training"], recipe.context)
     samples = [sample for batch in read for sample in batch.samples]
     tokens = sum(map(sample_length, samples))
-    if tokens < recipe.batch_tokens:
+    if tokens < recipe.step_tokens:
         raise CorpusError(
             f"corpus {text.name}: {tokens} tokens to train on, one step takes "
-            f"{recipe.batch_tokens}; give more text or a smaller batch_tokens"
+            f"{recipe.step_tokens}; give more text or a smaller batch_tokens"
         )
     evaluated = texts["evaluation"].take(EVALUATED_DOCUMENTS)
     return TrainingTexts(
@@ -360,6 +359,10 @@ def _shown(row: dict[str, float]) -> str:
     names = {"loss": "loss", "kl": "KL", "held_out_kl": "held-out KL"}
     parts = [f"{label} {row[name]:.4f}" for name, label in names.items() if name in row]
     return ", ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def cross_entropy(model: PreTrainedModel, batches: list[Batch]) -> float:

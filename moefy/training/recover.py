@@ -8,6 +8,8 @@ straight-through sigmoid. docs/training.md says what to expect.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,18 @@ from moefy.evaluation.tables import model_card
 from moefy.experts.loading import load, load_dense
 from moefy.experts.routed import Routed
 from moefy.experts.saving import save
+from moefy.experts.sparse_mlp import use_backend
 from moefy.models.artefact import ADAPTER, Artefact, open_artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
 from moefy.models.locate import meta_model, sites
 from moefy.run.computing import asked, machine
 from moefy.run.job import Job
+from moefy.run.memory import map_large_blocks, peak_memory
 from moefy.run.processes import launched
 from moefy.run.reading import reading
 from moefy.training.curves import keep_log, stopped
-from moefy.training.learning import RecoveryCheck, in_training, towards, trained
+from moefy.training.learning import Learning, RecoveryCheck, in_training, towards, trained
 from moefy.training.loop import (
     Diverged,
     Outcome,
@@ -47,7 +51,8 @@ from moefy.training.loop import (
     read_texts,
     train_dense,
 )
-from moefy.training.recipe import RecoverRecipe
+from moefy.training.recipe import RecoverRecipe, for_this_machine
+from moefy.training.teacher import another, sixteen_bits
 
 
 @asked
@@ -80,7 +85,9 @@ def recover(
         "recover", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
         reads=[model] if against is None else [model, against],
     )  # fmt: skip
-    recovery = _Recovery.read(job, Path(model), recipe or RecoverRecipe(), corpus, against)
+    map_large_blocks()
+    chosen = for_this_machine(recipe or RecoverRecipe())
+    recovery = _Recovery.read(job, Path(model), chosen, corpus, against)
     if control and recovery.texts.held[0].targets_BT is None:
         raise MoefyError("--control trains on cross-entropy, and this model predicts no tokens")
     with job.running(recovery.decided(), disk=disk_of(recovery.source), worthless=(Diverged,)):
@@ -103,6 +110,8 @@ class _Recovery:
     """What the model was converted with."""
     source: Checkpoint
     """The dense model, which teaches."""
+    apart: bool
+    """Whether that is another folder than the moefied model."""
     corpus: Corpus
     texts: TrainingTexts
     recipe: RecoverRecipe
@@ -124,7 +133,10 @@ class _Recovery:
         converted, text = recipes.from_dict(artefact.recipe), load_corpus(corpus)
         texts = read_texts(source, text, recipe, converted.seed)
         accelerator = make_accelerator(recipe)
-        return cls(job, folder, artefact, converted, source, text, texts, recipe, accelerator)
+        return cls(
+            job, folder, artefact, converted, source, against is not None, text, texts, recipe,
+            accelerator,
+        )  # fmt: skip
 
     def decided(self) -> list[Any]:
         """All that decides the result, as JSON values."""
@@ -137,28 +149,25 @@ class _Recovery:
         job, recipe, accelerator = self.job, self.recipe, self.accelerator
         job.report.say(
             f"{self.folder}: trains {', '.join(recipe.parts)} on {recipe.tokens} tokens, "
-            f"{recipe.steps} steps of {recipe.batch_tokens}, in {accelerator.num_processes} process(es)"
+            f"{recipe.steps} steps of {recipe.step_tokens}, in {accelerator.num_processes} process(es)"
         )
-        dense = load_dense(self.source, dtype=torch.float32)
-        dense.requires_grad_(False)
-        nn.Module.to(dense, accelerator.device)
-        student = load(self.folder, dtype=torch.float32, verify=False)
-        before = self._before(student, dense)
-        outcome = self._train(student, dense)
+        before, outcome = self._trained()
         controlled = self._control() if control else None
         if not job.processes.main:
             return {}
-        save(student, job.finished)
         # What is written may be rounded to 16 bits: that is what is evaluated.
         written = load(job.finished, dtype=torch.float32, verify=False)
         nn.Module.to(written, accelerator.device)
-        after = evaluate(written, self.texts.evaluated, against=dense, report=job.report)
+        after = evaluate(
+            written, self.texts.evaluated, against=self._dense(), report=self.job.report
+        )
         record = {
             "kind": "recovery",
             "recipe": asdict(recipe),
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
             "training": vars(outcome),
             "processes": accelerator.num_processes,
+            "peak_memory": peak_memory(),
             "before": before["total"],
             "after": after["total"],
             **_closed(before["total"], after["total"], controlled),
@@ -167,11 +176,28 @@ class _Recovery:
         self._finish(record, after)
         return record
 
-    def _before(self, student: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Any]:
+    def _dense(self) -> PreTrainedModel:
+        """The dense model by itself."""
+        dense = load_dense(self.source, dtype=torch.float32)
+        dense.requires_grad_(False)
+        nn.Module.to(dense, self.accelerator.device)
+        return dense
+
+    def _trained(self) -> tuple[dict[str, Any], Outcome]:
+        """Evaluate, train, write; what came out before, and how training went. Nothing stays in memory."""
+        student = load(self.folder, dtype=torch.float32, verify=False)
+        nn.Module.to(student, self.accelerator.device)
+        dense = self._dense() if self.apart else None
+        before = self._before(student, dense)
+        outcome = self._train(student, dense)
+        if self.job.processes.main:
+            save(student, self.job.finished)
+        return before, outcome
+
+    def _before(self, student: PreTrainedModel, dense: PreTrainedModel | None) -> dict[str, Any]:
         """The evaluation before training, made once."""
         stages = self.job.stages
         if self.job.processes.main and not stages.has("before"):
-            nn.Module.to(student, self.accelerator.device)
             evaluated = self.texts.evaluated
             stages.keep(
                 "before", evaluate(student, evaluated, against=dense, report=self.job.report)
@@ -180,10 +206,9 @@ class _Recovery:
         before: dict[str, Any] = stages.read("before")
         return before
 
-    def _train(self, student: PreTrainedModel, dense: PreTrainedModel) -> Outcome:
+    def _train(self, student: PreTrainedModel, dense: PreTrainedModel | None) -> Outcome:
         """The loop on the moefied model; leaves the trained weights in `student`."""
         recipe, accelerator = self.recipe, self.accelerator
-        nn.Module.to(student, accelerator.device)
         modules = [m for m in student.modules() if isinstance(m, Routed)]
         learns = "routers" in recipe.parts
         if learns and not all(m.selection.by_score for m in modules):
@@ -191,15 +216,18 @@ class _Recovery:
                 "train=routers: this model's selection does not decide by one token's scores, its "
                 "routers cannot learn; name the other parts with --train"
             )
-        check = RecoveryCheck(student, dense, self.texts.held, self.converted, recipe.distil)
-        accelerator.register_for_checkpointing(check)
         in_training(student, recipe.gradient_checkpointing)
-        with trained(student, recipe) as learning:
+        with self._learning(student) as (learning, precision):
+            teacher = learning.teacher if dense is None else another(dense)
+            check = RecoveryCheck(
+                student, teacher, self.texts.held, self.converted, recipe.distil, precision
+            )
             check.merged = learning.merged
+            accelerator.register_for_checkpointing(check)
             for module in modules:
                 module.straight_through = learns and any(True for _ in module.router.parameters())
             outcome = fine_tune(
-                learning.wrapped, learning.groups, towards(student, dense, recipe.distil),
+                learning.wrapped, learning.groups, towards(student, teacher, recipe.distil),
                 self.texts.train, recipe, accelerator=accelerator, check=check, folder=self.job.work,
                 report=self.job.report, what="recover",
             )  # fmt: skip
@@ -208,6 +236,19 @@ class _Recovery:
         self._warn(outcome.after.get("collapsed_layers", []))
         accelerator.free_memory()
         return outcome
+
+    @contextmanager
+    def _learning(
+        self, student: PreTrainedModel
+    ) -> Iterator[tuple[Learning, Callable[[], AbstractContextManager[Any]]]]:
+        """The model as it learns, and what its passes run in."""
+        with trained(student, self.recipe) as learning:
+            if self.recipe.precision == "fp32":
+                yield learning, nullcontext
+                return
+            use_backend(student, "masked")  # others ask for one dtype of weights and inputs
+            with sixteen_bits(student, learning.adapted):
+                yield learning, self.accelerator.autocast
 
     def _warn(self, collapsed: list[int]) -> None:
         if collapsed:

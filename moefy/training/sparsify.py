@@ -42,11 +42,12 @@ from moefy.models.config import read_config
 from moefy.models.locate import Site, disk_names, meta_model, side_of, sites
 from moefy.run.computing import asked, machine
 from moefy.run.job import Job
+from moefy.run.memory import map_large_blocks
 from moefy.run.processes import launched
 from moefy.run.reading import read_json
 from moefy.training.curves import keep_log, stopped
 from moefy.training.loop import Diverged, Outcome, TrainingTexts, disk_of, read_texts, train_dense
-from moefy.training.recipe import SparsifyRecipe
+from moefy.training.recipe import SparsifyRecipe, for_this_machine
 
 
 @asked
@@ -72,7 +73,8 @@ def sparsify(
     Returns the record of the run, which is also in `out/sparsify.json`. Raises `MoefyError` for
     anything that is the user's to mend; `out` then is as it was.
     """
-    recipe = recipe or SparsifyRecipe()
+    map_large_blocks()
+    recipe = for_this_machine(recipe or SparsifyRecipe())
     job = Job(
         "sparsify", out, resume=resume, overwrite=overwrite, quiet=quiet, processes=launched(),
         reads=[model],
@@ -126,7 +128,7 @@ class _Sparsifying:
         job, recipe, state = self.job, self.recipe, PartialState()
         job.report.say(
             f"{self.source.folder}: {'ReLU, ' if self.key else ''}penalty {recipe.penalty} x "
-            f"{recipe.weight:g}, {recipe.tokens} tokens, {recipe.steps} steps of {recipe.batch_tokens}"
+            f"{recipe.weight:g}, {recipe.tokens} tokens, {recipe.steps} steps of {recipe.step_tokens}"
         )
         plain = load_dense(self.source, dtype=torch.float32)
         nn.Module.to(plain, state.device)

@@ -321,7 +321,6 @@ def test_the_base_of_an_adapter_that_has_moved_is_said_once_for_every_verb(folde
 def test_a_base_that_is_not_the_one_is_refused(folder, moved, tmp_path):
     build("gpt2", tmp_path / "other")
     ids = ("--corpus", folder / "ids.jsonl")
-    # `generate` and `eval` open without hashes otherwise.
     for verb in (("eval", *ids), ("diff", *ids)):
         words = [
             verb[0],

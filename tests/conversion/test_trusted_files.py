@@ -19,7 +19,7 @@ from moefy.conversion.streamed import passes
 from moefy.errors import CheckpointError, MoefyError, OutputError
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_heads import SparseHeads
-from moefy.models.artefact import open_artefact
+from moefy.models.artefact import base_at, open_artefact
 from moefy.models.checkpoint import Checkpoint, overwrite
 from moefy.models.reorder import outlined, revert
 
@@ -248,6 +248,19 @@ def test_a_relative_base_is_relative_to_the_artefact(
     shutil.copytree(source, tmp_path / "here" / "source" / "base")
     with pytest.raises(CheckpointError, match="base of this adapter"):
         open_artefact(adapter)
+
+
+def test_a_base_that_is_said_for_a_while_is_hashed(
+    adapter: Path, source: Path, tmp_path: Path
+) -> None:
+    moved = source.rename(tmp_path / "moved")
+    with base_at(moved):
+        assert open_artefact(adapter, verify=False)[1].folder == moved
+    with pytest.raises(CheckpointError, match=r"base= or --base"):
+        open_artefact(adapter, verify=False)
+    other = build("llama_tied", tmp_path / "other")
+    with base_at(other), pytest.raises(CheckpointError, match="this artefact was made from"):
+        open_artefact(adapter, verify=False)
 
 
 def test_a_base_on_the_hub_is_pinned_and_said_and_hashed(

@@ -1,3 +1,4 @@
+import json
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,14 +10,17 @@ from plain_bigram import plain_bigram, plain_score
 from scipy.stats import bootstrap
 from tiny_conversion import convert_tiny, corpus_for
 from tiny_models import build
+from typer.testing import CliRunner
 
 import moefy
+from moefy.cli.verbs import app
 from moefy.data.corpus import load_corpus, make_batches
 from moefy.data.inputs import read_batches
 from moefy.evaluation.bigram import Bigram
 from moefy.evaluation.evaluate import evaluate
 from moefy.evaluation.groups import Sinks
 from moefy.evaluation.statistics import ratios, unit_words, units_of
+from moefy.evaluation.tables import sample_lines
 from moefy.experts.loading import load_dense
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.methods.tables import ROUTERS
@@ -328,3 +332,29 @@ def test_a_domain_of_few_sources_is_drawn_by_document():
 
 def test_one_document_alone_has_no_interval():
     assert ratios({"x": ([3.0], [2.0])}, [0])["x"] == {"mean": 1.5, "ci95": None}
+
+
+def test_what_the_documents_are_too_few_for_is_said(llama, tmp_path):
+    rows = [
+        {"input_ids": ids, "domain": "abc"[i % 3], "source_id": str(i)}
+        for i, ids in enumerate(corpus_for("llama"))
+    ]
+    rows.append({"input_ids": [5], "domain": "short", "source_id": "s"})  # predicts nothing
+    record = moefy.evaluate(llama / "out", corpus=rows, documents=2, quiet=True)
+    assert record["domains_left_out"] == ["c", "short"]
+    assert sample_lines(record) == [
+        "no document of: c, short",
+        "no interval over one document: a, b",
+    ]
+    for row in record["domains"].values():
+        assert row["kl"]["ci95"] is None
+    record = moefy.evaluate(llama / "out", corpus=rows, quiet=True)
+    assert record["domains_left_out"] == ["short"]
+    assert sample_lines(record) == ["no document of: short"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = ["eval", str(llama / "out"), "--corpus", str(file), "--documents", "2", "-q"]
+    said = CliRunner().invoke(app, words).stdout
+    assert "no document of: c" in said and "no interval over one document: a, b" in said
+    dense = moefy.evaluate(llama / "source", corpus=rows, documents=2, quiet=True)
+    assert dense["domains_left_out"] == ["c", "short"]

@@ -42,6 +42,7 @@ RECIPE = RecoverRecipe(
     check_every=2,
     learning_rate=0.03,
     distil=1.0,
+    precision="fp32",
 )
 
 
@@ -146,6 +147,9 @@ def test_adapters_are_of_low_rank_and_merged(train: str, moefied: Path, tmp_path
     assert changed(moefied, tmp_path / "out") == set(train.split(","))
     old, new = tensors(moefied), tensors(tmp_path / "out")
     moved = [n for n in old if not n.startswith("layers.") and not torch.equal(old[n], new[n])]
+    vectors = [name for name in moved if old[name].ndim == 1]
+    assert bool(vectors) == ("rest" in train)  # norms need no adapter
+    moved = [name for name in moved if name not in vectors]
     for name in moved:
         assert torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-3) <= 2
     assert len(moved) == 2 * (3 * ("experts" in train) + 4 * ("rest" in train))

@@ -139,6 +139,11 @@ def open_source(model: str | Path, unit: str) -> Source:
         raise MoefyError(unknown_choice("unit", unit, UNITS))
     if is_artefact(model):
         artefact, checkpoint = open_artefact(model)
+        if artefact.form == ADAPTER and artefact.rounded is not None:
+            raise MoefyError(
+                f"{model}: an adapter whose MLP weights are rounded, its base holds others than those that would "
+                "be measured; convert without --adapter, or prune the base"
+            )
     elif unit == EXPERT:
         raise MoefyError(
             f"{model}: a dense checkpoint has no experts; convert it first, or remove single neurons "
