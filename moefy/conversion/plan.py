@@ -371,7 +371,8 @@ def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
             raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
     given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
     inputs = vars(LargestInputsRouter.planned(site, given, density))
-    own = vars(kind.planned(site, {**given, **wanted.settings}, density))
+    known_too = {"codes": recipe.storage.bits, **wanted.settings}
+    own = vars(kind.planned(site, {**given, **known_too}, density))
     entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
     others = {name: own[name] for name in own if name not in given}
     return {**entry, "settings": others} if others else entry

@@ -33,7 +33,7 @@ from moefy.models.mlp import DenseMlp, activation_function
 from moefy.models.quantised import GROUP, Quantised, quantise
 
 CODE_BITS = 4
-"""Bits of the codes whose first bits are read."""
+"""Bits of codes that are made for the router alone, of weights that have none."""
 _STEP = 1e-2
 """Distance on either side over which the slope of an activation is measured."""
 _CHUNK = 1024
@@ -53,19 +53,26 @@ class BitPlanesRouter(Router):
 
         bits: int = 2
         gated: bool = True
-        """Whether there is a gate to read; a conversion sets it."""
+        """Whether there is a gate to read; a conversion sets it, and the next."""
+        codes: int = CODE_BITS
+        """Bits of the codes whose top bits are read: those of the weights, if they are stored in codes."""
 
         def __post_init__(self) -> None:
-            """Refuse planes that 4-bit codes do not have, or that are all of them."""
-            if not 1 <= self.bits < CODE_BITS:
-                raise RecipeError(f"router.bits: got {self.bits}, bit_planes reads 1, 2 or 3")
+            """Refuse planes that the codes do not have."""
+            if not 1 <= self.bits <= self.codes <= 8:
+                raise RecipeError(
+                    f"router.bits: got {self.bits}, bit_planes reads 1 to {self.codes} of codes of "
+                    f"{self.codes} bits"
+                )
 
     trainable = False
     size_N: Tensor
 
-    def __init__(self, width: int, experts: int, neurons: int, bits: int, gated: bool) -> None:
+    def __init__(
+        self, width: int, experts: int, neurons: int, bits: int, gated: bool, codes: int
+    ) -> None:
         super().__init__()
-        self.width, self.experts, self.bits = width, experts, bits
+        self.width, self.experts, self.bits, self.codes = width, experts, bits, codes
         self.matrices = ("gate", "up") if gated else ("up",)
         groups = -(-width // GROUP)
         for matrix in self.matrices:
@@ -83,8 +90,10 @@ class BitPlanesRouter(Router):
 
     @classmethod
     def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Router.Settings:
-        """The settings of a recipe, and whether this MLP has a gate."""
-        return cls.settings({**given, "settings": {"gated": site.gated}})
+        """The settings of a recipe, whether this MLP has a gate, and how its weights are stored."""
+        stored = given.get("codes", WIDE_BITS)
+        codes = stored if stored < WIDE_BITS else CODE_BITS
+        return cls.settings({**given, "settings": {"gated": site.gated, "codes": codes}})
 
     @classmethod
     def make(
@@ -100,7 +109,7 @@ class BitPlanesRouter(Router):
             rows_ND = getattr(mlp, f"{matrix}_ND").float()
             codes = mlp.stored.matrix(matrix) if mlp.stored and self.nested(mlp) else None
             if codes is None or codes.most_O is None:
-                codes = quantise(rows_ND, CODE_BITS)
+                codes = quantise(rows_ND, self.codes)
             for name, value in codes.tensors().items():
                 planes = value[: self.bits] if name == "codes" else value
                 self.get_buffer(f"{matrix}_{name}").copy_(planes)
@@ -155,7 +164,7 @@ class BitPlanesRouter(Router):
     def _planes(self, matrix: str) -> Quantised:
         tensors = {name: self.get_buffer(f"{matrix}_{name}") for name in _PARTS}
         top = tensors["codes"]
-        rest = top.new_zeros(CODE_BITS - self.bits, *top.shape[1:])
+        rest = top.new_zeros(self.codes - self.bits, *top.shape[1:])
         return Quantised.of_tensors({**tensors, "codes": torch.cat([top, rest])}, self.width, 1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,7 +173,7 @@ class BitPlanesRouter(Router):
 
     def nested(self, mlp: DenseMlp) -> bool:
         """Whether its planes are the top bits of the codes that the weights are stored in."""
-        return mlp.stored is not None and mlp.stored.bits == CODE_BITS
+        return mlp.stored is not None and mlp.stored.bits == self.codes
 
     def weights_read(self, mlp: DenseMlp) -> int:
         """What is read, in weights of 16 bits."""
