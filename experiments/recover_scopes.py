@@ -1,7 +1,7 @@
 """What of a moefied language model to train: KL won per token and per minute, for each scope, on short runs.
 
 python experiments/recover_scopes.py FOLDER --tokens 16384 --scopes lora norms,routers,compensations all
-python experiments/recover_scopes.py FOLDER --tokens 65536 --scopes lora --rates 0.02 --curve 8192   # one run, its curve
+python experiments/recover_scopes.py FOLDER --tokens 65536 --scopes lora --rates 0.02 --curve 8192   # a curve
 
 Each run begins with the model of FOLDER and sees the same documents in the same order; thresholds are set anew
 on held-out text before the figure is taken, on the first documents of the evaluation shard. Writes
