@@ -77,7 +77,7 @@ def originals(root: Path) -> dict[str, Path]:
     recipe.mkdir()
     shutil.copy(ROOT / "moefy" / "recipes" / "default.yaml", recipe / "recipe.yaml")
     small = {"partition.tokens": 64, "router.tokens": 64, "context": 32}
-    todo = override(moefy.Recipe.named("default", density=0.5), small)
+    todo = override(moefy.Recipe.named("largest_inputs", density=0.5), small)
     linear = {"router.name": "linear", "selection.name": "topk", "partition.expert_size": 4}
     for name, one, adapter in (
         ("load full", todo, False),

@@ -106,7 +106,7 @@ class Comparison:
             density = self.density_at(recipe, budget)
             if density is None:
                 return {"n/a": "cannot go below this budget"}
-            return self.run(replace(recipe, density=density))
+            return self.run(recipes.override(recipe, {"density": density}))
         except MoefyError as error:
             return {"n/a": str(error)}
 

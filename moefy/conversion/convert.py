@@ -80,7 +80,7 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
 
-    `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
+    `recipe` is a `Recipe`, a shipped name (of a stream `largest_inputs` stands for the default) or a YAML file; `corpus` is anything `load_corpus` reads.
     With `adapter` only the side files are written and the source stays where it is. `stream` holds
     one layer in memory at a time (`moefy.conversion.streamed`, docs/streaming.md). `resume` takes up a run that
     was interrupted and ends with the same tensors; `overwrite` replaces `out`.
@@ -91,6 +91,7 @@ def convert(
     in processes other than the first). Raises `MoefyError` for anything that is the user's to mend;
     `out` then is as it was.
     """
+    recipe = recipes.for_stream(recipe) if stream else recipe
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     reads = [model] if isinstance(model, str | Path) else _behind(model)
     job = Job(
