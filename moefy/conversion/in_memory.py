@@ -218,7 +218,8 @@ def tune(
     if target is not None:
         record["held_out_kl"] = reached = check.distance()
         if reached > target:
-            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+            remedy = "; store weights in more bits (--bits 8)" if task.rounds else ""
+            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}{remedy}")
     return record
 
 
