@@ -75,6 +75,7 @@ def verbs(root: Path) -> dict[str, list[str]]:
         "convert": convert,
         "convert --adapter": [*convert, "--adapter"],
         "convert --stream": [*convert, "--stream"],
+        "convert --bits": [*convert, "--bits", "4"],
         "recover": [
             "recover",
             made,
