@@ -150,10 +150,10 @@ class Refused(Exception):
 
 
 TARGETS: dict[str, Callable[[Path], Any]] = {
-    "load full": loaded, "load adapter": loaded, "load bits": loaded, "plan": planned, "recipe": recipe,
+    "load full": loaded, "load bits": loaded, "load adapter": loaded, "plan": planned, "recipe": recipe,
     "corpus": corpus,
 }  # fmt: skip
-SHARES = {"load full": 3, "load adapter": 2, "load bits": 1, "plan": 2, "recipe": 1, "corpus": 1}
+SHARES = {"load full": 3, "load bits": 1, "load adapter": 2, "plan": 2, "recipe": 1, "corpus": 1}
 
 
 def run_case(seed: int, bases: dict[str, Path], right: dict[str, Any]) -> Case:

@@ -104,7 +104,15 @@ def verbs(root: Path) -> dict[str, list[str]]:
     }
 
 
-RESUMES = {"convert", "convert --adapter", "convert --stream", "recover", "sparsify", "prune"}
+RESUMES = {
+    "convert",
+    "convert --adapter",
+    "convert --stream",
+    "convert --bits",
+    "recover",
+    "sparsify",
+    "prune",
+}
 
 
 def main_of(words: list[str], said: Path) -> None:
