@@ -22,7 +22,7 @@ from moefy.errors import RecipeError, unknown_choice
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-BUDGETS = ("uniform", "greedy", "solver")
+BUDGETS = ("uniform", "greedy", "solver", "one_threshold")
 
 R = TypeVar("R", bound="DataclassInstance")
 
@@ -157,7 +157,8 @@ class BudgetRecipe:
     """How the density is spread over the layers; its mean over neurons stays `density`."""
 
     name: str = "uniform"
-    """`uniform`, `greedy` (measured output error) or `solver` (measured KL)."""
+    """`uniform`, `greedy` (measured output error), `solver` (measured KL), or `one_threshold`: scores of all
+    layers in one unit, of router bit_planes, under the same threshold."""
     per: str = "weights"
     """What the solver holds constant: active `weights`, or measured `time` of a token."""
     target_kl: float | None = None

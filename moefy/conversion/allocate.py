@@ -33,6 +33,7 @@ from moefy.conversion.fit import (
 )
 from moefy.conversion.layer import Captured, LayerSample, layer_sample, tokens_of
 from moefy.conversion.task import Conversion
+from moefy.conversion.threshold import one_threshold
 from moefy.data.corpus import Batch
 from moefy.evaluation.outputs import (
     Outputs,
@@ -112,8 +113,10 @@ def allocate(
     """
     recipe, modules = task.recipe, sparse_mlps(model)
     planned = [planned_active(task.todo, index, m.shared) for index, m in modules.items()]
-    if recipe.budget.name == "greedy" and metric is None:
+    if recipe.budget.name in ("greedy", "one_threshold") and metric is None:
         metric = stream_metric(model, task.todo.sites, held.batches)
+    if recipe.budget.name == "one_threshold" and metric is not None:
+        return one_threshold(model, task, samples, held, metric) if task.processes.main else {}
     rows = _measured(task, modules, planned, samples, held, metric)
     if not task.processes.main:
         return {}

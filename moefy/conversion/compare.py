@@ -31,7 +31,7 @@ from moefy.data.shards import CONTEXT, EVALUATED_DOCUMENTS, by_role
 from moefy.errors import MoefyError, RecipeError
 from moefy.evaluation.evaluate import figures_of
 from moefy.evaluation.outputs import Figures, Outputs, judge, run_outputs
-from moefy.evaluation.routing import FfnLoad
+from moefy.evaluation.routing import FfnLoad, bits_read
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
@@ -42,8 +42,9 @@ from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
-from moefy.models.locate import read_mlp, side_of, sites
+from moefy.models.locate import Site, read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
+from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
 from moefy.recipe import Recipe
 from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
@@ -149,21 +150,23 @@ class Comparison:
             down_ND=torch.empty(site.neurons, site.width, device="meta"),
             gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
             activation=site.activation,
+            stored=_codes(site, recipe),
         )
         weights = mlp.matrices * site.neurons * site.width
         compensation = build_compensation(entry)
 
-        def read(active: float) -> float:
+        def bits_at(active: float) -> float:
             density = active / entry.experts
             settings = {**entry.router, **router_of(site, recipe, density)}
             router = build_router(replace(entry, router=settings))
-            run = density * (WIDE_BITS - router.bits_reused(mlp) / weights)
-            extra = router.bits_read(mlp) + compensation.bits_read(active - entry.shared)
-            return run + extra / weights
+            read = bits_read(
+                mlp, router, compensation, density, experts=entry.experts, shared=entry.shared
+            )
+            return read / weights
 
         # The most experts within the budget; what runs is whole ones, and .15 of one is forgiven.
         active = bisect_right(
-            range(entry.shared + 1, entry.experts + 1), bits, key=lambda n: read(n - 0.15)
+            range(entry.shared + 1, entry.experts + 1), bits, key=lambda n: bits_at(n - 0.15)
         )
         return (entry.shared + active) / entry.experts if active else None
 
@@ -249,6 +252,19 @@ def _shown(of: Figures, dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
         return found
     increase = {"ce_increase": found["ce"] - found["ce_dense"]}
     return {"kl": found["kl"], **increase, "agreement": found["agreement"]}
+
+
+def _codes(site: Site, recipe: Recipe) -> QuantisedMlp | None:
+    """What a recipe stores the matrices of an MLP as, without memory."""
+    bits, scales = recipe.storage.bits, recipe.storage.scales
+    if bits == WIDE_BITS:
+        return None
+    names = [name for name in GROUPED if name != "gate" or site.gated]
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in shapes(site.neurons, site.width, bits, scales, names).items()
+    }
+    return QuantisedMlp(tensors, site.width)
 
 
 @asked

@@ -33,10 +33,12 @@ from moefy.conversion.layer import (
     tokens_of,
 )
 from moefy.conversion.task import Conversion, Converted
-from moefy.data.corpus import make_batches
+from moefy.data.corpus import Batch, make_batches
 from moefy.evaluation.outputs import (
     BACKWARD_TOKENS,
     LOGITS_BYTES,
+    Outputs,
+    run_outputs,
 )
 from moefy.experts.loading import moefied
 from moefy.experts.sparse_mlp import sparse_mlps
@@ -136,8 +138,10 @@ def _tuned(task: Conversion, samples: dict[str, Captured]) -> Converted:
     name = "tuned/record"
     if not task.stages.has(name):
         model = task.load()
+        # What is promised is promised of the source, not of what is left of it when it is rounded.
+        source = _outputs(model, _held_out(task)) if task.rounds else None
         moefied(model, made.artefact, permute=True)
-        record = tune(model, task, samples)
+        record = tune(model, task, samples, source)
         if task.processes.main:
             artefact = with_routing_of(model)
             record["selections"] = [entry.selection for entry in artefact.layers]
@@ -152,6 +156,10 @@ def _tuned(task: Conversion, samples: dict[str, Captured]) -> Converted:
     return replace(made, artefact=artefact, tuning=record)
 
 
+WEIGHED = ("greedy", "one_threshold")
+"""Budgets that ask what an error of every layer's output costs."""
+
+
 def needs_tuning(recipe: Recipe) -> bool:
     """Whether the recipe asks for more than layer by layer fitting."""
     return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
@@ -164,20 +172,37 @@ def learnable(model: PreTrainedModel) -> bool:
     return any(True for part in parts for _ in part.parameters())
 
 
-def tune(model: PreTrainedModel, task: Conversion, samples: dict[str, Captured]) -> dict[str, Any]:
+def _held_out(task: Conversion) -> list[Batch]:
+    """Held-out documents in batches that a backward pass can take."""
+    samples = [sample for batch in task.reading["held-out"][0] for sample in batch.samples]
+    return make_batches(samples, tokens=BACKWARD_TOKENS)
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, batches: list[Batch]) -> list[Outputs]:
+    return [run_outputs(model, batch) for batch in batches]
+
+
+def tune(
+    model: PreTrainedModel,
+    task: Conversion,
+    samples: dict[str, Captured],
+    source: list[Outputs] | None = None,
+) -> dict[str, Any]:
     """Allocate and distil as the recipe says, in place; returns what was measured.
+
+    `source` has what the dense model puts out for held-out documents, if `model` is rounded.
 
     All processes call this: layers are shared out where each is measured by itself; the first process
     does the rest, and its model is the result.
     """
-    recipe, held = task.recipe, task.reading["held-out"][0]
-    held = make_batches([s for batch in held for s in batch.samples], tokens=BACKWARD_TOKENS)
+    recipe, held = task.recipe, _held_out(task)
     metric, dense = None, None
     # All are to measure alike, and all at once.
     fits = task.processes.once(lambda: _fits(model, BACKWARD_TOKENS * task.processes.count))
-    if recipe.allocates and recipe.budget.name == "greedy" and fits:
+    if recipe.allocates and recipe.budget.name in WEIGHED and fits:
         metric, dense = sensitivities(model, task.todo.sites, held, seed=recipe.seed)
-    check = HeldOut(model, held, dense)
+    check = HeldOut(model, held, source or dense)
     active = {i: planned_active(task.todo, i, m.shared) for i, m in sparse_mlps(model).items()}
     record: dict[str, Any] = {}
     if recipe.allocates:

@@ -225,7 +225,9 @@ def _memory(
     fit += (recipe.partition.tokens + recipe.router.tokens) * hidden * 4
     stages = [weights + forward, fit, 2 * weights + forward + logits]
     if recipe.allocates or recipe.distil.steps:
-        metric = len(found) * hidden**2 * 4 if recipe.budget.name == "greedy" else 0
+        metric = (
+            len(found) * hidden**2 * 4 if recipe.budget.name in ("greedy", "one_threshold") else 0
+        )
         # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
         per_token = width * sum(6 * s.neurons + 9 * s.width for s in found)
         stages.append(weights + metric + BACKWARD_TOKENS * per_token + logits)
@@ -369,7 +371,8 @@ def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
             raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
     given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
     inputs = vars(LargestInputsRouter.planned(site, given, density))
-    own = vars(kind.planned(site, {**given, **wanted.settings}, density))
+    known_too = {"codes": recipe.storage.bits, **wanted.settings}
+    own = vars(kind.planned(site, {**given, **known_too}, density))
     entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
     others = {name: own[name] for name in own if name not in given}
     return {**entry, "settings": others} if others else entry

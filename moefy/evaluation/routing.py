@@ -22,8 +22,8 @@ from moefy.experts.moefied import of
 from moefy.experts.passes import Heard
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
-from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.base import WIDE_BITS
+from moefy.experts.sparse_mlp import SparseMlp, WeightBits, sparse_mlps
+from moefy.methods.base import WIDE_BITS, Compensation, Router
 from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
@@ -156,13 +156,33 @@ def _matrices(module: SparseMlp) -> int:
     return weights.neurons * weights.width * weights.matrices
 
 
+def bits_read(
+    mlp: DenseMlp,
+    router: Router,
+    compensation: Compensation,
+    density: float,
+    *,
+    experts: int,
+    shared: int,
+    reuses: bool = True,
+) -> float:
+    """Bits that an MLP reads for a token of which a share `density` of its experts runs.
+
+    `reuses` says whether the router reads the input of this very layer, so that what it reads of a neuron
+    serves the neuron too.
+    """
+    size, bits = mlp.neurons * mlp.width, WeightBits.of(mlp.stored)
+    of_neurons = size * (bits.inputs * (mlp.matrices - 1) + bits.down)
+    run = density * (of_neurons - (router.bits_reused(mlp) if reuses else 0))
+    extra = router.bits_read(mlp) + compensation.bits_read(density * experts - shared)
+    return run + size * bits.down_scales + extra
+
+
 def _bits(module: SparseMlp, density: float) -> float:
-    """Bits that one layer reads for a token of which a share `density` of the experts runs."""
-    mlp, router = module.weights, module.router
-    reused = 0 if module.look_ahead else router.bits_reused(mlp)
-    run = density * (WIDE_BITS * _matrices(module) - reused)
-    active = density * module.experts - module.shared
-    return run + router.bits_read(mlp) + module.compensation.bits_read(active)
+    return bits_read(
+        module.weights, module.router, module.compensation, density,
+        experts=module.experts, shared=module.shared, reuses=not module.look_ahead,
+    )  # fmt: skip
 
 
 class HeadLoad(Load):

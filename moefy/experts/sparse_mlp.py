@@ -38,6 +38,13 @@ class WeightBits(NamedTuple):
     down_scales: float = 0
     """Of down, for every neuron whether it runs or not: 32 neurons share scales."""
 
+    @classmethod
+    def of(cls, stored: QuantisedMlp | None) -> "WeightBits":
+        """Those of matrices in codes, or of bf16."""
+        if stored is None:
+            return cls()
+        return cls(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
+
 
 class SparseMlp(Hooked):
     """An MLP in experts: weights in expert order, router, selection, compensation.
@@ -164,10 +171,7 @@ class SparseMlp(Hooked):
     @property
     def bits(self) -> WeightBits:
         """Bits of its weights as they are stored."""
-        stored = self.stored
-        if stored is None:
-            return WeightBits()
-        return WeightBits(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
+        return WeightBits.of(self.stored)
 
     @property
     def running(self) -> DenseMlp:

@@ -182,6 +182,8 @@ def _strongest(matrix_DD: Tensor, rank: int) -> Tensor:
     if 2 * rank > width:
         kept_RD = torch.linalg.svd(matrix_DD).Vh[:rank]
         return torch.nn.functional.pad(kept_RD, (0, 0, 0, rank - len(kept_RD))).T
+    if rank == 0:
+        return matrix_DD.new_zeros(width, 0)
     # A few of thousands: Lanczos, from a fixed start, so that the same sample gives the same bytes.
     _, _, kept_RD = svds(matrix_DD.numpy(), k=rank, v0=np.ones(width))
     return torch.from_numpy(kept_RD.copy()).T

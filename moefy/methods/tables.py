@@ -29,6 +29,7 @@ from moefy.methods.routers.baselines import (
     RandomRouter,
     StaticRouter,
 )
+from moefy.methods.routers.bit_planes import BitPlanesRouter
 from moefy.methods.routers.gates import LargestInputsRouter, SelfGatingRouter
 from moefy.methods.routers.learned import (
     LinearRouter,
@@ -46,6 +47,7 @@ from moefy.recipe import shipped
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "largest_inputs": LargestInputsRouter,
+    "bit_planes": BitPlanesRouter,
     "low_bit": LowBitRouter,
     "low_rank": LowRankRouter,
     "mlp": MlpRouter,

@@ -30,13 +30,20 @@ from moefy_kernels.cpu import private
 Function = TypeVar("Function", bound=Callable[..., object])
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("experts.cpp", "rows.h"))
+SOURCES = (SOURCE, Path(__file__).with_name("quantised.cpp"))
+HEADERS = (HEADER, Path(__file__).with_name("integers.h"))
 FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "neon": (),
     "portable": (),
 }
 """What each instruction set is asked for with; NEON is part of every 64-bit ARM."""
+DOT_PRODUCTS = {
+    "avx512": ("avx512_vnni", "-mavx512vnni"),
+    "neon": ("asimddp", "-march=armv8.2-a+dotprod"),
+}
+"""What the CPU calls its products of whole numbers, which not all of a set have, and how they are asked for."""
 COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 
 
@@ -89,6 +96,23 @@ def instruction_set() -> str:
     return name if name in ("avx512", "avx2") else "portable"
 
 
+def flags(name: str) -> tuple[str, ...]:
+    """What an instruction set is asked for with on this CPU."""
+    feature, flag = DOT_PRODUCTS.get(name, ("", ""))
+    told = Path("/proc/cpuinfo")
+    here = told.read_text(encoding="utf-8").split() if feature and told.exists() else []
+    return (*FLAGS[name], flag) if feature in here else FLAGS[name]
+
+
+@functools.cache
+def vector_bytes() -> int:
+    """Bytes of a vector of the library, which decide how it wants weights laid out; raises without one."""
+    native = library()
+    if native is None:
+        raise ValueError("weights are packed for the native library, which is not there")
+    return int(native.moefy_vector_bytes())
+
+
 def build(name: str, folder: Path) -> Path:
     """The library for an instruction set, compiled unless a whole one is in the folder.
 
@@ -100,8 +124,8 @@ def build(name: str, folder: Path) -> Path:
         lacking = f"CXX={compiler} is no program here" if compiler else "no C++ compiler was found"
         raise OSError(f"{lacking}. Install a C++ compiler (such as g++) or name one in CXX")
     version = _run(compiler, "--version").split("\n")[0]
-    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
-    key.update(repr((version, COMMON, FLAGS[name])).encode())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS)))
+    key.update(repr((version, COMMON, flags(name))).encode())
     folder, label = private.private_folder(folder), f"{name}-{key.hexdigest()[:16]}"
     kept = private.find(folder, label)
     if kept is None:
@@ -112,7 +136,7 @@ def build(name: str, folder: Path) -> Path:
 
 
 def _compile(compiler: str, name: str, out: Path) -> Path:
-    command = (compiler, *COMMON, *FLAGS[name], str(SOURCE), "-o", str(out))
+    command = (compiler, *COMMON, *flags(name), *map(str, SOURCES), "-o", str(out))
     try:
         # torch's own OpenMP is loaded already and has the same name, so that one pool serves both.
         _run(*command, "-fopenmp")

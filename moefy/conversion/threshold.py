@@ -1,0 +1,179 @@
+"""One threshold for all layers, on scores that say what leaving a neuron out is expected to cost.
+
+Routers that can `weigh` contributions score in the same unit in every layer (the root of nats); which
+layer is worth how much, and which token, then needs no search: the same threshold everywhere spends what is
+read where it saves most. What is left to find is one number: from the density that is wanted, or from
+the KL that may be lost.
+
+Shapes: T tokens, D width, E routed experts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.conversion.fit import refit_compensation
+from moefy.conversion.layer import Captured, tokens_of
+from moefy.conversion.task import Conversion
+from moefy.errors import RecipeError
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.methods.routers.bit_planes import BitPlanesRouter
+from moefy.methods.selections import Threshold
+from moefy.run.memory import give_back
+
+SCORED_TOKENS = 1024
+"""Held-out tokens of every layer whose scores set the threshold."""
+FITTED_TOKENS = 4096
+"""Tokens on which a compensation is fitted while the threshold is looked for."""
+LEAST, MOST = 0.02, 0.98
+"""Densities between which a target for KL is looked for."""
+TRIALS = 5
+"""Densities that are measured at most."""
+NEAR = 0.04
+"""How near to the target, as a share of it, ends the search."""
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of held-out tokens of all layers, each layer with its share of the model's weights."""
+
+    rows: list[NDArray[np.float32]]
+    """Of every layer, in rising order."""
+    weight: list[float]
+
+    def threshold(self, density: float) -> float:
+        """The score that a share `density` of the model's neurons exceeds, by bisection over all layers."""
+        low, high = min(float(r[0]) for r in self.rows), max(float(r[-1]) for r in self.rows)
+        low = max(low, high * 1e-9)
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.density(middle) > density else (low, middle)
+        return high
+
+    def density(self, threshold: float) -> float:
+        """The share of neurons whose score exceeds a threshold."""
+        above = self._above(threshold)
+        return sum(w * share for w, share in zip(self.weight, above, strict=True))
+
+    def active(self, experts: list[int], threshold: float) -> list[float]:
+        """Experts of every layer that run on average under a threshold, of so many."""
+        return [e * share for e, share in zip(experts, self._above(threshold), strict=True)]
+
+    def _above(self, threshold: float) -> list[float]:
+        return [1 - float(np.searchsorted(r, threshold, "right")) / len(r) for r in self.rows]
+
+
+def refuse_others(modules: Sequence[SparseMlp]) -> None:
+    """Raise `RecipeError` for layers whose scores are in no common unit, or that do not go by a threshold."""
+    for module in modules:
+        if (
+            not isinstance(module.router, BitPlanesRouter)
+            or type(module.selection) is not Threshold
+        ):
+            raise RecipeError(
+                "budget 'one_threshold' compares scores of different layers: it needs router bit_planes "
+                "and selection threshold; choose those, or budget greedy"
+            )
+
+
+@torch.no_grad()
+def one_threshold(
+    model: PreTrainedModel,
+    task: Conversion,
+    samples: dict[str, Captured],
+    held: Any,
+    metric: list[Tensor],
+) -> dict[str, Any]:
+    """Set the threshold of all layers, and fit what stands in for the rest; what was measured.
+
+    `held` is a `moefy.conversion.allocate.HeldOut`. With `budget.target_kl` the least density is taken that
+    keeps to it on held-out documents.
+    """
+    modules, recipe = list(sparse_mlps(model).values()), task.recipe
+    refuse_others(modules)
+    for module, metric_DD in zip(modules, metric, strict=True):
+        router = module.router
+        assert isinstance(router, BitPlanesRouter)
+        router.weigh(module.routed, metric_DD)
+    scores = _scores(task, modules, samples)
+    trials: list[dict[str, float]] = []
+
+    def measured(density: float, tokens: int) -> float:
+        _set(task, modules, samples, scores.threshold(density), tokens)
+        trials.append({"density": density, "held_out_kl": held.distance()})
+        task.report.say(f"density {density:.3f}: held-out KL {trials[-1]['held_out_kl']:.4g}")
+        return trials[-1]["held_out_kl"]
+
+    density = recipe.density
+    if recipe.budget.target_kl is not None:
+        density = _within(recipe.budget.target_kl, density, lambda d: measured(d, FITTED_TOKENS))
+    kl = measured(density, recipe.router.tokens)
+    return {
+        "name": recipe.budget.name,
+        "per": recipe.budget.per,
+        "threshold": scores.threshold(density),
+        "density": density,
+        "active": scores.active([module.experts for module in modules], scores.threshold(density)),
+        "held_out_kl": kl,
+        "trials": trials,
+    }
+
+
+def _within(target: float, start: float, kl_at: Any) -> float:
+    """The least density whose KL is within a target.
+
+    The logarithm of KL falls nearly in proportion to the density: the next trial is where a line through the
+    last two meets the target, kept within what is known to be too low and high enough.
+    """
+    low, high = LEAST, MOST
+    at, slope, before = start, -7.0, None
+    for _ in range(TRIALS):
+        kl = kl_at(at)
+        gap = math.log(max(kl, 1e-12) / target)
+        if before is not None and at != before[0]:
+            slope = min((gap - before[1]) / (at - before[0]), -1.0)
+        before = (at, gap)
+        if gap > 0:
+            low = max(low, at)
+        else:
+            high = min(high, at)
+        if -NEAR <= gap <= 0 or high - low < 0.005:
+            break
+        # A little on the safe side, so that the last trial is one that keeps to the target.
+        at = min(max(at - (gap + NEAR / 2) / slope, low + 0.2 * (high - low)), high - 0.0025)
+    return high
+
+
+def _scores(task: Conversion, modules: list[SparseMlp], samples: dict[str, Captured]) -> _Scores:
+    rows, sizes = [], []
+    for index, module in enumerate(task.report.track(modules, "score neurons")):
+        tokens = tokens_of(samples["held-out"], task.todo, task.todo.sites[index], module.device)
+        tokens, routed = tokens.some(SCORED_TOKENS), module.routed.to(torch.float32)
+        scored = torch.cat([module.router(x_TD, routed) for _, x_TD in tokens.chunks()])
+        rows.append(np.sort(scored.flatten().cpu().numpy()))
+        sizes.append(float(module.weights.neurons * module.weights.width))
+        give_back()
+    return _Scores(rows, [size / sum(sizes) for size in sizes])
+
+
+def _set(
+    task: Conversion,
+    modules: list[SparseMlp],
+    samples: dict[str, Captured],
+    threshold: float,
+    tokens: int,
+) -> None:
+    """Take a threshold in every layer, and fit the compensations to what it leaves out."""
+    for index, module in enumerate(modules):
+        module.selection = Threshold(threshold)
+        if module.compensation.adds:
+            seen = tokens_of(samples["router"], task.todo, task.todo.sites[index], module.device)
+            refit_compensation(module, seen.some(tokens))
+            give_back()

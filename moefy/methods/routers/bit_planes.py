@@ -1,0 +1,199 @@
+"""Bit planes: the top bits of gate and up of every neuron say how large its contribution will be.
+
+A weight of a few bits carries its own router: the first b bits of its code (`moefy.models.quantised`) are
+a rounding of it, and what is read to choose need not be read again to compute. Gate and up are both
+judged: in the gated MLPs of an LLM the gate alone is a poor judge (docs/real_llm.md).
+
+The score is the root of the *expected* square of the contribution, given the rough values `g~`, `u~`, whose
+errors have the variances `v_g`, `v_u` over a sample:
+
+    s_j^2 = (act(g~)^2 + act'(g~)^2 v_g) (u~^2 + v_u) size_j^2
+
+A neuron whose rough value is near zero by chance is so not taken for one that is off. `size_j` is
+`||d_j||`, or, where the metric G of the layer's output is known (`weigh`), `sqrt(d_j^T G d_j)`: `s_j^2` is
+then what leaving the neuron out is expected to cost in nats, and one threshold serves all layers (ours; the
+metric is half the Fisher matrix, `moefy.conversion.backward`).
+
+Shapes: T tokens, D width, N neurons, E routed experts, G groups of 32 inputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import linear
+
+from moefy.errors import RecipeError
+from moefy.methods.base import WIDE_BITS, Router
+from moefy.models.locate import Site
+from moefy.models.mlp import DenseMlp, activation_function
+from moefy.models.quantised import GROUP, Quantised, quantise
+
+CODE_BITS = 4
+"""Bits of codes that are made for the router alone, of weights that have none."""
+_STEP = 1e-2
+"""Distance on either side over which the slope of an activation is measured."""
+_CHUNK = 1024
+"""Tokens at a time in fitting."""
+_PARTS = ("codes", "scale", "offset", "most")
+
+
+class BitPlanesRouter(Router):
+    """Bit planes: gate and up of every neuron from the top bits of their codes.
+
+    Scores by the expected square of every neuron's contribution.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(Router.Settings):
+        """`router.bits` of a recipe: the planes that are read, 1 to 3."""
+
+        bits: int = 2
+        gated: bool = True
+        """Whether there is a gate to read; a conversion sets it, and the next."""
+        codes: int = CODE_BITS
+        """Bits of the codes whose top bits are read: those of the weights, if they are stored in codes."""
+
+        def __post_init__(self) -> None:
+            """Refuse planes that the codes do not have."""
+            if not 1 <= self.bits <= self.codes <= 8:
+                raise RecipeError(
+                    f"router.bits: got {self.bits}, bit_planes reads 1 to {self.codes} of codes of "
+                    f"{self.codes} bits"
+                )
+
+    trainable = False
+    size_N: Tensor
+
+    def __init__(
+        self, width: int, experts: int, neurons: int, bits: int, gated: bool, codes: int
+    ) -> None:
+        super().__init__()
+        self.width, self.experts, self.bits, self.codes = width, experts, bits, codes
+        self.matrices = ("gate", "up") if gated else ("up",)
+        groups = -(-width // GROUP)
+        for matrix in self.matrices:
+            buffers = {
+                "codes": torch.zeros(bits, neurons, -(-width // 8), dtype=torch.uint8),
+                "scale": torch.zeros(neurons, groups, dtype=torch.uint8),
+                "offset": torch.zeros(neurons, groups, dtype=torch.uint8),
+                "most": torch.zeros(2, neurons, dtype=torch.float16),
+                "error": torch.zeros(2, neurons),
+            }
+            for name, zeros in buffers.items():
+                self.register_buffer(f"{matrix}_{name}", zeros)
+        self.register_buffer("size_N", torch.zeros(neurons))
+        self._rows: tuple[object, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Router.Settings:
+        """The settings of a recipe, whether this MLP has a gate, and how its weights are stored."""
+        stored = given.get("codes", WIDE_BITS)
+        codes = stored if stored < WIDE_BITS else CODE_BITS
+        return cls.settings({**given, "settings": {"gated": site.gated, "codes": codes}})
+
+    @classmethod
+    def make(
+        cls, width: int, experts: int, neurons: int, given: Mapping[str, Any]
+    ) -> "BitPlanesRouter":
+        """A router of `bits` planes."""
+        return cls(width, experts, neurons, **vars(cls.settings(given)))
+
+    def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
+        """Take the planes of the neurons, and measure on `x_TD` how far their rough values are off."""
+        self.size_N.copy_(vector_norm(mlp.down_ND.float(), dim=1))
+        for matrix in self.matrices:
+            rows_ND = getattr(mlp, f"{matrix}_ND").float()
+            codes = mlp.stored.matrix(matrix) if mlp.stored and self.nested(mlp) else None
+            if codes is None or codes.most_O is None:
+                codes = quantise(rows_ND, self.codes)
+            for name, value in codes.tensors().items():
+                planes = value[: self.bits] if name == "codes" else value
+                self.get_buffer(f"{matrix}_{name}").copy_(planes)
+            difference_ND = rows_ND - self._rough_rows()[matrix]
+            sums = torch.zeros(2, len(rows_ND), device=rows_ND.device)
+            for x in x_TD.float().split(_CHUNK):
+                error_TN = linear(x, difference_ND)
+                sums += torch.stack([error_TN.sum(0), error_TN.square().sum(0)])
+            self.get_buffer(f"{matrix}_error").copy_(sums / max(len(x_TD), 1))
+
+    def weigh(self, mlp: DenseMlp, metric_DD: Tensor) -> None:
+        """Count contributions by what they cost: half the Fisher matrix of the output, or a number for it."""
+        down_ND, metric_DD = mlp.down_ND.float(), metric_DD.to(mlp.down_ND.device)
+        product_ND = down_ND @ metric_DD if metric_DD.ndim else down_ND * metric_DD
+        square_N = (product_ND * down_ND).sum(1)
+        self.size_N.copy_(square_N.clamp_min(0).sqrt())
+
+    def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
+        """Scores `[T, E]`, never negative; of an expert the root of the sum of squares."""
+        act, x_TD = activation_function(mlp.activation), x_TD.float()
+        decided_TN, variance_N = self._rough(x_TD, mlp, self.matrices[0])
+        # transformers' activations have no derivative to call.
+        slope_TN = (act(decided_TN + _STEP) - act(decided_TN - _STEP)) / (2 * _STEP)
+        value_TN = act(decided_TN)
+        if mlp.gate_ND is None and mlp.centre_N is not None:
+            value_TN = value_TN - mlp.centre_N
+        square_TN = value_TN.square() + slope_TN.square() * variance_N
+        if len(self.matrices) == 2:
+            up_TN, variance_N = self._rough(x_TD, mlp, "up")
+            square_TN = square_TN * (up_TN.square() + variance_N)
+        score_TN = square_TN.sqrt() * self.size_N
+        if self.experts == len(self.size_N):
+            return score_TN
+        score_TE: Tensor = vector_norm(score_TN.unflatten(1, (self.experts, -1)), dim=-1)
+        return score_TE
+
+    def _rough(self, x_TD: Tensor, mlp: DenseMlp, matrix: str) -> tuple[Tensor, Tensor]:
+        """Rough outputs `[T, N]` of a matrix, free of their mean error, and the variance of the rest `[N]`."""
+        mean_N, square_N = self.get_buffer(f"{matrix}_error")
+        bias_N: Tensor | None = getattr(mlp, f"{matrix}_bias_N")
+        bias_N = mean_N if bias_N is None else mean_N + bias_N.float()
+        return linear(x_TD, self._rough_rows()[matrix], bias_N), square_N - mean_N.square()
+
+    def _rough_rows(self) -> dict[str, Tensor]:
+        """Rows `[N, D]` in fp32 that the planes of every matrix stand for, kept until those change."""
+        buffers = [self.get_buffer(f"{matrix}_codes") for matrix in self.matrices]
+        key = [(b.data_ptr(), 0 if b.is_inference() else b._version, b.device) for b in buffers]
+        if self._rows is None or self._rows[0] != key:
+            self._rows = key, {name: self._planes(name).rough(self.bits) for name in self.matrices}
+        return self._rows[1]
+
+    def _planes(self, matrix: str) -> Quantised:
+        tensors = {name: self.get_buffer(f"{matrix}_{name}") for name in _PARTS}
+        top = tensors["codes"]
+        rest = top.new_zeros(self.codes - self.bits, *top.shape[1:])
+        return Quantised.of_tensors({**tensors, "codes": torch.cat([top, rest])}, self.width, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make their own rows of the planes."""
+        return {**self.__dict__, "_rows": None}
+
+    def nested(self, mlp: DenseMlp) -> bool:
+        """Whether its planes are the top bits of the codes that the weights are stored in."""
+        return mlp.stored is not None and mlp.stored.bits == self.codes
+
+    def weights_read(self, mlp: DenseMlp) -> int:
+        """What is read, in weights of 16 bits."""
+        return round(self.bits_read(mlp) / WIDE_BITS)
+
+    def bits_read(self, mlp: DenseMlp) -> float:
+        """Planes and scales, mean error and variance of every rough value, and the sizes; in 16 bits each."""
+        numbers = len(self.size_N) * (1 + 2 * len(self.matrices))
+        return self._planes_read(mlp) + WIDE_BITS * numbers
+
+    def bits_reused(self, mlp: DenseMlp) -> float:
+        """Planes and scales, where they are those of the weights themselves."""
+        return self._planes_read(mlp) if self.nested(mlp) else 0
+
+    def _planes_read(self, mlp: DenseMlp) -> float:
+        scales = 16 / GROUP + 2 * WIDE_BITS / self.width
+        if mlp.stored is not None and self.nested(mlp):
+            scales = mlp.stored.overhead("up")
+        return len(self.matrices) * len(self.size_N) * self.width * (self.bits + scales)
+
+    def products(self, mlp: DenseMlp) -> int:
+        """One for every weight of gate and up."""
+        return len(self.matrices) * len(self.size_N) * self.width
