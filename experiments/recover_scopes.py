@@ -1,6 +1,7 @@
 """What of a moefied language model to train: KL won per token and per minute, for each scope, on short runs.
 
 python experiments/recover_scopes.py FOLDER --tokens 16384 --scopes lora norms,routers,compensations all
+python experiments/recover_scopes.py FOLDER --tokens 65536 --scopes lora --rates 0.02 --curve 8192   # a curve
 
 Each run begins with the model of FOLDER and sees the same documents in the same order; thresholds are set anew
 on held-out text before the figure is taken, on the first documents of the evaluation shard. Writes
@@ -34,7 +35,7 @@ from moefy.training.teacher import sixteen_bits
 RECORD = Path("benchmarks/records/recover_scopes.json")
 
 
-def run(folder: Path, recipe: RecoverRecipe, documents: int) -> dict[str, Any]:
+def run(folder: Path, recipe: RecoverRecipe, documents: int, every: int) -> dict[str, Any]:
     """Train for a while; KL to the dense model before and after, and what it took."""
     artefact, source = open_artefact(folder, verify=False)
     converted = recipes.from_dict(artefact.recipe)
@@ -73,7 +74,7 @@ def run(folder: Path, recipe: RecoverRecipe, documents: int) -> dict[str, Any]:
                 learning.wrapped, learning.groups, objective, recipe, accelerator
             )
             steps.outcome.before = first
-            seconds, losses = 0.0, []
+            seconds, losses, curve = 0.0, [], [(0, before)]
             drawn = sampler(texts.train, recipe.step_tokens, recipe.seed)
             began_cpu = time.process_time()
             for _ in range(recipe.steps):
@@ -82,13 +83,18 @@ def run(folder: Path, recipe: RecoverRecipe, documents: int) -> dict[str, Any]:
                 seconds += time.perf_counter() - began
                 losses.append(None if row is None else round(row["kl"], 4))
                 print(losses[-1], end=" ", flush=True)
+                if every and steps.outcome.tokens >= curve[-1][0] + every:
+                    with accelerator.autocast():
+                        check()  # sets thresholds anew
+                        curve.append((steps.outcome.tokens, kl()))
+                    print(f"\n{curve[-1]}, {seconds:.0f} s", flush=True)
             cpu = time.process_time() - began_cpu
             with accelerator.autocast():
                 last, after = check(), kl()
     return {
         "recipe": asdict(recipe), "kl_before": before, "kl_after": after, "held_before": first["held_out_kl"],
         "held_after": last["held_out_kl"], "density": last["density"], "tokens": steps.outcome.tokens,
-        "seconds": seconds, "cpu_seconds": cpu, "losses": losses, "peak_memory": peak_memory(),
+        "seconds": seconds, "cpu_seconds": cpu, "losses": losses, "curve": curve, "peak_memory": peak_memory(),
         "evaluated_documents": documents, "parameters": sum(p.numel() for p in steps.parameters),
     }  # fmt: skip
 
@@ -102,7 +108,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--documents", type=int, default=12)
-    parser.add_argument("--name", default="")
+    parser.add_argument("--name", default="", help="what the record calls the model")
+    parser.add_argument("--curve", type=int, default=0, help="tokens between points of a curve")
     args = parser.parse_args()
     map_large_blocks()
     for scope in args.scopes:
@@ -112,7 +119,7 @@ def main() -> None:
                     train=scope, lora_rank=rank, learning_rate=rate, tokens=args.tokens, batch_tokens=args.batch,
                     distil=1.0,
                 ))  # fmt: skip
-                found = run(args.folder, recipe, args.documents) | {"model": args.name}
+                found = run(args.folder, recipe, args.documents, args.curve) | {"model": args.name}
                 rows = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else []
                 rows.append(found)
                 RECORD.write_text(json.dumps({"runs": rows, "machine": machine()}, indent=1) + "\n")

@@ -24,7 +24,8 @@ LAYERS = (
     {"data", "methods"},
     {"experts"},
     {"evaluation"},
-    {"conversion", "exporting", "benchmark"},
+    {"exporting"},
+    {"conversion", "benchmark"},
     {"training", "inspection"},
     {"cli"},
 )

@@ -420,14 +420,22 @@ def diff(
 def compare(
     model: Model,
     recipe_names: Annotated[
-        str, typer.Option("--recipes", help="Recipes or YAML files, by comma.")
+        str,
+        typer.Option("--recipes", help="Recipes, YAML files or roundings, by comma; '' is none."),
     ] = "fast,default,moefication,cmoe,teal",
     budgets: Annotated[
         str, typer.Option(help="Budgets, by comma: above 1 bits per MLP weight, else share of 16.")
-    ] = "0.25,0.5",
+    ] = "4,8",
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Dense models of 8 to 2 bits beside them.")
+    ] = False,
     corpus: Text = None,
     documents: Documents = 44,
     seed: Seed = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished rows, which another run takes up.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .svg or .png.")] = None,
     out: Report = None,
     quiet: bool = False,
 ) -> Shown:
@@ -435,15 +443,20 @@ def compare(
 
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 4,8
     """
-    from moefy.conversion.compare import compare as run
-    from moefy.conversion.compare import comparison_rows
+    from moefy.conversion.pareto import QUANTISED, check_plot, comparison_rows, draw_pareto
+    from moefy.conversion.pareto import compare as run
     from moefy.run.tables import terminal
 
+    if plot is not None:
+        check_plot(plot)
+    names = [name for name in recipe_names.split(",") if name] + list(QUANTISED * quantised)
     record = run(
-        model, recipe_names.split(","), [float(b) for b in budgets.split(",")], corpus=corpus,
-        documents=documents, seed=seed, quiet=quiet,
+        model, names, [float(b) for b in budgets.split(",")], corpus=corpus, documents=documents,
+        seed=seed, work=work, quiet=quiet,
     )  # fmt: skip
     write(record, out, "comparison.json")
+    if plot is not None:
+        draw_pareto(record, plot)
     return Shown(record, [terminal(*comparison_rows(record))])
 
 

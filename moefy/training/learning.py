@@ -17,7 +17,7 @@ Shapes: T tokens, E experts of a layer.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,13 +47,16 @@ from moefy.evaluation.outputs import (
 from moefy.experts.passes import Heard, observing
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import MATRICES, SparseMlp, sparse_mlps
-from moefy.experts.stock_names import InExperts
 from moefy.recipe import Recipe
+from moefy.training.grid import Grids, on_grid
 from moefy.training.recipe import THROUGH_ADAPTERS, RecoverRecipe
 from moefy.training.teacher import DenseSelf, Teacher
 
 ADAPTER_RATE = 0.03
 """Learning rate of an adapter's matrices over `learning_rate`."""
+GRID_RATE = 0.1
+"""Learning rate of scales and offsets over that of weights: each of them moves 32 weights alike."""
+Switch = Callable[[], AbstractContextManager[None]]
 
 
 def parameters_of(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
@@ -88,7 +91,7 @@ class Learning:
     """What to call: the model itself, or, with adapters, what they are wrapped in."""
     groups: list[dict[str, Any]]
     """The optimiser's parameter groups."""
-    merged: Callable[[], AbstractContextManager[None]]
+    merged: Switch
     """While it lasts the model's own weights are those that have been learned."""
     teacher: Teacher
     """The dense model, inside the one that learns."""
@@ -98,43 +101,81 @@ class Learning:
 
 @contextmanager
 def trained(model: PreTrainedModel, recipe: RecoverRecipe) -> Iterator[Learning]:
-    """Gradients where the recipe trains. Raises `MoefyError` where the model has nothing of that."""
-    found = parameters_of(model)
+    """Gradients where the recipe trains; matrices on a grid stay on it (`moefy.training.grid`).
+
+    Raises `MoefyError` where the model has nothing of that.
+    """
+    found, rate = parameters_of(model), recipe.learning_rate
     before = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     low_rank = [part for part in recipe.parts if recipe.rank and part in THROUGH_ADAPTERS]
-    whole = [p for part in recipe.parts if part not in low_rank for p in found[part]]
-    adapted = [p for part in low_rank for p in found[part]]
-    groups = scaled_groups(whole, recipe.learning_rate)
-    wrapped: Any = model
-    merged: Callable[[], AbstractContextManager[None]] = nullcontext
-    without: Callable[[], AbstractContextManager[None]] = nullcontext
-    if low_rank:
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            wrapped = _adapters(model, low_rank, recipe.rank)
-        merged, without = partial(_merged, wrapped, adapted), wrapped.disable_adapter
-        rate = recipe.learning_rate * ADAPTER_RATE
-        new = [p for n, p in wrapped.named_parameters() if "lora_" in n]
-        groups += [{"params": [p], "lr": rate} for p in new]
-    if not groups:
-        raise MoefyError(
-            f"train={recipe.train}: this model has no parameters of that kind (its routers and "
-            "compensations may have none); add experts"
-        )
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    own = {id(p) for part in ("routers", "compensations") for p in found[part]}
-    teacher = DenseSelf(model, [p for p in whole if id(p) not in own], without)
+    with on_grid(model) if "experts" in recipe.parts else nullcontext(Grids({})) as grids:
+        fixed = {id(p) for p in grids.weights()}
+        adapted = [p for part in low_rank for p in found[part] if id(p) not in fixed]
+        whole = [p for part in recipe.parts if part not in low_rank for p in found[part]]
+        whole = [p for p in whole if id(p) not in fixed]
+        with _adapted(model, adapted, recipe) as adapters:
+            groups = scaled_groups(whole, rate)
+            groups += scaled_groups(grids.parameters(), rate * GRID_RATE)
+            groups += [{"params": [p], "lr": rate * ADAPTER_RATE} for p in adapters.new]
+            if not groups:
+                raise MoefyError(
+                    f"train={recipe.train}: this model has no parameters of that kind (its routers and "
+                    "compensations may have none); add experts"
+                )
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(True)
+            own = {id(p) for part in ("routers", "compensations") for p in found[part]}
+            teacher = DenseSelf(
+                model, [p for p in whole if id(p) not in own], together(adapters.off, grids.off)
+            )
+            merged = together(adapters.merged, grids.merged)
+            yield Learning(adapters.wrapped, groups, merged, teacher, adapted)
+    for parameter, wanted in before:
+        parameter.requires_grad_(wanted)
+        parameter.grad = None
+
+
+def together(*contexts: Switch) -> Switch:
+    """One context of several."""
+
+    @contextmanager
+    def all_of_them() -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            yield
+
+    return all_of_them
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """A model with adapters on some of its matrices, or without any."""
+
+    wrapped: Any
+    new: list[nn.Parameter]
+    off: Switch = nullcontext
+    merged: Switch = nullcontext
+
+
+@contextmanager
+def _adapted(
+    model: PreTrainedModel, weights: list[nn.Parameter], recipe: RecoverRecipe
+) -> Iterator[_Adapters]:
+    """Put adapters on these matrices; they are merged on the way out."""
+    if not weights:
+        yield _Adapters(model, [])
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        wrapped: Any = _wrapped(model, {id(p) for p in weights}, recipe.rank)
+    new = [p for name, p in wrapped.named_parameters() if "lora_" in name]
     try:
-        yield Learning(wrapped, groups, merged, teacher, adapted)
+        yield _Adapters(wrapped, new, wrapped.disable_adapter, partial(_merged, wrapped, weights))
     finally:
-        if low_rank:
-            wrapped.merge_and_unload()
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
+        wrapped.merge_and_unload()
 
 
 @contextmanager
@@ -151,37 +192,32 @@ def _merged(wrapped: Any, weights: list[nn.Parameter]) -> Iterator[None]:
                 weight.copy_(value)
 
 
-def _adapters(model: PreTrainedModel, parts: list[str], rank: int) -> nn.Module:
-    """Wrap the matrices of these parts in adapters of peft."""
+def _wrapped(model: PreTrainedModel, weights: set[int], rank: int) -> nn.Module:
+    """Wrap these matrices in adapters of peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MoefyError("lora_rank: adapters need peft: pip install moefy[train]") from None
-    inside = {
-        f"{name}.{matrix}": part
-        for name, module in model.named_modules()
+    modules = list(model.named_modules())
+    inside = [
+        f"{name}.{matrix}"
+        for name, module in modules
         if isinstance(module, SparseMlp)
-        for matrix, part in ((m, "experts") for m in MATRICES)
-        if getattr(module, matrix) is not None
-    }
-    routed = {id(m) for r in model.modules() if isinstance(r, Routed) for m in r.modules()}
+        for matrix in MATRICES
+        if id(getattr(module, matrix)) in weights
+    ]
     linears = [
         name
-        for name, module in model.named_modules()
+        for name, module in modules
         if isinstance(module, nn.Linear | Conv1D)
-        and not isinstance(module, InExperts)
-        and id(module) not in routed
-        and module is not model.get_output_embeddings()
+        and any(id(p) in weights for p in module.parameters(recurse=False))
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(
             model,
             LoraConfig(
-                r=rank,
-                lora_alpha=rank,
-                target_modules=linears if "projections" in parts else [],
-                target_parameters=list(inside) if "experts" in parts else None,
+                r=rank, lora_alpha=rank, target_modules=linears, target_parameters=inside or None
             ),
         )
 
