@@ -82,6 +82,7 @@ def originals(root: Path) -> dict[str, Path]:
     for name, one, adapter in (
         ("load full", todo, False),
         ("load adapter", override(todo, linear | {"router.epochs": 1}), True),
+        ("load bits", override(todo, {"storage.bits": 4}), True),
     ):
         base = root / name / "base"
         shutil.copytree(dense, base)
@@ -149,9 +150,10 @@ class Refused(Exception):
 
 
 TARGETS: dict[str, Callable[[Path], Any]] = {
-    "load full": loaded, "load adapter": loaded, "plan": planned, "recipe": recipe, "corpus": corpus,
+    "load full": loaded, "load bits": loaded, "load adapter": loaded, "plan": planned, "recipe": recipe,
+    "corpus": corpus,
 }  # fmt: skip
-SHARES = {"load full": 4, "load adapter": 2, "plan": 2, "recipe": 1, "corpus": 1}
+SHARES = {"load full": 3, "load bits": 1, "load adapter": 2, "plan": 2, "recipe": 1, "corpus": 1}
 
 
 def run_case(seed: int, bases: dict[str, Path], right: dict[str, Any]) -> Case:

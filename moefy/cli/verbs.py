@@ -496,7 +496,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; a file for gguf.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, dense or gguf.")],
     quantize: Annotated[
-        str | None, typer.Option(help="q8_0: 8 bits, for matrices of gguf.")
+        str | None,
+        typer.Option(help="Of gguf: q8_0, matrices in 8 bits; q4_1, those of MLPs in 4."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> Shown:
