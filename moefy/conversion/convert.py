@@ -49,7 +49,7 @@ from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
-from moefy.experts.sparse_mlp import all_experts
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
 from moefy.models.refusals import refuse_adapted
@@ -156,14 +156,19 @@ def _in_memory(task: Conversion) -> Converted | None:
         with AsRouted(task, sparse).checking(), torch.no_grad():
             walk(sparse, task.evaluated[0])
         give_back()
-        source = None if made.artefact.rounded is None else task.load()
-        quality = evaluate(sparse, task.evaluated, against=source, report=task.report)
-        rounding = None if source is None else _rounding(sparse, source, task.evaluated)
-        if source is not None:
-            quality["dense"] = UNROUNDED
+        source = task.load()
+        rounds = made.artefact.rounded is not None
+        quality = evaluate(
+            sparse, task.evaluated, against=source if rounds else None, report=task.report
+        )
+        rounding = _rounding(sparse, source, task.evaluated) if rounds else None
+        quality |= {"dense": UNROUNDED} if rounds else {}
+        quality |= _beside_rounding(task, sparse, source, quality)
     return replace(made, error=error, evaluation=quality, rounding=rounding)
 
 
+ROUNDED = (8, 4, 3, 2)
+"""Bits that a result is compared with; a scale and an offset in 16 bits for 32 weights make one more."""
 LARGE = 50_000_000
 """Parameters from which on a conversion judges its result on `EVALUATED_TOKENS`; `moefy eval` reads on."""
 EVALUATED_TOKENS = 8192
@@ -264,6 +269,29 @@ def _rounding(sparse: PreTrainedModel, source: PreTrainedModel, batches: list[Ba
 
     judgement = judge(run, batches, lambda batch: run_outputs(source, batch), distances)
     return judgement.mean("distance")
+
+
+@torch.no_grad()
+def _beside_rounding(
+    task: Conversion, sparse: PreTrainedModel, source: PreTrainedModel, quality: dict[str, Any]
+) -> dict[str, Any]:
+    """What rounding every MLP to the nearest loses that reads as many bits or the next fewer, scales included.
+
+    The weights of `sparse` are rounded for it: nothing else is asked of it afterwards.
+    """
+    bits = max((b for b in ROUNDED if b + 1 <= quality["bits_read"]), default=None)
+    own = quality["total"].get("kl")
+    if bits is None or own is None:
+        return {}
+    for module in sparse_mlps(sparse).values():
+        module.store(module.weights.to(torch.float32).quantised(bits, 16).stored)
+    kl = _rounding(sparse, source, task.evaluated)
+    if kl < own["mean"]:
+        task.report.say(
+            f"warning: rounding the dense model's MLPs to {bits} bits reads {bits + 1} bits a weight and loses "
+            f"less (KL {kl:.4g}) than this result at {quality['bits_read']:.2f} ({own['mean']:.4g})"
+        )
+    return {"rounded_alike": {"bits": bits, "bits_read": bits + 1, "kl": kl}}
 
 
 def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
