@@ -36,6 +36,7 @@ KERNEL_CALLERS = {
     "moefy.benchmark.bench",
     "moefy.experts.backends",
     "moefy.experts.backends.base",
+    "moefy.experts.backends.codes",
     "moefy.experts.backends.cpu",
     "moefy.experts.backends.gpu",
     "moefy.experts.backends.stock_moe",

@@ -61,7 +61,7 @@ class RoughCodes(NamedTuple):
     """What scores are made of that are the expected size of a neuron's contribution, given its top bits.
 
     `size sqrt((act(g)^2 + act'(g)^2 v_g) (u^2 + v_u))` of the rough gate g and up u, their mean errors added; without a
-    gate `size sqrt(act(u)^2 + act'(u)^2 v_u)`.
+    gate `size sqrt(act(u)^2 + act'(u)^2 v_u)`. Slopes as `bit_planes` takes them.
     """
 
     planes: int

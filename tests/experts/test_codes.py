@@ -1,6 +1,7 @@
 """Layers stored in codes, computed from those: what `moefy.native_codes` switches on."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import moefy
+from moefy.experts.backends.codes import InCodes
 from moefy.experts.routed import all_experts
 from moefy.experts.sparse_mlp import SparseMlp
 from moefy.methods.base import RoughCodes, Router
@@ -177,3 +179,21 @@ def test_nothing_does_so_unasked():
     with torch.no_grad():
         module(tokens())
     assert module.chosen != "codes"
+
+
+@pytest.mark.parametrize("scales", [8, 16])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_bit_planes_score_as_their_router_does(scales, activation):
+    module = layer(scales=scales)
+    router = ROUTERS["bit_planes"].make(
+        D, N, N, {"bits": 2, "settings": {"gated": True, "codes": 4}}
+    )
+    mlp = dataclasses.replace(module.weights, activation=activation)
+    router.initialise(mlp, tokens(50, seed=3)[0], mlp)
+    held, x = InCodes(mlp, router, []), tokens(5)[0]
+    assert held.judges
+    # Codes with 16-bit scales have planes of their own, with 8-bit ones those of the weights.
+    assert held.packed.numbers[6] == (scales == 8)
+    with torch.no_grad():
+        assert error(held.packed.scores(x), router(x, mlp)) < ROUNDED
+        assert error(held.packed.scores(x), router(x, mlp).roll(1, 1)) > 0.3

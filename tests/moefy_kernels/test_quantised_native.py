@@ -26,8 +26,8 @@ from moefy_kernels.cpu.quantised import Biases, Judge, pack_map, pack_mlp
 pytestmark = pytest.mark.skipif(library.library() is None, reason="no C++ compiler")
 EXACT = 3e-6
 """Relative Frobenius error of sums in fp32 of up to some thousand numbers."""
-TIE = 4e-3
-"""An activation on the other side: one step of 127 of the largest of its 32, of which there are several."""
+TIE = 1.5e-2
+"""An activation on the other side: one step of 127 of the largest of its 32, which may be the only one."""
 ACTS = {"silu": "silu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -96,7 +96,8 @@ class Layer:
             return x @ matrix.rough(self.planes).double().T + bias_N.double() + errors[0].double()
 
         def squared(value, errors):
-            slope = (act(value + 0.01) - act(value - 0.01)) / 0.02
+            step = errors[1].clamp_min(1e-12).sqrt() if self.act == "relu" else 0.01
+            slope = (act(value + step) - act(value - step)) / (2 * step)
             return act(value).square() + slope.square() * errors[1]
 
         up = rough(judge.up, self.biases.up_N, judge.up_error_N)
@@ -129,7 +130,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), **LAYERS)
 def test_neurons_that_someone_chose(density, **shape):
     layer = Layer(planes=0, **shape)
@@ -140,7 +141,7 @@ def test_neurons_that_someone_chose(density, **shape):
     assert error(packed(layer.x), layer.output()) < TIE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     planes=st.integers(1, 4), own=st.booleans(), share=st.sampled_from([0.0, 0.2, 0.9]), **LAYERS
 )
@@ -148,7 +149,9 @@ def test_neurons_that_their_top_bits_choose(planes, own, share, bits, **shape):
     layer = Layer(planes=min(planes, 4 if own else bits), own=own, bits=bits, **shape)
     packed, x = layer.pack(), layer.x
     scores_TN = packed.scores(x)
-    assert score_error(packed, layer, layer.scores()) < 2e-5  # of slopes over a distance of .02
+    assert (
+        score_error(packed, layer, layer.scores()) < 1e-3
+    )  # a difference over .02, of activations in fp32
     threshold_T = scores_TN.quantile(1 - share, dim=1)
     y_TD, mask_TN = packed.routed(x, threshold_T)
     assert torch.equal(mask_TN, scores_TN > threshold_T[:, None])

@@ -107,10 +107,13 @@ inline Vector activated(Vector v, int64_t kind) {
     return v;
 }
 
-// Slopes over the distance that the router measures them over (moefy.methods.routers.bit_planes).
-inline Vector slope(Vector v, int64_t kind) {
-    constexpr float STEP_OF_SLOPE = 1e-2f;
-    return (activated(v + STEP_OF_SLOPE, kind) - activated(v - STEP_OF_SLOPE, kind)) / (2 * STEP_OF_SLOPE);
+// Slopes over the distance that the router measures them over (moefy.methods.routers.bit_planes): of activations
+// that are flat below zero that of the error.
+inline Vector slope(Vector v, int64_t kind, Vector variance) {
+    Vector step = Vector{} + 1e-2f;
+    if (kind == RELU || kind == RELU2)
+        for (int i = 0; i < LANES; ++i) step[i] = std::sqrt(std::max(variance[i], 1e-12f));
+    return (activated(v + step, kind) - activated(v - step, kind)) / (2 * step);
 }
 
 // The inputs of a token in 8 bits.
@@ -443,8 +446,9 @@ class QuantisedMlp {
         if (a.gate) other = rough(n, gate, a.gate_rough_units, a.gate_bias, a.gate_mean, to);
         if (!a.size) return;
         const Vector decided = a.gate ? other : value, value_of = activated(decided, a.activation);
-        const Vector steep = slope(decided, a.activation);
-        Vector square = value_of * value_of + steep * steep * load((a.gate ? a.gate_variance : a.up_variance) + n);
+        const Vector variance = load((a.gate ? a.gate_variance : a.up_variance) + n);
+        const Vector steep = slope(decided, a.activation, variance);
+        Vector square = value_of * value_of + steep * steep * variance;
         if (a.gate) square *= value * value + load(a.up_variance + n);
         float score[LANES];
         for (int i = 0; i < LANES; ++i) score[i] = std::sqrt(square[i]) * a.size[n + i];

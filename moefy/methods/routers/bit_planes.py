@@ -27,7 +27,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from moefy.errors import RecipeError
-from moefy.methods.base import WIDE_BITS, Router
+from moefy.methods.base import WIDE_BITS, RoughCodes, Router
 from moefy.methods.routers.gates import FLAT
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp, activation_function
@@ -173,6 +173,17 @@ class BitPlanesRouter(Router):
     def __getstate__(self) -> dict[str, Any]:
         """Copies make their own rows of the planes."""
         return {**self.__dict__, "_rows": None}
+
+    def rough_codes(self) -> RoughCodes | None:
+        """What `forward` scores by, where experts are single neurons."""
+        if self.experts != len(self.size_N):
+            return None
+        errors = {}
+        for matrix in self.matrices:
+            mean_N, square_N = self.get_buffer(f"{matrix}_error")
+            errors[matrix] = mean_N, square_N - mean_N.square()
+        matrices = {matrix: self._planes(matrix) for matrix in self.matrices}
+        return RoughCodes(self.bits, matrices, errors, self.size_N)
 
     def nested(self, mlp: DenseMlp) -> bool:
         """Whether its planes are the top bits of the codes that the weights are stored in."""
