@@ -78,7 +78,7 @@ def convert(
     options = {
         "density": density, "budget.target_kl": target_kl, "storage.bits": bits, "seed": seed,
     }  # fmt: skip
-    chosen = _chosen(recipe, options, sizes, set_ or [])
+    chosen = _chosen(recipe, options, sizes, set_ or [], stream=stream)
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
     from moefy.conversion.convert import convert as run
@@ -97,7 +97,7 @@ def convert(
 
 
 def _chosen(
-    name: str, options: dict[str, Any], sizes: dict[str, Any], pairs: list[str]
+    name: str, options: dict[str, Any], sizes: dict[str, Any], pairs: list[str], *, stream: bool
 ) -> "Recipe":
     """The recipe called `name` with what options and `--set` change."""
     from moefy import recipe as recipes
@@ -106,7 +106,8 @@ def _chosen(
     if any(value is not None for value in sizes.values()):
         # One of them replaces whichever the recipe has; of both the recipe says what is wrong.
         changes |= sizes
-    return recipes.override(recipes.load(name), {**changes, **settings_of(pairs)})
+    named = recipes.for_stream(name) if stream else name
+    return recipes.override(recipes.load(named), {**changes, **settings_of(pairs)})
 
 
 def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
@@ -495,7 +496,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; a file for gguf.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, dense or gguf.")],
     quantize: Annotated[
-        str | None, typer.Option(help="q8_0: 8 bits, for matrices of gguf.")
+        str | None,
+        typer.Option(help="Of gguf: q8_0, matrices in 8 bits; q4_1, those of MLPs in 4."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> Shown:

@@ -129,7 +129,7 @@ class Comparison:
             density = self.density_at(recipe, budget, rounding)
             if density is None:
                 return {"n/a": "cannot go below this budget"}
-            return self.run(replace(recipe, density=density), rounding)
+            return self.run(recipes.override(recipe, {"density": density}), rounding)
         except MoefyError as error:
             return {"n/a": str(error)}
 

@@ -80,7 +80,8 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
 
-    `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
+    `recipe` is a `Recipe`, a shipped name or a YAML file; of a stream `largest_inputs` stands for the default.
+    `corpus` is anything `load_corpus` reads.
     With `adapter` only the side files are written and the source stays where it is. `stream` holds
     one layer in memory at a time (`moefy.conversion.streamed`, docs/streaming.md). `resume` takes up a run that
     was interrupted and ends with the same tensors; `overwrite` replaces `out`.
@@ -91,6 +92,7 @@ def convert(
     in processes other than the first). Raises `MoefyError` for anything that is the user's to mend;
     `out` then is as it was.
     """
+    recipe = recipes.for_stream(recipe) if stream else recipe
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     reads = [model] if isinstance(model, str | Path) else _behind(model)
     job = Job(
@@ -130,7 +132,7 @@ def _planned(
             _require_memory(checkpoint)
         job.report.say(describe(task.todo, recipe, stream=stream))
         text = by_role(corpus, recipe.seed)["evaluation"].take(EVALUATED_DOCUMENTS)
-        limit = streamed.EVALUATED_TOKENS if stream else None
+        limit = streamed.EVALUATED_TOKENS if stream else _evaluated(task)
         evaluated = read_batches(checkpoint, task.todo.kind, text, recipe.context, limit)
     with job.clock.stage("hash the source"):
         hashes = job.processes.once(checkpoint.hashes)
@@ -160,6 +162,16 @@ def _in_memory(task: Conversion) -> Converted | None:
         if source is not None:
             quality["dense"] = UNROUNDED
     return replace(made, error=error, evaluation=quality, rounding=rounding)
+
+
+LARGE = 50_000_000
+"""Parameters from which on a conversion judges its result on `EVALUATED_TOKENS`; `moefy eval` reads on."""
+EVALUATED_TOKENS = 8192
+
+
+def _evaluated(task: Conversion) -> int | None:
+    """About how many tokens the result is judged on; None for all of the evaluated documents."""
+    return EVALUATED_TOKENS if task.todo.parameters > LARGE else None
 
 
 @contextmanager

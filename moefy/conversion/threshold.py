@@ -30,13 +30,13 @@ from moefy.run.memory import give_back
 
 SCORED_TOKENS = 1024
 """Held-out tokens of every layer whose scores set the threshold."""
-FITTED_TOKENS = 4096
+FITTED_TOKENS = 1024
 """Tokens on which a compensation is fitted while the threshold is looked for."""
 LEAST, MOST = 0.02, 0.98
 """Densities between which a target for KL is looked for."""
 TRIALS = 5
 """Densities that are measured at most."""
-NEAR = 0.04
+NEAR = 0.08
 """How near to the target, as a share of it, ends the search."""
 
 
@@ -144,10 +144,10 @@ def _within(target: float, start: float, kl_at: Any) -> float:
             low = max(low, at)
         else:
             high = min(high, at)
-        if -NEAR <= gap <= 0 or high - low < 0.005:
+        if -NEAR <= gap <= 0 or high - low < 0.007:
             break
         # A little on the safe side, so that the last trial is one that keeps to the target.
-        at = min(max(at - (gap + NEAR / 2) / slope, low + 0.2 * (high - low)), high - 0.0025)
+        at = min(max(at - (gap + NEAR / 2) / slope, low + 0.003), high - 0.003)
     return high
 
 
