@@ -109,7 +109,7 @@ def compare(
         rows = _measured(wanted, bench, Stages(bench.folder))
     return {
         "kind": "comparison",
-        "model": str(model),
+        "model": Path(model).resolve().name if Path(model).exists() else str(model),
         "corpus": bench.corpus,
         "documents": documents,
         "seed": seed,
