@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pages import fill
 
-from moefy.conversion.pareto import comparison_rows, draw_pareto
+from moefy.benchmark.pareto import comparison_rows, draw_pareto
 from moefy.run.tables import markdown
 
 RECORD = Path("benchmarks/records/pareto_smollm2.json")

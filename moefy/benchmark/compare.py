@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
+from moefy.benchmark.roundings import AS_IS, ROUNDINGS, Dense, Rounding, file_bits
 from moefy.conversion.in_memory import in_memory, measure
 from moefy.conversion.plan import plan, router_of
-from moefy.conversion.roundings import AS_IS, ROUNDINGS, Dense, Rounding, file_bits
 from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
