@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy import recipe as recipes
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.run.computing import machine
 
 BUDGETS = (0.1, 0.2, 0.25, 0.5, 0.75)

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import recipe as recipes
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.conversion.convert import convert
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches

@@ -24,9 +24,8 @@ LAYERS = (
     {"data", "methods"},
     {"experts"},
     {"evaluation"},
-    {"exporting"},
-    {"conversion", "benchmark"},
-    {"training", "inspection"},
+    {"conversion", "exporting"},
+    {"training", "inspection", "benchmark"},
     {"cli"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}

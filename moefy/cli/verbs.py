@@ -444,8 +444,8 @@ def compare(
 
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 4,8
     """
-    from moefy.conversion.pareto import QUANTISED, check_plot, comparison_rows, draw_pareto
-    from moefy.conversion.pareto import compare as run
+    from moefy.benchmark.pareto import QUANTISED, check_plot, comparison_rows, draw_pareto
+    from moefy.benchmark.pareto import compare as run
     from moefy.run.tables import terminal
 
     if plot is not None:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from moefy import recipe as recipes
-from moefy.conversion.compare import Comparison
-from moefy.conversion.roundings import AS_IS, ROUNDINGS
+from moefy.benchmark.compare import Comparison
+from moefy.benchmark.roundings import AS_IS, ROUNDINGS
 from moefy.data.shards import EVALUATED_DOCUMENTS
 from moefy.errors import MoefyError, RecipeError, unknown_choice
 from moefy.recipe import Recipe
@@ -37,7 +37,7 @@ FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Row:
+class ParetoRow:
     """What is measured in one row."""
 
     name: str
@@ -61,12 +61,12 @@ class Row:
         return [self.name if recipe is None else recipe, self.rounding, self.budget]
 
 
-def rows_of(names: list[str], budgets: list[float]) -> list[Row]:
+def rows_of(names: list[str], budgets: list[float]) -> list[ParetoRow]:
     """The rows of these names; raises `RecipeError` for one that is unknown."""
     rows = []
     for name in dict.fromkeys(names):
         if name in ROUNDINGS:
-            rows.append(Row(name, None, None, None))
+            rows.append(ParetoRow(name, None, None, None))
             continue
         base, _, rounding = name.partition("@")
         recipe = recipes.load(base)
@@ -74,7 +74,7 @@ def rows_of(names: list[str], budgets: list[float]) -> list[Row]:
             raise RecipeError(f"{name}: {unknown_choice('rounding', rounding, ROUNDINGS)}")
         if rounding and recipe.baseline is None:
             raise RecipeError(f"{name}: {base} says itself how weights are stored (storage.bits)")
-        rows += [Row(name, recipe, rounding or None, budget) for budget in budgets]
+        rows += [ParetoRow(name, recipe, rounding or None, budget) for budget in budgets]
     return rows
 
 
@@ -109,7 +109,7 @@ def compare(
         rows = _measured(wanted, bench, Stages(bench.folder))
     return {
         "kind": "comparison",
-        "model": str(model),
+        "model": Path(model).resolve().name if Path(model).exists() else str(model),
         "corpus": bench.corpus,
         "documents": documents,
         "seed": seed,
@@ -128,7 +128,7 @@ def _folder(work: str | Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _measured(wanted: list[Row], bench: Comparison, stages: Stages) -> list[dict[str, Any]]:
+def _measured(wanted: list[ParetoRow], bench: Comparison, stages: Stages) -> list[dict[str, Any]]:
     """Every row, those that are there already first of all."""
     began, made, rows = time.perf_counter(), 0, []
     with bench.report.progress(len(wanted), "compare") as step:

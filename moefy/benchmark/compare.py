@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
+from moefy.benchmark.roundings import AS_IS, ROUNDINGS, Dense, Rounding, file_bits
 from moefy.conversion.in_memory import in_memory, measure
 from moefy.conversion.plan import plan, router_of
-from moefy.conversion.roundings import AS_IS, ROUNDINGS, Dense, Rounding, file_bits, load_file
 from moefy.conversion.task import Conversion
 from moefy.data.corpus import Batch, load_corpus
 from moefy.data.inputs import read_batches
@@ -36,7 +36,7 @@ from moefy.evaluation.routing import FfnLoad, bits_read
 from moefy.experts.entries import build_compensation, build_router
 from moefy.experts.loading import load_dense, replace_module
 from moefy.experts.passes import observing
-from moefy.experts.placement import placement, running_dtype
+from moefy.experts.placement import placement
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.methods.base import WIDE_BITS
 from moefy.methods.input_sparsity import InputSparseMlp
@@ -108,25 +108,17 @@ class Comparison:
     def rounded(self, name: str) -> dict[str, Any]:
         """The dense model with its MLPs rounded as the row `name` of `ROUNDINGS`; `n/a` says why not.
 
-        Where llama.cpp makes a file, `whole` is the same of all its tensors: bits per weight, KL.
+        Where llama.cpp makes a file, `whole_bits` are those of all its tensors.
         """
         began = time.perf_counter()
         rounding, recipe = ROUNDINGS[name], Recipe(seed=self.seed)
         try:
             row = self.quality(self._baseline(recipe, rounding))
             if rounding.file is not None:
-                row["whole"] = self._whole(rounding.file(self._source(self._task(recipe))))
+                row["whole_bits"] = file_bits(rounding.file(self._source(self._task(recipe))))
         except MoefyError as error:
             return {"n/a": str(error)}
         return {"seed": self.seed, **row, "seconds": round(time.perf_counter() - began, 2)}
-
-    @torch.no_grad()
-    def _whole(self, file: Path) -> dict[str, float]:
-        """Bits and KL of a GGUF file as a whole, read by transformers."""
-        dense = self._dense()
-        model = load_file(file, **{"dtype": running_dtype(self.checkpoint), **placement()})
-        judgement = judge(partial(run_outputs, model), self._evaluation, dense)
-        return {"bits": file_bits(file), "kl": judgement.mean("kl")}
 
     def at(self, recipe: Recipe, budget: float, rounding: Rounding = AS_IS) -> dict[str, Any]:
         """`run` at the density that reads this budget; `n/a` says why there is none.

@@ -7,16 +7,16 @@ import pytest
 from tiny_conversion import corpus_for
 from tiny_models import build
 
-from moefy.conversion import pareto
-from moefy.conversion.pareto import (
+from moefy.benchmark.pareto import (
     QUANTISED,
-    Row,
+    ParetoRow,
     compare,
     comparison_rows,
     draw_pareto,
     frontier,
     rows_of,
 )
+from moefy.conversion import pareto
 from moefy.errors import MoefyError, RecipeError
 
 
@@ -67,11 +67,11 @@ def test_finished_rows_are_taken_up_by_a_run_of_the_same_alone(
     assert run(source, "rtn-3", "teal", work=tmp_path)["rows"] == first
     made: list[str] = []
 
-    def measure(row: Row, bench: Any) -> dict[str, Any]:
+    def measure(row: ParetoRow, bench: Any) -> dict[str, Any]:
         made.append(row.name)
         return {"n/a": "not again"}
 
-    monkeypatch.setattr(pareto.Row, "measure", measure)
+    monkeypatch.setattr(pareto.ParetoRow, "measure", measure)
     assert run(source, "teal", "rtn-3", "rtn-4", work=tmp_path)["rows"][:2] == first[::-1]
     assert made == ["rtn-4"]
     run(source, "rtn-3", work=tmp_path, seed=1)

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import cholesky
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moefy.errors import MoefyError
 from moefy.methods.base import WIDE_BITS
@@ -211,15 +210,6 @@ def file_bits(file: Path) -> float:
     tensors = import_module("gguf").GGUFReader(file).tensors
     size = sum(int(tensor.n_bytes) for tensor in tensors)
     return 8 * size / sum(int(tensor.n_elements) for tensor in tensors)
-
-
-def load_file(file: Path, **kwargs: Any) -> PreTrainedModel:
-    """The model of a whole GGUF file, as transformers reads it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, **kwargs
-    )
-    model.eval()
-    return model
 
 
 LLAMA_CPP = ("q8_0", "q6_k", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
