@@ -115,11 +115,11 @@ def timed(found: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dic
     return {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
 
 
-def measure(rounds: int, tiny: bool) -> None:
+def measure(rounds: int, shapes: dict[str, tuple[int, int]], tiny: bool) -> None:
     """Time every shape, and write the record."""
     rows: list[dict[str, Any]] = []
     threads = torch.get_num_threads()
-    for shape, (width, neurons) in {"tiny": (64, 96)}.items() if tiny else SHAPES.items():
+    for shape, (width, neurons) in shapes.items():
         found = jobs(width, neurons)
         for count, clock in ((threads, time.perf_counter), (1, time.thread_time)):
             torch.set_num_threads(count)
@@ -171,10 +171,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["measure", "table"])
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     if given.what == "measure":
-        measure(given.rounds, given.tiny)
+        shapes = {name: SHAPES[name] for name in given.shapes}
+        measure(given.rounds, {"tiny": (64, 96)} if given.tiny else shapes, given.tiny)
     else:
         fill(PAGE, "codes", shown(json.loads(RECORD.read_text(encoding="utf-8"))))
 

@@ -277,6 +277,7 @@ class SparseMlp(Hooked):
             or self.all_on
             or self.look_ahead
             or not self._unheard(hidden)
+            or self.compensation.adds
             or not self.router.reads_input_alone
         ):
             return None
@@ -297,7 +298,6 @@ class SparseMlp(Hooked):
             or self.observer is not None
             or self.watched
             or self.tells_all
-            or self.compensation.adds
         )
 
     def _read_codes(self, hidden: Tensor) -> Tensor | None:
@@ -316,15 +316,20 @@ class SparseMlp(Hooked):
         if held is None or not held.follows(weights, made_of):
             self._in_codes = held = InCodes(weights, self.router if judged else None, made_of)
         self.chosen = "codes"
-        selection, packed = self.selection, held.packed
+        selection = self.selection
         if self.all_on:
-            y_TD = packed(x_TD)
+            mask_TE: Tensor | None = None
+            y_TD = held.packed(x_TD)
         elif held.judges and type(selection) is Threshold and selection.most is None:
-            y_TD = packed(x_TD, torch.full((len(x_TD),), selection.threshold))
+            threshold_T = torch.full((len(x_TD),), selection.threshold)
+            y_TD, mask_TE = held.packed.routed(x_TD, threshold_T)
         else:
             mask_TE, _ = self._route(x_TD)
-            y_TD = packed(x_TD, mask_TN=mask_TE.repeat_interleave(self.expert_size, 1))
+            y_TD = held.packed(x_TD, mask_TN=mask_TE.repeat_interleave(self.expert_size, 1))
         self.context.previous_TD = x_TD
+        if mask_TE is not None and self.compensation.adds:
+            extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
+            y_TD = y_TD if extra_TD is None else y_TD + extra_TD.to(y_TD.dtype)
         return y_TD.view(hidden.shape)
 
     def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:

@@ -127,6 +127,19 @@ def test_experts_of_any_router(bits, scales, shared):
     assert chosen == "codes" and error(got, want) < ROUNDED
 
 
+@pytest.mark.parametrize("kind", ["threshold", "topk"])
+def test_what_compensates_is_added(kind):
+    module, x = layer(), tokens()
+    k, level = chosen_apart(module, x)
+    module.selection = Threshold(level) if kind == "threshold" else TopK(k)
+    bare, _, _ = both(module, x)
+    module.compensation = COMPENSATIONS["residual"](D, N, 2)
+    for parameter in module.compensation.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
+    got, want, chosen = both(module, x)
+    assert chosen == "codes" and error(got, want) < ROUNDED < error(bare, want)
+
+
 def write_to_weights(module):
     module.up_ND.data[:1].mul_(2)
     module.up_ND.mul_(1)
