@@ -14,7 +14,7 @@ SETTINGS = {
     "compensation.name": "conditional_mean",
     "budget.name": "uniform",
 }
-RECIPE = override(Recipe.named("default"), SETTINGS)
+RECIPE = override(Recipe.named("largest_inputs"), SETTINGS)
 
 
 def moefied(name: str, work: Path) -> Path:

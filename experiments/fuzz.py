@@ -77,11 +77,12 @@ def originals(root: Path) -> dict[str, Path]:
     recipe.mkdir()
     shutil.copy(ROOT / "moefy" / "recipes" / "default.yaml", recipe / "recipe.yaml")
     small = {"partition.tokens": 64, "router.tokens": 64, "context": 32}
-    todo = override(moefy.Recipe.named("default", density=0.5), small)
+    todo = override(moefy.Recipe.named("largest_inputs", density=0.5), small)
     linear = {"router.name": "linear", "selection.name": "topk", "partition.expert_size": 4}
     for name, one, adapter in (
         ("load full", todo, False),
         ("load adapter", override(todo, linear | {"router.epochs": 1}), True),
+        ("load bits", override(todo, {"storage.bits": 4}), True),
     ):
         base = root / name / "base"
         shutil.copytree(dense, base)
@@ -149,9 +150,10 @@ class Refused(Exception):
 
 
 TARGETS: dict[str, Callable[[Path], Any]] = {
-    "load full": loaded, "load adapter": loaded, "plan": planned, "recipe": recipe, "corpus": corpus,
+    "load full": loaded, "load bits": loaded, "load adapter": loaded, "plan": planned, "recipe": recipe,
+    "corpus": corpus,
 }  # fmt: skip
-SHARES = {"load full": 4, "load adapter": 2, "plan": 2, "recipe": 1, "corpus": 1}
+SHARES = {"load full": 3, "load bits": 1, "load adapter": 2, "plan": 2, "recipe": 1, "corpus": 1}
 
 
 def run_case(seed: int, bases: dict[str, Path], right: dict[str, Any]) -> Case:

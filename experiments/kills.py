@@ -75,6 +75,7 @@ def verbs(root: Path) -> dict[str, list[str]]:
         "convert": convert,
         "convert --adapter": [*convert, "--adapter"],
         "convert --stream": [*convert, "--stream"],
+        "convert --bits": [*convert, "--bits", "4"],
         "recover": [
             "recover",
             made,
@@ -103,7 +104,15 @@ def verbs(root: Path) -> dict[str, list[str]]:
     }
 
 
-RESUMES = {"convert", "convert --adapter", "convert --stream", "recover", "sparsify", "prune"}
+RESUMES = {
+    "convert",
+    "convert --adapter",
+    "convert --stream",
+    "convert --bits",
+    "recover",
+    "sparsify",
+    "prune",
+}
 
 
 def main_of(words: list[str], said: Path) -> None:

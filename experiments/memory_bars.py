@@ -50,7 +50,7 @@ def build(folder: Path, tokenizer: Path) -> Path:
 def one(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Convert in this process: estimate and peak, in bytes."""
     before = psutil.Process().memory_info().rss
-    recipe = override(load(settings.pop("recipe", "default")), settings)
+    recipe = override(load(settings.pop("recipe", "largest_inputs")), settings)
     todo = plan(Checkpoint.open(model), recipe, "bundled")
     with tempfile.TemporaryDirectory() as folder:
         convert(model, Path(folder) / "out", recipe=recipe, quiet=True)

@@ -1,7 +1,7 @@
 """Every recipe on one model at equal active budgets: records for `experiments/pareto_report.py`.
 
 python experiments/pareto.py moefy/demo/llama --name llama --seed 0            # about an hour a seed
-python experiments/pareto.py moefy/demo/llama --name llama --seed 0 --only default,teal --budgets 0.25
+python experiments/pareto.py moefy/demo/llama --name llama --seed 0 --only largest_inputs,teal --budgets 0.25
 
 Each run is kept as it ends in benchmarks/records/pareto_{name}_seed{seed}.json; what is there already
 is not run again unless --again is given.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy import recipe as recipes
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.run.computing import machine
 
 BUDGETS = (0.1, 0.2, 0.25, 0.5, 0.75)
@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[int | None, ...]] = {
     "d2dmoe": (32, 8),
     "deja_vu": (None,),
     "fast": (None,),
-    "default": (None,),
+    "largest_inputs": (None,),
     "export": (None, 8),
     "best": (None,),
     "low_bit": (None,),

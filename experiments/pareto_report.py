@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from moefy.run.tables import markdown
 
 RECORDS = Path("benchmarks/records")
-OURS = ("fast", "default", "best", "low_bit", "export")
+OURS = ("fast", "largest_inputs", "best", "low_bit", "export")
 CONTROLS = ("oracle", "pruning", "random")
 TRAINING_FREE = ("teal", "wina", "cats", "griffin", "cmoe", "expertweaver")
 INTRO = """# Recipes at equal active budgets
@@ -57,6 +57,8 @@ EXACT = 1e-7
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
+RENAMED = {"default": "largest_inputs"}
+"""Recipes that had another name when they were measured."""
 IMPOSSIBLE: set[tuple[str, str, float]] = set()
 """(model, recipe, budget) at which a recipe said that it cannot serve."""
 
@@ -69,13 +71,11 @@ def load() -> dict[str, Rows]:
     for file in sorted(RECORDS.glob("pareto_*_seed*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         for row in record["rows"]:
-            row = {**row, "seed": record["seed"]}
+            row, name = {**row, "seed": record["seed"]}, RENAMED.get(row["recipe"], row["recipe"])
             if metric(row) is not None:
-                models[record["model"]][row["recipe"], row["budget"]][row["expert_size"]].append(
-                    row
-                )
+                models[record["model"]][name, row["budget"]][row["expert_size"]].append(row)
             elif "n/a" in row:
-                IMPOSSIBLE.add((record["model"], row["recipe"], row["budget"]))
+                IMPOSSIBLE.add((record["model"], name, row["budget"]))
     return models
 
 

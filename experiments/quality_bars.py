@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefy import recipe as recipes
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.conversion.convert import convert
 from moefy.data.corpus import load_corpus
 from moefy.data.inputs import read_batches
@@ -69,7 +69,7 @@ def gap() -> list[dict[str, Any]]:
 def relu() -> list[dict[str, Any]]:
     bench = Comparison(DEMO / "opt", WORK / "opt", documents=44)
     rows = []
-    for name in ("fast", "default"):
+    for name in ("fast", "largest_inputs"):
         row = bench.run(recipes.override(recipes.load(name), {"density": 0.2}))
         dense = float(bench.dense_nats())
         rows.append(
@@ -123,7 +123,7 @@ def cost() -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as work:
             source = Path(work) / "source"
             LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
-            for name in ("fast", "default"):
+            for name in ("fast", "largest_inputs"):
                 record = convert(source, Path(work) / name, recipe=name, corpus=documents)
                 seconds = record["conversion"]["seconds"]
                 yield {
@@ -144,7 +144,7 @@ def embeddings(folder: str) -> list[dict[str, Any]]:
         for name in ("router", "evaluation")
     }
     with tempfile.TemporaryDirectory() as work:
-        for name in ("fast", "default"):
+        for name in ("fast", "largest_inputs"):
             convert(
                 folder,
                 Path(work) / name,

@@ -41,25 +41,25 @@ def quality() -> str:
                 for (name, at), sizes in found.items()
                 if at == budget and name not in (*OURS, *CONTROLS)
             }
-            if not peers or ("default", budget) not in found:
+            if not peers or ("largest_inputs", budget) not in found:
                 continue
             best = min(peers, key=lambda name: peers[name])
             cells = []
-            for name in ("fast", "default", "best"):
+            for name in ("fast", "largest_inputs", "best"):
                 mine = found.get((name, budget))
                 cells.append(f"{mean(best_size(mine)):.4f}" if mine else "not run")
-            chosen = best_size(found["default", budget])
+            chosen = best_size(found["largest_inputs", budget])
             rows.append(
                 [
                     KINDS[model], f"{budget}", f"{peers[best]:.4f} ({best})", *cells,
                     f"{mean(chosen, lambda r: r['ffn_density']):.2f}",
                     f"{mean(chosen, lambda r: r['active_compute']):.2f}",
                     f"{mean(chosen, lambda r: r['ce_increase']):.4f}" if "ce_increase" in chosen[0] else "",
-                    str(min(len(best_size(found[n, budget])) for n in ("default", best))),
+                    str(min(len(best_size(found[n, budget])) for n in ("largest_inputs", best))),
                 ]
             )  # fmt: skip
     header = [
-        "model", "active budget", "best peer", "`fast`", "`default`", "`best`", "FFN density",
+        "model", "active budget", "best peer", "`fast`", "`largest_inputs`", "`best`", "FFN density",
         "computed", "CE increase", "seeds",
     ]  # fmt: skip
     return markdown(header, rows)

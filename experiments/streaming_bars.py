@@ -200,7 +200,7 @@ VARIANTS: dict[str, tuple[Callable[..., dict[str, Any]], list[dict[str, Any]]]] 
     "follow": (follow, [
         {"model": model, "recipe": recipe, "inputs": inputs}
         for model in ("llama", "opt")
-        for recipe in ("default", "export")
+        for recipe in ("largest_inputs", "export")
         for inputs in ("sparse", "dense")
     ]),
 }  # fmt: skip

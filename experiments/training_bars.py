@@ -34,7 +34,9 @@ def recovery(
     """Convert at FFN density 0.25, recover, with the dense model trained on the same tokens beside it."""
     moefied = work / "moefied"
     if not moefied.exists():
-        moefy.convert(DEMO / "llama", moefied, recipe=recipes.Recipe.named("default", density=0.25))
+        moefy.convert(
+            DEMO / "llama", moefied, recipe=recipes.Recipe.named("largest_inputs", density=0.25)
+        )
     recipe = recipes.override(RecoverRecipe(tokens=tokens), settings)
     out = work / "recovered"
     record = recover(moefied, out, recipe=recipe, corpus=corpus, control=True, resume=True)
@@ -56,7 +58,9 @@ def sparsifying(
         )
     shutil.copy(out / "curves.png", "docs/train_sparsify.png")
     # Half of the inputs tell which neurons are on; a tenth of them, as the density would have it, do not.
-    wanted = recipes.override(recipes.Recipe.named("default", density=0.1), {"router.inputs": 0.5})
+    wanted = recipes.override(
+        recipes.Recipe.named("largest_inputs", density=0.1), {"router.inputs": 0.5}
+    )
     rows = {}
     for name, source in {"sparsified": out, "as it was": DEMO / "opt"}.items():
         target = work / f"moefied {name}"
@@ -81,7 +85,7 @@ def table() -> str:
     first, last = found["before"], found["after"]
     taught, tokens = found["control"]["ce"], found["training"]["tokens"]
     lines = [
-        f"**Recovery.** Llama demo, `default` at FFN density 0.25, {tokens / 1e6:.2f} M tokens, "
+        f"**Recovery.** Llama demo, `largest_inputs` at FFN density 0.25, {tokens / 1e6:.2f} M tokens, "
         f"`--train {found['recipe']['train']} --set distil={found['recipe']['distil']:g}`:",
         "", "| model | cross-entropy |", "| --- | --- |",
         f"| dense | {first['ce_dense']['mean']:.4f} |",
@@ -94,7 +98,7 @@ def table() -> str:
         f"its teacher: KL to it {first['kl']['mean']:.3f} before, {last['kl']['mean']:.3f} after.",
         "", "![learning curves](train_recover.png)", "",
         f"**Sparsifying.** OPT demo, {sparse['training']['tokens'] / 1e6:.2f} M tokens, "
-        f"`--weight {sparse['recipe']['weight']:g}`, then `default` with `--set router.inputs=0.5` at FFN "
+        f"`--weight {sparse['recipe']['weight']:g}`, then `largest_inputs` with `--set router.inputs=0.5` at FFN "
         "density 0.1:",
         "", "| | as it was | sparsified | control |", "| --- | --- | --- | --- |",
         _row("cross-entropy, dense", "{:.4f}", [sparse[n]["ce"] for n in ("before", "after", "control")]),

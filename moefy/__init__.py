@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moefy.benchmark.bench import bench as bench
-    from moefy.conversion.compare import compare as compare
+    from moefy.benchmark.pareto import compare as compare
     from moefy.conversion.convert import convert as convert
     from moefy.data.corpus import load_corpus as load_corpus
     from moefy.data.inputs import load_tokenizer as load_tokenizer
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 _HOME = {
     "all_experts": "moefy.experts.sparse_mlp",
     "bench": "moefy.benchmark.bench",
-    "compare": "moefy.conversion.compare",
+    "compare": "moefy.benchmark.pareto",
     "Compensation": "moefy.methods.base",
     "convert": "moefy.conversion.convert",
     "diff": "moefy.inspection.diff",

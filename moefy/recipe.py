@@ -268,6 +268,11 @@ def shipped() -> dict[str, str]:
     return found
 
 
+def for_stream(name: Any) -> Any:
+    """What a streamed conversion takes for the default, which compares layers with each other."""
+    return "largest_inputs" if name == "default" else name
+
+
 def load(name_or_path: str | Path) -> Recipe:
     """Read a shipped recipe by name, or a YAML file.
 
@@ -320,6 +325,7 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def override(recipe: R, settings: dict[str, Any]) -> R:
     """A copy with dotted keys replaced, of a recipe of any kind: `{"router.name": "linear", "density": "0.5"}`.
 
+    A density takes the place of a target for KL, unless both are asked for.
     Values may be strings as they come from a command line; they are read as YAML.
     """
     data = dataclasses.asdict(recipe)
@@ -335,6 +341,8 @@ def override(recipe: R, settings: dict[str, Any]) -> R:
         if not own and (last not in node or isinstance(node[last], dict)):
             raise RecipeError(unknown_choice("recipe key", key, flat(data)))
         node[last] = _yaml(value, f"--set {key}") if isinstance(value, str) else value
+    if "density" in settings and "budget.target_kl" not in settings and "budget" in data:
+        data["budget"]["target_kl"] = None
     changed: R = _build(type(recipe), data, "--set")
     return changed
 

@@ -24,8 +24,8 @@ LAYERS = (
     {"data", "methods"},
     {"experts"},
     {"evaluation"},
-    {"conversion", "exporting", "benchmark"},
-    {"training", "inspection"},
+    {"conversion", "exporting"},
+    {"training", "inspection", "benchmark"},
     {"cli"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}

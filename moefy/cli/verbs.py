@@ -78,7 +78,7 @@ def convert(
     options = {
         "density": density, "budget.target_kl": target_kl, "storage.bits": bits, "seed": seed,
     }  # fmt: skip
-    chosen = _chosen(recipe, options, sizes, set_ or [])
+    chosen = _chosen(recipe, options, sizes, set_ or [], stream=stream)
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
     from moefy.conversion.convert import convert as run
@@ -97,7 +97,7 @@ def convert(
 
 
 def _chosen(
-    name: str, options: dict[str, Any], sizes: dict[str, Any], pairs: list[str]
+    name: str, options: dict[str, Any], sizes: dict[str, Any], pairs: list[str], *, stream: bool
 ) -> "Recipe":
     """The recipe called `name` with what options and `--set` change."""
     from moefy import recipe as recipes
@@ -106,7 +106,8 @@ def _chosen(
     if any(value is not None for value in sizes.values()):
         # One of them replaces whichever the recipe has; of both the recipe says what is wrong.
         changes |= sizes
-    return recipes.override(recipes.load(name), {**changes, **settings_of(pairs)})
+    named = recipes.for_stream(name) if stream else name
+    return recipes.override(recipes.load(named), {**changes, **settings_of(pairs)})
 
 
 def _plan(model: str, recipe: "Recipe", corpus: str | None, adapter: bool, stream: bool) -> Shown:
@@ -420,14 +421,22 @@ def diff(
 def compare(
     model: Model,
     recipe_names: Annotated[
-        str, typer.Option("--recipes", help="Recipes or YAML files, by comma.")
+        str,
+        typer.Option("--recipes", help="Recipes, YAML files or roundings, by comma; '' is none."),
     ] = "fast,default,moefication,cmoe,teal",
     budgets: Annotated[
         str, typer.Option(help="Budgets, by comma: above 1 bits per MLP weight, else share of 16.")
-    ] = "0.25,0.5",
+    ] = "4,8",
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Dense models of 8 to 2 bits beside them.")
+    ] = False,
     corpus: Text = None,
     documents: Documents = 44,
     seed: Seed = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished rows, which another run takes up.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .svg or .png.")] = None,
     out: Report = None,
     quiet: bool = False,
 ) -> Shown:
@@ -435,15 +444,20 @@ def compare(
 
     Example: moefy compare ./llama --recipes fast,teal,cats --budgets 4,8
     """
-    from moefy.conversion.compare import compare as run
-    from moefy.conversion.compare import comparison_rows
+    from moefy.benchmark.pareto import QUANTISED, check_plot, comparison_rows, draw_pareto
+    from moefy.benchmark.pareto import compare as run
     from moefy.run.tables import terminal
 
+    if plot is not None:
+        check_plot(plot)
+    names = [name for name in recipe_names.split(",") if name] + list(QUANTISED * quantised)
     record = run(
-        model, recipe_names.split(","), [float(b) for b in budgets.split(",")], corpus=corpus,
-        documents=documents, seed=seed, quiet=quiet,
+        model, names, [float(b) for b in budgets.split(",")], corpus=corpus, documents=documents,
+        seed=seed, work=work, quiet=quiet,
     )  # fmt: skip
     write(record, out, "comparison.json")
+    if plot is not None:
+        draw_pareto(record, plot)
     return Shown(record, [terminal(*comparison_rows(record))])
 
 
@@ -482,7 +496,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; a file for gguf.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, dense or gguf.")],
     quantize: Annotated[
-        str | None, typer.Option(help="q8_0: 8 bits, for matrices of gguf.")
+        str | None,
+        typer.Option(help="Of gguf: q8_0, matrices in 8 bits; q4_1, those of MLPs in 4."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> Shown:

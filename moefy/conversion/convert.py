@@ -49,7 +49,7 @@ from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
-from moefy.experts.sparse_mlp import all_experts
+from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
 from moefy.models.refusals import refuse_adapted
@@ -80,7 +80,8 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the checkpoint `model` (folder, Hub id, or a model in memory) into the folder `out`.
 
-    `recipe` is a `Recipe`, a shipped name or a YAML file; `corpus` is anything `load_corpus` reads.
+    `recipe` is a `Recipe`, a shipped name or a YAML file; of a stream `largest_inputs` stands for the default.
+    `corpus` is anything `load_corpus` reads.
     With `adapter` only the side files are written and the source stays where it is. `stream` holds
     one layer in memory at a time (`moefy.conversion.streamed`, docs/streaming.md). `resume` takes up a run that
     was interrupted and ends with the same tensors; `overwrite` replaces `out`.
@@ -91,6 +92,7 @@ def convert(
     in processes other than the first). Raises `MoefyError` for anything that is the user's to mend;
     `out` then is as it was.
     """
+    recipe = recipes.for_stream(recipe) if stream else recipe
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     reads = [model] if isinstance(model, str | Path) else _behind(model)
     job = Job(
@@ -130,7 +132,7 @@ def _planned(
             _require_memory(checkpoint)
         job.report.say(describe(task.todo, recipe, stream=stream))
         text = by_role(corpus, recipe.seed)["evaluation"].take(EVALUATED_DOCUMENTS)
-        limit = streamed.EVALUATED_TOKENS if stream else None
+        limit = streamed.EVALUATED_TOKENS if stream else _evaluated(task)
         evaluated = read_batches(checkpoint, task.todo.kind, text, recipe.context, limit)
     with job.clock.stage("hash the source"):
         hashes = job.processes.once(checkpoint.hashes)
@@ -154,12 +156,27 @@ def _in_memory(task: Conversion) -> Converted | None:
         with AsRouted(task, sparse).checking(), torch.no_grad():
             walk(sparse, task.evaluated[0])
         give_back()
-        source = None if made.artefact.rounded is None else task.load()
-        quality = evaluate(sparse, task.evaluated, against=source, report=task.report)
-        rounding = None if source is None else _rounding(sparse, source, task.evaluated)
-        if source is not None:
-            quality["dense"] = UNROUNDED
+        source = task.load()
+        rounds = made.artefact.rounded is not None
+        quality = evaluate(
+            sparse, task.evaluated, against=source if rounds else None, report=task.report
+        )
+        rounding = _rounding(sparse, source, task.evaluated) if rounds else None
+        quality |= {"dense": UNROUNDED} if rounds else {}
+        quality |= _beside_rounding(task, sparse, source, quality)
     return replace(made, error=error, evaluation=quality, rounding=rounding)
+
+
+ROUNDED = (8, 4, 3, 2)
+"""Bits that a result is compared with; a scale and an offset in 16 bits for 32 weights make one more."""
+LARGE = 50_000_000
+"""Parameters from which on a conversion judges its result on `EVALUATED_TOKENS`; `moefy eval` reads on."""
+EVALUATED_TOKENS = 8192
+
+
+def _evaluated(task: Conversion) -> int | None:
+    """About how many tokens the result is judged on; None for all of the evaluated documents."""
+    return EVALUATED_TOKENS if task.todo.parameters > LARGE else None
 
 
 @contextmanager
@@ -252,6 +269,29 @@ def _rounding(sparse: PreTrainedModel, source: PreTrainedModel, batches: list[Ba
 
     judgement = judge(run, batches, lambda batch: run_outputs(source, batch), distances)
     return judgement.mean("distance")
+
+
+@torch.no_grad()
+def _beside_rounding(
+    task: Conversion, sparse: PreTrainedModel, source: PreTrainedModel, quality: dict[str, Any]
+) -> dict[str, Any]:
+    """What rounding every MLP to the nearest loses that reads as many bits or the next fewer, scales included.
+
+    The weights of `sparse` are rounded for it: nothing else is asked of it afterwards.
+    """
+    bits = max((b for b in ROUNDED if b + 1 <= quality["bits_read"]), default=None)
+    own = quality["total"].get("kl")
+    if bits is None or own is None:
+        return {}
+    for module in sparse_mlps(sparse).values():
+        module.store(module.weights.to(torch.float32).quantised(bits, 16).stored)
+    kl = _rounding(sparse, source, task.evaluated)
+    if kl < own["mean"]:
+        task.report.say(
+            f"warning: rounding the dense model's MLPs to {bits} bits reads {bits + 1} bits a weight and loses "
+            f"less (KL {kl:.4g}) than this result at {quality['bits_read']:.2f} ({own['mean']:.4g})"
+        )
+    return {"rounded_alike": {"bits": bits, "bits_read": bits + 1, "kl": kl}}
 
 
 def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:

@@ -216,9 +216,11 @@ def tune(
         record |= _distilled(model, task, samples, check, active)
     target = recipe.budget.target_kl
     if target is not None:
-        record["held_out_kl"] = reached = check.distance()
+        known = {} if recipe.distil.steps else record["budget"]
+        record["held_out_kl"] = reached = known.get("held_out_kl") or check.distance()
         if reached > target:
-            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}")
+            remedy = "; store weights in more bits (--bits 8)" if task.rounds else ""
+            task.report.say(f"held-out KL {reached:.4g} is over the target of {target:g}{remedy}")
     return record
 
 

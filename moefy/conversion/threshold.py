@@ -23,6 +23,7 @@ from moefy.conversion.fit import refit_compensation
 from moefy.conversion.layer import Captured, tokens_of
 from moefy.conversion.task import Conversion
 from moefy.errors import RecipeError
+from moefy.evaluation.routing import bits_read
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.routers.bit_planes import BitPlanesRouter
 from moefy.methods.selections import Threshold
@@ -30,13 +31,15 @@ from moefy.run.memory import give_back
 
 SCORED_TOKENS = 1024
 """Held-out tokens of every layer whose scores set the threshold."""
-FITTED_TOKENS = 4096
+FITTED_TOKENS = 1024
 """Tokens on which a compensation is fitted while the threshold is looked for."""
 LEAST, MOST = 0.02, 0.98
 """Densities between which a target for KL is looked for."""
 TRIALS = 5
 """Densities that are measured at most."""
-NEAR = 0.04
+OTHERS = (0.1, 0.02, 0.01)
+"""Targets of which is said what they would take."""
+NEAR = 0.08
 """How near to the target, as a share of it, ends the search."""
 
 
@@ -115,6 +118,12 @@ def one_threshold(
     if recipe.budget.target_kl is not None:
         density = _within(recipe.budget.target_kl, density, lambda d: measured(d, FITTED_TOKENS))
     kl = measured(density, recipe.router.tokens)
+    elsewhere = _elsewhere(modules, scores, trials)
+    for at in elsewhere:
+        task.report.say(
+            f"a KL of {at['held_out_kl']:g} would take about {at['bits_read']:.1f} bits read a weight "
+            f"(density {at['density']:.2f})"
+        )
     return {
         "name": recipe.budget.name,
         "per": recipe.budget.per,
@@ -123,7 +132,38 @@ def one_threshold(
         "active": scores.active([module.experts for module in modules], scores.threshold(density)),
         "held_out_kl": kl,
         "trials": trials,
+        "elsewhere": elsewhere,
     }
+
+
+def _elsewhere(
+    modules: list[SparseMlp], scores: _Scores, trials: list[dict[str, float]]
+) -> list[dict[str, float]]:
+    """What other targets would take, along the line through the densities that were tried."""
+    tried = {t["density"]: math.log(max(t["held_out_kl"], 1e-12)) for t in trials}
+    if len(tried) < 2:
+        return []
+    slope, start = np.polyfit([*tried], [*tried.values()], 1)
+    found = []
+    for target in OTHERS if slope < 0 else ():
+        density = (math.log(target) - start) / slope
+        if LEAST <= density <= MOST:
+            bits = _bits(modules, scores, density)
+            found.append({"held_out_kl": target, "density": density, "bits_read": bits})
+    return found
+
+
+def _bits(modules: list[SparseMlp], scores: _Scores, density: float) -> float:
+    """Bits read per MLP weight at a density."""
+    active = scores.active([m.experts for m in modules], scores.threshold(density))
+    read = sum(
+        bits_read(
+            m.weights, m.router, m.compensation, on / m.experts, experts=m.experts, shared=m.shared
+        )
+        for m, on in zip(modules, active, strict=True)
+    )
+    weights = (m.weights for m in modules)
+    return read / sum(w.matrices * w.neurons * w.width for w in weights)
 
 
 def _within(target: float, start: float, kl_at: Any) -> float:
@@ -144,10 +184,10 @@ def _within(target: float, start: float, kl_at: Any) -> float:
             low = max(low, at)
         else:
             high = min(high, at)
-        if -NEAR <= gap <= 0 or high - low < 0.005:
+        if -NEAR <= gap <= 0 or high - low < 0.007:
             break
         # A little on the safe side, so that the last trial is one that keeps to the target.
-        at = min(max(at - (gap + NEAR / 2) / slope, low + 0.2 * (high - low)), high - 0.0025)
+        at = min(max(at - (gap + NEAR / 2) / slope, low + 0.003), high - 0.003)
     return high
 
 

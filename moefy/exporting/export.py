@@ -59,9 +59,9 @@ def export(
     """Write the artefact `folder` into `out` as the stock architecture `to`, as `dense` or `gguf`.
 
     `gguf` writes a file, takes stock models too, and `quantize="q8_0"` rounds its matrices to 8
-    bits. Returns the record: `architecture`, `out`, `warnings` and what was measured. Raises
-    `RecipeError` or `UnsupportedModel` where the target cannot hold the model, and `MoefyError`
-    where the result is not the same function; `out` then is as it was.
+    bits, `"q4_1"` those of MLPs to 4. Returns the record: `architecture`, `out`, `warnings` and what
+    was measured. Raises `RecipeError` or `UnsupportedModel` where the target cannot hold the model,
+    and `MoefyError` where the result is not the same function; `out` then is as it was.
     """
     folder, out = Path(folder), Path(out)
     if to == GGUF:

@@ -21,6 +21,12 @@ WIDE_BITS = 16
 """Bits of a weight that nobody has rounded: bf16."""
 
 
+def input_bits(mlp: DenseMlp) -> float:
+    """Bits of a weight of gate and up as they are stored, scales included."""
+    stored = mlp.stored
+    return WIDE_BITS if stored is None else stored.bits + stored.overhead("up")
+
+
 class Context(threading.local):
     """What is known of one forward pass beyond the input of a layer; every thread sees that of its own pass."""
 
@@ -130,15 +136,15 @@ class Router(nn.Module):
 
     def bits_read(self, mlp: DenseMlp) -> float:
         """Bits read for one token: what this router adds to the bits of the experts that run."""
-        return WIDE_BITS * self.weights_read(mlp)
+        gate = mlp.neurons * mlp.width if self.computes_gate else 0
+        return WIDE_BITS * (self.weights_read(mlp) - gate) + self.bits_reused(mlp)
 
     def bits_reused(self, mlp: DenseMlp) -> float:
         """Bits among these that belong to the neurons themselves: the experts that run read them no more.
 
         Counted over all neurons of `mlp`.
         """
-        gate = mlp.neurons * mlp.width if self.computes_gate else 0
-        return WIDE_BITS * gate
+        return input_bits(mlp) * mlp.neurons * mlp.width if self.computes_gate else 0
 
     def products(self, mlp: DenseMlp) -> int:
         """Multiplications for one token: what this router adds to the computed share."""

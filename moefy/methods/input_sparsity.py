@@ -38,8 +38,12 @@ class InputSparseMlp(nn.Module):
     `read` and `tokens` count what was read, for the active budget.
     """
 
-    def __init__(self, mlp: DenseMlp, method: str, side: str = "decoder") -> None:
+    def __init__(
+        self, mlp: DenseMlp, method: str, side: str = "decoder", bits: float = WIDE_BITS
+    ) -> None:
         super().__init__()
+        self.bits = bits
+        """Bits of one of its weights, scales included."""
         self.mlp, self.method, self.side = mlp, method, side
         self.roles = ["gate", "up", "down"] if mlp.gate_ND is not None else ["up", "down"]
         # Norms of the weights that multiply one input: columns of up and gate, rows of down.
@@ -86,7 +90,7 @@ class InputSparseMlp(nn.Module):
 
     def bits_read(self) -> float:
         """Bits read per weight and token."""
-        return WIDE_BITS * self.active_budget()
+        return self.bits * self.active_budget()
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """Output shaped and typed as `hidden`, computed in the dtype of the MLP; counts what was read.
@@ -114,6 +118,9 @@ class InputSparseMlp(nn.Module):
 
     def _keep(self, role: str, x_TI: Tensor, real_T: Tensor | None) -> Tensor:
         share = self.shares.kept[role]
+        if share >= 1:
+            self.read[role] += 0.0 if real_T is None else float(real_T.sum())
+            return x_TI
         if self.method == "teal":
             mask_TI = x_TI.abs() > self.shares.threshold.get(role, -1.0)
         else:

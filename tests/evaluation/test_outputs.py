@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moefy
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.data.corpus import IGNORED, Batch, Document, Sample
 from moefy.evaluation import outputs
 from moefy.evaluation.folder import evaluate as evaluate_folder

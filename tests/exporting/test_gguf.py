@@ -29,6 +29,7 @@ from moefy.experts.loading import load
 from moefy.exporting import gguf as tensors
 from moefy.exporting.export import export
 from moefy.exporting.gguf import write_gguf
+from moefy.models.artefact import read_artefact
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "shared", "llama_shared", "bf16"]
 FILES = {
@@ -381,6 +382,40 @@ def test_q8_0(demo: Path, tmp_path: Path) -> None:
         assert ((near.reshape(-1, 32) - blocks).abs() <= 0.51 * step + 127 * step / 2**11).all()
         assert 1e-3 < (near - true).norm() / true.norm() < 1e-2
     assert got["blk.0.ffn_gate_inp.weight"].tensor_type == Kind.F32
+
+
+def q4_1_codes(tensor: Any) -> Tensor:
+    """Codes of a tensor in Q4_1: blocks of d, m (fp16 each) and 32 nibbles, the low ones first."""
+    shape = [int(size) for size in reversed(tensor.shape)]
+    blocks = torch.from_numpy(np.array(tensor.data).reshape(-1, 20)[:, 4:].copy())
+    return torch.cat([blocks & 15, blocks >> 4], 1).reshape(shape)
+
+
+@torch.no_grad()
+def test_q4_1_holds_the_codes_that_a_conversion_has_stored(tmp_path: Path) -> None:
+    settings = {
+        "context": "48", "partition.experts": "16", "selection.k": "8", "partition.tokens": "512",
+        "router.tokens": "512", "router.epochs": "1", "storage.bits": "4", "storage.scales": "16",
+    }  # fmt: skip
+    recipe = recipes.override(recipes.load("export"), settings)
+    convert(DEMO, tmp_path / "out", recipe=recipe, corpus=token_ids(), quiet=True)
+    record = export(tmp_path / "out", tmp_path / "out.gguf", to="gguf", quantize="q4_1")
+    keys, got = read(tmp_path / "out.gguf")
+    assert keys["general.file_type"] == 3
+    assert record["tensors"]["Q4_1"] == 3 * 6
+    assert {got[f"blk.{i}.attn_q.weight"].tensor_type for i in range(6)} == {Kind.Q8_0}
+    artefact = read_artefact(tmp_path / "out")
+    for layer in range(6):
+        stored = artefact.stored(layer)
+        assert stored is not None
+        for name in ("gate", "up", "down"):
+            codes_END = q4_1_codes(got[f"blk.{layer}.ffn_{name}_exps.weight"])
+            own_ND = stored.matrix(name).codes_ND
+            want_END = own_ND.unflatten(0, (16, -1))
+            want_END = want_END.mT if name == "down" else want_END
+            # Offsets of bf16 weights are off by up to 2^-9 of a group's range: now and then a tie falls apart.
+            assert (codes_END == want_END).float().mean() > 0.9999, name
+            assert (codes_END.int() - want_END.int()).abs().max() <= 1
 
 
 def test_rows_that_no_block_fits_keep_their_dtype(

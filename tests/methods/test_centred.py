@@ -159,7 +159,9 @@ def test_the_router_looks_for_what_is_far_from_its_centre() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
-@pytest.mark.parametrize(("recipe", "name"), [("fast", "centred"), ("default", "centred_residual")])
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("fast", "centred"), ("largest_inputs", "centred_residual")]
+)
 def test_models_without_a_gate_are_centred_and_come_back_from_disk(
     recipe: str, name: str, model: str, adapter: bool, tmp_path: Path
 ) -> None:

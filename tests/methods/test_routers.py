@@ -26,6 +26,7 @@ from moefy.methods.selections import top_mask
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS
 from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models.mlp import DecidedMlp, DenseMlp
+from moefy.models.quantised import QuantisedMlp
 
 T, D, F, E, S = 40, 9, 5, 6, 2
 N = E * F
@@ -320,7 +321,16 @@ def test_largest_inputs_is_the_contribution_that_a_part_of_the_gate_foretells(
         want.append([math.sqrt(sum(each[e * F : (e + 1) * F])) for e in range(E)])
     check(router(x_TD, mlp), want, 1e-4)
     assert router.computes_gate == (reads == D)
-    assert router.weights_read(mlp) == N * reads + N + (0 if reads == D else D)
+    others = N + (0 if reads == D else D)
+    assert router.weights_read(mlp) == N * reads + others
+    assert router.bits_read(mlp) == 16 * router.weights_read(mlp)
+    matrices = {"gate": mlp.gate_ND, "up": mlp.up_ND, "down": mlp.down_ND}
+    stored = QuantisedMlp.of({k: v for k, v in matrices.items() if v is not None}, 4, 8)
+    rounded = replace(mlp, stored=stored)
+    # A code of 4 bits; of every row one group of 8-bit scale and offset, and two fp16 for the row.
+    columns = N * reads * (4 + (2 * 8 + 2 * 16) / D)
+    assert router.bits_read(rounded) == pytest.approx(columns + 16 * others)
+    assert router.bits_reused(rounded) == pytest.approx(columns if reads == D else 0)
 
 
 @torch.no_grad()

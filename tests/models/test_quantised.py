@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefy.models.quantised import GROUP, Quantised, quantise
+from moefy.models.quantised import GROUP, GROUPED, Quantised, QuantisedMlp, quantise, shapes
 
 MATRICES = st.tuples(
     st.integers(1, 80), st.integers(1, 80), st.sampled_from([1, 2, 3, 4, 8]),
@@ -96,3 +96,66 @@ def test_bits_are_counted_with_scales():
     assert quantise(w, 4, scale_bits=16).bits_per_weight == 5.0
     assert quantise(w, 4).bits_per_weight == pytest.approx(4.5 + 32 / 576)
     assert quantise(w, 4, along=0).bits_per_weight == pytest.approx(4.5 + 32 / 1536)
+
+
+MLPS = st.tuples(
+    st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 3, 4, 8]),
+    st.sampled_from([8, 16]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+
+
+def mlp_of(made):
+    neurons, width, bits, scale_bits, gated, seed = made
+    names = ["up", "gate", "down"] if gated else ["up", "down"]
+    matrices = {name: matrix(neurons, width, 1.0, seed + i) for i, name in enumerate(names)}
+    return matrices, QuantisedMlp.of(matrices, bits, scale_bits)
+
+
+@settings(deadline=None, max_examples=60)
+@given(MLPS)
+def test_an_mlp_holds_what_its_format_says_and_every_matrix_by_itself(made):
+    neurons, width, bits, scale_bits, _, _ = made
+    matrices, stored = mlp_of(made)
+    assert (len(stored), stored.bits, stored.scale_bits) == (neurons, bits, scale_bits)
+    got = {name: (tuple(t.shape), t.dtype) for name, t in stored.tensors.items()}
+    assert got == shapes(neurons, width, bits, scale_bits, matrices)
+    for name, w_ND in matrices.items():
+        alone = quantise(w_ND, bits, along=GROUPED[name], scale_bits=scale_bits)
+        assert torch.equal(stored.matrix(name).values(), alone.values())
+        # Counted from the tensors as it is from the sizes.
+        assert stored.overhead(name) == pytest.approx(alone.scale_bits)
+
+
+@settings(deadline=None, max_examples=60)
+@given(MLPS, st.integers(0, 2), st.integers(0, 70))
+def test_a_run_of_neurons_has_the_values_of_those(made, group, length):
+    matrices, stored = mlp_of(made)
+    first = min(group * GROUP, len(stored) // GROUP * GROUP)
+    run = slice(first, min(first + length, len(stored)))
+    if run.start == run.stop:
+        return
+    part = stored.take(run)
+    assert len(part) == run.stop - run.start
+    for name in matrices:
+        assert torch.equal(part.matrix(name).values(), stored.matrix(name).values()[run])
+    if len(part) > GROUP:
+        tail = part.take(slice(GROUP, None))
+        assert torch.equal(tail.matrix("down").values(), part.matrix("down").values()[GROUP:])
+
+
+def test_down_is_not_cut_within_a_group():
+    _, stored = mlp_of((64, 8, 4, 8, True, 0))
+    part = stored.take(slice(8, None))
+    assert torch.equal(part.matrix("up").values(), stored.matrix("up").values()[8:])
+    with pytest.raises(ValueError, match="not the first of a group"):
+        part.matrix("down")
+
+
+def test_other_matrices_take_the_place_of_those_of_their_names():
+    matrices, stored = mlp_of((40, 33, 4, 8, True, 0))
+    other = quantise(2 * matrices["gate"], 4)
+    changed = stored.with_matrices({"gate": other})
+    assert torch.equal(changed.matrix("gate").values(), other.values())
+    for name in ("up", "down"):
+        assert torch.equal(changed.matrix(name).values(), stored.matrix(name).values())
+    assert torch.equal(stored.matrix("gate").values(), quantise(matrices["gate"], 4).values())

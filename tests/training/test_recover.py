@@ -397,7 +397,7 @@ def test_a_disk_that_fills_up_loses_nothing(
 def test_what_was_checked_is_what_is_saved(model: str, lora_rank: int, tmp_path: Path) -> None:
     """Thresholds, centres and weights belong together; single neurons chosen by their own weights."""
     settings = {"context": 32, "partition.tokens": 128, "router.tokens": 256, "density": 0.5}
-    wanted = recipes.override(recipes.load("default"), settings)
+    wanted = recipes.override(recipes.load("largest_inputs"), settings)
     moefy.convert(
         build(model, tmp_path / "source"), tmp_path / "moefied", recipe=wanted,
         corpus=corpus_for(model), quiet=True,

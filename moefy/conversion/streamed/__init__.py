@@ -46,7 +46,7 @@ def refuse(task: Conversion) -> None:
         if wanted:
             raise RecipeError(
                 f"{what}: needs the whole model in memory, which streaming avoids; leave it out (the "
-                "recipes fast and default can be streamed), or convert without --stream"
+                "recipes fast and largest_inputs can be streamed), or convert without --stream"
             )
 
 

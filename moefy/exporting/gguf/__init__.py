@@ -53,7 +53,11 @@ from moefy.models.config import read_config
 from moefy.run.folder import OutputFolder, to_disk
 from moefy.run.job import Job
 
-QUANTIZATIONS = {"q8_0": GGMLQuantizationType.Q8_0}
+QUANTIZATIONS = {
+    "q8_0": (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0),
+}
+"""By name: the blocks of MLPs, and those of other matrices."""
 _TYPES = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
@@ -64,6 +68,7 @@ _FILE_TYPES = {
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
     GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
 }
 
 
@@ -88,10 +93,11 @@ def write_gguf(
 ) -> dict[str, Any]:
     """Write the stock model `folder` as the file `out`, its name in it `name` or the folder's.
 
-    `quantize="q8_0"` rounds matrices whose rows are multiples of 32 to 8 bits, the router excepted.
-    One tensor is in memory at a time. Returns the record. Raises `UnsupportedModel` for a model or
-    tokenizer that llama.cpp computes in another way, and `OutputError` where `out` is in the way;
-    the file appears when it is whole.
+    `quantize="q8_0"` rounds matrices whose rows are multiples of 32 to 8 bits, the router excepted;
+    `"q4_1"` those of MLPs to 4 bits with a scale and an offset in fp16, which are the codes that a
+    conversion with `storage.bits: 4` and `storage.scales: 16` has stored. One tensor is in memory at a
+    time. Returns the record. Raises `UnsupportedModel` for a model or tokenizer that llama.cpp computes
+    in another way, and `OutputError` where `out` is in the way; the file appears when it is whole.
     """
     checkpoint, out = Checkpoint.open(folder), Path(out)
     check_request(checkpoint.folder, out, quantize=quantize, overwrite=overwrite)
@@ -106,7 +112,9 @@ def write_gguf(
     add_metadata(writer, architecture, config)
     cautions = [*warnings(config), *_rounded(planned, gain), *_unrounded(planned, quantize)]
     cautions += add_vocabulary(writer, checkpoint.folder, config.vocab_size, config)
-    mostly = Counter(types[tensor.name] for tensor in planned if len(tensor.shape) > 1)
+    mostly: Counter[GGMLQuantizationType] = Counter()
+    for tensor in planned:
+        mostly[types[tensor.name]] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
     writer.add_file_type(_FILE_TYPES[mostly.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write(writer, planned, types, out, overwrite=overwrite)
@@ -132,7 +140,7 @@ def _rounded(planned: list[Planned], gain: float) -> list[str]:
 
 
 def _unrounded(planned: list[Planned], quantize: str | None) -> list[str]:
-    """Matrices that no block of 8-bit numbers fits."""
+    """Matrices that no block of 32 numbers fits."""
     odd = [t for t in planned if len(t.shape) > 1 and t.shape[-1] % 32 and not _is_router(t)]
     if not odd or quantize is None:
         return []
@@ -148,7 +156,10 @@ def _is_router(tensor: Planned) -> bool:
 
 def _type(tensor: Planned, quantize: str | None) -> GGMLQuantizationType:
     fits = len(tensor.shape) > 1 and not tensor.shape[-1] % 32 and not _is_router(tensor)
-    return QUANTIZATIONS[quantize] if quantize and fits else _TYPES[tensor.dtype]
+    if quantize is None or not fits:
+        return _TYPES[tensor.dtype]
+    mlps, others = QUANTIZATIONS[quantize]
+    return mlps if ".ffn_" in tensor.name else others
 
 
 def _write(
@@ -188,7 +199,7 @@ def _write(
 def _encoded(tensor: Planned, kind: GGMLQuantizationType) -> NDArray[Any]:
     """The bytes of a tensor as GGUF has them."""
     value = tensor.make().contiguous()
-    if kind in QUANTIZATIONS.values():
+    if kind not in _TYPES.values():
         return np.asarray(gguf.quants.quantize(value.float().numpy(), kind))
     return np.asarray(value.flatten().view(torch.uint8).numpy())
 

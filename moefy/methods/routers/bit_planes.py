@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 
 from moefy.errors import RecipeError
 from moefy.methods.base import WIDE_BITS, Router
+from moefy.methods.routers.gates import FLAT
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp, activation_function
 from moefy.models.quantised import GROUP, Quantised, quantise
@@ -139,8 +140,10 @@ class BitPlanesRouter(Router):
         """Scores `[T, E]`, never negative; of an expert the root of the sum of squares."""
         act, x_TD = activation_function(mlp.activation), x_TD.float()
         decided_TN, variance_N = self._rough(x_TD, mlp, self.matrices[0])
-        # transformers' activations have no derivative to call.
-        slope_TN = (act(decided_TN + _STEP) - act(decided_TN - _STEP)) / (2 * _STEP)
+        # By a difference, since transformers' activations have no derivative to call; of those that are flat
+        # below zero as wide as the error is, since a neuron that seems to be off may be on.
+        step = variance_N.clamp_min(1e-12).sqrt() if mlp.activation in FLAT else _STEP
+        slope_TN = (act(decided_TN + step) - act(decided_TN - step)) / (2 * step)
         value_TN = act(decided_TN)
         if mlp.gate_ND is None and mlp.centre_N is not None:
             value_TN = value_TN - mlp.centre_N

@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from moefy.errors import RecipeError
-from moefy.methods.base import Router
+from moefy.methods.base import WIDE_BITS, Router, input_bits
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp, activation_function
 
@@ -148,6 +148,12 @@ class LargestInputsRouter(RoughGateRouter):
         """The columns of the largest inputs, all column norms, one size per neuron."""
         norms = 0 if self.computes_gate else self.width
         return len(self.size_N) * self.inputs + norms + len(self.size_N)
+
+    def bits_read(self, mlp: DenseMlp) -> float:
+        """The same, columns in the bits that they are stored in."""
+        columns = len(self.size_N) * self.inputs
+        others = self.weights_read(mlp) - columns
+        return input_bits(mlp) * columns + WIDE_BITS * others
 
 
 class SelfGatingRouter(Router):

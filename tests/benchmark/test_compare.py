@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_conversion import RECIPE, corpus_for
 from tiny_models import build
 
-from moefy.conversion.compare import Comparison
+from moefy.benchmark.compare import Comparison
 from moefy.conversion.plan import plan, router_of
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.locate import Site

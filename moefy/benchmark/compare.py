@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy import recipe as recipes
+from moefy.benchmark.roundings import AS_IS, ROUNDINGS, Dense, Rounding, file_bits
 from moefy.conversion.in_memory import in_memory, measure
 from moefy.conversion.plan import plan, router_of
 from moefy.conversion.task import Conversion
@@ -46,7 +47,6 @@ from moefy.models.locate import Site, read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
 from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
 from moefy.recipe import Recipe
-from moefy.run.computing import asked, machine
 from moefy.run.console import Reporter
 from moefy.run.output import Stages
 
@@ -75,14 +75,22 @@ class Comparison:
         self._dense_outputs: list[Outputs] = []
         self._evaluation: list[Batch] = []
 
-    def run(self, recipe: Recipe) -> dict[str, Any]:
-        """Convert in memory, evaluate; a JSON record. Raises what `plan` raises."""
+    @property
+    def decided(self) -> list[Any]:
+        """What decides every figure beside the recipe, as JSON values."""
+        return [self.checkpoint.all_hashes(), self.corpus, self.documents, self.seed]
+
+    def run(self, recipe: Recipe, rounding: Rounding = AS_IS) -> dict[str, Any]:
+        """Convert in memory, evaluate; a JSON record. Raises what `plan` raises.
+
+        A recipe that names a baseline may run on weights that are rounded.
+        """
         recipe = replace(recipe, seed=self.seed)
         began = time.perf_counter()
         if recipe.baseline is None:
             model, fitted = self._moefied(recipe)
         else:
-            model, fitted = self._baseline(recipe), {}
+            model, fitted = self._baseline(recipe, rounding), {}
         seconds = time.perf_counter() - began
         return {
             "seed": self.seed,
@@ -97,16 +105,31 @@ class Comparison:
         dense = self._dense()
         return judge(dense, self._evaluation).mean("ce")
 
-    def at(self, recipe: Recipe, budget: float) -> dict[str, Any]:
+    def rounded(self, name: str) -> dict[str, Any]:
+        """The dense model with its MLPs rounded as the row `name` of `ROUNDINGS`; `n/a` says why not.
+
+        Where llama.cpp makes a file, `whole_bits` are those of all its tensors.
+        """
+        began = time.perf_counter()
+        rounding, recipe = ROUNDINGS[name], Recipe(seed=self.seed)
+        try:
+            row = self.quality(self._baseline(recipe, rounding))
+            if rounding.file is not None:
+                row["whole_bits"] = file_bits(rounding.file(self._source(self._task(recipe))))
+        except MoefyError as error:
+            return {"n/a": str(error)}
+        return {"seed": self.seed, **row, "seconds": round(time.perf_counter() - began, 2)}
+
+    def at(self, recipe: Recipe, budget: float, rounding: Rounding = AS_IS) -> dict[str, Any]:
         """`run` at the density that reads this budget; `n/a` says why there is none.
 
         A budget above 1 is bits per MLP weight of the dense model, another one a share of its 16.
         """
         try:
-            density = self.density_at(recipe, budget)
+            density = self.density_at(recipe, budget, rounding)
             if density is None:
                 return {"n/a": "cannot go below this budget"}
-            return self.run(replace(recipe, density=density))
+            return self.run(recipes.override(recipe, {"density": density}), rounding)
         except MoefyError as error:
             return {"n/a": str(error)}
 
@@ -132,14 +155,16 @@ class Comparison:
         """Neurons of the first MLP."""
         return plan(self.checkpoint, Recipe(), self.text.name).sites[0].neurons
 
-    def density_at(self, recipe: Recipe, budget: float) -> float | None:
+    def density_at(self, recipe: Recipe, budget: float, rounding: Rounding = AS_IS) -> float | None:
         """The FFN density at which a recipe reads a budget (as in `at`); None below its least.
 
         What runs is whole experts, so the budget that is reached may be a little smaller.
         """
         bits = budget if budget > 1 else WIDE_BITS * budget
         if recipe.baseline is not None:
-            return bits / WIDE_BITS
+            task = self._task(replace(recipe, baseline=None))
+            _, stored = next(rounding.make(self._source(task)))
+            return min(1.0, bits / stored)
         todo = plan(self.checkpoint, replace(recipe, density=1.0), self.text.name)
         site, entry = todo.sites[0], todo.layers[0]
         if recipe.selection.name == "prompt_static":
@@ -186,9 +211,7 @@ class Comparison:
 
         dense = self._dense()
         judgement = judge(run, self._evaluation, dense, partial(_shown, figures_of(model)))
-        found: dict[str, Any] = {
-            name: mean for name in judgement.sums_Q if (mean := judgement.mean(name))
-        }
+        found: dict[str, Any] = {name: judgement.mean(name) for name in judgement.sums_Q}
         if load is not None:
             found["ffn_density"] = load.density()
             found["bits_read"] = load.bits_read()
@@ -212,10 +235,10 @@ class Comparison:
         fits = [{k: v for k, v in fit.items() if k != "layer"} for fit in made.fits]
         return model, {"routers": fits, **({"tuning": made.tuning} if made.tuning else {})}
 
-    def _task(self, recipe: Recipe, work: Path) -> Conversion:
+    def _task(self, recipe: Recipe, work: Path | None = None) -> Conversion:
         """A conversion that takes over what those before it have captured and split."""
         task = Conversion.planned(
-            self.checkpoint, recipe, self.text, work, report=self.report,
+            self.checkpoint, recipe, self.text, work or self.folder, report=self.report,
             captures=self.folder / f"seed{self.seed}", partitions=Stages(self.folder),
         )  # fmt: skip
         # Any recipe distils on all that routers could be fitted on.
@@ -223,16 +246,34 @@ class Comparison:
         read = partial(read_batches, self.checkpoint, task.todo.kind, text, recipe.context)
         return replace(task, distilled_on=read() if recipe.distil.steps else [])
 
-    def _baseline(self, recipe: Recipe) -> PreTrainedModel:
-        assert recipe.baseline is not None
-        task = self._task(replace(recipe, baseline=None), self.folder)
-        model, sample = task.load(), measure(task)["partition"]
-        for site in task.todo.sites:
-            mlp = read_mlp(site, lambda name: model.get_parameter(name).detach()).to(torch.float32)
-            module = InputSparseMlp(mlp.contiguous(), recipe.baseline, side_of(site))
-            module.calibrate(sample.inputs(site).float(), recipe.density)
+    def _baseline(self, recipe: Recipe, rounding: Rounding = AS_IS) -> PreTrainedModel:
+        """The dense model, its MLPs rounded and, where the recipe says so, without small inputs."""
+        task = self._task(replace(recipe, baseline=None))
+        model = task.load()
+        dtype = next(model.parameters()).dtype
+        mlps = rounding.make(self._source(task))
+        for site, (mlp, bits) in zip(task.todo.sites, mlps, strict=True):
+            module = InputSparseMlp(
+                mlp.contiguous(), recipe.baseline or "teal", side_of(site), bits
+            )
+            if recipe.baseline is not None:
+                sample = measure(task)["partition"]
+                module.calibrate(sample.inputs(site).float(), recipe.density)
+            # As moefied layers do, all compute in the dtype of the model.
+            module.mlp = module.mlp.to(dtype)
             replace_module(model, site, module)
         return model
+
+    def _source(self, task: Conversion) -> Dense:
+        """What is rounded."""
+        weights = task.weights()
+        return Dense(
+            checkpoint=self.checkpoint,
+            sites=task.todo.sites,
+            mlp=lambda site: read_mlp(site, weights).to(torch.float32),
+            inputs=lambda site: measure(task)["router"].inputs(site),
+            folder=self.folder,
+        )
 
     def _dense(self) -> list[Outputs]:
         if not self._dense_outputs:
@@ -265,70 +306,3 @@ def _codes(site: Site, recipe: Recipe) -> QuantisedMlp | None:
         for name, (shape, dtype) in shapes(site.neurons, site.width, bits, scales, names).items()
     }
     return QuantisedMlp(tensors, site.width)
-
-
-@asked
-def compare(
-    model: str | Path,
-    names: list[str],
-    budgets: list[float],
-    *,
-    corpus: Any = None,
-    documents: int = EVALUATED_DOCUMENTS,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    batch_size: int | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Recipes (shipped names or YAML files) on one model at equal budgets (as in `at`); a JSON record.
-
-    Raises `RecipeError` for an unknown recipe before anything is run. A recipe that cannot serve the
-    model, or not at a budget, has a row that says why.
-    """
-    wanted = {name: recipes.load(name) for name in names}
-    report = Reporter(quiet=quiet)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Comparison(
-            model, folder, corpus=corpus, seed=seed, documents=documents, report=report
-        )
-        for name, recipe in wanted.items():
-            for budget in budgets:
-                report.say(f"{name} at {budget}")
-                rows.append({"recipe": name, "budget": budget, **bench.at(recipe, budget)})
-    return {
-        "kind": "comparison",
-        "model": str(model),
-        "corpus": bench.corpus,
-        "documents": documents,
-        "seed": seed,
-        "rows": rows,
-        "machine": machine(),
-    }
-
-
-def comparison_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a comparison of recipes, best first at every budget."""
-    header = [
-        "budget",
-        "recipe",
-        "KL to dense",
-        "CE increase",
-        "cosine",
-        "squared error",
-        "bits read",
-        "computed",
-    ]
-    keys = ("kl", "ce_increase", "cosine", "mse", "bits_read", "active_compute")
-
-    def order(row: dict[str, Any]) -> tuple[float, bool, float]:
-        return row["budget"], "n/a" in row, row.get("kl", row.get("mse", -row.get("cosine", 0.0)))
-
-    rows = []
-    for row in sorted(record["rows"], key=order):
-        cells = [f"{row[key]:.4f}" if key in row else "" for key in keys]
-        cells = [f"n/a: {row['n/a']}", *[""] * (len(keys) - 1)] if "n/a" in row else cells
-        rows.append([f"{row['budget']:.2f}", row["recipe"], *cells])
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return [header[i] for i in used], [[row[i] for i in used] for row in rows]

@@ -1,0 +1,36 @@
+"""The table and the picture of docs/real_llm.md, from the record of the comparison on SmolLM2.
+
+SMOLLM2=path/to/SmolLM2-135M-Instruct
+python -m moefy compare $SMOLLM2 --quantised --budgets 2.5,3,3.5,4 --documents 12 --work runs/pareto_smollm2 \\
+    -o benchmarks/records/pareto_smollm2.json
+python experiments/real_llm.py
+"""
+
+import json
+from pathlib import Path
+
+from pages import fill
+
+from moefy.benchmark.pareto import comparison_rows, draw_pareto
+from moefy.run.tables import markdown
+
+RECORD = Path("benchmarks/records/pareto_smollm2.json")
+PAGE, PICTURE = Path("docs/real_llm.md"), Path("docs/pareto_smollm2.png")
+
+
+def main() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    fill(PAGE, "pareto", markdown(*comparison_rows(record)))
+    whole = [
+        [row["recipe"], f"{row['bits_read']:.2f}", f"{row['whole_bits']:.2f}"]
+        for row in record["rows"]
+        if "whole_bits" in row
+    ]
+    fill(PAGE, "files", markdown(["", "MLPs, bits a weight", "whole file, bits a weight"], whole))
+    tokens = max(row.get("tokens", 0) for row in record["rows"])
+    fill(PAGE, "measured", f"Measured on {record['documents']} documents, {tokens} tokens.")
+    draw_pareto(record, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
