@@ -128,6 +128,11 @@ def planned(folder: Path) -> str:
         raise Refused(result.stderr.removeprefix("moefy: ").strip())
     if result.exception is not None:
         raise result.exception
+    notes = [line for line in result.stdout.splitlines() if line.startswith("note: the ")]
+    if (
+        notes
+    ):  # of a tokenizer that is not the model's, or gone: the run itself may have no use for it
+        raise Refused(notes[0])
     return result.stdout.replace(str(folder), "MODEL").replace(str(folder.parent), "")
 
 

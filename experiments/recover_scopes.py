@@ -22,20 +22,24 @@ import moefy
 from moefy import recipe as recipes
 from moefy.data.corpus import load_corpus, make_batches, sampler
 from moefy.evaluation.outputs import judge, run_outputs
+from moefy.experts.loading import load_dense
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_mlp import use_backend
 from moefy.models.artefact import open_artefact
+from moefy.models.checkpoint import Checkpoint
 from moefy.run.computing import machine
 from moefy.run.memory import map_large_blocks, peak_memory
 from moefy.training.learning import RecoveryCheck, in_training, towards, trained
 from moefy.training.loop import _Stepping, make_accelerator, read_texts
 from moefy.training.recipe import RecoverRecipe, for_this_machine
-from moefy.training.teacher import sixteen_bits
+from moefy.training.teacher import another, sixteen_bits
 
 RECORD = Path("benchmarks/records/recover_scopes.json")
 
 
-def run(folder: Path, recipe: RecoverRecipe, documents: int, every: int) -> dict[str, Any]:
+def run(
+    folder: Path, recipe: RecoverRecipe, documents: int, every: int, against: str | None
+) -> dict[str, Any]:
     """Train for a while; KL to the dense model before and after, and what it took."""
     artefact, source = open_artefact(folder, verify=False)
     converted = recipes.from_dict(artefact.recipe)
@@ -46,14 +50,20 @@ def run(folder: Path, recipe: RecoverRecipe, documents: int, every: int) -> dict
     use_backend(student, "masked")
     samples = [s for b in texts.evaluated for s in b.samples][:documents]
     batches = make_batches(samples, tokens=512)
-    held = make_batches([s for b in texts.held for s in b.samples], tokens=512)
+    held = make_batches([s for b in texts.held for s in b.samples][:documents], tokens=512)
     half = recipe.precision == "bf16"
     with trained(student, recipe) as learning:
         with (
             sixteen_bits(student, learning.adapted) if half else nullcontext(),
             accelerator.autocast(),
         ):
-            want = [learning.teacher(batch) for batch in batches]
+            teacher = learning.teacher
+            if against is not None:
+                dense = load_dense(Checkpoint.open(against), dtype=torch.float32).requires_grad_(
+                    False
+                )
+                teacher = another(dense)
+            want = [teacher(batch) for batch in batches]
 
             def kl() -> float:
                 with learning.merged():
@@ -65,11 +75,11 @@ def run(folder: Path, recipe: RecoverRecipe, documents: int, every: int) -> dict
                         True for _ in module.router.parameters()
                     )
                     module.straight_through = learns
-            check = RecoveryCheck(student, learning.teacher, held, converted, 1.0)
+            check = RecoveryCheck(student, teacher, held, converted, 1.0)
             check.merged = learning.merged
             first, before = check(), kl()
         with sixteen_bits(student, learning.adapted) if half else nullcontext():
-            objective = towards(student, learning.teacher, recipe.distil)
+            objective = towards(student, teacher, recipe.distil)
             steps = _Stepping.prepared(
                 learning.wrapped, learning.groups, objective, recipe, accelerator
             )
@@ -108,6 +118,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--documents", type=int, default=12)
+    parser.add_argument("--against", help="the dense model, where weights of FOLDER are rounded")
     parser.add_argument("--name", default="", help="what the record calls the model")
     parser.add_argument("--curve", type=int, default=0, help="tokens between points of a curve")
     args = parser.parse_args()
@@ -119,7 +130,9 @@ def main() -> None:
                     train=scope, lora_rank=rank, learning_rate=rate, tokens=args.tokens, batch_tokens=args.batch,
                     distil=1.0,
                 ))  # fmt: skip
-                found = run(args.folder, recipe, args.documents, args.curve) | {"model": args.name}
+                found = run(args.folder, recipe, args.documents, args.curve, args.against) | {
+                    "model": args.name
+                }
                 rows = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else []
                 rows.append(found)
                 RECORD.write_text(json.dumps({"runs": rows, "machine": machine()}, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """From a checkpoint folder and a corpus to the batches its model can run."""
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -56,7 +57,13 @@ def load_tokenizer(folder: Path) -> Any:
         if missing:
             raise CheckpointError(f"{folder / there[0]}: cannot be read here; {remedy}")
     with reading(folder / there[0], remedy):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length: got "
+            f"{reprlib.repr(tokenizer.model_max_length)}, must be a number; {remedy}"
+        )
+    return tokenizer
 
 
 def _is_installed(module: str) -> bool:

@@ -140,6 +140,9 @@ class Router(nn.Module):
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
 
+    def follow(self, mlp: DenseMlp) -> None:
+        """Take note that training has changed the weights of the routed neurons."""
+
     def forward(self, x_TD: Tensor, mlp: DenseMlp) -> Tensor:
         """Scores `[T, E]`; `mlp` holds the routed neurons in expert order."""
         raise TypeError(f"{type(self).__name__} does not define forward")

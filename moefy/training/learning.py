@@ -307,6 +307,7 @@ class RecoveryCheck:
         for module in modules.values():
             module.straight_through = False
             module.compensation.follow(module.weights)
+            module.router.follow(module.routed)
         if varies(self.recipe) and self.active:
             recalibrate(self.model, self.recipe, self.batches, self.active)
             # Processes may differ in the last bit; they are to run the same experts.

@@ -7,6 +7,7 @@ import pytest
 from tiny_conversion import corpus_for
 from tiny_models import build
 
+from moefy.benchmark import pareto
 from moefy.benchmark.pareto import (
     QUANTISED,
     ParetoRow,
@@ -16,7 +17,6 @@ from moefy.benchmark.pareto import (
     frontier,
     rows_of,
 )
-from moefy.conversion import pareto
 from moefy.errors import MoefyError, RecipeError
 
 

@@ -150,3 +150,37 @@ def test_other_parts_of_a_rounded_model_learn_alone(moefied: Path, tmp_path: Pat
     before, after = moefy.load(moefied), moefy.load(tmp_path / "out")
     for old, new in zip(sparse_mlps(before).values(), sparse_mlps(after).values(), strict=True):
         assert torch.equal(old.up_ND, new.up_ND)
+
+
+def test_planes_that_route_stay_those_of_the_weights(tmp_path: Path) -> None:
+    settings = {
+        "selection.name": "threshold", "partition.expert_size": 1, "router.name": "bit_planes",
+        "router.bits": 2, "storage.bits": 4,
+    }  # fmt: skip
+    source = build("llama", tmp_path / "source")
+    convert_tiny("llama", source, tmp_path / "moefied", settings=settings)
+    recipe = RecoverRecipe(
+        tokens=400, batch_tokens=200, context=32, train="experts", learning_rate=0.05,
+        precision="fp32",
+    )  # fmt: skip
+    recover(
+        tmp_path / "moefied",
+        tmp_path / "out",
+        recipe=recipe,
+        corpus=corpus_for("llama"),
+        quiet=True,
+    )
+    first, model = moefy.load(tmp_path / "moefied"), moefy.load(tmp_path / "out")
+    for old, new in zip(sparse_mlps(first).values(), sparse_mlps(model).values(), strict=True):
+        for name in ("gate", "up"):
+            stored = matrices(new)[name]
+            most_O = stored.most_O
+            assert most_O is not None
+            assert torch.equal(new.router.get_buffer(f"{name}_most"), most_O)
+            assert torch.equal(new.router.get_buffer(f"{name}_scale"), stored.scale)
+            assert torch.equal(
+                new.router.get_buffer(f"{name}_codes"), stored.tensors()["codes"][:2]
+            )
+            assert not torch.equal(
+                old.router.get_buffer(f"{name}_most"), new.router.get_buffer(f"{name}_most")
+            )

@@ -108,18 +108,26 @@ class BitPlanesRouter(Router):
         self.size_N.copy_(vector_norm(mlp.down_ND.float(), dim=1))
         for matrix in self.matrices:
             rows_ND = getattr(mlp, f"{matrix}_ND").float()
-            codes = mlp.stored.matrix(matrix) if mlp.stored and self.nested(mlp) else None
-            if codes is None or codes.most_O is None:
-                codes = quantise(rows_ND, self.codes)
-            for name, value in codes.tensors().items():
-                planes = value[: self.bits] if name == "codes" else value
-                self.get_buffer(f"{matrix}_{name}").copy_(planes)
+            self._take_planes(mlp, matrix)
             difference_ND = rows_ND - self._rough_rows()[matrix]
             sums = torch.zeros(2, len(rows_ND), device=rows_ND.device)
             for x in x_TD.float().split(_CHUNK):
                 error_TN = linear(x, difference_ND)
                 sums += torch.stack([error_TN.sum(0), error_TN.square().sum(0)])
             self.get_buffer(f"{matrix}_error").copy_(sums / max(len(x_TD), 1))
+
+    def _take_planes(self, mlp: DenseMlp, matrix: str) -> None:
+        codes = mlp.stored.matrix(matrix) if mlp.stored and self.nested(mlp) else None
+        if codes is None or codes.most_O is None:
+            codes = quantise(getattr(mlp, f"{matrix}_ND").float(), self.codes)
+        for name, value in codes.tensors().items():
+            planes = value[: self.bits] if name == "codes" else value
+            self.get_buffer(f"{matrix}_{name}").copy_(planes)
+
+    def follow(self, mlp: DenseMlp) -> None:
+        """Take the planes of the weights as they are stored now; how far rough values are off stays as measured."""
+        for matrix in self.matrices:
+            self._take_planes(mlp, matrix)
 
     def weigh(self, mlp: DenseMlp, metric_DD: Tensor) -> None:
         """Count contributions by what they cost: half the Fisher matrix of the output, or a number for it."""
