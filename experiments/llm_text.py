@@ -68,7 +68,7 @@ class Writer:
 
     def __init__(self, where: str, dense: str) -> None:
         self.model = open_model(where)
-        self.tokenizer = AutoTokenizer.from_pretrained(dense)
+        self.tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
 
     @torch.inference_mode()
     def write(self, prompt: str, tokens: int) -> str:

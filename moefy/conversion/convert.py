@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import recipe as recipes
@@ -64,7 +65,7 @@ from moefy.run.processes import launched
 
 @asked
 def convert(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | nn.Module,
     out: str | Path,
     *,
     recipe: Recipe | str | Path = "default",
@@ -180,7 +181,7 @@ def _evaluated(task: Conversion) -> int | None:
 
 
 @contextmanager
-def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str | Path]:
+def _on_disk(model: str | Path | nn.Module, adapter: bool) -> Iterator[str | Path]:
     """Where the source lies; a model in memory is saved for as long as the conversion lasts."""
     if isinstance(model, str | Path):
         yield model
@@ -188,14 +189,19 @@ def _on_disk(model: str | Path | PreTrainedModel, adapter: bool) -> Iterator[str
     if adapter:
         raise MoefyError("an adapter names the folder of its source: save the model first")
     refuse_adapted(model)
+    if not isinstance(model, PreTrainedModel):
+        raise MoefyError(
+            f"convert: model: got {type(model).__name__}, expected a folder, a Hub id or a model of transformers"
+        )
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder))
         yield folder
 
 
-def _behind(model: PreTrainedModel) -> list[str]:
+def _behind(model: nn.Module) -> list[str]:
     """The folder that a model in memory came from, if any: it may still be mapped from there."""
-    return [model.name_or_path] if model.name_or_path else []
+    name = getattr(model, "name_or_path", "")
+    return [name] if name else []
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -63,7 +63,9 @@ def test_a_shipped_recipe_converts(name: str, corpus: Path, tmp_path: Path) -> N
     record = convert(source, tmp_path / "out", recipe=recipe, corpus=corpus, quiet=True)
     model = moefy.load(tmp_path / "out")
     inputs = example_inputs("llama")
-    stock = load_dense(Checkpoint.open(source))
+    # Rounded, the result is what plain transformers makes of it, in the neurons' own order.
+    rounded = recipe.storage.bits < 16
+    stock = load_dense(Checkpoint.open(tmp_path / "out" if rounded else source))
     dense = values_of(stock, stock(**inputs))
     with all_experts(model):
         assert ((values_of(model, model(**inputs)) - dense).norm() / dense.norm()) < 1e-5

@@ -255,7 +255,9 @@ def test_a_linear_map_is_what_fp64_gives(tokens, width, rows, bits, scales, bias
     parts = in_8_bits(x)[:, None] * w.values().double()
     want = parts.sum(-1) + (0 if bias is None else bias.double())
     got = pack_map(w, bias)(x)
-    assert (got.double() - want).norm() < EXACT * (parts.norm() + want.norm())
+    # An input that lies between two steps may be rounded to either: one step of one input of a token.
+    step = x.abs().max() / 127 * w.values().abs().max() * rows**0.5
+    assert (got.double() - want).norm() < EXACT * (parts.norm() + want.norm()) + step
     assert torch.equal(pack_map(w, bias)(x[None])[0], got)
     wrong = replace(w, codes_ND=w.codes_ND ^ 1)
     assert (pack_map(wrong, bias)(x).double() - want).norm() > 100 * EXACT * want.norm()
