@@ -321,7 +321,8 @@ def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
     finished, artefact = task.finished, made.artefact
     # Streamed states are rounded to what the weights are stored in.
     require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
-    task.report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
+    what = "dense model" if artefact.rounded is None else f"dense model in {artefact.rounded} bits"
+    task.report.say(f"with every expert on, equal to the {what} up to {made.error:.1e}")
     with task.clock.stage("hash the result"):
         hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
         write_side_files(finished, replace(artefact, sha256=hashes))

@@ -79,7 +79,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     width = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
     other = sum(file.stat().st_size for file in checkpoint.other_files)
-    # Kept beside, layer by layer and tuned, until the result is whole.
+    # Kept beside, layer by layer and tuned, until the result is whole; and in memory as often.
     rounded = 3 * sum(map(stored_bytes, mlps, (entry for entry, _ in layers)))
     seen = sum(s.width for s in mlps) + sum(s.width + s.neurons for s in blocks)
     return Plan(
@@ -99,7 +99,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         weights=total * width,
         disk=sample * seen * width + rounded + (0 if adapter else total * width + other),
         other=other,
-        memory=_memory(checkpoint, model, mlps, recipe, total * width, width),
+        memory=_memory(checkpoint, model, mlps, recipe, total * width, width) + rounded,
         corpus=corpus,
         notes=refusals.notes(checkpoint.config, model),
     )
