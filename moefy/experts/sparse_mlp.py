@@ -6,7 +6,7 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +28,6 @@ MATRICES = ("up_ND", "gate_ND", "down_ND")
 _WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
-
-
-class WeightBits(NamedTuple):
-    """Bits of one weight, scales included."""
-
-    inputs: float = 16
-    """Of gate and up: a neuron's scales are read with its weights."""
-    down: float = 16
-    """Of down, as far as it is read with its neuron: the code."""
-    down_scales: float = 0
-    """Of down, for every neuron whether it runs or not: 32 neurons share scales."""
-
-    @classmethod
-    def of(cls, stored: QuantisedMlp | None) -> "WeightBits":
-        """Those of matrices in codes, or of bf16."""
-        if stored is None:
-            return cls()
-        return cls(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
 
 
 class SparseMlp(Hooked):
@@ -174,11 +156,6 @@ class SparseMlp(Hooked):
             if not _is(w_ND.cpu(), before.matrix(name), dtype)
         }
         return before.with_matrices(changed) if changed else before
-
-    @property
-    def bits(self) -> WeightBits:
-        """Bits of its weights as they are stored."""
-        return WeightBits.of(self.stored)
 
     @property
     def running(self) -> DenseMlp:

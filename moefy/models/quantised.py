@@ -263,6 +263,14 @@ def shapes(
     return held
 
 
+def unfilled(neurons: int, width: int, gated: bool, bits: int, scales: int) -> QuantisedMlp:
+    """An MLP of these sizes whose tensors take no memory: what says how large they are going to be."""
+    names = [name for name in GROUPED if name != "gate" or gated]
+    kinds = shapes(neurons, width, bits, scales, names).items()
+    tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in kinds}
+    return QuantisedMlp(tensors, width)
+
+
 def _named(matrices: Mapping[str, Quantised]) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": value.cpu().contiguous()

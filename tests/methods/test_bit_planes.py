@@ -84,7 +84,7 @@ def test_planes_of_stored_weights_are_their_own():
     dense = mlp(bits=4)
     made = router(dense, 2)
     for name in ("gate", "up"):
-        assert torch.equal(made._rough_rows()[name], dense.stored.matrix(name).rough(2))
+        assert torch.equal(made._rough_rows(name, T), dense.stored.matrix(name).rough(2))
 
 
 def test_all_planes_are_the_exact_contribution():
