@@ -178,6 +178,7 @@ def rising(ends: Iterable[int]) -> list[int]:
 
 
 def pieces_of_ids(ids: list[int]) -> dict[str, Any]:
+    """Token ids as a text, and where each of them ends."""
     pieces = [f"{number} " for number in ids]
     return {"text": "".join(pieces), "ends": rising(_sums(map(len, pieces)))}
 
