@@ -25,7 +25,8 @@ from moefy.models.quantised import GROUPED, Quantised, QuantisedMlp, quantise
 
 MATRICES = ("up_ND", "gate_ND", "down_ND")
 """Names of the parameters that hold the weight matrices, for what trains or counts them by name."""
-_WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
+_BIASES = ("up_bias_N", "gate_bias_N", "down_bias_D")
+_WEIGHTS = ("up_ND", "down_ND", "gate_ND", *_BIASES)
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
 
@@ -218,8 +219,9 @@ class SparseMlp(Hooked):
 
         `residual` is for families whose MLP module adds it itself.
         """
-        held = None if self.reads_codes else self._held(hidden)
-        y = self._read_codes(hidden) if held is None else self._decode(held, hidden)
+        y = self._read_codes(hidden)
+        if y is None and (held := self._held(hidden)) is not None:
+            y = self._decode(held, hidden)
         if y is not None:
             return y if residual is None else y + residual
         x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
@@ -284,15 +286,9 @@ class SparseMlp(Hooked):
         if not self.reads_codes or not few or not self._unheard(hidden):
             return None
         x_TD = hidden.reshape(-1, hidden.shape[-1])
-        weights = self.running
-        if not InCodes.able(weights, x_TD):
+        held = self._laid_out(x_TD)
+        if held is None:
             return None
-        judged = not self.shared and not self.look_ahead and self.experts == self.neurons
-        parts = [*self._parameters.values(), *self.router._buffers.values()]
-        made_of = [value for value in parts if value is not None]
-        held = self._in_codes
-        if held is None or not held.follows(weights, made_of):
-            self._in_codes = held = InCodes(weights, self.router if judged else None, made_of)
         self.chosen = "codes"
         selection = self.selection
         if self.all_on:
@@ -309,6 +305,20 @@ class SparseMlp(Hooked):
             extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
             y_TD = y_TD if extra_TD is None else y_TD + extra_TD.to(y_TD.dtype)
         return y_TD.view(hidden.shape)
+
+    def _laid_out(self, x_TD: Tensor) -> InCodes | None:
+        """The codes as the kernels read them, laid out anew where something they are made of has changed."""
+        stored, held = self.stored, self._in_codes
+        centres = self.compensation.centres
+        if stored is None or centres or not InCodes.able(stored, self.activation, x_TD):
+            return None
+        parts = [*(self._parameters[name] for name in _BIASES), *self.router._buffers.values()]
+        made_of = [value for value in parts if value is not None]
+        if held is None or not held.follows(stored, made_of):
+            judged = not self.shared and not self.look_ahead and self.experts == self.neurons
+            held = InCodes(self.weights, self.router if judged else None, made_of)
+            self._in_codes = held
+        return held
 
     def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:
         """One token, as `forward` computes it, with as little around the kernel as can be."""

@@ -162,10 +162,16 @@ class BitPlanesRouter(Router):
 
     def _rough(self, x_TD: Tensor, mlp: DenseMlp, matrix: str) -> tuple[Tensor, Tensor]:
         """Rough outputs `[T, N]` of a matrix, free of their mean error, and the variance of the rest `[N]`."""
-        mean_N, square_N = self.get_buffer(f"{matrix}_error")
+        mean_N, variance_N = self._error(matrix)
         bias_N: Tensor | None = getattr(mlp, f"{matrix}_bias_N")
         bias_N = mean_N if bias_N is None else mean_N + bias_N.float()
-        return linear(x_TD, self._rough_rows(matrix, len(x_TD)), bias_N), square_N - mean_N.square()
+        return linear(x_TD, self._rough_rows(matrix, len(x_TD)), bias_N), variance_N
+
+    def _error(self, matrix: str) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[N]` of what the planes of a matrix leave out."""
+        mean_N, square_N = self.get_buffer(f"{matrix}_error")
+        # Of errors that hardly vary the difference may round to below zero, and its root be no number.
+        return mean_N, (square_N - mean_N.square()).clamp_min(0)
 
     def _rough_rows(self, matrix: str, tokens: int) -> Tensor:
         """Rows `[N, D]` in fp32 that the planes of a matrix stand for.
@@ -197,10 +203,7 @@ class BitPlanesRouter(Router):
         """What `forward` scores by, where experts are single neurons."""
         if self.experts != len(self.size_N):
             return None
-        errors = {}
-        for matrix in self.matrices:
-            mean_N, square_N = self.get_buffer(f"{matrix}_error")
-            errors[matrix] = mean_N, square_N - mean_N.square()
+        errors = {matrix: self._error(matrix) for matrix in self.matrices}
         matrices = {matrix: self._planes(matrix) for matrix in self.matrices}
         return RoughCodes(self.bits, matrices, errors, self.size_N)
 
