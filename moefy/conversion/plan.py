@@ -21,9 +21,9 @@ from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models import refusals
 from moefy.models.answers import Answer, answer_of
-from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.models.entries import HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, disk_names, meta_model, side_of, sites
 from moefy.models.quantised import unfilled

@@ -119,9 +119,10 @@ class SparseMlp(Hooked):
         return self._stored if self._versions == self._written() else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies count from their own parameters."""
-        versions = None if self.stored else self._versions
-        return {**self.__dict__, "_versions": versions, "_in_codes": None}
+        """Copies count from their own parameters; where these were written to, no count of theirs is the one of
+        the codes."""
+        written = self._stored is not None and self.stored is None
+        return {**self.__dict__, "_versions": [] if written else None, "_in_codes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base: Any = super()
