@@ -152,17 +152,19 @@ def shown(record: dict[str, Any]) -> str:
         "| GB/s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in record["rows"]:
+    threads = max(row["threads"] for row in record["rows"])
+    busy = record["load"][0] > threads
+    for row in (row for row in record["rows"] if row["threads"] == 1 or not busy):
         low, high = (f"{1e6 * value:,.0f}" for value in row["quartiles"])
         lines.append(
             f"| {row['shape']} | {row['job']} | {row['threads']} | {1e6 * row['seconds']:,.0f} | {low} to {high} | "
             f"{row['of_torch']:.2f} | {row['of_dense_4_bits']:.2f} | {row['bytes'] / row['seconds'] / 1e9:.1f} |"
         )
     load = ", ".join(f"{value:.1f}" for value in record["load"])
-    lines.append(
-        f"\nLoad of the machine when this was over: {load} (means of 1, 5 and 15 minutes): above its number of cores, "
-        "other processes ran, and wall times with all threads say little."
-    )
+    note = f"\nLoad of the machine when this was over: {load} (means of 1, 5 and 15 minutes)."
+    if busy:
+        note += f" Other processes ran: wall times of {threads} threads, which then wait for each other, are not shown."
+    lines.append(note)
     return "\n".join(lines)
 
 
