@@ -224,11 +224,11 @@ def test_a_layer_without_codes_decodes_as_before():
         assert torch.equal(module(tokens()), want) and module._one_token is not None
 
 
-def test_weights_that_come_and_go_are_laid_out_once():
+def test_weights_that_lie_elsewhere_now_are_not_laid_out_again():
     module, x = layer(), tokens()
     both(module, x)
     held = module._in_codes
-    for name in ("up_ND", "gate_ND", "down_ND"):  # as accelerate does before a layer runs
+    for name in ("up_ND", "gate_ND", "down_ND"):  # of which nothing was copied
         setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
     with torch.no_grad():
         module(x)

@@ -125,7 +125,7 @@ inline Codes unpack(const uint8_t* at) {
 }
 
 // Bytes of four rows side by side: byte 4 i + k of out[r] is that of row k at `transposed(r, i)`, the order in
-// which moefy_kernels.cpu.quantised lays the columns of down.
+// which packing.py lays the columns of down.
 inline void transpose(const Codes* row, Codes* out) {
 #if defined(__AVX512BW__)
     const __m512i a = (__m512i)row[0], b = (__m512i)row[1], c = (__m512i)row[2], d = (__m512i)row[3];

@@ -1,4 +1,4 @@
-// MLPs and linear maps whose weights are codes of few bits (moefy_kernels/cpu/quantised.py lays them out).
+// MLPs and linear maps whose weights are codes of few bits (packing.py lays them out, quantised.py calls).
 //
 // A weight is scale * code - offset, with a scale and an offset for every 32 inputs; inputs are rounded to 8 bits
 // with one scale for every 32, so that all products are whole numbers until a group is added up. Of an MLP there

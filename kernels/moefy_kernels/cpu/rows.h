@@ -1,4 +1,4 @@
-// What the kernels of experts.cpp are made of: vectors, and products of some rows with some tokens.
+// What the kernels of experts.cpp and quantised.cpp are made of: vectors, and products of some rows with some tokens.
 //
 // Vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and machines without.
 
