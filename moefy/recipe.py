@@ -164,6 +164,11 @@ class BudgetRecipe:
     target_kl: float | None = None
     """KL to dense (nats per token) to reach with the least density; `density` is then not used."""
 
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether it asks what an error of every layer's output costs."""
+        return self.name in ("greedy", "one_threshold")
+
     def __post_init__(self) -> None:
         """Refuse unknown budgets."""
         if self.name not in BUDGETS:

@@ -43,9 +43,9 @@ from moefy.methods.input_sparsity import InputSparseMlp
 from moefy.methods.routers.baselines import OracleRouter
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
-from moefy.models.locate import Site, read_mlp, side_of, sites
+from moefy.models.locate import read_mlp, side_of, sites
 from moefy.models.mlp import DenseMlp
-from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
+from moefy.models.quantised import unfilled
 from moefy.recipe import Recipe
 from moefy.run.console import Reporter
 from moefy.run.output import Stages
@@ -175,7 +175,9 @@ class Comparison:
             down_ND=torch.empty(site.neurons, site.width, device="meta"),
             gate_ND=torch.empty(site.neurons, site.width, device="meta") if site.gated else None,
             activation=site.activation,
-            stored=_codes(site, recipe),
+            stored=unfilled(site.neurons, site.width, site.gated, **entry.storage)
+            if entry.storage
+            else None,
         )
         weights = mlp.matrices * site.neurons * site.width
         compensation = build_compensation(entry)
@@ -293,16 +295,3 @@ def _shown(of: Figures, dense: Outputs, sparse: Outputs) -> dict[str, Tensor]:
         return found
     increase = {"ce_increase": found["ce"] - found["ce_dense"]}
     return {"kl": found["kl"], **increase, "agreement": found["agreement"]}
-
-
-def _codes(site: Site, recipe: Recipe) -> QuantisedMlp | None:
-    """What a recipe stores the matrices of an MLP as, without memory."""
-    bits, scales = recipe.storage.bits, recipe.storage.scales
-    if bits == WIDE_BITS:
-        return None
-    names = [name for name in GROUPED if name != "gate" or site.gated]
-    tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, (shape, dtype) in shapes(site.neurons, site.width, bits, scales, names).items()
-    }
-    return QuantisedMlp(tensors, site.width)

@@ -113,10 +113,12 @@ def allocate(
     """
     recipe, modules = task.recipe, sparse_mlps(model)
     planned = [planned_active(task.todo, index, m.shared) for index, m in modules.items()]
-    if recipe.budget.name in ("greedy", "one_threshold") and metric is None:
+    if recipe.budget.weighs_errors and metric is None:
         metric = stream_metric(model, task.todo.sites, held.batches)
-    if recipe.budget.name == "one_threshold" and metric is not None:
-        return one_threshold(model, task, samples, held, metric) if task.processes.main else {}
+    if recipe.budget.name == "one_threshold":
+        assert metric is not None
+        main = task.processes.main
+        return one_threshold(model, task, samples, held.distance, metric) if main else {}
     rows = _measured(task, modules, planned, samples, held, metric)
     if not task.processes.main:
         return {}

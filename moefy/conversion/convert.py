@@ -50,7 +50,7 @@ from moefy.experts.loading import load, load_dense
 from moefy.experts.moefied import of
 from moefy.experts.passes import walk
 from moefy.experts.placement import memory_of, placement, running_dtype, stored_dtype
-from moefy.experts.sparse_mlp import all_experts, sparse_mlps
+from moefy.experts.sparse_mlp import all_experts
 from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint, copy_folder, is_there
 from moefy.models.refusals import refuse_adapted
@@ -61,6 +61,12 @@ from moefy.run.folder import write_whole
 from moefy.run.job import Job
 from moefy.run.memory import free_memory, give_back, map_large_blocks, peak_memory
 from moefy.run.processes import launched
+
+ROUNDED = (8, 4, 3, 2)
+"""Bits that a result is compared with; a scale and an offset in 16 bits for 32 weights make one more."""
+LARGE = 50_000_000
+"""Parameters from which on a conversion judges its result on `EVALUATED_TOKENS`; `moefy eval` reads on."""
+EVALUATED_TOKENS = 8192
 
 
 @asked
@@ -162,17 +168,12 @@ def _in_memory(task: Conversion) -> Converted | None:
         quality = evaluate(
             sparse, task.evaluated, against=source if rounds else None, report=task.report
         )
-        rounding = _rounding(sparse, source, task.evaluated) if rounds else None
-        quality |= {"dense": UNROUNDED} if rounds else {}
-        quality |= _beside_rounding(task, sparse, source, quality)
+        with torch.no_grad():
+            want = [run_outputs(source, batch) for batch in task.evaluated]
+            rounding = _kl_of_all(sparse, task.evaluated, want) if rounds else None
+            quality |= {"dense": UNROUNDED} if rounds else {}
+            quality |= _beside_rounding(task, source, made.artefact, want, quality)
     return replace(made, error=error, evaluation=quality, rounding=rounding)
-
-
-ROUNDED = (8, 4, 3, 2)
-"""Bits that a result is compared with; a scale and an offset in 16 bits for 32 weights make one more."""
-LARGE = 50_000_000
-"""Parameters from which on a conversion judges its result on `EVALUATED_TOKENS`; `moefy eval` reads on."""
-EVALUATED_TOKENS = 8192
 
 
 def _evaluated(task: Conversion) -> int | None:
@@ -257,47 +258,59 @@ def _verify(task: Conversion, sparse: PreTrainedModel, batch: Batch) -> float:
     with all_experts(sparse):
         got = outputs_of_all(sparse, batch)
     dense = load_dense(task.checkpoint, **placement())
-    artefact, get = of(sparse).artefact, task.weights()
-    for site, entry in zip(task.todo.sites, artefact.layers, strict=True):
-        if entry.storage is not None:
-            order_N = artefact.permutation(site.index)
-            put_back(dense, site, rounded_mlp(site, get, entry, order_N), order_N)
+    _round(task, dense, of(sparse).artefact)
     error, size, _ = difference(got, outputs_of_all(dense, batch))
     return error / size
 
 
-def _rounding(sparse: PreTrainedModel, source: PreTrainedModel, batches: list[Batch]) -> float:
-    """What rounding alone costs: KL of the result with every expert on to the source (nats a token)."""
+def _kl_of_all(model: PreTrainedModel, batches: list[Batch], source: list[Outputs]) -> float:
+    """KL of a model with every expert on to the source (nats a token), by what that puts out for the batches."""
 
     def run(batch: Batch) -> Outputs:
-        with all_experts(sparse):
-            return run_outputs(sparse, batch)
+        with all_experts(model):
+            return run_outputs(model, batch)
 
-    judgement = judge(run, batches, lambda batch: run_outputs(source, batch), distances)
-    return judgement.mean("distance")
+    return judge(run, batches, source, distances).mean("distance")
 
 
-@torch.no_grad()
 def _beside_rounding(
-    task: Conversion, sparse: PreTrainedModel, source: PreTrainedModel, quality: dict[str, Any]
+    task: Conversion,
+    source: PreTrainedModel,
+    artefact: Artefact,
+    want: list[Outputs],
+    quality: dict[str, Any],
 ) -> dict[str, Any]:
-    """What rounding every MLP to the nearest loses that reads as many bits or the next fewer, scales included.
+    """What rounding the source's MLPs to the nearest loses that reads as many bits or the next fewer.
 
-    The weights of `sparse` are rounded for it: nothing else is asked of it afterwards.
+    The MLPs of `source` are rounded for it: nothing else is asked of it afterwards.
     """
     bits = max((b for b in ROUNDED if b + 1 <= quality["bits_read"]), default=None)
     own = quality["total"].get("kl")
     if bits is None or own is None:
         return {}
-    for module in sparse_mlps(sparse).values():
-        module.store(module.weights.to(torch.float32).quantised(bits, 16).stored)
-    kl = _rounding(sparse, source, task.evaluated)
+    _round(task, source, artefact, {"bits": bits, "scales": 16})
+    kl = _kl_of_all(source, task.evaluated, want)
     if kl < own["mean"]:
         task.report.say(
             f"warning: rounding the dense model's MLPs to {bits} bits reads {bits + 1} bits a weight and loses "
             f"less (KL {kl:.4g}) than this result at {quality['bits_read']:.2f} ({own['mean']:.4g})"
         )
     return {"rounded_alike": {"bits": bits, "bits_read": bits + 1, "kl": kl}}
+
+
+def _round(
+    task: Conversion,
+    dense: PreTrainedModel,
+    artefact: Artefact,
+    storage: dict[str, int] | None = None,
+) -> None:
+    """Round the MLPs of the dense model as the artefact says, or all in another way; in expert order."""
+    get = task.weights()
+    for site, entry in zip(task.todo.sites, artefact.layers, strict=True):
+        as_stored = entry if storage is None else replace(entry, storage=storage)
+        if as_stored.storage is not None:
+            order_N = artefact.permutation(site.index)
+            put_back(dense, site, rounded_mlp(site, get, as_stored, order_N), order_N)
 
 
 def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
@@ -308,7 +321,8 @@ def _sealed(task: Conversion, made: Converted, stream: bool) -> dict[str, Any]:
     finished, artefact = task.finished, made.artefact
     # Streamed states are rounded to what the weights are stored in.
     require_equal(made.error, (stored_dtype if stream else running_dtype)(task.checkpoint))
-    task.report.say(f"with every expert on, equal to the dense model up to {made.error:.1e}")
+    what = "dense model" if artefact.rounded is None else f"dense model in {artefact.rounded} bits"
+    task.report.say(f"with every expert on, equal to the {what} up to {made.error:.1e}")
     with task.clock.stage("hash the result"):
         hashes = Checkpoint.open(finished).hashes() if artefact.form == FULL else {}
         write_side_files(finished, replace(artefact, sha256=hashes))

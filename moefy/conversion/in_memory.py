@@ -156,10 +156,6 @@ def _tuned(task: Conversion, samples: dict[str, Captured]) -> Converted:
     return replace(made, artefact=artefact, tuning=record)
 
 
-WEIGHED = ("greedy", "one_threshold")
-"""Budgets that ask what an error of every layer's output costs."""
-
-
 def needs_tuning(recipe: Recipe) -> bool:
     """Whether the recipe asks for more than layer by layer fitting."""
     return recipe.allocates or recipe.distil.steps > 0 or varies(recipe)
@@ -200,7 +196,7 @@ def tune(
     metric, dense = None, None
     # All are to measure alike, and all at once.
     fits = task.processes.once(lambda: _fits(model, BACKWARD_TOKENS * task.processes.count))
-    if recipe.allocates and recipe.budget.name in WEIGHED and fits:
+    if recipe.allocates and recipe.budget.weighs_errors and fits:
         metric, dense = sensitivities(model, task.todo.sites, held, seed=recipe.seed)
     check = HeldOut(model, held, source or dense)
     active = {i: planned_active(task.todo, i, m.shared) for i, m in sparse_mlps(model).items()}

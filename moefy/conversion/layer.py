@@ -38,7 +38,7 @@ from moefy.experts.passes import listen, walk
 from moefy.methods.base import stored
 from moefy.methods.partition import Partition, partition
 from moefy.methods.tables import SELECTIONS, choose
-from moefy.models.artefact import Entry, HeadEntry, LayerEntry
+from moefy.models.entries import Entry, HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite
 from moefy.models.locate import Place, Site, side_of
 from moefy.models.mlp import DenseMlp, HeadOutputs

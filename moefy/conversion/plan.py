@@ -3,7 +3,6 @@
 Shapes: N neurons, D width, E experts, H heads.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,16 +16,17 @@ from moefy.evaluation.outputs import BACKWARD_TOKENS, LOGITS_BYTES
 from moefy.methods.partition import expert_count, find_method
 from moefy.methods.partition.shared import SHARED_BY
 from moefy.methods.routers.gates import FLAT, LargestInputsRouter
+from moefy.methods.selections import Threshold
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
 from moefy.methods.targets import LOSSES, TARGETS
 from moefy.models import refusals
 from moefy.models.answers import Answer, answer_of
-from moefy.models.artefact import HeadEntry, LayerEntry
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.models.entries import HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, disk_names, meta_model, side_of, sites
-from moefy.models.quantised import GROUPED, shapes
+from moefy.models.quantised import unfilled
 from moefy.recipe import Recipe
 
 
@@ -79,7 +79,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
     width = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     sample = recipe.partition.tokens + recipe.router.tokens
     other = sum(file.stat().st_size for file in checkpoint.other_files)
-    # Kept beside, layer by layer and tuned, until the result is whole.
+    # Kept beside, layer by layer and tuned, until the result is whole; and in memory as often.
     rounded = 3 * sum(map(stored_bytes, mlps, (entry for entry, _ in layers)))
     seen = sum(s.width for s in mlps) + sum(s.width + s.neurons for s in blocks)
     return Plan(
@@ -99,7 +99,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, corpus: str, *, adapter: bool =
         weights=total * width,
         disk=sample * seen * width + rounded + (0 if adapter else total * width + other),
         other=other,
-        memory=_memory(checkpoint, model, mlps, recipe, total * width, width),
+        memory=_memory(checkpoint, model, mlps, recipe, total * width, width) + rounded,
         corpus=corpus,
         notes=refusals.notes(checkpoint.config, model),
     )
@@ -225,9 +225,7 @@ def _memory(
     fit += (recipe.partition.tokens + recipe.router.tokens) * hidden * 4
     stages = [weights + forward, fit, 2 * weights + forward + logits]
     if recipe.allocates or recipe.distil.steps:
-        metric = (
-            len(found) * hidden**2 * 4 if recipe.budget.name in ("greedy", "one_threshold") else 0
-        )
+        metric = len(found) * hidden**2 * 4 if recipe.budget.weighs_errors else 0
         # What autograd keeps of a token in a layer: the MLP's activations, attention, norms.
         per_token = width * sum(6 * s.neurons + 9 * s.width for s in found)
         stages.append(weights + metric + BACKWARD_TOKENS * per_token + logits)
@@ -240,10 +238,8 @@ def stored_bytes(site: Site, entry: LayerEntry) -> int:
     """Bytes of the rounded matrices of a layer in the side file; 0 where none is rounded."""
     if entry.storage is None:
         return 0
-    names = [name for name in GROUPED if name != "gate" or site.gated]
-    bits, scales = entry.storage["bits"], entry.storage["scales"]
-    sizes = shapes(site.neurons, site.width, bits, scales, names).values()
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
+    codes = unfilled(site.neurons, site.width, site.gated, **entry.storage)
+    return sum(tensor.numel() * tensor.itemsize for tensor in codes.tensors.values())
 
 
 def _describe_storage(todo: Plan, recipe: Recipe) -> list[str]:
@@ -313,6 +309,8 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
             f"{where}: router '{recipe.router.name}' reads the gate, and this model's MLPs have none; "
             "choose another, for example low_rank"
         )
+    if recipe.budget.name == "one_threshold":
+        _require_comparable(recipe)
     wanted = recipe.partition
     experts = expert_count(site.neurons, wanted.expert_size, wanted.experts, where)
     shared = wanted.shared or 0
@@ -337,6 +335,17 @@ def layer_plan(site: Site, recipe: Recipe, *, look_ahead: bool) -> tuple[LayerEn
         storage=None if recipe.storage.bits == 16 else asdict(recipe.storage),
     )  # fmt: skip
     return entry, k
+
+
+def _require_comparable(recipe: Recipe) -> None:
+    """Raise `RecipeError` where scores of different layers are in no common unit, or decide by their rank."""
+    router = choose(ROUTERS, "router", recipe.router.name)
+    if not router.weighs or choose(SELECTIONS, "selection", recipe.selection.name) is not Threshold:
+        raise RecipeError(
+            "budget 'one_threshold' compares scores of different layers: it needs selection threshold and a "
+            f"router that scores in nats ({', '.join(sorted(n for n, r in ROUTERS.items() if r.weighs))}); "
+            "choose those, or budget greedy"
+        )
 
 
 _AUTO = {
@@ -371,8 +380,8 @@ def router_of(site: Site, recipe: Recipe, density: float) -> dict[str, Any]:
             raise RecipeError(unknown_choice(f"setting of router '{wanted.name}'", name, known))
     given = {"hidden": wanted.hidden, "bits": wanted.bits, "inputs": wanted.inputs}
     inputs = vars(LargestInputsRouter.planned(site, given, density))
-    known_too = {"codes": recipe.storage.bits, **wanted.settings}
-    own = vars(kind.planned(site, {**given, **known_too}, density))
+    settings = {"codes": recipe.storage.bits, **wanted.settings}
+    own = vars(kind.planned(site, {**given, **settings}, density))
     entry = {"name": wanted.name, **given, **inputs} | {n: own[n] for n in own if n in given}
     others = {name: own[name] for name in own if name not in given}
     return {**entry, "settings": others} if others else entry

@@ -21,9 +21,10 @@ from moefy.data.shards import by_role, tokens_of_roles
 from moefy.errors import CheckpointError
 from moefy.experts.loading import load_dense
 from moefy.experts.placement import placement
-from moefy.models.artefact import ADAPTER, FULL, Artefact, HeadEntry, LayerEntry
+from moefy.models.artefact import ADAPTER, FULL, Artefact
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.models.entries import HeadEntry, LayerEntry
 from moefy.models.heads import HeadSite
 from moefy.models.locate import Site, disk_names, meta_model
 from moefy.recipe import Recipe

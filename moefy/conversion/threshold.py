@@ -9,7 +9,7 @@ Shapes: T tokens, D width, E routed experts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,8 @@ from transformers import PreTrainedModel
 from moefy.conversion.fit import refit_compensation
 from moefy.conversion.layer import Captured, tokens_of
 from moefy.conversion.task import Conversion
-from moefy.errors import RecipeError
 from moefy.evaluation.routing import bits_read
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
-from moefy.methods.routers.bit_planes import BitPlanesRouter
 from moefy.methods.selections import Threshold
 from moefy.run.memory import give_back
 
@@ -45,14 +43,18 @@ NEAR = 0.08
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of held-out tokens of all layers, each layer with its share of the model's weights."""
+    """Scores of the routed experts of all layers on held-out tokens."""
 
     rows: list[NDArray[np.float32]]
     """Of every layer, in rising order."""
     weight: list[float]
+    """Share of every layer in the weights of all MLPs."""
+    experts: list[int]
+    """Experts of every layer, and how many of them always run."""
+    shared: list[int]
 
     def threshold(self, density: float) -> float:
-        """The score that a share `density` of the model's neurons exceeds, by bisection over all layers."""
+        """The score under which a share `density` of all neurons runs, by bisection over all layers."""
         low, high = min(float(r[0]) for r in self.rows), max(float(r[-1]) for r in self.rows)
         low = max(low, high * 1e-9)
         for _ in range(60):
@@ -61,29 +63,17 @@ class _Scores:
         return high
 
     def density(self, threshold: float) -> float:
-        """The share of neurons whose score exceeds a threshold."""
-        above = self._above(threshold)
-        return sum(w * share for w, share in zip(self.weight, above, strict=True))
+        """The share of all neurons that run: those of shared experts, and whose score exceeds a threshold."""
+        layers = zip(self.weight, self.active(threshold), self.shared, self.experts, strict=True)
+        return sum(w * (active + shared) / experts for w, active, shared, experts in layers)
 
-    def active(self, experts: list[int], threshold: float) -> list[float]:
-        """Experts of every layer that run on average under a threshold, of so many."""
-        return [e * share for e, share in zip(experts, self._above(threshold), strict=True)]
-
-    def _above(self, threshold: float) -> list[float]:
-        return [1 - float(np.searchsorted(r, threshold, "right")) / len(r) for r in self.rows]
-
-
-def refuse_others(modules: Sequence[SparseMlp]) -> None:
-    """Raise `RecipeError` for layers whose scores are in no common unit, or that do not go by a threshold."""
-    for module in modules:
-        if (
-            not isinstance(module.router, BitPlanesRouter)
-            or type(module.selection) is not Threshold
-        ):
-            raise RecipeError(
-                "budget 'one_threshold' compares scores of different layers: it needs router bit_planes "
-                "and selection threshold; choose those, or budget greedy"
-            )
+    def active(self, threshold: float) -> list[float]:
+        """Routed experts of every layer that run on average under a threshold."""
+        layers = zip(self.rows, self.experts, self.shared, strict=True)
+        return [
+            (experts - shared) * (1 - float(np.searchsorted(row, threshold, "right")) / len(row))
+            for row, experts, shared in layers
+        ]
 
 
 @torch.no_grad()
@@ -91,55 +81,41 @@ def one_threshold(
     model: PreTrainedModel,
     task: Conversion,
     samples: dict[str, Captured],
-    held: Any,
+    distance: Callable[[], float],
     metric: list[Tensor],
 ) -> dict[str, Any]:
     """Set the threshold of all layers, and fit what stands in for the rest; what was measured.
 
-    `held` is a `moefy.conversion.allocate.HeldOut`. With `budget.target_kl` the least density is taken that
-    keeps to it on held-out documents.
+    `distance` measures KL (nats a token) on held-out documents, `metric` is what an error of each layer's output
+    costs: `[D, D]`, or a number. With `budget.target_kl` the least density is taken that keeps to it.
     """
     modules, recipe = list(sparse_mlps(model).values()), task.recipe
-    refuse_others(modules)
     for module, metric_DD in zip(modules, metric, strict=True):
-        router = module.router
-        assert isinstance(router, BitPlanesRouter)
-        router.weigh(module.routed, metric_DD)
+        module.router.weigh(module.routed, metric_DD)
     scores = _scores(task, modules, samples)
     trials: list[dict[str, float]] = []
 
     def measured(density: float, tokens: int) -> float:
         _set(task, modules, samples, scores.threshold(density), tokens)
-        trials.append({"density": density, "held_out_kl": held.distance()})
+        trials.append({"density": density, "held_out_kl": distance()})
         task.report.say(f"density {density:.3f}: held-out KL {trials[-1]['held_out_kl']:.4g}")
         return trials[-1]["held_out_kl"]
 
     density = recipe.density
     if recipe.budget.target_kl is not None:
         density = _within(recipe.budget.target_kl, density, lambda d: measured(d, FITTED_TOKENS))
-    kl = measured(density, recipe.router.tokens)
-    elsewhere = _elsewhere(modules, scores, trials)
-    for at in elsewhere:
-        task.report.say(
-            f"a KL of {at['held_out_kl']:g} would take about {at['bits_read']:.1f} bits read a weight "
-            f"(density {at['density']:.2f})"
-        )
+    kl, threshold = measured(density, recipe.router.tokens), scores.threshold(density)
+    elsewhere = _elsewhere(task, modules, scores, trials)
     return {
-        "name": recipe.budget.name,
-        "per": recipe.budget.per,
-        "threshold": scores.threshold(density),
-        "density": density,
-        "active": scores.active([module.experts for module in modules], scores.threshold(density)),
-        "held_out_kl": kl,
-        "trials": trials,
-        "elsewhere": elsewhere,
-    }
+        "name": recipe.budget.name, "per": recipe.budget.per, "threshold": threshold, "density": density,
+        "active": scores.active(threshold), "held_out_kl": kl, "trials": trials, "elsewhere": elsewhere,
+    }  # fmt: skip
 
 
 def _elsewhere(
-    modules: list[SparseMlp], scores: _Scores, trials: list[dict[str, float]]
+    task: Conversion, modules: list[SparseMlp], scores: _Scores, trials: list[dict[str, float]]
 ) -> list[dict[str, float]]:
-    """What other targets would take, along the line through the densities that were tried."""
+    """What other targets would take, along the line through the densities that were tried; it is said as well."""
     tried = {t["density"]: math.log(max(t["held_out_kl"], 1e-12)) for t in trials}
     if len(tried) < 2:
         return []
@@ -150,23 +126,23 @@ def _elsewhere(
         if LEAST <= density <= MOST:
             bits = _bits(modules, scores, density)
             found.append({"held_out_kl": target, "density": density, "bits_read": bits})
+            task.report.say(
+                f"a KL of {target:g} would take about {bits:.1f} bits read a weight (density {density:.2f})"
+            )
     return found
 
 
 def _bits(modules: list[SparseMlp], scores: _Scores, density: float) -> float:
     """Bits read per MLP weight at a density."""
-    active = scores.active([m.experts for m in modules], scores.threshold(density))
-    read = sum(
-        bits_read(
-            m.weights, m.router, m.compensation, on / m.experts, experts=m.experts, shared=m.shared
-        )
-        for m, on in zip(modules, active, strict=True)
-    )
-    weights = (m.weights for m in modules)
-    return read / sum(w.matrices * w.neurons * w.width for w in weights)
+    read = weights = 0.0
+    for m, active in zip(modules, scores.active(scores.threshold(density)), strict=True):
+        mlp, share = m.weights, (active + m.shared) / m.experts
+        read += bits_read(mlp, m.router, m.compensation, share, experts=m.experts, shared=m.shared)
+        weights += mlp.matrices * mlp.neurons * mlp.width
+    return read / weights
 
 
-def _within(target: float, start: float, kl_at: Any) -> float:
+def _within(target: float, start: float, kl_at: Callable[[float], float]) -> float:
     """The least density whose KL is within a target.
 
     The logarithm of KL falls nearly in proportion to the density: the next trial is where a line through the
@@ -195,12 +171,14 @@ def _scores(task: Conversion, modules: list[SparseMlp], samples: dict[str, Captu
     rows, sizes = [], []
     for index, module in enumerate(task.report.track(modules, "score neurons")):
         tokens = tokens_of(samples["held-out"], task.todo, task.todo.sites[index], module.device)
-        tokens, routed = tokens.some(SCORED_TOKENS), module.routed.to(torch.float32)
-        scored = torch.cat([module.router(x_TD, routed) for _, x_TD in tokens.chunks()])
+        routed = module.routed.to(torch.float32)
+        chunks = tokens.some(SCORED_TOKENS).chunks()
+        scored = torch.cat([module.router(x_TD, routed) for _, x_TD in chunks])
         rows.append(np.sort(scored.flatten().cpu().numpy()))
-        sizes.append(float(module.weights.neurons * module.weights.width))
+        sizes.append(module.weights.neurons * module.weights.width)
         give_back()
-    return _Scores(rows, [size / sum(sizes) for size in sizes])
+    shares = [size / sum(sizes) for size in sizes]
+    return _Scores(rows, shares, [m.experts for m in modules], [m.shared for m in modules])
 
 
 def _set(

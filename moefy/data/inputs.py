@@ -117,7 +117,7 @@ def read_batches(
         reader = load_processor(checkpoint.folder)
     everything = corpus.take(len(corpus.documents))
     samples = everything.samples(reader, kind, min(context, _positions(config, kind)))
-    samples = [_for_class(config, sample) for sample in samples]
+    samples = _for_class(config, samples)
     if limit is not None:
         size, count = 0, 0
         while count < len(samples) and size < limit:
@@ -166,13 +166,16 @@ def try_reading(checkpoint: Checkpoint, kind: str, corpus: Corpus, context: int)
     ]
 
 
-def _for_class(config: Any, sample: Sample) -> Sample:
-    """A sample as the class of the model takes it: without targets where it predicts no next token,
+def _for_class(config: Any, samples: list[Sample]) -> list[Sample]:
+    """Samples as the class of the model takes them: without targets where it predicts no next token,
     padded by its own padding token where that says which token is a text's last."""
     answer = answer_of_class(model_class(config), config)
     pad = getattr(config.get_text_config(), "pad_token_id", None) if answer.pooled else None
-    targets_T = sample.targets_T if answer.form == "next" else None
-    return replace(sample, targets_T=targets_T, pad=pad or 0)
+    predicts = answer.form == "next"
+    return [
+        replace(sample, targets_T=sample.targets_T if predicts else None, pad=pad or 0)
+        for sample in samples
+    ]
 
 
 def _require_known(samples: list[Sample], vocabulary: int, tokenizer: Any, corpus: str) -> None:

@@ -22,8 +22,8 @@ from moefy.experts.moefied import of
 from moefy.experts.passes import Heard
 from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
-from moefy.experts.sparse_mlp import SparseMlp, WeightBits, sparse_mlps
-from moefy.methods.base import WIDE_BITS, Compensation, Router
+from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
+from moefy.methods.base import WIDE_BITS, Compensation, Router, WeightBits
 from moefy.methods.routers.baselines import expert_norms
 from moefy.models.mlp import DenseMlp
 
@@ -171,7 +171,7 @@ def bits_read(
     `reuses` says whether the router reads the input of this very layer, so that what it reads of a neuron
     serves the neuron too.
     """
-    size, bits = mlp.neurons * mlp.width, WeightBits.of(mlp.stored)
+    size, bits = mlp.neurons * mlp.width, WeightBits.of(mlp)
     of_neurons = size * (bits.inputs * (mlp.matrices - 1) + bits.down)
     run = density * (of_neurons - (router.bits_reused(mlp) if reuses else 0))
     extra = router.bits_read(mlp) + compensation.bits_read(density * experts - shared)

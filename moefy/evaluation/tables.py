@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from moefy.models.artefact import Artefact, LayerEntry
+from moefy.models.artefact import Artefact
+from moefy.models.entries import LayerEntry
 from moefy.run.tables import figure, markdown
 
 COLUMNS = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moefy.errors import CheckpointError, MoefyError
 from moefy.methods.base import Compensation, Router, Selection
 from moefy.methods.tables import COMPENSATIONS, ROUTERS, SELECTIONS, choose
-from moefy.models.artefact import META, SIDE, Artefact, Entry, part_of
+from moefy.models.artefact import META, SIDE, Artefact
+from moefy.models.entries import Entry, part_of
 from moefy.models.heads import HeadSite
 from moefy.models.locate import Site
 from moefy.models.schema import check as check_fields

@@ -36,21 +36,12 @@ from moefy.experts.saving import generation_settings, save_pretrained
 from moefy.experts.sparse_heads import SparseHeads, hand_over, sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.experts.stock_names import InExperts, keep_places, take_stock_names
-from moefy.models.artefact import (
-    ADAPTER,
-    Artefact,
-    HeadEntry,
-    LayerEntry,
-    allow_plugins,
-    open_artefact,
-    open_folder,
-    part_of,
-)
+from moefy.models.artefact import ADAPTER, Artefact, allow_plugins, open_artefact, open_folder
 from moefy.models.checkpoint import Checkpoint
 from moefy.models.config import read_config
+from moefy.models.entries import HeadEntry, LayerEntry, part_of
 from moefy.models.heads import HeadSite, head_sites
 from moefy.models.locate import Site, check_weights, meta_model, read_mlp, sites
-from moefy.models.quantised import QuantisedMlp
 from moefy.run.arguments import checked
 from moefy.run.reading import reading
 
@@ -243,23 +234,19 @@ def install(
     The weights are taken out of the dense modules; only the down projection is copied (transposed).
     `device` is where a layer runs whose weights are not in memory.
     """
-    here = model.get_parameter(site.path("up") + ".weight").device
-    if here.type == "meta":
-        permute, here = False, device or torch.device("cpu")
     mlp = read_mlp(site, lambda name: model.get_parameter(name).detach())
-    if permute:
-        mlp = mlp.take(tensors["permutation"].long().to(here))
-    if entry.storage is not None:
-        stored = QuantisedMlp(part_of(tensors, "weights"), site.width)
-        away = mlp.up_ND.is_meta
-        mlp = replace(mlp, stored=stored) if away else mlp.holding(stored)
-    mlp = mlp.contiguous()
+    here, stored = mlp.up_ND.device, entry.stored(tensors)
+    if here.type == "meta":
+        here, mlp = device or torch.device("cpu"), replace(mlp, stored=stored)
+    else:
+        mlp = mlp.take(tensors["permutation"].long().to(here)) if permute else mlp
+        mlp = mlp if stored is None else mlp.holding(stored)
     router, compensation = build_router(entry), build_compensation(entry)
     for part, module in (("router", router), ("compensation", compensation)):
         fill(module, part_of(tensors, part), f"layers.{site.index}.{part}")
         module.to(device=here)
     sparse = SparseMlp(
-        mlp,
+        mlp.contiguous(),
         experts=entry.experts,
         shared=entry.shared,
         router=router,

@@ -6,7 +6,7 @@ the function. It knows nothing of files, and of training only that a mask may ca
 Shapes: T tokens, D width, N neurons, E routed experts, S shared experts, F neurons per expert.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +25,10 @@ from moefy.models.quantised import GROUPED, Quantised, QuantisedMlp, quantise
 
 MATRICES = ("up_ND", "gate_ND", "down_ND")
 """Names of the parameters that hold the weight matrices, for what trains or counts them by name."""
-_WEIGHTS = ("up_ND", "down_ND", "gate_ND", "up_bias_N", "gate_bias_N", "down_bias_D")
+_BIASES = ("up_bias_N", "gate_bias_N", "down_bias_D")
+_WEIGHTS = ("up_ND", "down_ND", "gate_ND", *_BIASES)
 NO_ROWS = DenseMlp(up_ND=torch.empty(0, 0), down_ND=torch.empty(0, 0), activation="linear")
 """For routers that read the input alone."""
-
-
-class WeightBits(NamedTuple):
-    """Bits of one weight, scales included."""
-
-    inputs: float = 16
-    """Of gate and up: a neuron's scales are read with its weights."""
-    down: float = 16
-    """Of down, as far as it is read with its neuron: the code."""
-    down_scales: float = 0
-    """Of down, for every neuron whether it runs or not: 32 neurons share scales."""
-
-    @classmethod
-    def of(cls, stored: QuantisedMlp | None) -> "WeightBits":
-        """Those of matrices in codes, or of bf16."""
-        if stored is None:
-            return cls()
-        return cls(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
 
 
 class SparseMlp(Hooked):
@@ -136,9 +119,10 @@ class SparseMlp(Hooked):
         return self._stored if self._versions == self._written() else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies count from their own parameters."""
-        versions = None if self.stored else self._versions
-        return {**self.__dict__, "_versions": versions, "_in_codes": None}
+        """Copies count from their own parameters; where these were written to, no count of theirs is the one of
+        the codes."""
+        written = self._stored is not None and self.stored is None
+        return {**self.__dict__, "_versions": [] if written else None, "_in_codes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base: Any = super()
@@ -173,11 +157,6 @@ class SparseMlp(Hooked):
             if not _is(w_ND.cpu(), before.matrix(name), dtype)
         }
         return before.with_matrices(changed) if changed else before
-
-    @property
-    def bits(self) -> WeightBits:
-        """Bits of its weights as they are stored."""
-        return WeightBits.of(self.stored)
 
     @property
     def running(self) -> DenseMlp:
@@ -240,8 +219,9 @@ class SparseMlp(Hooked):
 
         `residual` is for families whose MLP module adds it itself.
         """
-        held = None if self.reads_codes else self._held(hidden)
-        y = self._read_codes(hidden) if held is None else self._decode(held, hidden)
+        y = self._read_codes(hidden)
+        if y is None and (held := self._held(hidden)) is not None:
+            y = self._decode(held, hidden)
         if y is not None:
             return y if residual is None else y + residual
         x_TD, shape = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
@@ -306,15 +286,9 @@ class SparseMlp(Hooked):
         if not self.reads_codes or not few or not self._unheard(hidden):
             return None
         x_TD = hidden.reshape(-1, hidden.shape[-1])
-        weights = self.running
-        if not InCodes.able(weights, x_TD):
+        held = self._laid_out(x_TD)
+        if held is None:
             return None
-        judged = not self.shared and not self.look_ahead and self.experts == self.neurons
-        parts = [*self._parameters.values(), *self.router._buffers.values()]
-        made_of = [value for value in parts if value is not None]
-        held = self._in_codes
-        if held is None or not held.follows(weights, made_of):
-            self._in_codes = held = InCodes(weights, self.router if judged else None, made_of)
         self.chosen = "codes"
         selection = self.selection
         if self.all_on:
@@ -331,6 +305,20 @@ class SparseMlp(Hooked):
             extra_TD = self.compensation(x_TD, mask_TE[:, self.shared :])
             y_TD = y_TD if extra_TD is None else y_TD + extra_TD.to(y_TD.dtype)
         return y_TD.view(hidden.shape)
+
+    def _laid_out(self, x_TD: Tensor) -> InCodes | None:
+        """The codes as the kernels read them, laid out anew where something they are made of has changed."""
+        stored, held = self.stored, self._in_codes
+        centres = self.compensation.centres
+        if stored is None or centres or not InCodes.able(stored, self.activation, x_TD):
+            return None
+        parts = [*(self._parameters[name] for name in _BIASES), *self.router._buffers.values()]
+        made_of = [value for value in parts if value is not None]
+        if held is None or not held.follows(stored, made_of):
+            judged = not self.shared and not self.look_ahead and self.experts == self.neurons
+            held = InCodes(self.weights, self.router if judged else None, made_of)
+            self._in_codes = held
+        return held
 
     def _decode(self, held: OneToken, hidden: Tensor) -> Tensor:
         """One token, as `forward` computes it, with as little around the kernel as can be."""

@@ -21,7 +21,8 @@ from moefy.experts.routed import Routed
 from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import SparseMlp, sparse_mlps
 from moefy.methods.base import stored
-from moefy.models.artefact import ADAPTER, Artefact, Entry
+from moefy.models.artefact import ADAPTER, Artefact
+from moefy.models.entries import Entry
 from moefy.models.locate import Site, disk_names, meta_model, read_mlp
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moefy.errors import MoefyError, RecipeError, UnsupportedModel, unknown_choice
-from moefy.models.artefact import Artefact, LayerEntry
+from moefy.models.artefact import Artefact
+from moefy.models.entries import LayerEntry
 from moefy.models.locate import Site
 
 DENSE, GGUF = "dense", "gguf"

@@ -22,10 +22,23 @@ WIDE_BITS = 16
 """Bits of a weight that nobody has rounded: bf16."""
 
 
-def input_bits(mlp: DenseMlp) -> float:
-    """Bits of a weight of gate and up as they are stored, scales included."""
-    stored = mlp.stored
-    return WIDE_BITS if stored is None else stored.bits + stored.overhead("up")
+class WeightBits(NamedTuple):
+    """Bits of one weight as it is stored, scales included."""
+
+    inputs: float = WIDE_BITS
+    """Of gate and up: a neuron's scales are read with its weights."""
+    down: float = WIDE_BITS
+    """Of down, as far as it is read with its neuron: the code."""
+    down_scales: float = 0
+    """Of down, for every neuron whether it runs or not: 32 neurons share scales."""
+
+    @classmethod
+    def of(cls, mlp: DenseMlp) -> "WeightBits":
+        """Those of matrices in codes, or of bf16."""
+        stored = mlp.stored
+        if stored is None:
+            return cls()
+        return cls(stored.bits + stored.overhead("up"), stored.bits, stored.overhead("down"))
 
 
 class Context(threading.local):
@@ -91,6 +104,8 @@ class Router(nn.Module):
     reads_input_alone: ClassVar[bool] = False
     """True where nothing is taken from gate and up rows, so that it can score attention heads."""
 
+    weighs: ClassVar[bool] = False
+    """True where scores can be in one unit in all layers: it defines `weigh`."""
     reads_gate: ClassVar[bool] = False
     """True if the router cannot score an MLP without a gate."""
 
@@ -140,6 +155,10 @@ class Router(nn.Module):
     def initialise(self, mlp: DenseMlp, x_TD: Tensor, whole: DenseMlp) -> None:
         """Set the parameters from the routed neurons, in expert order, and a sample of inputs."""
 
+    def weigh(self, mlp: DenseMlp, metric_DD: Tensor) -> None:
+        """Count contributions by what they cost: half the Fisher matrix of the output, or a number for it."""
+        raise TypeError(f"{type(self).__name__} does not define weigh")
+
     def follow(self, mlp: DenseMlp) -> None:
         """Take note that training has changed the weights of the routed neurons."""
 
@@ -165,7 +184,7 @@ class Router(nn.Module):
 
         Counted over all neurons of `mlp`.
         """
-        return input_bits(mlp) * mlp.neurons * mlp.width if self.computes_gate else 0
+        return WeightBits.of(mlp).inputs * mlp.neurons * mlp.width if self.computes_gate else 0
 
     def products(self, mlp: DenseMlp) -> int:
         """Multiplications for one token: what this router adds to the computed share."""

@@ -94,34 +94,34 @@ def answer_of_class(kind: Any, config: PreTrainedConfig) -> Answer:
 @cache
 def _answer(kind: Any, problem: str, one: bool, masked: bool) -> Answer:
     declared, name = _declared(kind), kind.__name__
-    found = None
+    answer = None
     if "start_logits" in declared or name in _SPANS:
-        found = Answer("spans", "start_logits")
+        answer = Answer("spans", "start_logits")
     elif "MultipleChoice" in name:
         pass  # reads several texts at a time
     elif "prediction_logits" in declared and name.endswith(_PRETRAINING):
-        found = Answer("masked", "prediction_logits")
+        answer = Answer("masked", "prediction_logits")
     elif name.endswith(_LABELS):
         binary = problem == "multi_label_classification"
         values = problem == "regression" or (one and not binary)
-        found = Answer("values") if values else Answer("labels", binary=binary)
+        answer = Answer("values") if values else Answer("labels", binary=binary)
     elif name.endswith(_TOKEN_LABELS):
-        found = Answer("token labels", binary=one)
+        answer = Answer("token labels", binary=one)
     elif kind.can_generate():
-        found = Answer("masked" if masked else "next")
+        answer = Answer("masked" if masked else "next")
     elif name.endswith("ForMaskedLM"):
-        found = Answer("masked")
+        answer = Answer("masked")
     elif name.endswith(_PRETRAINING) and "logits" in declared:
-        found = Answer("token labels", binary=True)
+        answer = Answer("token labels", binary=True)
     elif "last_hidden_state" in declared or (not declared and name.endswith("Model")):
-        found = Answer("states", "last_hidden_state")
-    if found is None or (reads_two_texts(kind) and found.form not in ("next", "states")):
+        answer = Answer("states", "last_hidden_state")
+    if answer is None or (reads_two_texts(kind) and answer.form not in ("next", "states")):
         base = kind.__name__.partition("For")[0]
         raise UnsupportedModel(
             f"{name}: by what its output is judged is not known; convert the model below its head "
             f"({base}Model, or {base}'s language model) and put the head on what that gives"
         )
-    return found
+    return answer
 
 
 @cache
@@ -140,11 +140,6 @@ def _declared(kind: Any) -> frozenset[str]:
 
 def arguments(kind: Any) -> frozenset[str]:
     """Names of what `forward` of a class takes."""
-    return _arguments(kind)
-
-
-@cache
-def _arguments(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

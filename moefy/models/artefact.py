@@ -5,12 +5,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -20,8 +20,9 @@ from moefy import recipe as recipes
 from moefy.errors import CheckpointError, RecipeError
 from moefy.models import schema
 from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.entries import AGAIN, HeadEntry, LayerEntry, part_of, read_entries
 from moefy.models.quantised import GROUPED, QuantisedMlp, shapes
-from moefy.models.schema import Field, check, check_one, optional, whole
+from moefy.models.schema import check, check_one, optional, whole
 from moefy.run.console import Reporter
 from moefy.run.reading import read_json, reading
 
@@ -31,9 +32,6 @@ WITHOUT_HEADS = 2
 META, SIDE = "moefy.json", "moefy.safetensors"
 FULL, ADAPTER = "full", "adapter"
 
-AGAIN = "convert the source again"
-MOST_HIDDEN = 2**20
-"""Units of the widest router, and the largest rank."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TENSOR = re.compile(
     r"(layers|heads)\.(\d+)\.(permutation|weights\.\w+\.\w+|(?:router|compensation)\.[\w.]+)"
@@ -42,8 +40,6 @@ _OF_LAYERS = ("permutation", "weights")
 """What tensors of heads have none of."""
 _PLUGINS: ContextVar[bool] = ContextVar("_PLUGINS", default=False)
 _BASE: ContextVar[Path | None] = ContextVar("_BASE", default=None)
-
-T = TypeVar("T", bound="Entry")
 
 
 @contextmanager
@@ -67,146 +63,6 @@ def base_at(folder: Path) -> Iterator[None]:
         yield
     finally:
         _BASE.reset(before)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What `moefy.json` has of everything that is routed."""
-
-    width: int
-    experts: int
-    router: dict[str, Any]
-    """`name` and what that router is made with: `hidden`; of an MLP `bits`, `inputs`, `look_ahead`;
-    and `settings`, where it has others."""
-    selection: dict[str, Any]
-    """`name` and the settings of that selection."""
-    compensation: dict[str, Any]
-    """`name` and `rank`."""
-
-    LIST: ClassVar[str] = ""
-    """The list of `moefy.json` that it stands in."""
-
-    @property
-    def where(self) -> str:
-        """What an error calls it: the path of its module."""
-        raise TypeError(f"{type(self).__name__} does not say where it is")
-
-    @classmethod
-    def fields(cls) -> dict[str, Field]:
-        """What its fields hold, each by itself."""
-        return {
-            "width": whole(1), "experts": whole(1), "router": schema.table(),
-            "selection": schema.table(), "compensation": schema.table(),
-        }  # fmt: skip
-
-    def router_fields(self) -> dict[str, Field]:
-        """What `router` holds besides its name."""
-        return {"hidden": whole(0, MOST_HIDDEN), "settings": optional(schema.scalars())}
-
-    def contradiction(self) -> str | None:
-        """What does not go together, if anything."""
-        return None
-
-    @property
-    def routed(self) -> int:
-        """Experts that the router scores."""
-        return self.experts
-
-    @property
-    def routed_neurons(self) -> int:
-        """What they have together: neurons, or outputs of heads."""
-        raise TypeError(f"{type(self).__name__} does not say how many neurons it routes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerEntry(Entry):
-    """One converted MLP; its experts begin with the shared ones."""
-
-    layer: str
-    """Module path of the layer in the transformers model."""
-    neurons: int
-    shared: int
-    storage: dict[str, int] | None = None
-    """`bits` and `scales` of `moefy.recipe.StorageRecipe`, where the matrices are rounded."""
-
-    LIST: ClassVar[str] = "layers"
-
-    @property
-    def where(self) -> str:
-        """The layer."""
-        return self.layer
-
-    @classmethod
-    def fields(cls) -> dict[str, Field]:
-        """What its fields hold, each by itself."""
-        own = {"layer": schema.text(), "neurons": whole(1), "shared": whole(0)}
-        return super().fields() | own | {"storage": optional(schema.table())}
-
-    def router_fields(self) -> dict[str, Field]:
-        """What `router` holds besides its name."""
-        return super().router_fields() | {
-            "bits": whole(0, 64), "inputs": whole(0, self.width), "look_ahead": schema.flag(),
-        }  # fmt: skip
-
-    def contradiction(self) -> str | None:
-        """What does not go together, if anything."""
-        if self.neurons % self.experts:
-            return f"{self.experts} experts do not divide {self.neurons} neurons"
-        if self.shared >= self.experts:
-            return f"{self.shared} of {self.experts} experts are shared, none is left to route"
-        if self.storage is not None and self.storage.get("scales") not in (8, 16, None):
-            return f"storage.scales is {self.storage['scales']}, must be 8 or 16"
-        return None
-
-    @property
-    def routed(self) -> int:
-        """Experts that the router scores."""
-        return self.experts - self.shared
-
-    @property
-    def routed_neurons(self) -> int:
-        """Neurons of the experts that the router scores."""
-        return self.neurons // self.experts * self.routed
-
-    @property
-    def active(self) -> int | None:
-        """Experts that run for every token, shared ones included; None where it varies."""
-        k = self.selection.get("k")
-        return None if k is None else int(k) + self.shared
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadEntry(Entry):
-    """One attention block whose heads are routed: experts of `heads / experts` that follow each other."""
-
-    block: str
-    """Module path of the attention module in the transformers model."""
-    heads: int
-    head_dim: int
-
-    LIST: ClassVar[str] = "heads"
-
-    @property
-    def where(self) -> str:
-        """The block."""
-        return self.block
-
-    @classmethod
-    def fields(cls) -> dict[str, Field]:
-        """What its fields hold, each by itself."""
-        own = {"block": schema.text(), "heads": whole(1), "head_dim": whole(1)}
-        return super().fields() | own
-
-    def contradiction(self) -> str | None:
-        """What does not go together, if anything."""
-        if self.heads % self.experts:
-            return f"{self.experts} experts do not divide {self.heads} heads"
-        return None
-
-    @property
-    def routed_neurons(self) -> int:
-        """Outputs of all heads."""
-        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,22 +99,12 @@ class Artefact:
 
     def stored(self, index: int) -> QuantisedMlp | None:
         """The matrices of layer `index` where they are rounded: they are what is computed with."""
-        if self.layers[index].storage is None:
-            return None
-        return QuantisedMlp(
-            part_of(self.tensors, f"layers.{index}.weights"), self.layers[index].width
-        )
+        return self.layers[index].stored(self.tensors_of(index))
 
     @property
     def rounded(self) -> int | None:
         """Bits of the codes of the layers that are rounded, None if none is."""
         return next((entry.storage["bits"] for entry in self.layers if entry.storage), None)
-
-
-def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, by what follows it and a dot."""
-    cut = f"{prefix}."
-    return {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)}
 
 
 def write_side_files(folder: Path, artefact: Artefact) -> None:
@@ -297,8 +143,8 @@ def read_artefact(folder: str | Path, *, verify: bool = True) -> Artefact:
     check(meta["source"], _SOURCE, f"{meta_file}: source")
     check(meta["corpus"], _CORPUS, f"{meta_file}: corpus")
     _check_recipe(meta_file, meta["recipe"])
-    layers = _entries(meta_file, LayerEntry, meta["layers"])
-    heads = _entries(meta_file, HeadEntry, meta["heads"])
+    layers = read_entries(meta_file, LayerEntry, meta["layers"], plugins=_PLUGINS.get())
+    heads = read_entries(meta_file, HeadEntry, meta["heads"], plugins=_PLUGINS.get())
     _check_hashes(folder, meta, verify)
     with reading(folder / SIDE, AGAIN):
         tensors = load_file(folder / SIDE)
@@ -392,7 +238,6 @@ _SOURCE = {
     "revision": optional(schema.text(re.compile("[0-9a-f]{40}"), "a commit of 40 digits")),
 }
 _CORPUS = {"name": schema.text(), "sha256": schema.string()}
-_STORAGE = {"bits": whole(1, 8), "scales": whole(8, 16)}
 _META = {
     "form": schema.one_of(FULL, ADAPTER),
     "source": schema.table(),
@@ -417,31 +262,6 @@ def _check_recipe(file: Path, recipe: dict[str, Any]) -> None:
         for key, value in recipes.flat(recipe).items():
             if isinstance(value, str):
                 check_one(value, schema.method_name(False), f"{file}: recipe: {key}")
-
-
-def _entries(file: Path, kind: type[T], found: list[Any]) -> list[T]:
-    """The entries of one list, each checked by itself."""
-    entries: list[T] = []
-    for index, values in enumerate(found):
-        where = f"{file}: {kind.LIST}[{index}]"
-        check(values, kind.fields(), where)
-        entry = kind(**values)
-        if wrong := entry.contradiction():
-            raise CheckpointError(f"{where} ({entry.where}): {wrong}; {AGAIN}")
-        where = f"{where} ({entry.where})"
-        name = {"name": schema.method_name(_PLUGINS.get())}
-        check(entry.router, name | entry.router_fields(), f"{where}: router")
-        check(entry.compensation, name | {"rank": whole(0, MOST_HIDDEN)}, f"{where}: compensation")
-        values = {key: optional(schema.number()) for key in entry.selection if key != "name"}
-        check(entry.selection, name | values, f"{where}: selection")
-        if isinstance(entry, LayerEntry) and entry.storage is not None:
-            check(entry.storage, _STORAGE, f"{where}: storage")
-        entries.append(entry)
-    places = [entry.where for entry in entries]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise CheckpointError(f"{file}: {kind.LIST}: {twice} is there twice; {AGAIN}")
-    return entries
 
 
 def _check_hashes(folder: Path, meta: dict[str, Any], verify: bool) -> None:

@@ -330,6 +330,8 @@ ROWS = (
     Row("masked language models",
         "transformers.models.auto.modeling_auto:MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         "types that see what comes next unless config.is_decoder", _T),
+    Row("class of a config", "transformers:AutoModelForCausalLM._model_mapping",
+        "class of a model, or several, by the class of its config", _T),
     Row("model of a config", f"{_MODEL}._from_config",
         "shapes on the meta device, in a dtype; streaming", _T, ("config",)),
     Row("tied weights", f"{_MODEL}.tie_weights", "all_tied_weights_keys: copy to original", _T),

@@ -112,14 +112,14 @@ class Lora:
                 continue
             site, role = owners[path]
             order_N, part = artefact.permutation(site.index), name.removeprefix(f"{path}.")
-            found = _moved(site, role, part, tensor, order_N)
-            if found is None:
+            moved = _moved(site, role, part, tensor, order_N)
+            if moved is None:
                 raise CheckpointError(
                     f"{self.folder / WEIGHTS}: {key} {list(tensor.shape)} is no tensor of LoRA for "
                     f"{site.neurons} neurons and width {site.width}; merge the adapter into its base and "
                     "convert the result"
                 )
-            tensors[key] = found
+            tensors[key] = moved
         return replace(self, tensors=tensors, mark=order_of(artefact))
 
     def _refuse_unknown(self, name: str, layers: set[str], model: PreTrainedModel) -> None:
@@ -285,8 +285,8 @@ def _refuse_other_layers(
     folder: Path, owners: Mapping[str, tuple[Site, str]], artefact: Artefact
 ) -> None:
     """Raise `CheckpointError` where an artefact has other MLPs than its own config says."""
-    found = {site.index: (site.layer, site.neurons) for site, _ in owners.values()}
-    if found != {i: (entry.layer, entry.neurons) for i, entry in enumerate(artefact.layers)}:
+    own = {site.index: (site.layer, site.neurons) for site, _ in owners.values()}
+    if own != {i: (entry.layer, entry.neurons) for i, entry in enumerate(artefact.layers)}:
         raise CheckpointError(
             f"{folder}: config.json and moefy.json of the moefied folder are of different models; convert "
             "the source again"

@@ -93,8 +93,8 @@ class Quantised:
         planes_BND = (self.codes_ND[None] >> shift.view(-1, 1, 1)) & 1
         eights = pad(planes_BND, (0, -planes_BND.shape[2] % 8)).unflatten(2, (-1, 8))
         packed = (eights << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-        kept = {"codes": packed, "scale": self.scale, "offset": self.offset}
-        return kept if self.most_O is None else {**kept, "most": self.most_O}
+        parts = {"codes": packed, "scale": self.scale, "offset": self.offset}
+        return parts if self.most_O is None else {**parts, "most": self.most_O}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], width: int, along: int) -> "Quantised":
@@ -250,17 +250,25 @@ def shapes(
     neurons: int, width: int, bits: int, scale_bits: int, names: Iterable[str]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what `QuantisedMlp` holds of an MLP of these sizes with these matrices."""
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     scale = torch.uint8 if scale_bits == 8 else torch.float16
     for name in names:
         along = GROUPED[name]
         groups = -(-(width if along else neurons) // GROUP)
         shape = (neurons, groups) if along else (groups, width)
-        found[f"{name}.codes"] = (bits, neurons, -(-width // 8)), torch.uint8
-        found[f"{name}.scale"] = found[f"{name}.offset"] = shape, scale
+        held[f"{name}.codes"] = (bits, neurons, -(-width // 8)), torch.uint8
+        held[f"{name}.scale"] = held[f"{name}.offset"] = shape, scale
         if scale_bits == 8:
-            found[f"{name}.most"] = (2, neurons if along else width), torch.float16
-    return found
+            held[f"{name}.most"] = (2, neurons if along else width), torch.float16
+    return held
+
+
+def unfilled(neurons: int, width: int, gated: bool, bits: int, scales: int) -> QuantisedMlp:
+    """An MLP of these sizes whose tensors take no memory: what says how large they are going to be."""
+    names = [name for name in GROUPED if name != "gate" or gated]
+    kinds = shapes(neurons, width, bits, scales, names).items()
+    tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in kinds}
+    return QuantisedMlp(tensors, width)
 
 
 def _named(matrices: Mapping[str, Quantised]) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.errors import MoefyError
-from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, LayerEntry, read_artefact
+from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, read_artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder, outline, overwrite
 from moefy.models.config import read_config
+from moefy.models.entries import LayerEntry
 from moefy.models.locate import Site, disk_names, meta_model, permute, read_mlp, sites
 from moefy.models.mlp import DenseMlp
 from moefy.models.quantised import QuantisedMlp

@@ -81,12 +81,12 @@ def string() -> Field:
     return _kind(str, "text")
 
 
-def one_of(*known: str) -> Field:
-    """One of these words."""
+def one_of(*known: str | int) -> Field:
+    """One of these words or numbers."""
 
     def check(value: Any) -> None:
-        if not isinstance(value, str) or value not in known:
-            raise Invalid(f"must be one of {', '.join(known)}")
+        if type(value) not in (str, int) or value not in known:
+            raise Invalid(f"must be one of {', '.join(map(str, known))}")
 
     return Field(check)
 

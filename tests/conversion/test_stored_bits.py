@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -178,6 +179,9 @@ def test_copies_share_the_codes_and_know_when_theirs_are_stale(made):
         with torch.no_grad():
             module.up_ND.add_(1)
         assert module.stored is None
+        for late in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert late.stored is None
+            assert copy.deepcopy(late).stored is None
     assert sparse_mlps(model)[0].stored is not None
     assert sparse_mlps(model.to(torch.float64))[0].stored is not None
 
@@ -350,7 +354,6 @@ def test_other_numbers_of_bits_are_refused(settings):
 
 
 def test_a_lora_adapter_of_mlps_is_refused_and_one_of_attention_merged(made, tmp_path):
-    peft = pytest.importorskip("peft")
     source, out, _ = made("llama")
     for name, targets in {"mlp": ["up_proj"], "attention": ["q_proj"]}.items():
         base = load_dense(Checkpoint.open(source))

@@ -18,19 +18,25 @@ from moefy.experts.sparse_mlp import sparse_mlps
 
 @settings(deadline=None, max_examples=50)
 @given(
-    sizes=st.lists(st.integers(50, 400), min_size=1, max_size=5),
+    sizes=st.lists(st.tuples(st.integers(50, 400), st.integers(0, 40)), min_size=1, max_size=5),
     density=st.floats(0.05, 0.95),
     seed=st.integers(0, 99),
 )
-def test_a_threshold_is_exceeded_by_the_share_that_was_asked_for(sizes, density, seed):
-    random = np.random.default_rng(seed)
-    rows = [np.sort(random.lognormal(3 * i, 1, n)).astype(np.float32) for i, n in enumerate(sizes)]
-    scores = _Scores(rows, [n / sum(sizes) for n in sizes])
+def test_under_a_threshold_runs_the_share_that_was_asked_for(sizes, density, seed):
+    """Single neurons, some of which always run, that are scored once; layers differ in size and scale."""
+    random, experts, shared = np.random.default_rng(seed), *zip(*sizes, strict=True)
+    rows = [
+        np.sort(random.lognormal(3 * i, 1, n - s)).astype(np.float32)
+        for i, (n, s) in enumerate(sizes)
+    ]
+    scores = _Scores(rows, [n / sum(experts) for n in experts], [*experts], [*shared])
     threshold = scores.threshold(density)
-    pooled = np.concatenate(rows)
-    assert (pooled > threshold).mean() == pytest.approx(density, abs=1 / len(pooled) + 1e-9)
-    active = scores.active(sizes, threshold)
-    assert sum(active) / sum(sizes) == pytest.approx(scores.density(threshold))
+    run = sum(shared) + (np.concatenate(rows) > threshold).sum()
+    if density * sum(experts) > sum(shared):
+        assert run / sum(experts) == pytest.approx(density, abs=1.01 / sum(experts))
+    else:
+        assert run == sum(shared)
+    assert sum(scores.active(threshold)) + sum(shared) == pytest.approx(run)
 
 
 @settings(deadline=None, max_examples=50)
@@ -82,7 +88,7 @@ def test_a_density_takes_the_place_of_the_target(small):
 def test_scores_in_other_units_are_refused(small, tmp_path):
     source = build("llama", tmp_path / "source")
     wanted = recipes.override(small, {"router.name": "largest_inputs"})
-    with pytest.raises(RecipeError, match="needs router bit_planes"):
+    with pytest.raises(RecipeError, match=r"bit_planes.*budget greedy"):
         moefy.convert(
             source, tmp_path / "out", recipe=wanted, corpus=corpus_for("llama"), quiet=True
         )

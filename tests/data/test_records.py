@@ -104,7 +104,7 @@ ROWS = [{"text": 'one, two\n"three"', "domain": "p"}, {"text": "four", "domain":
 
 
 def parquet(rows) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow  # of the dev extra
     from pyarrow import parquet
 
     out = io.BytesIO()

@@ -187,6 +187,47 @@ def test_training_many_tokens_and_listeners_stay_with_the_values():
         assert module.chosen == "codes"
 
 
+@pytest.mark.parametrize("planes", [5, 8])
+def test_planes_that_no_kernel_reads_are_left_to_the_router(planes):
+    module, x = layer(bits=8, planes=planes), tokens()
+    module.selection = Threshold(chosen_apart(module, x)[1])
+    got, want, chosen = both(module, x)
+    assert chosen == "codes" and error(got, want) < ROUNDED
+
+
+def test_a_layer_without_codes_decodes_as_before():
+    module = layer(experts=8, selection=TopK(3))
+    with torch.no_grad():
+        module.store(None)
+        want = module(tokens())
+        moefy.native_codes(module)
+        module._one_token = None
+        assert torch.equal(module(tokens()), want) and module._one_token is not None
+
+
+def test_weights_that_come_and_go_are_laid_out_once():
+    module, x = layer(), tokens()
+    both(module, x)
+    held = module._in_codes
+    for name in ("up_ND", "gate_ND", "down_ND"):  # as accelerate does before a layer runs
+        setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
+    with torch.no_grad():
+        module(x)
+    assert module.chosen == "codes" and module._in_codes is held
+
+
+def test_another_router_is_seen_wherever_it_lies():
+    module, x = layer(), tokens()
+    moefy.native_codes(module)
+    for seed in range(20):
+        # Freed first: the next one may lie where this one did.
+        module.router = None
+        torch.manual_seed(seed)
+        module.router = PlanesRouter(module.stored, 2)
+        with torch.no_grad():
+            assert torch.equal(module(x), copy.deepcopy(module)(x))
+
+
 def test_nothing_does_so_unasked():
     module = layer()
     with torch.no_grad():

@@ -321,7 +321,8 @@ def test_the_price_of_all_experts_is_told_once(load):
 
 @pytest.mark.parametrize("kind", ["demo_llama", "demo_opt"])
 def test_nnsight_reaches_the_points(kind, load):
-    nnsight = pytest.importorskip("nnsight")
+    import nnsight  # of the dev extra
+
     model, inputs = load(kind), inputs_for(kind)
     ids = inputs["input_ids"]
     want, cache = model.run_with_cache(ids)

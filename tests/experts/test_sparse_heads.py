@@ -25,8 +25,9 @@ from moefy.experts.sparse_heads import sparse_heads
 from moefy.experts.sparse_mlp import all_experts, sparse_mlps
 from moefy.exporting.export import export
 from moefy.methods.tables import COMPENSATIONS, ROUTERS
-from moefy.models.artefact import part_of, read_artefact
+from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint, sha256
+from moefy.models.entries import part_of
 from moefy.models.heads import head_sites
 from moefy.models.library import passing
 from moefy.models.locate import meta_model, sites

@@ -26,9 +26,10 @@ from moefy.exporting import tensors
 from moefy.exporting.export import export
 from moefy.exporting.targets import TARGETS, check, config_json, find_target, stock_config
 from moefy.exporting.tensors import Exportable, Planned, plan_tensors, write_shards
-from moefy.models.artefact import LayerEntry, read_artefact
+from moefy.models.artefact import read_artefact
 from moefy.models.checkpoint import Checkpoint, read_header
 from moefy.models.config import read_config
+from moefy.models.entries import LayerEntry
 from moefy.models.locate import meta_model, sites
 from moefy.run.folder import MARK
 from moefy.run.output import digest

@@ -84,7 +84,7 @@ def test_planes_of_stored_weights_are_their_own():
     dense = mlp(bits=4)
     made = router(dense, 2)
     for name in ("gate", "up"):
-        assert torch.equal(made._rough_rows()[name], dense.stored.matrix(name).rough(2))
+        assert torch.equal(made._rough_rows(name, T), dense.stored.matrix(name).rough(2))
 
 
 def test_all_planes_are_the_exact_contribution():
@@ -162,3 +162,11 @@ def test_planes_that_codes_do_not_have_are_refused():
     for bits, codes in ((0, 4), (5, 4), (3, 2)):
         with pytest.raises(RecipeError, match="bit_planes reads"):
             BitPlanesRouter.settings({"bits": bits, "settings": {"codes": codes}})
+
+
+def test_errors_that_do_not_vary_have_no_variance_below_zero():
+    dense, same_TD = mlp(), inputs()[:1].expand(3000, -1)
+    made = BitPlanesRouter(D, N, N, 2, True, 4)
+    made.initialise(dense, same_TD, dense)
+    assert made(torch.zeros(1, D), dense).isfinite().all()
+    assert all((variance_N >= 0).all() for _, variance_N in made.rough_codes().errors.values())

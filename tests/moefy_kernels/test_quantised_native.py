@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,13 +72,10 @@ class Layer:
 
     def pack(self, **change):
         parts = {
-            "gate": self.gate if self.gated else None,
-            "up": self.up,
-            "down": self.down,
-        } | change
-        return pack_mlp(
-            **parts, activation=ACTS[self.act], judge=self.judge, biases=self.biases
-        )  # fmt: skip
+            "gate": self.gate if self.gated else None, "up": self.up, "down": self.down,
+            "judge": self.judge,
+        } | change  # fmt: skip
+        return pack_mlp(**parts, activation=ACTS[self.act], biases=self.biases)
 
     def output(self, mask_TN=True):
         x, act = in_8_bits(self.x), activation_function(self.act)
@@ -236,8 +234,20 @@ def test_tokens_of_a_batch_are_what_they_are_alone():
 
 def test_16_bits_are_rounded_once():
     layer = Layer(width=304, neurons=200, tokens=2, dtype=torch.bfloat16)
-    y = layer.pack()(layer.x)
-    assert y.dtype == torch.bfloat16 and error(y, layer.output()) < 2**-8
+    packed = layer.pack()
+    assert torch.equal(packed(layer.x), packed(layer.x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("planes", [0, 2])
+def test_what_is_no_number_stays_none(planes, wrong):
+    layer = Layer(planes=planes, tokens=2)
+    packed, want = layer.pack(), layer.pack()(layer.x)
+    layer.x[1, 40] = wrong
+    y = packed(layer.x)
+    assert y[1].isnan().all() and torch.equal(y[0], want[0])
+    linear = pack_map(layer.up)(layer.x)
+    assert linear[1].isnan().all() and linear[0].isfinite().all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -285,15 +295,32 @@ def test_what_no_kernel_reads_is_refused():
         packed(layer.x.double())
     with pytest.raises(ValueError, match="without a judge"):
         packed(layer.x, torch.zeros(1))
+    with pytest.raises(ValueError, match="planes: 0"):
+        Layer(planes=2, bits=2).pack(judge=replace(Layer().judge, planes=0))
+
+
+@pytest.mark.parametrize(
+    ("who", "message"),
+    [
+        ({"mask_TN": torch.ones(1, 72)}, "a mask .3, 72."),
+        ({"mask_TN": torch.ones(3, 64)}, "a mask .3, 72."),
+        ({"mask_TN": torch.ones(3, 72), "threshold_T": torch.ones(3)}, "no threshold beside"),
+        ({"mask_TN": torch.ones(3, 72, device="meta")}, "on a CPU"),
+        ({"threshold_T": torch.ones(1)}, "a threshold .3."),
+        ({"threshold_T": torch.tensor(1.0)}, "a threshold .3."),
+    ],
+)
+def test_masks_and_thresholds_of_other_shapes_are_refused(who, message):
+    layer = Layer(tokens=3)
+    with pytest.raises(ValueError, match=message):
+        layer.pack()(layer.x, **who)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86")
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_smaller_instruction_sets_and_the_plain_product_compute_the_same(
-    capability, monkeypatch, tmp_path
-):
+def test_smaller_instruction_sets_and_the_plain_product_compute_the_same(capability, monkeypatch):
     code = (
-        "import sys; sys.path[:0] = ['tests/moefy_kernels']; import test_quantised_native as t\n"
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_quantised_native as t\n"
         "for planes in (0, 1, 2, 3):\n"
         "  for bits in (3, 4, 8):\n"
         "    layer = t.Layer(width=160, planes=planes, bits=bits, tokens=3); packed = layer.pack()\n"

@@ -135,7 +135,6 @@ def test_a_line_of_a_log_that_says_no_step_is_dropped(line: str, tmp_path: Path)
 
 @pytest.mark.parametrize("line", ["[]", "{", '{"step": 1}'])
 def test_curves_of_a_damaged_log_are_one_line(line: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     file = tmp_path / "log.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be read"):

@@ -27,8 +27,9 @@ from moefy import recipe as recipes
 from moefy.data.corpus import Corpus, Document
 from moefy.evaluation.bigram import Bigram
 from moefy.methods.base import Router
-from moefy.models.artefact import FULL, Artefact, LayerEntry, write_side_files
+from moefy.models.artefact import FULL, Artefact, write_side_files
 from moefy.models.checkpoint import Checkpoint
+from moefy.models.entries import LayerEntry
 from moefy.recipe import PartitionRecipe, Recipe
 
 DOMAINS, CONTENT = 4, 48

@@ -19,7 +19,6 @@ constexpr int BYTES = 4 * LANES;  // of a vector: codes that are multiplied at o
 typedef uint8_t Codes __attribute__((vector_size(BYTES), aligned(1), may_alias));
 typedef int32_t Sums __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef uint16_t Words __attribute__((vector_size(BYTES), aligned(1), may_alias));
-typedef uint64_t Longs __attribute__((vector_size(BYTES), aligned(1), may_alias));
 
 struct half {
     uint16_t bits;
@@ -48,7 +47,7 @@ inline Sums dot_small(Sums sum, Codes code, Codes input) {
 // The same for codes of so many bits.
 template <int BITS>
 inline Sums dot(Sums sum, Codes code, Codes input) {
-    if (BITS < 8) return dot_small(sum, code, input);
+    if constexpr (BITS < 8) return dot_small(sum, code, input);
 #if defined(__AVX512VNNI__)
     return dot_small(sum, code, input);
 #else
@@ -141,13 +140,18 @@ inline void transpose(const Codes* row, Codes* out) {
     out[0] = (Codes)_mm256_unpacklo_epi16(ab, cd), out[1] = (Codes)_mm256_unpackhi_epi16(ab, cd);
     out[2] = (Codes)_mm256_unpacklo_epi16(AB, CD), out[3] = (Codes)_mm256_unpackhi_epi16(AB, CD);
 #else
-    const Codes low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Words first{0, 8, 1, 9, 2, 10, 3, 11}, last = first + 4;
-    const Codes high = low + 8;
-    const Words ab = (Words)__builtin_shuffle(row[0], row[1], low), cd = (Words)__builtin_shuffle(row[2], row[3], low);
-    const Words AB = (Words)__builtin_shuffle(row[0], row[1], high), CD = (Words)__builtin_shuffle(row[2], row[3], high);
-    out[0] = (Codes)__builtin_shuffle(ab, cd, first), out[1] = (Codes)__builtin_shuffle(ab, cd, last);
-    out[2] = (Codes)__builtin_shuffle(AB, CD, first), out[3] = (Codes)__builtin_shuffle(AB, CD, last);
+    // Element by element, since GCC and Clang have no shuffle in common; both make one instruction of each list.
+    const auto zip = [](Codes a, Codes b, bool upper) {
+        const Codes low{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+        const Codes high{a[8],  b[8],  a[9],  b[9],  a[10], b[10], a[11], b[11],
+                         a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
+        return (Words)(upper ? high : low);
+    };
+    const auto first = [](Words a, Words b) { return (Codes)Words{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]}; };
+    const auto last = [](Words a, Words b) { return (Codes)Words{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]}; };
+    const Words ab = zip(row[0], row[1], false), cd = zip(row[2], row[3], false);
+    const Words AB = zip(row[0], row[1], true), CD = zip(row[2], row[3], true);
+    out[0] = first(ab, cd), out[1] = last(ab, cd), out[2] = first(AB, CD), out[3] = last(AB, CD);
 #endif
 }
 

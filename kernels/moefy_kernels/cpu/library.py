@@ -1,9 +1,9 @@
 """The native library: built at first use by the system's compiler, kept, loaded once.
 
-One source is compiled for the instruction set that torch reports for this machine, with the compiler's own
-vector types (`experts.cpp`). The result is kept under a name made of everything that it depends on, so that
-machines which share a home do not share instructions, and of its own content, which is checked before it is
-loaded (`private.py`):
+Its sources are compiled for the instruction set that torch reports for this machine, with the compiler's own
+vector types (`experts.cpp`, `quantised.cpp`). The result is kept under a name made of everything that it depends
+on, so that machines which share a home do not share instructions, and of its own content, which is checked
+before it is loaded (`private.py`):
 
     $XDG_CACHE_HOME/moefy/native/<set>-<hash>-<content>.so        (`~/.cache` where it is not set)
 
@@ -29,9 +29,8 @@ from moefy_kernels.cpu import private
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("experts.cpp", "rows.h"))
-SOURCES = (SOURCE, Path(__file__).with_name("quantised.cpp"))
-HEADERS = (HEADER, Path(__file__).with_name("integers.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.cpp", "quantised.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("rows.h", "integers.h"))
 FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -99,9 +98,9 @@ def instruction_set() -> str:
 def flags(name: str) -> tuple[str, ...]:
     """What an instruction set is asked for with on this CPU."""
     feature, flag = DOT_PRODUCTS.get(name, ("", ""))
-    told = Path("/proc/cpuinfo")
-    here = told.read_text(encoding="utf-8").split() if feature and told.exists() else []
-    return (*FLAGS[name], flag) if feature in here else FLAGS[name]
+    cpuinfo = Path("/proc/cpuinfo")
+    features = cpuinfo.read_text(encoding="utf-8").split() if feature and cpuinfo.exists() else []
+    return (*FLAGS[name], flag) if feature in features else FLAGS[name]
 
 
 @functools.cache

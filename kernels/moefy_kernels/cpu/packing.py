@@ -19,7 +19,7 @@ WHOLE = 64
 """Inputs that are laid out together: the largest vector."""
 BITS = (2, 3, 4, 8)
 """Bits of a code."""
-PLANES = (0, 1, 2, 3, 4)
+PLANES = (1, 2, 3, 4)
 """Top bits of it that may be read to judge."""
 _ROOM = 128
 """Bytes behind the last weight, since vectors are read whole."""
@@ -54,19 +54,19 @@ class Stored(Protocol):
         ...
 
 
-def check(planes: int, matrices: dict[str, Stored]) -> None:
-    """Raise `ValueError` for matrices, by their names, of which kernels do not read so many planes."""
+def check(matrices: dict[str, Stored], planes: int | None = None) -> None:
+    """Raise `ValueError` for matrices, by their names, that no kernel reads, or of which none reads such planes."""
     kinds = {kind for m in matrices.values() for kind in (m.scale.dtype, m.offset.dtype)}
     bits = {m.bits for name, m in matrices.items() if name != "down"}
     ready = len(kinds) == 1 and kinds <= {torch.uint8, torch.float16} and len(bits) == 1
     if (
         not ready
         or not {m.bits for m in matrices.values()} <= {*BITS}
-        or planes not in PLANES[: min(bits) + 1]
+        or (planes is not None and planes not in PLANES[: min(bits)])
     ):
         raise ValueError(
             f"packed weights have codes of {BITS} bits, of which up to {PLANES[-1]} are planes, and scales of "
-            f"one kind, uint8 or fp16: got {[(m.bits, m.scale.dtype) for m in matrices.values()]}, {planes} planes"
+            f"one kind, uint8 or fp16: got {[(m.bits, m.scale.dtype) for m in matrices.values()]}, planes: {planes}"
         )
 
 

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -27,10 +28,9 @@ struct QuantisedArguments {
     int64_t tokens, threads, is_bf16;
     const void* x;           // [tokens, width]
     void* y;                 // [tokens, width], or null where scores are all that is wanted
-    uint8_t* runs;           // [tokens, padded neurons]: who runs; read if `decided`, else written
+    uint8_t* runs;           // [tokens, padded neurons] or null: who runs; written with a threshold, read without
     float* scores;           // [tokens, padded neurons] or null
-    const float* threshold;  // [tokens]; null: all run, or `runs` says who
-    int64_t decided;
+    const float* threshold;  // [tokens]; null: `runs` says who runs, or else all do
     // Of a layer:
     int64_t width, groups, neurons;      // groups of 32 inputs; neurons in whole groups of 32
     int64_t top, under, tile_is_half;    // bits of a code in tiles, bits of it below them; 16-bit scales
@@ -123,12 +123,17 @@ struct Token {
     const float* sum;    // scale * (sum of q), the same
 };
 
-// Rounds one group to 8 bits; gives its scale.
+// Rounds one group to 8 bits; gives its scale, which is NaN where a number is not finite.
 inline float rounded_group(const float* x, int8_t* q, int32_t& sum) {
-    float most = 0;
-    for (int i = 0; i < GROUP; ++i) most = std::max(most, std::fabs(x[i]));
-    const float by = most > 0 ? 127.0f / most : 0.0f;
+    float most = 0, none = 0;
+    for (int i = 0; i < GROUP; ++i) most = std::max(most, std::fabs(x[i])), none += x[i] * 0.0f;
     sum = 0;
+    // Below that 127 over the largest would overflow.
+    if (!(most > 1e-36f) || none != 0.0f) {
+        std::fill(q, q + GROUP, 0);
+        return none;
+    }
+    const float by = 127.0f / most;
     for (int i = 0; i < GROUP; ++i) {
         const int32_t code = static_cast<int32_t>(std::rint(x[i] * by));
         q[i] = static_cast<int8_t>(code);
@@ -217,15 +222,17 @@ void tiles(const uint8_t* at, const Token* token, int64_t tokens, int64_t groups
 
 typedef void (*Tiles)(const uint8_t*, const Token*, int64_t, int64_t, Tile*);
 
+// What `made` gives for so many bits as a constant, one of BITS.
+template <int... BITS, class Made>
+auto of_bits(int64_t bits, Made made) {
+    decltype(made(std::integral_constant<int, 8>{})) result = nullptr;
+    ((bits == BITS ? void(result = made(std::integral_constant<int, BITS>{})) : void()), ...);
+    return result;
+}
+
 template <class S>
 Tiles tiles_of(int64_t bits) {
-    switch (bits) {
-        case 1: return tiles<1, S>;
-        case 2: return tiles<2, S>;
-        case 3: return tiles<3, S>;
-        case 4: return tiles<4, S>;
-        default: return tiles<8, S>;
-    }
+    return of_bits<1, 2, 3, 4, 8>(bits, [](auto constant) -> Tiles { return tiles<decltype(constant)::value, S>; });
 }
 
 // Of a neuron that runs: what the lower bits of its codes add to each of its rows, and its offsets where no top
@@ -267,17 +274,8 @@ typedef void (*Record)(const uint8_t*, const QuantisedArguments&, const Token&, 
 
 template <class S, bool TOP, int ROWS>
 Record record_of(int64_t bits) {
-    switch (bits) {
-        case 0: return record<0, S, TOP, ROWS>;
-        case 1: return record<1, S, TOP, ROWS>;
-        case 2: return record<2, S, TOP, ROWS>;
-        case 3: return record<3, S, TOP, ROWS>;
-        case 4: return record<4, S, TOP, ROWS>;
-        case 5: return record<5, S, TOP, ROWS>;
-        case 6: return record<6, S, TOP, ROWS>;
-        case 7: return record<7, S, TOP, ROWS>;
-        default: return record<8, S, TOP, ROWS>;
-    }
+    return of_bits<0, 1, 2, 3, 4, 5, 6, 7, 8>(
+        bits, [](auto constant) -> Record { return record<decltype(constant)::value, S, TOP, ROWS>; });
 }
 
 template <class S>
@@ -318,15 +316,7 @@ typedef void (*AddDown)(const uint8_t* const*, const int8_t*, int64_t, float, co
 
 template <class S>
 AddDown down_of(int64_t bits) {
-    switch (bits) {
-        case 1: return add_down<1, S>;
-        case 2: return add_down<2, S>;
-        case 3: return add_down<3, S>;
-        case 4: return add_down<4, S>;
-        case 5: return add_down<5, S>;
-        case 6: return add_down<6, S>;
-        default: return add_down<8, S>;
-    }
+    return of_bits<2, 3, 4, 8>(bits, [](auto constant) -> AddDown { return add_down<decltype(constant)::value, S>; });
 }
 
 class QuantisedMlp {
@@ -399,16 +389,16 @@ class QuantisedMlp {
 
     // Who runs of 32 neurons.
     void decide(int64_t unit, const Token* token) {
-        // Where someone else has decided, tiles matter as far as records go on from them.
-        const bool read = a.top && (!a.decided || (a.nested && any(unit)));
+        if (!a.threshold && !a.runs)
+            for (int64_t t = 0; t < tokens; ++t) std::memset(runs(t) + unit * GROUP, 1, GROUP);
+        // Where nobody wants scores, tiles matter as far as records go on from them.
+        const bool read = a.top && (scored() || (a.nested && any(unit)));
         for (int64_t n = unit * GROUP; n < (unit + 1) * GROUP && read; n += LANES) {
             Tile gate[16], up[16];
             if (a.gate) rough_tiles(a.gate + n / LANES * a.tile, token, tokens, a.groups, gate);
             rough_tiles(a.up + n / LANES * a.tile, token, tokens, a.groups, up);
             for (int64_t t = 0; t < tokens; ++t) judge(n, t, gate[t], up[t]);
         }
-        if (!a.decided && !(a.top && a.threshold))
-            for (int64_t t = 0; t < tokens; ++t) std::memset(runs(t) + unit * GROUP, 1, GROUP);
         int32_t* list = &chosen[unit * GROUP];
         int64_t count = 0, cost = 0;
         for (int64_t n = unit * GROUP; n < (unit + 1) * GROUP; ++n) {
@@ -420,6 +410,8 @@ class QuantisedMlp {
         if (count < GROUP) list[count] = -1;
         costs[unit] = count ? cost + EACH : 0;
     }
+
+    bool scored() const { return a.threshold || a.scores; }
 
     bool any(int64_t unit) {
         for (int64_t t = 0; t < tokens; ++t)
@@ -444,7 +436,7 @@ class QuantisedMlp {
         float* to = &known[t * 2 * a.neurons];
         Vector value = rough(n, up, a.up_rough_units, a.up_bias, a.up_mean, to + a.neurons), other{};
         if (a.gate) other = rough(n, gate, a.gate_rough_units, a.gate_bias, a.gate_mean, to);
-        if (!a.size) return;
+        if (!scored()) return;
         const Vector decided = a.gate ? other : value, value_of = activated(decided, a.activation);
         const Vector variance = load((a.gate ? a.gate_variance : a.up_variance) + n);
         const Vector steep = slope(decided, a.activation, variance);
@@ -453,7 +445,7 @@ class QuantisedMlp {
         float score[LANES];
         for (int i = 0; i < LANES; ++i) score[i] = std::sqrt(square[i]) * a.size[n + i];
         if (a.scores) std::memcpy(a.scores + (first + t) * a.neurons + n, score, sizeof score);
-        if (a.threshold && !a.decided)
+        if (a.threshold)
             for (int i = 0; i < LANES; ++i) runs(t)[n + i] = score[i] > a.threshold[first + t];
     }
 
@@ -511,14 +503,14 @@ class QuantisedMlp {
                  float& up) {
         float sum[4];
         exact_record(at, a, token, next, scratch, sum);
-        const auto exact = [&](const float* part, const float* units, const float* bias, const float* before) {
+        const auto whole = [&](const float* part, const float* units, const float* bias, const float* before) {
             const float more = units[n] * part[0];
             if (a.nested) return before[n] + more;
             return more - units[a.neurons + n] * part[1] + (bias ? bias[n] : 0.0f);
         };
         const float* held = a.nested ? &known[t * 2 * a.neurons] : nullptr;
-        if (a.gate_units) gate = exact(sum, a.gate_units, a.gate_bias, held);
-        up = exact(sum + (a.gate_units ? 2 : 0), a.up_units, a.up_bias, a.nested ? held + a.neurons : nullptr);
+        if (a.gate_units) gate = whole(sum, a.gate_units, a.gate_bias, held);
+        up = whole(sum + (a.gate_units ? 2 : 0), a.up_units, a.up_bias, a.nested ? held + a.neurons : nullptr);
     }
 
     void sum(int thread, int threads) {

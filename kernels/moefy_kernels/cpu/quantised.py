@@ -30,7 +30,7 @@ from moefy_kernels.expert_mlp import ACTIVATIONS
 
 MOST = 16
 """Tokens up to which reading the weights is what decides."""
-_CALL, _LAYER = struct.Struct("3q5Pq"), struct.Struct("16q17P")
+_CALL, _LAYER = struct.Struct("3q5P"), struct.Struct("16q17P")
 """The two halves of `QuantisedArguments` in quantised.cpp."""
 _MAP = struct.Struct("3q2P6q3P")
 """`QuantisedMap` in quantised.cpp."""
@@ -104,7 +104,16 @@ class PackedMlp:
     def __call__(
         self, x_TD: Tensor, threshold_T: Tensor | None = None, mask_TN: Tensor | None = None
     ) -> Tensor:
-        """Output `[T, D]` in the dtype of `x_TD`, of the neurons above the threshold, or in the mask."""
+        """Output `[T, D]` in the dtype of `x_TD`, of the neurons above the threshold, or in the mask, or of all."""
+        if mask_TN is not None and (
+            threshold_T is not None
+            or mask_TN.shape != (len(x_TD), self.neurons)
+            or not mask_TN.is_cpu
+        ):
+            raise ValueError(
+                f"a packed MLP takes a mask [{len(x_TD)}, {self.neurons}] on a CPU and no threshold beside it: "
+                f"got {tuple(mask_TN.shape)} on {mask_TN.device}"
+            )
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
         runs_TN = None if mask_TN is None else self._padded(mask_TN)
         self._run(x_TD, y_TD, runs_TN, None, threshold_T)
@@ -127,7 +136,7 @@ class PackedMlp:
         return torch.empty(tokens, self.numbers[2], dtype=dtype)
 
     def _padded(self, mask_TN: Tensor) -> Tensor:
-        missing = self.numbers[2] - mask_TN.shape[1]
+        missing = self.numbers[2] - self.neurons
         runs_TN = mask_TN.to(torch.uint8)
         return (pad(runs_TN, (0, missing)) if missing else runs_TN).contiguous()
 
@@ -148,11 +157,15 @@ class PackedMlp:
             )
         x_TD = x_TD.contiguous()
         if threshold_T is not None:
+            if threshold_T.shape != x_TD.shape[:1] or not threshold_T.is_cpu:
+                raise ValueError(
+                    f"a packed MLP takes a threshold [{len(x_TD)}] on a CPU: "
+                    f"got {tuple(threshold_T.shape)} on {threshold_T.device}"
+                )
             threshold_T = threshold_T.float().contiguous()
         places = map(address, (x_TD, y_TD, runs_TN, scores_TN, threshold_T))
-        decided = runs_TN is not None and threshold_T is None
         is_bf16 = x_TD.dtype == torch.bfloat16
-        made = _CALL.pack(len(x_TD), torch.get_num_threads(), is_bf16, *places, decided)
+        made = _CALL.pack(len(x_TD), torch.get_num_threads(), is_bf16, *places)
         call("moefy_quantised_mlp", made + self._layer)
 
 
@@ -171,7 +184,7 @@ def pack_mlp(
     somebody says which neurons run. Raises `ValueError` for codes or scales that no kernel reads.
     """
     inner = {"up": up} if gate is None else {"gate": gate, "up": up}
-    packing.check(0, {**inner, "down": down})
+    packing.check({**inner, "down": down})
     neurons, width = up.codes_ND.shape
     padded_N, padded_D = padded(neurons, GROUP), padded(width, WHOLE)
     nested = judge is not None and judge.nested(gate, up)
@@ -200,7 +213,7 @@ def pack_mlp(
 def _judged(judge: Judge, rows: int, columns: int) -> dict[str, Tensor]:
     """The tiles that are read to judge, and their units."""
     judged = {"up": judge.up} if judge.gate is None else {"gate": judge.gate, "up": judge.up}
-    packing.check(judge.planes, judged)
+    packing.check(judged, judge.planes)
     units = {f"{name}_rough_units": packing.units(m, rows) for name, m in judged.items()}
     return units | {n: packing.tiles(m, judge.planes, rows, columns) for n, m in judged.items()}
 
@@ -263,7 +276,7 @@ class PackedMap:
 
 def pack_map(matrix: Stored, bias_R: Tensor | None = None) -> PackedMap:
     """Lay a linear map `[R, D]` out in tiles of rows. Raises `ValueError` for what no kernel reads."""
-    packing.check(0, {"map": matrix})
+    packing.check({"map": matrix})
     rows, width = matrix.codes_ND.shape
     padded_R, padded_D = padded(rows, GROUP), padded(width, WHOLE)
     tiles = packing.tiles(matrix, matrix.bits, padded(rows, vector_bytes() // 4), padded_D)

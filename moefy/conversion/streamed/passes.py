@@ -45,8 +45,9 @@ from moefy.experts.sparse_mlp import SparseMlp, all_experts, sparse_mlps, use_ba
 from moefy.experts.stock_names import with_routing_of
 from moefy.methods.base import stored
 from moefy.models.answers import answer_of
-from moefy.models.artefact import Artefact, LayerEntry, part_of
+from moefy.models.artefact import Artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
+from moefy.models.entries import LayerEntry, part_of
 from moefy.models.locate import Site, permute, read_mlp
 from moefy.models.quantised import QuantisedMlp
 from moefy.models.reorder import outlined, put_back, rounded_mlp, rounded_values

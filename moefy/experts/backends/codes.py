@@ -16,6 +16,8 @@ from torch import Tensor
 from moefy.experts.backends.base import ACTIVATIONS
 from moefy.methods.base import Router
 from moefy.models.mlp import DenseMlp
+from moefy.models.quantised import QuantisedMlp
+from moefy_kernels.cpu.packing import BITS, PLANES
 from moefy_kernels.cpu.quantised import MOST as MOST
 from moefy_kernels.cpu.quantised import Biases, Judge, PackedMlp, pack_mlp, serves
 
@@ -24,10 +26,12 @@ class InCodes:
     """A layer whose codes were laid out once, as long as nothing that it is made of was written to."""
 
     def __init__(self, weights: DenseMlp, router: Router | None, made_of: Sequence[Tensor]) -> None:
-        """`router` is one whose scores the kernel makes itself; `made_of` are the tensors that are copied."""
+        """`router` is one whose scores the kernel may make itself; `made_of` are the tensors that are copied beside
+        the codes."""
         stored = weights.stored
         assert stored is not None
-        self.stored, self._versions = stored, _versions(made_of)
+        # Held, so that nothing else can come to lie where they do.
+        self.stored, self._made_of, self._versions = stored, tuple(made_of), _versions(made_of)
         own = {name: stored.matrix(name) for name in stored.names}
         judge = None if router is None else judge_of(router)
         self.judges = judge is not None
@@ -38,26 +42,21 @@ class InCodes:
         )  # fmt: skip
 
     @staticmethod
-    def able(weights: DenseMlp, x: Tensor) -> bool:
-        """Whether the kernels compute this layer."""
-        stored = weights.stored
-        return (
-            stored is not None
-            and stored.bits in (2, 3, 4, 8)
-            and weights.activation in ACTIVATIONS
-            and weights.centre_N is None
-            and serves(x)
-        )
+    def able(stored: QuantisedMlp, activation: str, x: Tensor) -> bool:
+        """Whether the kernels compute a layer, whose neurons are not centred, for such inputs."""
+        return stored.bits in BITS and activation in ACTIVATIONS and serves(x)
 
-    def follows(self, weights: DenseMlp, made_of: Sequence[Tensor]) -> bool:
+    def follows(self, stored: QuantisedMlp, made_of: Sequence[Tensor]) -> bool:
         """Whether it is a copy of what these are now."""
-        return weights.stored is self.stored and _versions(made_of) == self._versions
+        return stored is self.stored and _versions(made_of) == self._versions
 
 
 def judge_of(router: Router) -> Judge | None:
     """What the kernel scores by, if it makes the scores of this router."""
     rough = router.rough_codes()
-    if rough is None:
+    if rough is None or rough.planes not in PLANES:
+        return None
+    if any(matrix.bits not in BITS for matrix in rough.matrices.values()):
         return None
     return Judge(
         planes=rough.planes, up=rough.matrices["up"], size_N=rough.size_N, up_error_N=rough.errors["up"],
@@ -65,5 +64,5 @@ def judge_of(router: Router) -> Judge | None:
     )  # fmt: skip
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

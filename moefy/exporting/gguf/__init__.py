@@ -112,10 +112,7 @@ def write_gguf(
     add_metadata(writer, architecture, config)
     cautions = [*warnings(config), *_rounded(planned, gain), *_unrounded(planned, quantize)]
     cautions += add_vocabulary(writer, checkpoint.folder, config.vocab_size, config)
-    mostly: Counter[GGMLQuantizationType] = Counter()
-    for tensor in planned:
-        mostly[types[tensor.name]] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
-    writer.add_file_type(_FILE_TYPES[mostly.most_common(1)[0][0]])
+    writer.add_file_type(_FILE_TYPES[_most(planned, types)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write(writer, planned, types, out, overwrite=overwrite)
     return {
@@ -148,6 +145,15 @@ def _unrounded(planned: list[Planned], quantize: str | None) -> list[str]:
         f"{len(odd)} matrices have rows that are no multiple of 32 and keep their dtype, first "
         f"{odd[0].name} {list(odd[0].shape)}"
     ]
+
+
+def _most(planned: list[Planned], types: dict[str, GGMLQuantizationType]) -> GGMLQuantizationType:
+    """The type of most numbers in matrices."""
+    numbers: Counter[GGMLQuantizationType] = Counter()
+    for tensor in planned:
+        if len(tensor.shape) > 1:
+            numbers[types[tensor.name]] += math.prod(tensor.shape)
+    return numbers.most_common(1)[0][0]
 
 
 def _is_router(tensor: Planned) -> bool:

@@ -31,7 +31,7 @@ from moefy.experts.moefied import of
 from moefy.experts.sparse_mlp import sparse_mlps
 from moefy.inspection.account import Ledger, Unembedding, find_unembedding, observe
 from moefy.inspection.record import Table, joined, rows, table
-from moefy.inspection.texts import Reading, _of_ids, _rising, sample_of_ids
+from moefy.inspection.texts import Reading, pieces_of_ids, rising, sample_of_ids
 from moefy.models.heads import head_sites
 from moefy.models.library import hidden_of
 
@@ -307,7 +307,7 @@ def prompt_record(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[s
     if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
         ids, ends = [tokenizer.bos_token_id, *ids], None if ends is None else [0, *ends]
     found = ledger_of_prompt(model, ids)
-    shown = _of_ids(ids) if ends is None else {"text": prompt, "ends": _rising(ends)}
+    shown = pieces_of_ids(ids) if ends is None else {"text": prompt, "ends": rising(ends)}
     by_layer: dict[int, list[dict[str, Any]]] = {}
     for row in rows(found["prompt_layers"]):
         by_layer.setdefault(row["layer"], []).append(row)

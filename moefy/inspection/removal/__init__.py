@@ -18,17 +18,10 @@ from transformers import PreTrainedModel
 from moefy.errors import MoefyError, UnsupportedModel, unknown_choice
 from moefy.experts.loading import load_dense, moefied
 from moefy.inspection.causal.engine import WHOLE, AblationEngine, Neurons
-from moefy.models.artefact import (
-    ADAPTER,
-    META,
-    SIDE,
-    Artefact,
-    LayerEntry,
-    is_artefact,
-    open_artefact,
-)
+from moefy.models.artefact import ADAPTER, META, SIDE, Artefact, is_artefact, open_artefact
 from moefy.models.checkpoint import Checkpoint, copy_folder, overwrite
 from moefy.models.config import read_config
+from moefy.models.entries import LayerEntry
 from moefy.models.locate import Site, disk_names, meta_model, sites
 from moefy.models.reorder import reorder
 from moefy.run.computing import now

@@ -164,12 +164,12 @@ def texts_of(reading: Reading, tables: Mapping[str, Table]) -> dict[str, dict[st
 def _text(reading: Reading, number: int) -> dict[str, Any]:
     sample, spans = sample_of(reading, number), spans_of(reading, number)
     if spans is None:
-        return _of_ids(sample.inputs["input_ids"].tolist())
-    ends = _rising(end for _, end in spans)
+        return pieces_of_ids(sample.inputs["input_ids"].tolist())
+    ends = rising(end for _, end in spans)
     return {"text": sample.document.text[: ends[-1]], "ends": ends}
 
 
-def _rising(ends: Iterable[int]) -> list[int]:
+def rising(ends: Iterable[int]) -> list[int]:
     """A token that stands for no character ends where the one before it does."""
     found: list[int] = []
     for end in ends:
@@ -177,9 +177,10 @@ def _rising(ends: Iterable[int]) -> list[int]:
     return found
 
 
-def _of_ids(ids: list[int]) -> dict[str, Any]:
+def pieces_of_ids(ids: list[int]) -> dict[str, Any]:
+    """Token ids as a text, and where each of them ends."""
     pieces = [f"{number} " for number in ids]
-    return {"text": "".join(pieces), "ends": _rising(_sums(map(len, pieces)))}
+    return {"text": "".join(pieces), "ends": rising(_sums(map(len, pieces)))}
 
 
 def _sums(lengths: Iterable[int]) -> Iterable[int]:

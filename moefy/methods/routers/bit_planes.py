@@ -37,6 +37,8 @@ CODE_BITS = 4
 """Bits of codes that are made for the router alone, of weights that have none."""
 _STEP = 1e-2
 """Distance on either side over which the slope of an activation is measured."""
+FEW = 16
+"""Tokens of a pass for which rows that planes stand for are kept for the next."""
 _CHUNK = 1024
 """Tokens at a time in fitting."""
 _PARTS = ("codes", "scale", "offset", "most")
@@ -67,6 +69,7 @@ class BitPlanesRouter(Router):
                 )
 
     trainable = False
+    weighs = True
     size_N: Tensor
 
     def __init__(
@@ -87,7 +90,7 @@ class BitPlanesRouter(Router):
             for name, zeros in buffers.items():
                 self.register_buffer(f"{matrix}_{name}", zeros)
         self.register_buffer("size_N", torch.zeros(neurons))
-        self._rows: tuple[object, dict[str, Tensor]] | None = None
+        self._rows: dict[str, tuple[object, Tensor]] = {}
 
     @classmethod
     def planned(cls, site: Site, given: Mapping[str, Any], density: float) -> Router.Settings:
@@ -109,7 +112,7 @@ class BitPlanesRouter(Router):
         for matrix in self.matrices:
             rows_ND = getattr(mlp, f"{matrix}_ND").float()
             self._take_planes(mlp, matrix)
-            difference_ND = rows_ND - self._rough_rows()[matrix]
+            difference_ND = rows_ND - self._planes(matrix).rough(self.bits)
             sums = torch.zeros(2, len(rows_ND), device=rows_ND.device)
             for x in x_TD.float().split(_CHUNK):
                 error_TN = linear(x, difference_ND)
@@ -130,7 +133,7 @@ class BitPlanesRouter(Router):
             self._take_planes(mlp, matrix)
 
     def weigh(self, mlp: DenseMlp, metric_DD: Tensor) -> None:
-        """Count contributions by what they cost: half the Fisher matrix of the output, or a number for it."""
+        """Sizes of down rows in the metric: a score is then the root of an expected cost in nats."""
         down_ND, metric_DD = mlp.down_ND.float(), metric_DD.to(mlp.down_ND.device)
         product_ND = down_ND @ metric_DD if metric_DD.ndim else down_ND * metric_DD
         square_N = (product_ND * down_ND).sum(1)
@@ -159,18 +162,32 @@ class BitPlanesRouter(Router):
 
     def _rough(self, x_TD: Tensor, mlp: DenseMlp, matrix: str) -> tuple[Tensor, Tensor]:
         """Rough outputs `[T, N]` of a matrix, free of their mean error, and the variance of the rest `[N]`."""
-        mean_N, square_N = self.get_buffer(f"{matrix}_error")
+        mean_N, variance_N = self._error(matrix)
         bias_N: Tensor | None = getattr(mlp, f"{matrix}_bias_N")
         bias_N = mean_N if bias_N is None else mean_N + bias_N.float()
-        return linear(x_TD, self._rough_rows()[matrix], bias_N), square_N - mean_N.square()
+        return linear(x_TD, self._rough_rows(matrix, len(x_TD)), bias_N), variance_N
 
-    def _rough_rows(self) -> dict[str, Tensor]:
-        """Rows `[N, D]` in fp32 that the planes of every matrix stand for, kept until those change."""
-        buffers = [self.get_buffer(f"{matrix}_codes") for matrix in self.matrices]
-        key = [(b.data_ptr(), 0 if b.is_inference() else b._version, b.device) for b in buffers]
-        if self._rows is None or self._rows[0] != key:
-            self._rows = key, {name: self._planes(name).rough(self.bits) for name in self.matrices}
-        return self._rows[1]
+    def _error(self, matrix: str) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[N]` of what the planes of a matrix leave out."""
+        mean_N, square_N = self.get_buffer(f"{matrix}_error")
+        # Of errors that hardly vary the difference may round to below zero, and its root be no number.
+        return mean_N, (square_N - mean_N.square()).clamp_min(0)
+
+    def _rough_rows(self, matrix: str, tokens: int) -> Tensor:
+        """Rows `[N, D]` in fp32 that the planes of a matrix stand for.
+
+        For few tokens, as in decoding, they are kept until the planes change: in fp32 they take as much memory
+        as the matrix has in two bf16 copies, which a pass over many tokens can make anew.
+        """
+        codes = self.get_buffer(f"{matrix}_codes")
+        key = (codes.data_ptr(), 0 if codes.is_inference() else codes._version, codes.device)
+        held = self._rows.get(matrix)
+        if held is not None and held[0] == key:
+            return held[1]
+        rows_ND = self._planes(matrix).rough(self.bits)
+        if tokens <= FEW:
+            self._rows[matrix] = key, rows_ND
+        return rows_ND
 
     def _planes(self, matrix: str) -> Quantised:
         tensors = {name: self.get_buffer(f"{matrix}_{name}") for name in _PARTS}
@@ -180,16 +197,13 @@ class BitPlanesRouter(Router):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make their own rows of the planes."""
-        return {**self.__dict__, "_rows": None}
+        return {**self.__dict__, "_rows": {}}
 
     def rough_codes(self) -> RoughCodes | None:
         """What `forward` scores by, where experts are single neurons."""
         if self.experts != len(self.size_N):
             return None
-        errors = {}
-        for matrix in self.matrices:
-            mean_N, square_N = self.get_buffer(f"{matrix}_error")
-            errors[matrix] = mean_N, square_N - mean_N.square()
+        errors = {matrix: self._error(matrix) for matrix in self.matrices}
         matrices = {matrix: self._planes(matrix) for matrix in self.matrices}
         return RoughCodes(self.bits, matrices, errors, self.size_N)
 

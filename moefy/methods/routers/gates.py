@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 from moefy.errors import RecipeError
-from moefy.methods.base import WIDE_BITS, Router, input_bits
+from moefy.methods.base import WIDE_BITS, Router, WeightBits
 from moefy.models.locate import Site
 from moefy.models.mlp import DenseMlp, activation_function
 
@@ -153,7 +153,7 @@ class LargestInputsRouter(RoughGateRouter):
         """The same, columns in the bits that they are stored in."""
         columns = len(self.size_N) * self.inputs
         others = self.weights_read(mlp) - columns
-        return input_bits(mlp) * columns + WIDE_BITS * others
+        return WeightBits.of(mlp).inputs * columns + WIDE_BITS * others
 
 
 class SelfGatingRouter(Router):
