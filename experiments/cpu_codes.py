@@ -61,21 +61,23 @@ def layer(width: int, neurons: int, bits: int, planes: int) -> PackedMlp:
 
 
 def bytes_of(packed: PackedMlp, density: float) -> float:
-    """What a token reads: tiles and scales of down for all, records of those that run."""
+    """What a token reads: all tiles, the records of the neurons that run, and the scales of down, of which nearly
+    every group has one that runs; at density 0 the tiles alone."""
     held = {name: value.nbytes for name, value in packed.parts.items()}
-    return held.get("gate", 0) + held.get("up", 0) + density * (held["records"] + held["down"])
+    shared = held["down"] if density else 0
+    return held.get("gate", 0) + held.get("up", 0) + shared + density * held["records"]
 
 
 def jobs(width: int, neurons: int) -> dict[str, Job]:
     """All of a shape: the dense layers, the rough scores, the neurons that run."""
     copies = max(2, -(-DENSE // (6 * width * neurons)))
-    x, found = torch.randn(1, width), {}
+    x, made = torch.randn(1, width), {}
     sixteen = [[torch.randn(neurons, width).bfloat16() for _ in range(3)] for _ in range(copies)]
     x_bf16, all_on, whole = x.bfloat16(), torch.ones(1, 1), 6.0 * width * neurons
-    found["torch, bf16"] = [
+    made["torch, bf16"] = [
         lambda w=w: linear(silu(linear(x_bf16, w[0])) * linear(x_bf16, w[1]), w[2].T) for w in sixteen
     ], whole  # fmt: skip
-    found["moefy, bf16"] = [
+    made["moefy, bf16"] = [
         lambda w=w: native_experts(x_bf16, all_on, w[2], "silu", w[0], w[1]) for w in sixteen
     ], whole  # fmt: skip
     for bits, planes in ((8, 0), (4, 0), (4, 2), (4, 3)):
@@ -90,25 +92,25 @@ def jobs(width: int, neurons: int) -> dict[str, Job]:
                 calls = [lambda p=p, t=t: p(x, t) for p, t in zip(many, level, strict=True)]
             else:
                 calls = [lambda p=p, m=mask_1N: p(x, mask_TN=m) for p in many]
-            found[f"{name}, density {density:g}"] = calls, bytes_of(many[0], density)
+            made[f"{name}, density {density:g}"] = calls, bytes_of(many[0], density)
         if planes:
-            found[f"{name}, scores"] = [lambda p=p: p.scores(x) for p in many], bytes_of(many[0], 0)
+            made[f"{name}, scores"] = [lambda p=p: p.scores(x) for p in many], bytes_of(many[0], 0)
     for bits in (8, 4):
         maps = [pack_map(matrix(neurons, width, bits)) for _ in range(copies)]
-        found[f"linear map, {bits} bits"] = (
+        made[f"linear map, {bits} bits"] = (
             [lambda m=m: m(x) for m in maps],
             maps[0].parts[0].nbytes,
         )
     buffer = torch.ones(DENSE)
-    found["read in fp32 (torch's sum)"] = [buffer.sum], buffer.nbytes
-    return found
+    made["read in fp32 (torch's sum)"] = [buffer.sum], buffer.nbytes
+    return made
 
 
-def timed(found: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+def timed(made: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Medians and quartiles of a call, all jobs in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
-        for name, (calls, _) in found.items():
+        for name, (calls, _) in made.items():
             began = clock()
             for call in calls:
                 call()
@@ -121,14 +123,14 @@ def measure(rounds: int, shapes: dict[str, tuple[int, int]], tiny: bool) -> None
     rows: list[dict[str, Any]] = []
     threads = torch.get_num_threads()
     for shape, (width, neurons) in shapes.items():
-        found = jobs(width, neurons)
+        made = jobs(width, neurons)
         for count, clock in ((threads, time.perf_counter), (1, time.thread_time)):
             torch.set_num_threads(count)
-            quartiles = timed(found, rounds, clock)
+            quartiles = timed(made, rounds, clock)
             for name, (low, middle, high) in quartiles.items():
                 rows.append({
                     "shape": shape, "job": name, "threads": count, "clock": clock.__name__,
-                    "seconds": middle, "quartiles": [low, high], "bytes": found[name][1],
+                    "seconds": middle, "quartiles": [low, high], "bytes": made[name][1],
                     "of_torch": quartiles["torch, bf16"][1] / middle,
                     "of_dense_4_bits": quartiles["4 bits, density 1"][1] / middle,
                 })  # fmt: skip
@@ -150,17 +152,19 @@ def shown(record: dict[str, Any]) -> str:
         "| GB/s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in record["rows"]:
+    threads = max(row["threads"] for row in record["rows"])
+    busy = record["load"][0] > threads
+    for row in (row for row in record["rows"] if row["threads"] == 1 or not busy):
         low, high = (f"{1e6 * value:,.0f}" for value in row["quartiles"])
         lines.append(
             f"| {row['shape']} | {row['job']} | {row['threads']} | {1e6 * row['seconds']:,.0f} | {low} to {high} | "
             f"{row['of_torch']:.2f} | {row['of_dense_4_bits']:.2f} | {row['bytes'] / row['seconds'] / 1e9:.1f} |"
         )
     load = ", ".join(f"{value:.1f}" for value in record["load"])
-    lines.append(
-        f"\nLoad of the machine when this was over: {load} (means of 1, 5 and 15 minutes): above its number of cores, "
-        "other processes ran, and wall times with all threads say little."
-    )
+    note = f"\nLoad of the machine when this was over: {load} (means of 1, 5 and 15 minutes)."
+    if busy:
+        note += f" Other processes ran: wall times of {threads} threads, which then wait for each other, are not shown."
+    lines.append(note)
     return "\n".join(lines)
 
 
@@ -172,10 +176,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
-    if given.what == "measure":
-        shapes = {name: SHAPES[name] for name in given.shapes}
-        measure(given.rounds, {"tiny": (64, 96)} if given.tiny else shapes, given.tiny)
+    arguments = parser.parse_args()
+    if arguments.what == "measure":
+        shapes = {name: SHAPES[name] for name in arguments.shapes}
+        measure(arguments.rounds, {"tiny": (64, 96)} if arguments.tiny else shapes, arguments.tiny)
     else:
         fill(PAGE, "codes", shown(json.loads(RECORD.read_text(encoding="utf-8"))))
 

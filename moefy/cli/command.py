@@ -92,12 +92,8 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
 
     def register(run: Callable[..., Shown]) -> None:
         signature = inspect.signature(run, eval_str=True)
-        takes = signature.parameters.keys()
-        extra, name = dict(EXTRA), run.__name__.rstrip("_").replace("_", "-")
-        if run.__name__.rstrip("_") in READERS:
-            extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
-        if run.__name__.rstrip("_") in _BASED:
-            extra["moved_base"] = Annotated[Path | None, typer.Option("--base", help=BASE)]
+        takes, called = signature.parameters.keys(), run.__name__.rstrip("_")
+        name = called.replace("_", "-")
 
         @functools.wraps(run)
         def command(
@@ -124,10 +120,20 @@ def verb(*runs: str) -> Callable[[Callable[..., Shown]], None]:
             if shown.error is not None:
                 _fail(shown.error, debug)
 
-        command.__dict__["__signature__"] = _with_options(signature, runs, extra)
+        command.__dict__["__signature__"] = _with_options(signature, runs, _extra(called))
         app.command(name, cls=_Verb)(command)
 
     return register
+
+
+def _extra(verb: str) -> dict[str, Any]:
+    """The options that a verb has besides its own and those of `RUNS`."""
+    extra = dict(EXTRA)
+    if verb in READERS:
+        extra["plugins"] = Annotated[bool, typer.Option("--allow-plugins", help=PLUGINS)]
+    if verb in _BASED:
+        extra["moved_base"] = Annotated[Path | None, typer.Option("--base", help=BASE)]
+    return extra
 
 
 def _with_options(

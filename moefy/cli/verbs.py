@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 Density = Annotated[float | None, typer.Option(help="FFN density, 0 to 1: the mean over layers.")]
 TargetKl = Annotated[float | None, typer.Option(help="KL to dense to reach, instead of a density.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a stored MLP weight: 16, 8, 4, 3 or 2.")]
+SideFiles = Annotated[bool, typer.Option("--adapter", help="Write the side files only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="One layer in memory at a time, for large models.")
 ]
@@ -57,15 +60,13 @@ def convert(
     target_kl: TargetKl = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
-    bits: Annotated[
-        int | None, typer.Option(help="Bits of a stored MLP weight: 16, 8, 4, 3 or 2.")
-    ] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Write the side files only.")] = False,
+    bits: Bits = None,
+    adapter: SideFiles = False,
     stream: Stream = False,
     corpus: Text = None,
     set_: Settings = None,
     seed: RecipeSeed = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: bool = False,
@@ -76,24 +77,33 @@ def convert(
     """
     sizes = {"partition.expert_size": expert_size, "partition.experts": experts}
     options = {
-        "density": density, "budget.target_kl": target_kl, "storage.bits": bits, "seed": seed,
-    }  # fmt: skip
+        "density": density,
+        "budget.target_kl": target_kl,
+        "storage.bits": bits,
+        "seed": seed,
+    }
     chosen = _chosen(recipe, options, sizes, set_ or [], stream=stream)
     if dry_run:
         return _plan(model, chosen, corpus, adapter, stream)
     from moefy.conversion.convert import convert as run
-    from moefy.evaluation.tables import domain_rows
-    from moefy.run.tables import terminal
 
     records = run(
         model, out, recipe=chosen, corpus=corpus, adapter=adapter, stream=stream, resume=resume,
         overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
-    if not records:  # of many processes only the first has something to show
+    return _converted(records, out)
+
+
+def _converted(records: dict[str, Any], out: Path) -> Shown:
+    """The record of a conversion; of many processes only the first has one."""
+    from moefy.evaluation.tables import domain_rows
+    from moefy.run.tables import terminal
+
+    if not records:
         return Shown(None)
-    table = terminal(*domain_rows(records["evaluation"]))
-    shares = _budgets(records["evaluation"])
-    return Shown({**records, "out": str(out)}, [table, shares, f"wrote {out}"])
+    measured = records["evaluation"]
+    view = [terminal(*domain_rows(measured)), _budgets(measured), f"wrote {out}"]
+    return Shown({**records, "out": str(out)}, view)
 
 
 def _chosen(
@@ -149,13 +159,7 @@ def eval_(
 ) -> Shown:
     """Measure quality against the dense model, per domain, with intervals; -v adds every layer."""
     from moefy.evaluation.folder import evaluate as evaluate_folder
-    from moefy.evaluation.tables import (
-        domain_rows,
-        group_lines,
-        group_rows,
-        layer_rows,
-        sample_lines,
-    )
+    from moefy.evaluation.tables import domain_rows, layer_rows, sample_lines
     from moefy.run.tables import terminal
 
     record = evaluate_folder(
@@ -166,14 +170,21 @@ def eval_(
     view: list[Any] = [terminal(*domain_rows(record)), *sample_lines(record)]
     if "active_budget" not in record:
         return Shown(record, view)
-    view.append(_budgets(record))
-    view += _rounding(record)
-    if "positions" in record:
-        view.append(terminal(*group_rows(record), title="some tokens only"))
-    view += group_lines(record)
+    view += [_budgets(record), *_rounding(record), *_groups(record)]
     if verbose:
         view.append(terminal(*layer_rows(record), title="by layer"))
     return Shown(record, view)
+
+
+def _groups(record: dict[str, Any]) -> list[Any]:
+    """What some tokens cost that are looked at by themselves."""
+    from moefy.evaluation.tables import group_lines, group_rows
+    from moefy.run.tables import terminal
+
+    some = (
+        [terminal(*group_rows(record), title="some tokens only")] if "positions" in record else []
+    )
+    return [*some, *group_lines(record)]
 
 
 def _rounding(record: dict[str, Any]) -> list[str]:
@@ -417,6 +428,11 @@ def diff(
     return _inspected(result, view, out)
 
 
+Rounded = Annotated[
+    bool, typer.Option("--quantised", help="Dense models of 8 to 2 bits beside them.")
+]
+
+
 @verb(*RUNS)
 def compare(
     model: Model,
@@ -427,9 +443,7 @@ def compare(
     budgets: Annotated[
         str, typer.Option(help="Budgets, by comma: above 1 bits per MLP weight, else share of 16.")
     ] = "4,8",
-    quantised: Annotated[
-        bool, typer.Option("--quantised", help="Dense models of 8 to 2 bits beside them.")
-    ] = False,
+    quantised: Rounded = False,
     corpus: Text = None,
     documents: Documents = 44,
     seed: Seed = 0,

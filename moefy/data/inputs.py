@@ -37,11 +37,12 @@ _FIXED_SIZE = ("vit", "deit")
 
 
 @checked
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder, or None where it has none.
 
     Raises `CheckpointError` where it has one that cannot be read.
     """
+    folder = Path(folder)
     there = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
     if not there:
         return None

@@ -131,6 +131,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 def offload(module: SparseMlp, weights: StoredMlp, device: torch.device) -> None:
     """Give `module` its weights, on `device`, while it runs."""
     hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=weights)
+    module.away = True
     add_hook_to_module(module, hook)
 
 

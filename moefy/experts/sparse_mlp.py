@@ -58,6 +58,8 @@ class SparseMlp(Hooked):
         for name in _WEIGHTS:
             value = getattr(mlp, name)
             self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.away = False
+        """Whether the weights are read for every pass (`moefy.experts.placement`): nobody writes to them."""
         self.activation = mlp.activation
         self.experts, self.shared, self.look_ahead = experts, shared, look_ahead
         self.density = 0.5
@@ -114,7 +116,7 @@ class SparseMlp(Hooked):
         What writes past autograd's count of versions, to `parameter.data`, is not seen here, but
         when the model is saved.
         """
-        if self._stored is None or torch.compiler.is_compiling():
+        if self._stored is None or self.away or torch.compiler.is_compiling():
             return self._stored
         return self._stored if self._versions == self._written() else None
 

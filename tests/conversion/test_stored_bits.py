@@ -254,6 +254,11 @@ def test_offloaded_layers_compute_with_the_codes(tmp_path):
         want, got = here(**inputs).logits, away(**inputs).logits
     # Weight files in bf16 would be off by thousandths.
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    while_it_runs = []
+    module = sparse_mlps(away)[0]
+    module.router.register_forward_pre_hook(lambda *_: while_it_runs.append(module.stored))
+    away(**inputs)
+    assert while_it_runs == [module.stored] and module.stored is not None
 
 
 def test_evaluation_says_what_it_compares_with(made):

@@ -75,6 +75,7 @@ def test_what_means_the_same_is_taken(out: Path) -> None:
     with model.experts(scale={(0, 1): 2}, mode="zero"), model.hooks([]):
         model(ids)
     model.run_with_cache(ids, names_filter="blocks.0.mlp.hook_out")
+    assert moefy.load_tokenizer(str(out)) is None
 
 
 def plain(
