@@ -30,6 +30,12 @@ def corpus_for(name: str) -> list[Any]:
     return [torch.randint(3, 90, (8 + i % 17,), generator=g).tolist() for i in range(48)]
 
 
+def much_text() -> list[list[int]]:
+    """Too much to be learned by heart."""
+    g = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 90, (30,), generator=g).tolist() for _ in range(800)]
+
+
 def convert_tiny(name: str, source: Path, out: Path, **options: Any) -> dict[str, Any]:
     settings = options.pop("settings", {})
     return convert(

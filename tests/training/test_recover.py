@@ -16,7 +16,7 @@ import torch
 from children import run_two, start
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_conversion import convert_tiny, corpus_for
+from tiny_conversion import convert_tiny, corpus_for, much_text
 from tiny_models import build, example_inputs
 from torch import Tensor
 
@@ -46,25 +46,10 @@ RECIPE = RecoverRecipe(
 )
 
 
-@pytest.fixture(scope="module")
-def moefied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama with trainable routers, compensations and thresholds."""
-    folder = tmp_path_factory.mktemp("recover")
-    settings = {"selection.name": "threshold", "compensation.name": "mean_residual"}
-    convert_tiny("llama", build("llama", folder / "source"), folder / "out", settings=settings)
-    return folder / "out"
-
-
 def run(moefied: Path, out: Path, **options: Any) -> dict[str, Any]:
     recipe = replace(RECIPE, **options.pop("settings", {}))
     corpus = options.pop("corpus", corpus_for("llama"))
     return recover(moefied, out, recipe=recipe, corpus=corpus, quiet=True, **options)
-
-
-def much_text() -> list[list[int]]:
-    """Too much to be learned by heart."""
-    g = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 90, (30,), generator=g).tolist() for _ in range(800)]
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_conversion import convert_tiny, corpus_for
-from tiny_models import build
+from tiny_conversion import corpus_for
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, nll_loss
 from transformers import PreTrainedModel
@@ -26,15 +25,6 @@ from moefy.training.recipe import RecoverRecipe
 from moefy.training.teacher import another, sixteen_bits
 
 EVERYTHING = "experts,routers,compensations,norms,projections,embeddings"
-
-
-@pytest.fixture(scope="module")
-def moefied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama with trainable routers, compensations and thresholds."""
-    folder = tmp_path_factory.mktemp("teacher")
-    settings = {"selection.name": "threshold", "compensation.name": "mean_residual"}
-    convert_tiny("llama", build("llama", folder / "source"), folder / "out", settings=settings)
-    return folder / "out"
 
 
 @pytest.fixture
@@ -134,9 +124,11 @@ def test_a_dense_model_of_its_own_teaches_alike(
     assert not beside.keeps_gradient
 
 
-@pytest.mark.parametrize("train", ["routers,compensations", EVERYTHING, "lora"])
+@pytest.mark.parametrize(
+    ("train", "apart"), [("routers,compensations", 0.15), (EVERYTHING, 0.05), ("lora", 0.1)]
+)
 def test_sixteen_bits_have_nearly_the_gradient_of_thirty_two(
-    train: str, moefied: Path, batch: Batch
+    train: str, apart: float, moefied: Path, batch: Batch
 ) -> None:
     """After a step away from the dense model, which teaches through the same parameters."""
     student = moefy.load(moefied, dtype=torch.float32)
@@ -167,5 +159,6 @@ def test_sixteen_bits_have_nearly_the_gradient_of_thirty_two(
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert found["fp32"].keys() == found["bf16"].keys()
     want, got = (torch.cat([v.flatten() for v in found[n].values()]) for n in ("fp32", "bf16"))
-    # 8 bits of mantissa through two layers, and a threshold falls the other way for a few
-    assert (got - want).norm() < 0.2 * want.norm()
+    # The gradient is a difference of two distributions: logits that 8 bits of mantissa leave off by 0.4 % weigh
+    # the more the nearer they are, which is where little learns. 0.106, 0.035 and 0.069 were measured.
+    assert (got - want).norm() < apart * want.norm()

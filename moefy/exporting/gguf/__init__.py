@@ -94,7 +94,7 @@ def write_gguf(
     """Write the stock model `folder` as the file `out`, its name in it `name` or the folder's.
 
     `quantize="q8_0"` rounds matrices whose rows are multiples of 32 to 8 bits, the router excepted;
-    `"q4_1"` those of MLPs to 4 bits with a scale and an offset in fp16, which are the codes that a
+    `"q4_1"` those of MLPs to 4 bits with a scale and an offset in fp16: but for ties the codes that a
     conversion with `storage.bits: 4` and `storage.scales: 16` has stored. One tensor is in memory at a
     time. Returns the record. Raises `UnsupportedModel` for a model or tokenizer that llama.cpp computes
     in another way, and `OutputError` where `out` is in the way; the file appears when it is whole.
